@@ -44,6 +44,8 @@ class LifeState:
         weights: State of the candidate weights.
         rule: Statistics of the update rule.
         references: What unrelated prompts are compared with.
+        reading: The present fact at the present weights, if it was read already.
+        observed: The capture the rule's statistics have taken in last, if of the present fact.
 
     Tensors are shared with the life, which never writes them in place, so saving is cheap.
     """
@@ -58,6 +60,8 @@ class LifeState:
     weights: WeightSnapshot
     rule: Mapping[str, Any]
     references: References
+    reading: Reading | None
+    observed: Capture | None
 
 
 class EditingLife:
@@ -236,6 +240,8 @@ class EditingLife:
             weights=self.llm.snapshot(),
             rule=self.rule.state_dict(),
             references=self.evaluator.references,
+            reading=self._reading,
+            observed=self._observed,
         )
 
     def restore(self, state: LifeState) -> None:
@@ -248,20 +254,18 @@ class EditingLife:
         self.paid = dict(state.paid)
         self.written_counts = state.written_counts.copy()
         self.ended = state.ended
-        self._reading = None
-        self._observed = None
+        # Not read again: it would be another capture to the rule, to be taken in once more.
+        self._reading, self._observed = state.reading, state.observed
         self.evaluator.references = state.references
 
     @contextmanager
     def transaction(self) -> Iterator[None]:
         """Undoes everything done in the body, weights included, if the body raises."""
         before = self.save()
-        reading, observed = self._reading, self._observed
         try:
             yield
         except BaseException:
             self.restore(before)
-            self._reading, self._observed = reading, observed
             raise
 
     # -- inside ---------------------------------------------------------------------------------

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from hiedit_env.capture import Capture
-from hiedit_env.errors import SettingsError
+from hiedit_env.errors import NonFiniteUpdateError, SettingsError
 from hiedit_env.requests import Request
 from hiedit_env.rules import OuterProductRule
 from tests.factories import normal, random_updates, tokenizer
@@ -264,6 +264,26 @@ def test_statistics_take_every_written_capture_in_once(intrinsic: bool) -> None:
     # The empty mask proposed nothing, so there was nothing to normalise.
     answer = len(env.life.facts[0].prompt.answer_ids)
     assert env.life.rule.seen == (answer, answer)  # type: ignore[attr-defined]
+
+
+def test_a_capture_is_taken_in_once_however_often_it_is_used() -> None:
+    env = make(LIFELONG, update_rule="tests.test_editing:CountingRule")
+    env.reset(seed=0)
+    first, *_ = env.life.propose(ALL)
+    again, *_ = env.life.propose(np.array([1, 0, 0, 0, 0, 0], bool))
+    assert first is not None
+    assert again is not None
+    assert torch.equal(first.right, again.right)
+    with pytest.raises(NonFiniteUpdateError):
+        env.apply([first.scaled(float("nan")), *[None] * 5])
+    env.life.propose(ALL)
+    env.restore_state(env.save_state())
+    env.life.propose(ALL)
+    assert len(env.life.rule.seen) == 1  # type: ignore[attr-defined]
+    env.step(act(LIFELONG))
+    assert len(env.life.rule.seen) == 1  # type: ignore[attr-defined]
+    env.step(act(LIFELONG))
+    assert len(env.life.rule.seen) == 2  # type: ignore[attr-defined]
 
 
 def test_a_life_needs_a_request() -> None:

@@ -236,6 +236,22 @@ def test_observations_stay_in_their_space(name: str, step_size: float) -> None:
         assert env.observation_space.contains(observation)
 
 
+def test_observations_end_with_the_place_in_fact_and_stream() -> None:
+    env = make(LIFELONG, num_edits=2, max_steps_per_edit=4, stop_when_answered=False)
+    observation, _ = env.reset(seed=0)
+    places = [observation[-2:].tolist()]
+    for _ in range(8):
+        observation, _, ended, _, info = env.step(act(LIFELONG))
+        places.append(observation[-2:].tolist())
+        if not ended:
+            # The third from the end says whether the fact is answered now.
+            assert bool(observation[-3]) == env.capture.answered
+    # Share of the fact's steps used, share of the stream done.
+    first = [[0.0, 0.0], [0.25, 0.0], [0.5, 0.0], [0.75, 0.0]]
+    second = [[0.0, 0.5], [0.25, 0.5], [0.5, 0.5], [0.75, 0.5]]
+    assert places == [*first, *second, [1.0, 1.0]]
+
+
 @pytest.mark.parametrize("name", IDS)
 def test_rendering(name: str) -> None:
     text = make(name, render_mode="ansi", max_steps_per_edit=1)
