@@ -94,14 +94,18 @@ class EditingLife:
         stop_when_answered: bool,
         retention_window: int,
     ) -> None:
-        if max_steps_per_edit < 1:
-            raise SettingsError(f"max_steps_per_edit must be ≥ 1, got {max_steps_per_edit!r}")
         if retention_window < 0:
             raise SettingsError(f"retention_window must be ≥ 0, got {retention_window!r}")
-        self.llm, self.rule, self.evaluator = llm, rule, evaluator
-        self.max_steps_per_edit = max_steps_per_edit
+        self.llm, self.evaluator = llm, evaluator
         self.stop_when_answered = stop_when_answered
         self.retention_window = retention_window
+        self.use(rule, max_steps_per_edit)
+
+    def use(self, rule: UpdateRule, max_steps_per_edit: int) -> None:
+        """Takes another rule and number of steps; a life under way is over without a trace."""
+        if max_steps_per_edit < 1:
+            raise SettingsError(f"max_steps_per_edit must be ≥ 1, got {max_steps_per_edit!r}")
+        self.rule, self.max_steps_per_edit = rule, max_steps_per_edit
         self.facts: tuple[EncodedFact, ...] = ()
         self.ended = True
         self._reset_fact()

@@ -1,8 +1,8 @@
 """Update rules: what to write into the chosen layers, given one capture.
 
-A rule is closed-form and untrained; it may keep lifelong statistics. Trained low levels live in
-``agents``. Every rule returns one low-rank update per chosen layer, with the sign and the step size
-inside ``right``.
+The rules here are closed-form and untrained; some keep lifelong statistics. Trained low levels, in
+``agents``, are rules with parameters. Every rule returns one low-rank update per chosen layer, with
+the sign and the step size inside ``right``.
 """
 
 from __future__ import annotations
@@ -19,60 +19,14 @@ from torch import Tensor
 
 from hiedit_env.capture import Capture
 from hiedit_env.errors import SettingsError
+from hiedit_env.moments import RunningMoments
 from hiedit_env.updates import LowRankUpdate, layer_groups
 
 Tokens = Literal["answer", "all"]
 
 
-class RunningMoments:
-    """Mean and variance of all rows seen so far (Chan, Golub and LeVeque's pairwise update).
-
-    Args:
-        groups: Number of layers kept side by side, each with moments of its own.
-        size: Number of columns.
-        device: Where the statistics live; they are float32.
-    """
-
-    def __init__(self, groups: int, size: int, device: torch.device) -> None:
-        self.count = 0
-        self.mean = torch.zeros(groups, 1, size, device=device)
-        self.squares = torch.zeros(groups, 1, size, device=device)
-
-    def update(self, rows: Tensor) -> None:
-        """Adds groups × n × size rows."""
-        rows = rows.float()
-        n = rows.shape[1]
-        total = self.count + n
-        mean = rows.mean(1, keepdim=True)
-        delta = mean - self.mean
-        # New tensors, never in place: saved states hold the old ones.
-        scatter = (rows - mean).square().sum(1, keepdim=True)
-        self.squares = self.squares + scatter + delta.square() * (self.count * n / total)
-        self.mean = self.mean + delta * (n / total)
-        self.count = total
-
-    def normalise(self, rows: Tensor, places: list[int]) -> Tensor:
-        """Rows with the mean taken away, over the standard deviation (n − 1); float32.
-
-        Args:
-            rows: len(places) × T × size.
-            places: Which of the layers kept here the rows belong to.
-        """
-        deviation = (self.squares[places] / max(self.count - 1, 1)).sqrt()
-        return (rows.float() - self.mean[places]) / (deviation + torch.finfo(torch.float32).eps)
-
-    def state_dict(self) -> dict[str, Any]:
-        """The statistics; the tensors are never written in place."""
-        return {"count": self.count, "mean": self.mean, "squares": self.squares}
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Puts saved statistics back, bit for bit."""
-        self.count = int(state["count"])
-        self.mean, self.squares = state["mean"], state["squares"]
-
-
 class UpdateRule(ABC):
-    """Base of the built-in rules.
+    """From a capture to updates: base of the built-in rules and of trained low levels.
 
     Args:
         shapes: ``(d_in, d_out)`` per candidate layer.
@@ -136,28 +90,41 @@ class UpdateRule(ABC):
         layers: NDArray[np.bool_],
         multipliers: NDArray[np.float32] | None = None,
     ) -> tuple[LowRankUpdate | None, ...]:
-        """Updates for the chosen layers.
+        """Updates for the chosen layers, without gradients; see :meth:`compute`."""
+        with torch.no_grad():
+            return self.compute(capture, layers, multipliers)
+
+    def compute(
+        self,
+        capture: Capture,
+        layers: NDArray[np.bool_],
+        multipliers: NDArray[np.float32] | Tensor | None = None,
+    ) -> tuple[LowRankUpdate | None, ...]:
+        """Updates for the chosen layers; differentiable in the rule's parameters, if it has any.
 
         Args:
             capture: The request's keys and value gradients at the present weights.
             layers: L bool, the layers to update.
-            multipliers: L positive factors on the nominal step size (1 where None).
+            multipliers: L factors on the nominal step size (1 where None); gradients flow into a
+                tensor.
 
         Returns:
-            L entries, None for a layer not chosen. Float32, detached.
+            L entries, None for a layer not chosen. Float32.
         """
         updates: list[LowRankUpdate | None] = [None] * len(self.shapes)
-        with torch.no_grad():
-            for number, group in enumerate(self.groups):
-                places = [place for place, layer in enumerate(group) if layers[layer]]
-                if not places:
-                    continue
-                chosen = [group[place] for place in places]
-                left, right = self._factors(number, places, *self._rows(capture, chosen))
-                for place, layer in enumerate(chosen):
-                    factor = 1.0 if multipliers is None else float(multipliers[layer])
-                    step = -self.step_size * factor
-                    updates[layer] = LowRankUpdate(left[place], right[place] * step)
+        for number, group in enumerate(self.groups):
+            places = [place for place, layer in enumerate(group) if layers[layer]]
+            if not places:
+                continue
+            chosen = [group[place] for place in places]
+            left, right = self._factors(number, places, *self._rows(capture, chosen))
+            for place, layer in enumerate(chosen):
+                scaled = right[place] * -self.step_size
+                if isinstance(multipliers, Tensor):
+                    scaled = scaled * multipliers[layer]
+                elif multipliers is not None:
+                    scaled = scaled * float(multipliers[layer])
+                updates[layer] = LowRankUpdate(left[place], scaled)
         return tuple(updates)
 
     def state_dict(self) -> dict[str, Any]:
@@ -187,24 +154,31 @@ class GradientRule(UpdateRule):
         return keys, gradients
 
 
-class _LifelongRule(UpdateRule):
-    """Keeps running moments of [u_l ‖ v_l] per layer (lifelong normalisation of UltraEdit)."""
+class LifelongRule(UpdateRule):
+    """Keeps running moments of [u_l ‖ v_l] per layer: the lifelong normalisation of UltraEdit.
+
+    The arguments are those of :class:`UpdateRule`.
+    """
 
     def reset(self) -> None:
+        """Forgets all statistics."""
         self._moments = [
             RunningMoments(len(group), sum(self.shapes[group[0]]), self.device)
             for group in self.groups
         ]
 
     def observe(self, capture: Capture) -> None:
+        """Takes one capture into the moments."""
         with torch.no_grad():
             for moments, group in zip(self._moments, self.groups, strict=True):
                 moments.update(torch.cat(self._rows(capture, group), 2))
 
     def state_dict(self) -> dict[str, Any]:
+        """The moments; the tensors are never written in place."""
         return {"moments": [moments.state_dict() for moments in self._moments]}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Puts saved moments back, bit for bit."""
         for moments, saved in zip(self._moments, state["moments"], strict=True):
             moments.load_state_dict(saved)
 
@@ -215,7 +189,7 @@ class _LifelongRule(UpdateRule):
         return rows[..., : keys.shape[2]], rows[..., keys.shape[2] :]
 
 
-class OuterProductRule(_LifelongRule):
+class OuterProductRule(LifelongRule):
     """Normalised outer product: Δ_l = −step ũ_lᵀ ṽ_l.
 
     ũ and ṽ are keys and value gradients standardised by lifelong running moments. This is the
@@ -232,7 +206,7 @@ class OuterProductRule(_LifelongRule):
         return self._normalised(group, places, keys, gradients)
 
 
-class DecorrelatedRule(_LifelongRule):
+class DecorrelatedRule(LifelongRule):
     """Outer product with decorrelated keys: Δ_l = −step κ ((C + ridge c̄ I)⁻¹ ũᵀ) ṽ.
 
     C is the lifelong second moment of the standardised keys, c̄ the mean of its diagonal, and κ
@@ -305,7 +279,7 @@ class DecorrelatedRule(_LifelongRule):
         return damped * (wanted / (size + torch.finfo(torch.float32).tiny)), right
 
 
-class RidgeRule(_LifelongRule):
+class RidgeRule(LifelongRule):
     """Ridge form of UltraEdit and MALMEN: (KᵀK + ridge I) Δ_l = Kᵀ D.
 
     D = −step ‖ũ‖² ṽ row by row; K are the raw keys. Solved in the T × T form

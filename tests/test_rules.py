@@ -13,13 +13,13 @@ from torch import Tensor
 
 from hiedit_env.capture import Capture
 from hiedit_env.errors import SettingsError
+from hiedit_env.moments import RunningMoments
 from hiedit_env.rules import (
     RULES,
     DecorrelatedRule,
     GradientRule,
     OuterProductRule,
     RidgeRule,
-    RunningMoments,
     UpdateRule,
     make_rule,
 )

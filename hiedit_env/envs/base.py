@@ -6,7 +6,6 @@ import copy
 import os
 from abc import abstractmethod
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import gymnasium as gym
@@ -20,16 +19,17 @@ from hiedit_env import rendering
 from hiedit_env.architectures import find_candidates
 from hiedit_env.capture import Capture
 from hiedit_env.datasets import load_requests, stream
-from hiedit_env.editing import LEVELS, EditingLife, LifeState, NumericalCollapse
+from hiedit_env.editing import LEVELS, EditingLife, NumericalCollapse
+from hiedit_env.envs.state import EnvState
 from hiedit_env.errors import HieditError, NonFiniteUpdateError, SettingsError
 from hiedit_env.history import EditRecord, History
 from hiedit_env.loading import load_model
 from hiedit_env.observations import Observer
-from hiedit_env.quality import Evaluator, LocalityReference, Quality, RewardKind
+from hiedit_env.quality import Evaluator, LocalityReference, RewardKind
 from hiedit_env.quality import reward_weights as all_weights
 from hiedit_env.requests import Request
 from hiedit_env.resident import ResidentLLM
-from hiedit_env.rules import make_rule
+from hiedit_env.rules import UpdateRule, make_rule
 from hiedit_env.updates import Updates
 
 Step = tuple[NDArray[np.float32], float, bool, bool, dict[str, Any]]
@@ -40,25 +40,6 @@ Body = Callable[[], NDArray[np.bool_]]
 MODEL_STEP_SIZES: Mapping[str, Mapping[str, float]] = {
     "tiny": {"decorrelated": 1e-3, "outer-product": 2e-3, "ridge": 5e-4, "gradient": 0.03},
 }
-
-
-@dataclass(frozen=True, slots=True)
-class EnvState:
-    """A saved state of an environment; see :meth:`EditingEnv.save_state`.
-
-    Args:
-        life: Weights, statistics and position.
-        random: State of ``np_random``.
-        records: The finished edits, for rendering.
-        edit_reward: Reward paid for the present fact so far.
-        option: The present fact's layers, L bool, where a high level chose them.
-    """
-
-    life: LifeState
-    random: Mapping[str, Any]
-    records: tuple[EditRecord, ...]
-    edit_reward: float
-    option: NDArray[np.bool_] | None = None
 
 
 class EditingEnv(gym.Env[NDArray[np.float32], Any], gym.utils.EzPickle):
@@ -127,9 +108,13 @@ class EditingEnv(gym.Env[NDArray[np.float32], Any], gym.utils.EzPickle):
         evaluator = Evaluator(
             self.llm, kind=reward, decay=retention_decay, reference=locality_reference
         )
+        self._own_low_level = make_rule(
+            update_rule, self.llm.shapes, self.llm.device, rule_settings
+        )
+        self._own_max_steps = max_steps_per_edit
         self.life = EditingLife(
             self.llm,
-            make_rule(update_rule, self.llm.shapes, self.llm.device, rule_settings),
+            self._own_low_level,
             evaluator,
             max_steps_per_edit=max_steps_per_edit,
             stop_when_answered=stop_when_answered,
@@ -218,12 +203,15 @@ class EditingEnv(gym.Env[NDArray[np.float32], Any], gym.utils.EzPickle):
             self.life.fact, self.life.remembered, updates, self.weights_of_terms, l2
         )
 
-    def apply(self, updates: Updates) -> Step:
+    def apply(self, updates: Updates, *, judge: bool = True) -> Step:
         """Writes the given updates as one primitive step of the present fact.
 
         Args:
             updates: One :class:`~hiedit_env.updates.LowRankUpdate` or None per layer; detached
                 before they are written.
+            judge: If False, and the fact is neither answered nor out of steps, the model is not
+                judged: the step is paid 0, ``metrics`` holds only what the fact's own reading
+                tells, and what the levels rose by is paid with the next judged step.
 
         Returns:
             The same five-tuple as :meth:`step`.
@@ -237,7 +225,32 @@ class EditingEnv(gym.Env[NDArray[np.float32], Any], gym.utils.EzPickle):
             lambda: self.life.primitive(given),
             lambda: self.life.primitive(self.life.propose(np.ones(len(self.llm.layers), bool))),
             rule_made=False,
+            judge=judge,
         )
+
+    def use_low_level(
+        self, low_level: UpdateRule | None, *, max_steps_per_edit: int | None = None
+    ) -> None:
+        """Puts a live update rule in the place of the one the environment was made with.
+
+        The present life ends: :meth:`reset` begins one with the new rule.
+
+        Args:
+            low_level: Made for ``llm.shapes`` on ``llm.device``; None for the environment's own.
+            max_steps_per_edit: Most primitive steps per fact from now on; None for the
+                environment's own.
+
+        Raises:
+            SettingsError: a rule for other layers, or fewer than one step; nothing has changed.
+        """
+        rule = self._own_low_level if low_level is None else low_level
+        steps = self._own_max_steps if max_steps_per_edit is None else max_steps_per_edit
+        if rule.shapes != self.llm.shapes:
+            raise SettingsError(
+                f"the low level is made for layers of shapes {rule.shapes}, the environment's are "
+                f"{self.llm.shapes}; give both the same layers"
+            )
+        self.life.use(rule, steps)
 
     def save_state(self) -> EnvState:
         """The whole state: weights, statistics, random state, position; bit-exact and cheap."""
@@ -300,27 +313,27 @@ class EditingEnv(gym.Env[NDArray[np.float32], Any], gym.utils.EzPickle):
             return self.life.primitive((None,) * len(self.llm.layers))
         return self.life.primitive(self.life.propose(layers, multipliers))
 
-    def _pay(self, body: Body, body_all: Body, *, rule_made: bool = True) -> Step:
+    def _pay(
+        self, body: Body, body_all: Body, *, rule_made: bool = True, judge: bool = True
+    ) -> Step:
         baseline: dict[str, float] = {}
         if self.intrinsic:
             state = self.life.save()
             baseline, *_ = self._attempt(body_all, rule_made=True)
             self.life.restore(state)
-        terms, quality, layers, error = self._attempt(body, rule_made=rule_made)
+        terms, metrics, layers, error = self._attempt(
+            body, rule_made=rule_made, judge=judge or self.intrinsic
+        )
         terms = {term: value - baseline.get(term, 0.0) for term, value in terms.items()}
         reward = float(sum(terms.values()))
         self._edit_reward += reward
         edit_index, steps = self.life.position, self.life.steps
-        metrics: dict[str, float | bool] = {}
         edit_over = False
-        if quality is None:
+        if error is not None:
             self.life.ended = True
         else:
-            metrics = {k: v for k, v in quality.metrics.items() if np.isfinite(v)}
-            answered = metrics["efficacy"] == 1.0
-            metrics["answered"] = answered
             edit_over = steps >= self.life.max_steps_per_edit or (
-                self.life.stop_when_answered and answered
+                self.life.stop_when_answered and bool(metrics["answered"])
             )
         info = self._info(terms, metrics, layers, edit_index, steps, edit_over)
         if error is not None:
@@ -333,14 +346,21 @@ class EditingEnv(gym.Env[NDArray[np.float32], Any], gym.utils.EzPickle):
         return self._observe(), reward, self.life.ended, False, info
 
     def _attempt(
-        self, body: Body, *, rule_made: bool
-    ) -> tuple[dict[str, float], Quality | None, NDArray[np.bool_], str | None]:
-        """Runs and judges a body; after a collapse everything is as before it."""
+        self, body: Body, *, rule_made: bool, judge: bool = True
+    ) -> tuple[dict[str, float], dict[str, float | bool], NDArray[np.bool_], str | None]:
+        """Runs and judges a body: terms, metrics, layers, error.
+
+        After a collapse, which the error names, everything is as before.
+        """
         weights = self.weights_of_terms
         error = "numerical_collapse"
         try:
             with self.life.transaction():
                 layers = body()
+                if not (judge or self.life.edit_over):
+                    accuracy = float(self.life.reading.correct.float().mean())
+                    metrics = {"efficacy": accuracy, "answered": self.life.reading.answered}
+                    return dict.fromkeys((*LEVELS, "collapse"), 0.0), metrics, layers, None
                 rises, quality = self.life.judge()
         except NumericalCollapse:
             pass
@@ -351,9 +371,11 @@ class EditingEnv(gym.Env[NDArray[np.float32], Any], gym.utils.EzPickle):
             error = "non_finite_update"
         else:
             terms = {term: weights[term] * rises[term] for term in LEVELS}
-            return {**terms, "collapse": 0.0}, quality, layers, None
+            found = {k: v for k, v in quality.metrics.items() if np.isfinite(v)}
+            found["answered"] = found["efficacy"] == 1.0
+            return {**terms, "collapse": 0.0}, found, layers, None
         terms = {**dict.fromkeys(LEVELS, 0.0), "collapse": -weights["collapse"]}
-        return terms, None, np.zeros(len(self.llm.layers), bool), error
+        return terms, {}, np.zeros(len(self.llm.layers), bool), error
 
     def _observe(self) -> NDArray[np.float32]:
         life = self.life

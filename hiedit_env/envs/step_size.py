@@ -10,7 +10,8 @@ from gymnasium import spaces
 from numpy.typing import NDArray
 
 from hiedit_env.envs.actions import check_step_sizes
-from hiedit_env.envs.base import EditingEnv, EnvState
+from hiedit_env.envs.base import EditingEnv
+from hiedit_env.envs.state import EnvState
 from hiedit_env.layer_choice import make_choice
 
 
