@@ -39,12 +39,18 @@ class RunningMoments:
     def normalise(self, rows: Tensor, places: list[int]) -> Tensor:
         """Rows with the mean taken away, over the standard deviation (n − 1); float32.
 
+        After a single row there is no deviation from the mean yet. The mean is then taken to be 0,
+        so the deviation is the row's own size: its signs are left, and not nothing.
+
         Args:
             rows: len(places) × T × size.
             places: Which of the layers kept here the rows belong to.
         """
+        tiny = torch.finfo(torch.float32).eps
+        if self.count == 1:
+            return rows.float() / (self.mean[places].abs() + tiny)
         deviation = (self.squares[places] / max(self.count - 1, 1)).sqrt()
-        return (rows.float() - self.mean[places]) / (deviation + torch.finfo(torch.float32).eps)
+        return (rows.float() - self.mean[places]) / (deviation + tiny)
 
     def state_dict(self) -> dict[str, Any]:
         """The statistics; the tensors are never written in place."""

@@ -110,7 +110,10 @@ def test_moments_by_hand() -> None:
 def test_moments_are_finite_before_there_is_a_spread() -> None:
     moments = RunningMoments(1, 2, CPU)
     row = torch.tensor([[[3.0, -4.0]]])
-    for _ in range(3):
+    moments.update(row)
+    # After one row there is only its size to go by.
+    assert moments.normalise(row, [0]).flatten().tolist() == pytest.approx([1, -1])
+    for _ in range(2):
         moments.update(row)
         assert moments.normalise(row, [0]).tolist() == [[[0, 0]]]
 
@@ -123,6 +126,17 @@ def test_moments_of_half_precision_rows_are_kept_in_float32() -> None:
     assert found.dtype == torch.float32
     # Mean 1.25, every deviation a quarter: four deviations away.
     assert float(found) == pytest.approx(4, rel=1e-3)
+
+
+@pytest.mark.parametrize("name", RULES)
+def test_a_first_fact_of_one_answer_token_is_written(name: str) -> None:
+    rule = make_rule(name, ((2, 3),), CPU, {"tokens": "answer"})
+    capture = capture_of([[9.0, 9.0], [1.0, -2.0]], [[9.0, 9.0, 9.0], [0.5, 0.0, -1.0]])
+    rule.observe(capture)
+    (update,) = rule.propose(capture, np.array([True]))
+    change = dense(update)
+    # Downhill on the fact's own loss, whose gradient at the weight is uᵀ v.
+    assert float((change * np.outer([1.0, -2.0], [0.5, 0.0, -1.0])).sum()) < 0
 
 
 # -- by hand ------------------------------------------------------------------------------------
