@@ -28,7 +28,7 @@ from torch import Tensor, nn
 
 from hiedit_env.capture import Capture
 from hiedit_env.errors import SettingsError
-from hiedit_env.rules import DecorrelatedRule, LifelongRule, RidgeRule, Tokens, UpdateRule
+from hiedit_env.rules import DecorrelatedRule, LifelongRule, Tokens
 
 Form = Literal["outer", "ridge", "decorrelated"]
 
@@ -139,6 +139,14 @@ class Hypernetwork(DecorrelatedRule):
         """What training changes."""
         return list(self.net.parameters())
 
+    def state(self) -> dict[str, Any]:
+        """The parameters by dotted path."""
+        return dict(self.net.state_dict())
+
+    def load_state(self, state: Mapping[str, Any]) -> None:
+        """Puts a saved :meth:`state` back."""
+        self.net.load_state_dict(dict(state))
+
     def reset(self) -> None:
         """Forgets the lifelong statistics; the parameters stay."""
         if self.form == "decorrelated":
@@ -181,9 +189,3 @@ class Hypernetwork(DecorrelatedRule):
         eye = torch.eye(keys.shape[1], device=keys.device)
         gram = keys @ keys.mT + ridge[:, None, None] * eye
         return keys, torch.linalg.solve(gram, wanted)
-
-
-#: Low levels by name besides the closed-form rules.
-LOW_LEVELS: Mapping[str, type[UpdateRule]] = {Hypernetwork.name: Hypernetwork}
-
-__all__ = ["Block", "Form", "GroupNet", "Hypernetwork", "LOW_LEVELS", "RidgeRule"]

@@ -17,6 +17,7 @@ import torch
 
 from hiedit_env import __version__
 from hiedit_env.errors import ResultsExistError, SettingsError
+from hiedit_env.files import write_bytes
 
 Row = dict[str, Any]
 
@@ -149,22 +150,6 @@ def write_json(path: Path, value: Any) -> None:
 def write_text(path: Path, text: str) -> None:
     """Writes a text file that appears complete or not at all."""
     write_bytes(path, text.encode("utf-8"))
-
-
-def write_bytes(path: Path, data: bytes) -> None:
-    """Writes a file that appears complete or not at all."""
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(data)
-        # mkstemp makes files private; results are as readable as any other new file.
-        umask = os.umask(0)
-        os.umask(umask)
-        os.chmod(name, 0o666 & ~umask)
-        os.replace(name, path)
-    except BaseException:
-        Path(name).unlink(missing_ok=True)
-        raise
 
 
 def versions() -> dict[str, Any]:

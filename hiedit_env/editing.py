@@ -64,6 +64,20 @@ class LifeState:
     observed: Capture | None
 
 
+def whole_number(value: object, name: str, least: int) -> int:
+    """A setting that counts something.
+
+    Raises:
+        SettingsError: not a whole number, or below ``least``.
+
+    >>> whole_number(3, "max_steps_per_edit", 1)
+    3
+    """
+    if isinstance(value, bool) or not isinstance(value, int | np.integer) or value < least:
+        raise SettingsError(f"{name} must be ≥ {least} and a whole number, got {value!r}")
+    return int(value)
+
+
 class EditingLife:
     """The state machine behind every environment.
 
@@ -94,18 +108,15 @@ class EditingLife:
         stop_when_answered: bool,
         retention_window: int,
     ) -> None:
-        if retention_window < 0:
-            raise SettingsError(f"retention_window must be ≥ 0, got {retention_window!r}")
         self.llm, self.evaluator = llm, evaluator
         self.stop_when_answered = stop_when_answered
-        self.retention_window = retention_window
+        self.retention_window = whole_number(retention_window, "retention_window", 0)
         self.use(rule, max_steps_per_edit)
 
     def use(self, rule: UpdateRule, max_steps_per_edit: int) -> None:
         """Takes another rule and number of steps; a life under way is over without a trace."""
-        if max_steps_per_edit < 1:
-            raise SettingsError(f"max_steps_per_edit must be ≥ 1, got {max_steps_per_edit!r}")
-        self.rule, self.max_steps_per_edit = rule, max_steps_per_edit
+        self.max_steps_per_edit = whole_number(max_steps_per_edit, "max_steps_per_edit", 1)
+        self.rule = rule
         self.facts: tuple[EncodedFact, ...] = ()
         self.ended = True
         self._reset_fact()
@@ -164,11 +175,15 @@ class EditingLife:
         self, layers: NDArray[np.bool_], multipliers: NDArray[np.float32] | None = None
     ) -> Updates:
         """The rule's updates for the present fact; its statistics take the capture in once."""
+        return self.rule.propose(self.observe(), layers, multipliers)
+
+    def observe(self) -> Capture:
+        """The present fact's capture, after the rule's statistics took it in (once)."""
         capture = self.capture
         if self._observed is not capture:
             self.rule.observe(capture)
             self._observed = capture
-        return self.rule.propose(capture, layers, multipliers)
+        return capture
 
     def primitive(self, updates: Updates) -> NDArray[np.bool_]:
         """Writes updates and reads the fact again: one primitive step.
@@ -201,7 +216,7 @@ class EditingLife:
             levels, however many primitive steps it took.
 
         Raises:
-            NumericalCollapse: a level is not finite; the caller rolls back.
+            NumericalCollapse: the quality is not finite; the caller rolls back.
         """
         quality = self.quality()
         if not quality.finite:

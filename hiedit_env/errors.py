@@ -52,3 +52,7 @@ class SettingsError(HieditError, ValueError):
 
 class ResultsExistError(HieditError, FileExistsError):
     """The output folder already holds results, which are never overwritten silently."""
+
+
+class CheckpointError(HieditError, ValueError):
+    """A trained agent that cannot be read, or that was trained for another model or layers."""

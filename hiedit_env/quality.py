@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from itertools import pairwise
+from numbers import Real
 from typing import Literal, get_args
 
 import numpy as np
@@ -28,35 +29,21 @@ LocalityReference = Literal["unedited", "previous"]
 #: Log-probabilities (answer tokens × vocabulary) and generated texts, by unrelated prompt.
 References = tuple[dict[EncodedPrompt, Tensor], dict[EncodedPrompt, str]]
 
-#: Weight of every term of the reward; a mapping given by the user overrides single entries.
-DEFAULT_WEIGHTS: Mapping[str, float] = {
-    "edit": 1.0,
-    "locality": 1.0,
-    "sparsity": 0.1,
-    "retention": 1.0,
-    "collapse": 10.0,
-}
 
-
-def reward_weights(given: Mapping[str, float] | None) -> dict[str, float]:
-    """Default weights with the given ones in place.
+def check_judging(kind: object, decay: object, reference: object) -> None:
+    """Refuses settings of :class:`Evaluator` that it does not know.
 
     Raises:
-        SettingsError: unknown term or a weight that is not a finite number ≥ 0.
-
-    >>> reward_weights({"sparsity": 0.0})["sparsity"], reward_weights(None)["edit"]
-    (0.0, 1.0)
+        SettingsError: names the value and what would be right.
     """
-    weights = dict(DEFAULT_WEIGHTS)
-    for term, weight in (given or {}).items():
-        if term not in weights:
-            raise SettingsError(
-                f"unknown reward term {term!r}; the terms are {', '.join(DEFAULT_WEIGHTS)}"
-            )
-        if not (np.isfinite(weight) and weight >= 0):
-            raise SettingsError(f"reward weight of {term!r} must be ≥ 0, got {weight!r}")
-        weights[term] = float(weight)
-    return weights
+    if kind not in get_args(RewardKind):
+        raise SettingsError(f"reward must be one of {get_args(RewardKind)}, got {kind!r}")
+    if not isinstance(decay, Real) or not 0 < float(decay) <= 1:
+        raise SettingsError(f"retention_decay must be a number in (0, 1], got {decay!r}")
+    if reference not in get_args(LocalityReference):
+        raise SettingsError(
+            f"locality_reference must be one of {get_args(LocalityReference)}, got {reference!r}"
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,15 +66,13 @@ class Quality:
         metrics: Token accuracies whatever the reward kind: ``efficacy``, ``generalization``,
             ``agreement`` (with the reference model's own predictions on unrelated prompts),
             ``retention``; NaN where there is nothing to measure.
+        finite: Whether the losses of all prompts and the divergences of the unrelated ones are;
+            False after numerical collapse. Accuracies do not show it: the argmax of NaN is a token.
     """
 
     levels: dict[str, float]
     metrics: dict[str, float]
-
-    @property
-    def finite(self) -> bool:
-        """False after numerical collapse."""
-        return all(np.isfinite(value) for value in self.levels.values())
+    finite: bool
 
 
 class Evaluator:
@@ -123,15 +108,7 @@ class Evaluator:
         reference: LocalityReference = "unedited",
         cache_bytes: int = 64 * 2**20,
     ) -> None:
-        if kind not in get_args(RewardKind):
-            raise SettingsError(f"reward must be one of {get_args(RewardKind)}, got {kind!r}")
-        if reference not in get_args(LocalityReference):
-            raise SettingsError(
-                f"locality_reference must be one of {get_args(LocalityReference)}, "
-                f"got {reference!r}"
-            )
-        if not 0 < decay <= 1:
-            raise SettingsError(f"retention_decay must be in (0, 1], got {decay!r}")
+        check_judging(kind, decay, reference)
         self.llm, self.kind, self.decay, self.reference = llm, kind, decay, reference
         self._unedited = TensorCache(cache_bytes)
         self.forget_references()
@@ -181,7 +158,8 @@ class Evaluator:
         self.references = (log_probs, texts)
         wanted = dict.fromkeys((*fact.probes, *_first_probes(remembered)))
         weights = self.llm.unedited() if unedited else nullcontext()
-        with weights, torch.no_grad():
+        # Never inference tensors, wherever this is called from: they later enter autograd graphs.
+        with torch.inference_mode(False), torch.no_grad(), weights:
             # One at a time: a reference never depends on what it was computed together with.
             for probe in wanted:
                 known = old_log_probs.get(probe)
@@ -215,7 +193,8 @@ class Evaluator:
                     for v, s in zip(own, scores, strict=True)
                 ]
                 prompts = [fact.prompt, *prompts]
-            losses, correct, kl, agree = (values.double().cpu().numpy() for values in scores)
+            losses, correct, kl, agree = (values.cpu().double().numpy() for values in scores)
+        finite = bool(np.isfinite(losses).all() and np.isfinite(kl).all())
         means = _Means(fact, remembered, self.decay)
         accuracy = means.split(correct)
         agreement = means.locality(agree)
@@ -247,7 +226,7 @@ class Evaluator:
             "locality": perfect if np.isnan(local) and not means.has_probes else local,
             "retention": parts["retention"] if remembered else perfect,
         }
-        return Quality(levels, metrics)
+        return Quality(levels, metrics, finite)
 
     def loss(
         self,
@@ -272,7 +251,8 @@ class Evaluator:
         device = losses.device
 
         def dot(part: str, values: Tensor) -> Tensor:
-            return values @ torch.from_numpy(coefficients[part]).to(device, values.dtype)
+            # First the dtype, then the device: not every device has float64.
+            return values @ torch.from_numpy(coefficients[part]).to(values.dtype).to(device)
 
         total = -weights["edit"] * dot("edit", losses) - weights["retention"] * dot(
             "retention", losses

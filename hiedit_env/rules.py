@@ -268,6 +268,10 @@ class DecorrelatedRule(LifelongRule):
         self, group: int, places: list[int], keys: Tensor, gradients: Tensor
     ) -> tuple[Tensor, Tensor]:
         left, right = self._normalised(group, places, keys, gradients)
+        return self._decorrelate(group, places, left), right
+
+    def _decorrelate(self, group: int, places: list[int], left: Tensor) -> Tensor:
+        """Left factors, G × r × d_in, damped in the directions shared by the keys seen so far."""
         # The number of rows cancels: only the direction of the result counts.
         matrix = self._products[group][places]
         diagonal = matrix.diagonal(dim1=1, dim2=2)
@@ -276,7 +280,8 @@ class DecorrelatedRule(LifelongRule):
         damped = torch.cholesky_solve(left.mT, factor).mT
         size = torch.linalg.vector_norm(damped, dim=(1, 2), keepdim=True)
         wanted = torch.linalg.vector_norm(left, dim=(1, 2), keepdim=True)
-        return damped * (wanted / (size + torch.finfo(torch.float32).tiny)), right
+        scale: Tensor = wanted / (size + torch.finfo(torch.float32).tiny)
+        return damped * scale
 
 
 class RidgeRule(LifelongRule):

@@ -20,14 +20,14 @@ from hiedit_env.architectures import find_candidates
 from hiedit_env.capture import Capture
 from hiedit_env.datasets import load_requests, stream
 from hiedit_env.editing import LEVELS, EditingLife, NumericalCollapse
+from hiedit_env.envs.settings import RENDER_MODES, check_settings, draw_stream, rule_settings
+from hiedit_env.envs.settings import reward_weights as weights_of_terms
 from hiedit_env.envs.state import EnvState
 from hiedit_env.errors import HieditError, NonFiniteUpdateError, SettingsError
 from hiedit_env.history import EditRecord, History
 from hiedit_env.loading import load_model
 from hiedit_env.observations import Observer
 from hiedit_env.quality import Evaluator, LocalityReference, RewardKind
-from hiedit_env.quality import reward_weights as all_weights
-from hiedit_env.requests import Request
 from hiedit_env.resident import ResidentLLM
 from hiedit_env.rules import UpdateRule, make_rule
 from hiedit_env.updates import Updates
@@ -36,16 +36,11 @@ Step = tuple[NDArray[np.float32], float, bool, bool, dict[str, Any]]
 #: Runs one or more primitive steps; returns L bool, the layers written.
 Body = Callable[[], NDArray[np.bool_]]
 
-#: Nominal step sizes tuned for a built-in model: model → rule → step size.
-MODEL_STEP_SIZES: Mapping[str, Mapping[str, float]] = {
-    "tiny": {"decorrelated": 1e-3, "outer-product": 2e-3, "ridge": 5e-4, "gradient": 0.03},
-}
-
 
 class EditingEnv(gym.Env[NDArray[np.float32], Any], gym.utils.EzPickle):
     """Base of the three environments; the arguments are described in :class:`LifelongEdit`."""
 
-    metadata: dict[str, Any] = {"render_modes": ["ansi", "rgb_array"], "render_fps": 4}
+    metadata: dict[str, Any] = {"render_modes": list(RENDER_MODES), "render_fps": 4}
 
     def __init__(
         self,
@@ -74,22 +69,16 @@ class EditingEnv(gym.Env[NDArray[np.float32], Any], gym.utils.EzPickle):
     ) -> None:
         settings = {k: v for k, v in locals().items() if k not in ("self", "__class__")}
         gym.utils.EzPickle.__init__(self, **settings)
-        if not isinstance(model, str):
-            raise SettingsError(
-                f"model must be a name or a path, got {type(model).__name__}; gym.make copies its "
-                "arguments, so a live model cannot be passed"
-            )
-        modes = (None, *self.metadata["render_modes"])
-        if render_mode not in modes:
-            raise SettingsError(f"render_mode must be one of {modes}, got {render_mode!r}")
-        self.weights_of_terms = all_weights(reward_weights)
+        # Everything cheap is checked before the model is loaded.
+        check_settings(settings)
+        self.weights_of_terms = weights_of_terms(reward_weights)
         self.render_mode = render_mode
         self.intrinsic = intrinsic
         self.shuffle = shuffle
         self.num_edits = num_edits
-        # Everything cheap is checked before the model is loaded.
-        self.dataset = dataset or ("tiny-facts" if model == "tiny" else "world-facts")
-        self.requests = load_requests(self.dataset)
+        if dataset is None:
+            dataset = "tiny-facts" if model == "tiny" else "world-facts"
+        self.requests = load_requests(dataset)
         stream(self.requests, num_edits, np.random.default_rng(0))
         loaded = load_model(
             model,
@@ -100,16 +89,11 @@ class EditingEnv(gym.Env[NDArray[np.float32], Any], gym.utils.EzPickle):
         )
         candidates = find_candidates(loaded.model, layers, model)
         self.llm = ResidentLLM(loaded.model, loaded.tokenizer, candidates)
-        rule_settings = dict(update_rule_settings or {})
-        if step_size is None:
-            step_size = MODEL_STEP_SIZES.get(model, {}).get(update_rule)
-        if step_size is not None:
-            rule_settings["step_size"] = step_size
         evaluator = Evaluator(
             self.llm, kind=reward, decay=retention_decay, reference=locality_reference
         )
         self._own_low_level = make_rule(
-            update_rule, self.llm.shapes, self.llm.device, rule_settings
+            update_rule, self.llm.shapes, self.llm.device, rule_settings(settings)
         )
         self._own_max_steps = max_steps_per_edit
         self.life = EditingLife(
@@ -144,7 +128,8 @@ class EditingEnv(gym.Env[NDArray[np.float32], Any], gym.utils.EzPickle):
         random = copy.deepcopy((self._np_random, self._np_random_seed))
         try:
             super().reset(seed=seed)
-            self.life.start(self._draw(options or {}))
+            generator = self.np_random if self.shuffle else None
+            self.life.start(draw_stream(options, self.requests, self.num_edits, generator))
         except HieditError:
             self._np_random, self._np_random_seed = random
             raise
@@ -220,9 +205,8 @@ class EditingEnv(gym.Env[NDArray[np.float32], Any], gym.utils.EzPickle):
             UpdateShapeError, NonFiniteUpdateError: nothing has changed.
         """
         self._require_running()
-        given = tuple(u if u is None else u.detach() for u in updates)
         return self._pay(
-            lambda: self.life.primitive(given),
+            lambda: self.life.primitive(updates),
             lambda: self.life.primitive(self.life.propose(np.ones(len(self.llm.layers), bool))),
             rule_made=False,
             judge=judge,
@@ -290,20 +274,6 @@ class EditingEnv(gym.Env[NDArray[np.float32], Any], gym.utils.EzPickle):
         """Called when a new fact begins."""
 
     # -- inside -----------------------------------------------------------------------------------
-
-    def _draw(self, options: Mapping[str, Any]) -> Sequence[Request]:
-        """The stream of a new life."""
-        unknown = set(options) - {"requests"}
-        if unknown:
-            raise SettingsError(f"unknown reset options {sorted(unknown)}; known is 'requests'")
-        if "requests" in options:
-            requests = list(options["requests"])
-            if not all(isinstance(request, Request) for request in requests):
-                raise SettingsError(f"requests must be hiedit Requests, got {requests!r:.200}")
-            return requests
-        if self.shuffle:
-            return stream(self.requests, self.num_edits, self.np_random)
-        return self.requests[: self.num_edits]
 
     def _primitive(
         self, layers: NDArray[np.bool_], multipliers: NDArray[np.float32] | None = None

@@ -1,0 +1,149 @@
+"""Trained agents on disk: ``agent.json`` and ``agent.safetensors``, nothing that runs code."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import safetensors
+import torch
+from safetensors.torch import load, save
+from torch import Tensor
+
+from agents.spec import AgentSpec
+from hiedit_env.errors import CheckpointError
+from hiedit_env.files import write_bytes
+from hiedit_env.resident import ResidentLLM
+
+FORMAT = 1
+JSON_FILE = "agent.json"
+TENSOR_FILE = "agent.safetensors"
+
+
+def flatten(state: Mapping[str, Any], prefix: str = "") -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Splits a nested state into tensors and plain values, both by dotted path.
+
+    >>> tensors, values = flatten({"a": {"b": torch.ones(2), "c": 3}})
+    >>> list(tensors), values
+    (['a.b'], {'a.c': 3})
+    """
+    tensors: dict[str, Tensor] = {}
+    values: dict[str, Any] = {}
+    for path, value in _leaves(state, prefix):
+        if isinstance(value, Tensor):
+            tensors[path] = value.detach().contiguous()
+        else:
+            values[path] = value
+    return tensors, values
+
+
+def describe_model(llm: ResidentLLM) -> dict[str, Any]:
+    """What a trained agent has to find again in a model it is used on."""
+    return {
+        "model_type": llm.model.config.model_type,
+        "layers": list(llm.names),
+        "shapes": [list(shape) for shape in llm.shapes],
+    }
+
+
+def save_agent(
+    folder: Path, spec: AgentSpec, state: Mapping[str, Any], about: Mapping[str, Any]
+) -> None:
+    """Writes a trained agent.
+
+    Args:
+        folder: Made if need be; each of the two files appears whole or not at all.
+        spec: How to build the agent.
+        state: Nested dictionaries of tensors and numbers: its parameters and statistics.
+        about: What else to record: ``model`` from :func:`describe_model`, and how it was trained.
+
+    Raises:
+        CheckpointError: the folder cannot be written.
+    """
+    tensors, values = flatten(state)
+    record = {"format": FORMAT, **spec.to_json(), **about, "values": values}
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        write_bytes(folder / TENSOR_FILE, save(tensors))
+        text = json.dumps(record, indent=2, ensure_ascii=False) + "\n"
+        write_bytes(folder / JSON_FILE, text.encode())
+    except OSError as error:
+        raise CheckpointError(f"{folder} cannot be written: {error}") from error
+
+
+def read_record(folder: Path) -> dict[str, Any]:
+    """``agent.json`` of a trained agent's folder.
+
+    Raises:
+        CheckpointError: there is none, or it is not one of ours.
+    """
+    file = folder / JSON_FILE
+    try:
+        record = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{file} is not a trained agent: {error}") from error
+    if not isinstance(record, dict) or record.get("format") != FORMAT:
+        found = record.get("format") if isinstance(record, dict) else None
+        raise CheckpointError(
+            f"{file} has format {found!r}; this version of hiedit reads format {FORMAT}"
+        )
+    return record
+
+
+def read_state(folder: Path, record: Mapping[str, Any], device: torch.device) -> dict[str, Any]:
+    """Parameters and statistics of a trained agent by dotted path, tensors on ``device``.
+
+    Raises:
+        CheckpointError: the tensors are missing or damaged.
+    """
+    file = folder / TENSOR_FILE
+    try:
+        tensors = load(file.read_bytes())
+    except (OSError, safetensors.SafetensorError) as error:
+        raise CheckpointError(f"{file} cannot be read: {error}") from error
+    return {path: t.to(device) for path, t in tensors.items()} | dict(record["values"])
+
+
+def part(state: Mapping[str, Any], prefix: str) -> dict[str, Any]:
+    """Entries of a flat state below a path, with the path taken off.
+
+    >>> part({"high.a": 1, "low.a": 2, "low.b.c": 3}, "low")
+    {'a': 2, 'b.c': 3}
+    """
+    start = f"{prefix}."
+    return {path[len(start) :]: v for path, v in state.items() if path.startswith(start)}
+
+
+def check_fits(folder: Path, record: Mapping[str, Any], llm: ResidentLLM) -> None:
+    """Compares the model an agent was trained on with another.
+
+    Raises:
+        CheckpointError: names what differs, both values, and the remedy.
+    """
+    trained, present = record["model"], describe_model(llm)
+    for name, what in (
+        ("model_type", "model type"),
+        ("layers", "candidate layers"),
+        ("shapes", "layer shapes (d_in, d_out)"),
+    ):
+        if trained[name] != present[name]:
+            raise CheckpointError(
+                f"the agent in {folder} does not fit this model: it was trained for {what} "
+                f"{_short(trained[name])}, here they are {_short(present[name])}. Use the model "
+                "and --layers it was trained with, or train an agent for these"
+            )
+
+
+def _leaves(state: Any, path: str) -> Iterator[tuple[str, Any]]:
+    if isinstance(state, Mapping):
+        for name, value in state.items():
+            yield from _leaves(value, f"{path}.{name}" if path else str(name))
+    else:
+        yield path, state
+
+
+def _short(value: Any) -> str:
+    text = str(value)
+    return text if len(text) <= 160 else f"{text[:150]}… ({len(value)} in all)"

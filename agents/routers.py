@@ -1,0 +1,290 @@
+"""High levels that learn which layers to edit."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal, get_args
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from agents.options import Choice
+from agents.protocol import Observation
+from hiedit_env.capture import Capture
+from hiedit_env.errors import SettingsError
+from hiedit_env.moments import RunningMoments
+from hiedit_env.observations import GLOBAL_FEATURES, LAYER_FEATURES
+from hiedit_env.updates import layer_groups
+
+Size = Literal["fixed", "learned"]
+
+#: Features of a layer that tell of earlier edits: accumulated change, its cosine with the present
+#: gradient, share of the facts that wrote it; see :class:`hiedit_env.observations.Observer`.
+HISTORY_FEATURES = (3, 4, 5)
+
+
+def half(num_layers: int) -> int:
+    """K where none is given: half of the layers, at least one."""
+    return max(1, num_layers // 2)
+
+
+class StraightThroughRouter(nn.Module):
+    """The router of HiEdit (arXiv 2604.11214): top-K of a gate over encoded activations.
+
+    h_l = scale_l ⊙ ReLU(W [u_l ‖ v_l] + b) + shift_l with one W per layer shape, mean over tokens;
+    logits z from one linear map of all h_l together; the K largest are edited. Going back, the mask
+    passes its gradient on to z unchanged (straight-through estimator). Inputs are normalised by
+    running moments of the training facts, which stay as they are afterwards.
+
+    Args:
+        shapes: ``(d_in, d_out)`` per layer.
+        device: Device of the model.
+        layers_per_edit: K; half of the layers where None.
+        hidden: Columns of h_l.
+        seed: Of the random initial values.
+
+    Raises:
+        SettingsError: K outside 1 … L.
+    """
+
+    name = "straight-through"
+
+    def __init__(
+        self,
+        shapes: Sequence[tuple[int, int]],
+        device: torch.device,
+        *,
+        layers_per_edit: int | None = None,
+        hidden: int = 256,
+        seed: int = 0,
+    ) -> None:
+        super().__init__()
+        self.layers_per_edit = _checked_size(layers_per_edit, len(shapes))
+        self.groups = layer_groups(list(shapes))
+        self._order = np.argsort([i for group in self.groups for i in group]).tolist()
+        generator = torch.Generator().manual_seed(seed)
+        sizes = [sum(shapes[group[0]]) for group in self.groups]
+        self.encoders = nn.ModuleList(_linear(size, hidden, generator) for size in sizes)
+        self.scales = nn.ParameterList(torch.ones(len(g), 1, hidden) for g in self.groups)
+        self.shifts = nn.ParameterList(torch.zeros(len(g), 1, hidden) for g in self.groups)
+        self.gate = _linear(hidden * len(shapes), len(shapes), generator)
+        self.to(device)
+        self.moments = [
+            RunningMoments(len(group), size, device)
+            for group, size in zip(self.groups, sizes, strict=True)
+        ]
+
+    def reset(self, seed: int) -> None:
+        """Nothing here is random."""
+
+    def choose(
+        self, observation: Observation, capture: Capture, generator: torch.Generator | None = None
+    ) -> Choice:
+        """The K layers of largest logit; with ``generator`` (training) moments are updated."""
+        logits = self.logits(capture, learn_moments=generator is not None)
+        mask = torch.zeros_like(logits)
+        mask[logits.topk(self.layers_per_edit).indices] = 1.0
+        gates = (mask - logits).detach() + logits
+        return Choice(mask.bool().cpu().numpy(), gates=gates)
+
+    def logits(self, capture: Capture, *, learn_moments: bool = False) -> Tensor:
+        """z, L float32 on the model's device."""
+        parts = []
+        for place, group in enumerate(self.groups):
+            rows = torch.stack(
+                [torch.cat((capture.keys[i], capture.value_gradients[i]), 1) for i in group]
+            ).float()
+            if learn_moments:
+                self.moments[place].update(rows)
+            rows = self.moments[place].normalise(rows, list(range(len(group))))
+            inner = self.encoders[place](rows).relu()
+            parts.append((self.scales[place] * inner + self.shifts[place]).mean(1))
+        hidden = torch.cat(parts)[self._order]
+        logits: Tensor = self.gate(hidden.flatten())
+        return logits
+
+    def state(self) -> dict[str, Any]:
+        """Parameters and moments by dotted path."""
+        state: dict[str, Any] = dict(self.state_dict())
+        for i, moments in enumerate(self.moments):
+            state |= {f"moments.{i}.{name}": value for name, value in moments.state_dict().items()}
+        return state
+
+    def load_state(self, state: Mapping[str, Any]) -> None:
+        """Puts a saved :meth:`state` back."""
+        own = self.state_dict()
+        self.load_state_dict({name: state[name] for name in own})
+        for i, moments in enumerate(self.moments):
+            names = moments.state_dict()
+            moments.load_state_dict({name: state[f"moments.{i}.{name}"] for name in names})
+
+
+class PolicyRouter(nn.Module):
+    """A stochastic policy over layer sets, trained by its rewards.
+
+    One network scores every layer from the layer's part of the observation, the five numbers about
+    fact and stream, and a learned embedding of the layer; so its size hardly grows with L.
+
+    * ``size="fixed"``: K layers are drawn one after another without replacement, each with
+      probability softmax(score) among those left (Plackett and Luce). ``log_probability`` is that
+      of the drawn order. The best choice is the top K.
+    * ``size="learned"``: every layer is drawn on its own with probability sigmoid(score), so that
+      the number of layers follows from what they bring and what the sparsity bonus pays. The best
+      choice is every layer above one half, and the best one if there is none.
+
+    Args:
+        num_layers: L.
+        device: Where the parameters live.
+        size: Whether K is fixed or follows from the scores.
+        layers_per_edit: K, and where ``size="learned"`` the expected number of layers at the
+            beginning; half of the layers where None.
+        history: Whether it sees what earlier edits did to the layers.
+        hidden: Hidden units.
+        embedding: Columns of the layer embedding.
+        seed: Of the random initial values.
+
+    Raises:
+        SettingsError: K outside 1 … L, or an unknown size.
+    """
+
+    name = "policy"
+
+    def __init__(
+        self,
+        num_layers: int,
+        device: torch.device,
+        *,
+        size: Size = "fixed",
+        layers_per_edit: int | None = None,
+        history: bool = True,
+        hidden: int = 64,
+        embedding: int = 8,
+        seed: int = 0,
+    ) -> None:
+        super().__init__()
+        if size not in get_args(Size):
+            raise SettingsError(f"size must be one of {get_args(Size)}, got {size!r}")
+        self.size: Size = size
+        self.layers_per_edit = _checked_size(layers_per_edit, num_layers)
+        self.history = history
+        generator = torch.Generator().manual_seed(seed)
+        self.embedding = nn.Parameter(torch.randn(num_layers, embedding, generator=generator))
+        inputs = LAYER_FEATURES + GLOBAL_FEATURES + embedding
+        self.first = _linear(inputs, hidden, generator)
+        self.second = _linear(hidden, hidden, generator)
+        self.score = _linear(hidden, 1, generator)
+        #: What a layer is worth whatever the fact.
+        self.bias = nn.Parameter(torch.zeros(num_layers))
+        share = min(max(self.layers_per_edit / num_layers, 0.01), 0.99)
+        with torch.no_grad():
+            self.score.weight.zero_()
+            self.score.bias.zero_()
+            if size == "learned":
+                self.bias.fill_(float(np.log(share / (1 - share))))
+        self.to(device)
+
+    def reset(self, seed: int) -> None:
+        """Randomness comes with every call."""
+
+    def state(self) -> dict[str, Any]:
+        """Parameters by dotted path."""
+        return dict(self.state_dict())
+
+    def load_state(self, state: Mapping[str, Any]) -> None:
+        """Puts a saved :meth:`state` back."""
+        self.load_state_dict(dict(state))
+
+    def scores(self, observation: Observation) -> Tensor:
+        """L float32 scores."""
+        device = self.bias.device
+        table = torch.from_numpy(np.asarray(observation, np.float32)).to(device)
+        layers = table[:-GLOBAL_FEATURES].view(len(self.bias), LAYER_FEATURES)
+        if not self.history:
+            layers = layers.clone()
+            layers[:, list(HISTORY_FEATURES)] = 0.0
+        rest = table[-GLOBAL_FEATURES:].expand(len(self.bias), -1)
+        rows = torch.cat((layers, rest, self.embedding), 1)
+        hidden = self.second(self.first(rows).tanh()).tanh()
+        scores: Tensor = self.score(hidden)[:, 0] + self.bias
+        return scores
+
+    def choose(
+        self, observation: Observation, capture: Capture, generator: torch.Generator | None = None
+    ) -> Choice:
+        """A sampled choice with its log-probability; without ``generator`` the best one."""
+        scores = self.scores(observation)
+        if self.size == "fixed":
+            return _plackett_luce(scores, self.layers_per_edit, generator)
+        return _independent(scores, generator)
+
+    def log_probability(self, observation: Observation, order: Sequence[int]) -> Tensor:
+        """Of drawing exactly these layers (in this order where K is fixed)."""
+        scores = self.scores(observation)
+        if self.size == "fixed":
+            return _order_log_probability(scores, torch.tensor(list(order), device=scores.device))
+        mask = torch.zeros_like(scores)
+        mask[list(order)] = 1.0
+        return -nn.functional.binary_cross_entropy_with_logits(scores, mask, reduction="sum")
+
+
+def _plackett_luce(scores: Tensor, count: int, generator: torch.Generator | None) -> Choice:
+    if generator is None:
+        mask = torch.zeros_like(scores)
+        mask[scores.topk(count).indices] = 1.0
+        return Choice(_as_mask(mask))
+    # The largest of scores with Gumbel noise, in order, are a draw without replacement.
+    uniform = torch.rand(len(scores), generator=generator).clamp_min(1e-12).to(scores.device)
+    order = (scores.detach() - (-uniform.log()).log()).topk(count).indices
+    mask = torch.zeros_like(scores)
+    mask[order] = 1.0
+    return Choice(_as_mask(mask), _order_log_probability(scores, order))
+
+
+def _order_log_probability(scores: Tensor, order: Tensor) -> Tensor:
+    drawn = scores[order]
+    out = torch.zeros_like(scores, dtype=torch.bool)
+    total = scores.new_zeros(())
+    for place, index in enumerate(order.tolist()):
+        total = total + drawn[place] - scores.masked_fill(out, -torch.inf).logsumexp(0)
+        out = out.clone()
+        out[index] = True
+    return total
+
+
+def _independent(scores: Tensor, generator: torch.Generator | None) -> Choice:
+    if generator is None:
+        mask = (scores > 0).float()
+        mask[scores.argmax()] = 1.0
+        return Choice(_as_mask(mask))
+    uniform = torch.rand(len(scores), generator=generator).to(scores.device)
+    mask = (uniform < scores.detach().sigmoid()).float()
+    loss = nn.functional.binary_cross_entropy_with_logits(scores, mask, reduction="sum")
+    return Choice(_as_mask(mask), -loss)
+
+
+def _as_mask(mask: Tensor) -> NDArray[np.bool_]:
+    found: NDArray[np.bool_] = mask.bool().cpu().numpy()
+    return found
+
+
+def _checked_size(layers_per_edit: int | None, num_layers: int) -> int:
+    size = half(num_layers) if layers_per_edit is None else layers_per_edit
+    if not 1 <= size <= num_layers:
+        raise SettingsError(
+            f"layers_per_edit must be from 1 to the number of candidate layers, {num_layers}; "
+            f"got {layers_per_edit!r}"
+        )
+    return size
+
+
+def _linear(inputs: int, outputs: int, generator: torch.Generator) -> nn.Linear:
+    """A linear map, uniform in ±1/√inputs (torch's default) drawn from a generator."""
+    # Not initialised by torch, which would draw from its global generator.
+    layer = nn.Linear(inputs, outputs, device="meta").to_empty(device="cpu")
+    bound = inputs**-0.5
+    with torch.no_grad():
+        layer.weight.uniform_(-bound, bound, generator=generator)
+        layer.bias.uniform_(-bound, bound, generator=generator)
+    return layer

@@ -1,0 +1,92 @@
+"""Runs an option step by step, where its updates are wanted and not only what came of them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from agents.options import Option
+from agents.protocol import Observation
+from hiedit_env.capture import Capture
+from hiedit_env.envs.base import EditingEnv
+from hiedit_env.updates import Updates
+
+#: Called before every primitive step with the capture; returns the updates to write.
+Policy = Callable[[Capture], Updates]
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """What became of one option: a transition of the semi-Markov decision process.
+
+    Args:
+        reward: Σ_i γ^i r_i over its primitive steps.
+        discount: γ^k after k primitive steps: what the next option's value counts for.
+        steps: k.
+        observation: After the option.
+        ended: Whether the life is over.
+        info: Of the last step.
+    """
+
+    reward: float
+    discount: float
+    steps: int
+    observation: Observation
+    ended: bool
+    info: dict[str, Any]
+
+
+def run_option(
+    env: EditingEnv, option: Option, *, gamma: float = 1.0, policy: Policy | None = None
+) -> Outcome:
+    """Runs an option on the present fact of a LayerSelection environment.
+
+    With γ = 1 and the option's own policy this is ``env.step(option.layers)``, primitive step by
+    primitive step. The model is judged when the fact is over, so all reward is paid then.
+
+    Args:
+        env: The environment, with the option's low level and horizon in use.
+        option: What to run.
+        gamma: Discount per primitive step.
+        policy: In the place of the option's intra-option policy; must observe the same layers.
+    """
+    life = env.life
+    reward, discount, steps = 0.0, 1.0, 0
+    if not option.can_begin(life.capture) or not option.layers.any():
+        # Nothing is written: the environment judges the fact as it is.
+        observation, paid, ended, _, info = env.step(np.zeros(len(option.layers), np.int8))
+        return Outcome(paid, discount, steps, observation, ended, info)
+    while True:
+        capture = life.observe()
+        updates = (policy or option.updates)(capture)
+        observation, paid, ended, _, info = env.apply(updates, judge=False)
+        reward += discount * paid
+        discount *= gamma
+        steps += 1
+        if ended or info["edit_over"]:
+            return Outcome(reward, discount, steps, observation, ended, info)
+
+
+def discounted_returns(outcomes: list[Outcome], horizon: int | None = None) -> list[float]:
+    """G_t = R_t + γ^{k_t} G_{t+1} for every option of a trajectory.
+
+    Args:
+        outcomes: In order.
+        horizon: How many later options' rewards count; None for all that follow, 0 for none.
+
+    >>> one, two = (Outcome(r, 0.5, 1, np.zeros(0, np.float32), False, {}) for r in (1.0, 2.0))
+    >>> discounted_returns([one, two]), discounted_returns([one, two], horizon=0)
+    ([2.0, 2.0], [1.0, 2.0])
+    """
+    returns = []
+    for start in range(len(outcomes)):
+        stop = len(outcomes) if horizon is None else min(start + horizon + 1, len(outcomes))
+        total, weight = 0.0, 1.0
+        for outcome in outcomes[start:stop]:
+            total += weight * outcome.reward
+            weight *= outcome.discount
+        returns.append(total)
+    return returns

@@ -1,0 +1,130 @@
+"""What an agent is made of, as plain data: which high level over which low level, with what."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from agents.hypernetwork import Hypernetwork
+from agents.options import HighLevel, UntrainedChoice
+from agents.routers import PolicyRouter, StraightThroughRouter
+from agents.step_sizes import StepSizePolicy
+from hiedit_env.errors import SettingsError
+from hiedit_env.layer_choice import CHOICES
+from hiedit_env.resident import ResidentLLM
+from hiedit_env.rules import RULES, UpdateRule, make_rule
+
+#: Learned high levels; the simple choices of the environment are high levels too.
+ROUTERS = (StraightThroughRouter.name, PolicyRouter.name)
+#: Low levels besides the closed-form update rules. ``fine-tuning`` is the rule ``gradient``.
+LEARNED_LOW = (Hypernetwork.name, StepSizePolicy.name)
+FINE_TUNING = "fine-tuning"
+
+HIGH_LEVELS = (*CHOICES, *ROUTERS)
+LOW_LEVELS = (*RULES, FINE_TUNING, *LEARNED_LOW)
+
+
+@dataclass(frozen=True, slots=True)
+class AgentSpec:
+    """How to build an agent for a model.
+
+    Args:
+        name: How the agent is called.
+        high: A name of :data:`HIGH_LEVELS`.
+        low: A name of :data:`LOW_LEVELS` or ``"module:Class"``; None for the environment's own.
+        high_settings, low_settings: Keyword arguments of the two.
+        max_steps_per_edit: Horizon of an option; None for the environment's own.
+        train: Defaults of :class:`agents.training.TrainSettings` for this agent.
+        source: Where the settings come from.
+    """
+
+    name: str
+    high: str
+    low: str | None = None
+    high_settings: Mapping[str, Any] = field(default_factory=dict)
+    low_settings: Mapping[str, Any] = field(default_factory=dict)
+    max_steps_per_edit: int | None = None
+    train: Mapping[str, Any] = field(default_factory=dict)
+    source: str = ""
+
+    def __post_init__(self) -> None:
+        if self.high not in HIGH_LEVELS:
+            raise SettingsError(
+                f"unknown high level {self.high!r}; choose one of {', '.join(HIGH_LEVELS)}"
+            )
+        if self.low is not None and self.low not in LOW_LEVELS and ":" not in self.low:
+            raise SettingsError(
+                f"unknown low level {self.low!r}; choose one of {', '.join(LOW_LEVELS)}, or give "
+                "'module:Class'"
+            )
+
+    @property
+    def learns(self) -> bool:
+        """Whether there is anything to train."""
+        return self.high in ROUTERS or self.low in LEARNED_LOW
+
+    def with_layers_per_edit(self, layers_per_edit: int | None) -> AgentSpec:
+        """The same with another K; unchanged where None."""
+        if layers_per_edit is None:
+            return self
+        settings = {**self.high_settings, "layers_per_edit": layers_per_edit}
+        return replace(self, high_settings=settings)
+
+    def make_high(self, llm: ResidentLLM) -> HighLevel:
+        """A fresh high level for a model.
+
+        Raises:
+            SettingsError: settings it does not take.
+        """
+        settings = dict(self.high_settings)
+        try:
+            if self.high == StraightThroughRouter.name:
+                return StraightThroughRouter(llm.shapes, llm.device, **settings)
+            if self.high == PolicyRouter.name:
+                return PolicyRouter(len(llm.layers), llm.device, **settings)
+            return UntrainedChoice(self.high, len(llm.layers), **settings)
+        except TypeError as error:
+            raise SettingsError(f"high level {self.high!r}: {error}") from error
+
+    def make_low(self, llm: ResidentLLM) -> UpdateRule | None:
+        """A fresh low level for a model; None for the environment's own.
+
+        Raises:
+            SettingsError: settings it does not take.
+        """
+        settings = dict(self.low_settings)
+        if self.low is None:
+            return None
+        try:
+            if self.low == Hypernetwork.name:
+                return Hypernetwork(llm.shapes, llm.device, **settings)
+            if self.low == StepSizePolicy.name:
+                return StepSizePolicy(llm.shapes, llm.device, **settings)
+        except TypeError as error:
+            raise SettingsError(f"low level {self.low!r}: {error}") from error
+        name = "gradient" if self.low == FINE_TUNING else self.low
+        return make_rule(name, llm.shapes, llm.device, settings)
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain values, the inverse of :meth:`from_json`."""
+        return {
+            "name": self.name,
+            "high": {"name": self.high, "settings": dict(self.high_settings)},
+            "low": {"name": self.low, "settings": dict(self.low_settings)},
+            "max_steps_per_edit": self.max_steps_per_edit,
+            "source": self.source,
+        }
+
+    @classmethod
+    def from_json(cls, record: Mapping[str, Any]) -> AgentSpec:
+        """The spec of a trained agent's record."""
+        return cls(
+            name=record["name"],
+            high=record["high"]["name"],
+            low=record["low"]["name"],
+            high_settings=record["high"]["settings"],
+            low_settings=record["low"]["settings"],
+            max_steps_per_edit=record["max_steps_per_edit"],
+            source=record["source"],
+        )

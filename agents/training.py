@@ -1,0 +1,302 @@
+"""Trains an agent on the environment: ``hiedit train``.
+
+One loop for every agent. A trajectory is one editing life on a stream of training facts. For each
+fact the high level chooses, the option runs, and
+
+* a trained low level gets the exact gradient of the environment's objective (edit, paraphrases,
+  unrelated prompts, remembered edits, L2) through the overlay, at the edited weights, for every
+  primitive step;
+* a straight-through router gets the same gradient through its gates;
+* a policy router gets REINFORCE (Williams 1992) on the option's reward. What is subtracted is the
+  mean reward of the *other* options sampled for the same fact from the same state (leave-one-out)
+  or, with ``intrinsic``, the reward of the same option with all layers (HiEdit's intrinsic reward).
+
+Gradients are averaged over a window of facts or a whole trajectory, then Adam steps.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any, Protocol, cast, runtime_checkable
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from agents.options import Choice, HierarchicalAgent, Option
+from agents.protocol import Observation
+from agents.routers import PolicyRouter, StraightThroughRouter
+from agents.runner import Outcome, discounted_returns, run_option
+from agents.settings import TrainSettings
+from hiedit_env.capture import Capture
+from hiedit_env.datasets import stream
+from hiedit_env.envs.base import EditingEnv
+from hiedit_env.errors import SettingsError
+from hiedit_env.requests import Request
+from hiedit_env.updates import Updates
+
+#: A row of the training log: one per trajectory.
+LogRow = dict[str, float]
+
+
+@runtime_checkable
+class Trainable(Protocol):
+    """A level with parameters."""
+
+    def parameters(self) -> Any:
+        """What training changes."""
+
+    def state(self) -> dict[str, Any]:
+        """Parameters (and statistics that belong to them) by dotted path."""
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        """Puts a saved state back."""
+
+
+class Trainer:
+    """Trains the levels of one agent in one environment.
+
+    Args:
+        env: A LayerSelection environment; its low level and horizon become the agent's.
+        agent: Built for the environment's model.
+        requests: Training facts.
+        settings: How to train.
+
+    Raises:
+        SettingsError: the agent has nothing to train, or there are too few facts.
+    """
+
+    def __init__(
+        self,
+        env: EditingEnv,
+        agent: HierarchicalAgent,
+        requests: Sequence[Request],
+        settings: TrainSettings,
+    ) -> None:
+        self.env, self.agent, self.settings = env, agent, settings
+        self.requests = list(requests)
+        if settings.edits_per_trajectory > len(self.requests):
+            raise SettingsError(
+                f"edits_per_trajectory is {settings.edits_per_trajectory}, but there are only "
+                f"{len(self.requests)} training facts"
+            )
+        self.high = agent.high
+        self.low = agent.low if isinstance(agent.low, Trainable) else None
+        self.optimizers: dict[str, torch.optim.Adam] = {}
+        if settings.train_low and self.low is not None:
+            self.optimizers["low"] = _adam(self.low, settings.low_learning_rate)
+        if settings.train_high and isinstance(self.high, Trainable):
+            self.optimizers["high"] = _adam(self.high, settings.high_learning_rate)
+        if not self.optimizers:
+            raise SettingsError(
+                f"agent {agent.name!r} has nothing to train: its high level is {self.high.name!r} "
+                f"and its low level {getattr(agent.low, 'name', 'the update rule')!r}"
+            )
+        env.use_low_level(agent.low, max_steps_per_edit=agent.max_steps_per_edit)
+        self._gated = "high" in self.optimizers and isinstance(self.high, StraightThroughRouter)
+        self._sampled = "high" in self.optimizers and isinstance(self.high, PolicyRouter)
+        #: Whether the objective's gradient is needed at all.
+        self._differentiated = "low" in self.optimizers or self._gated
+        self._generator = torch.Generator()
+
+    # -- one trajectory ---------------------------------------------------------------------------
+
+    def trajectory(self, number: int, on_fact: Any = None) -> LogRow:
+        """Plays and learns from trajectory ``number``; everything random follows from it.
+
+        Args:
+            number: From 0.
+            on_fact: Called with every option's :class:`~agents.runner.Outcome`.
+
+        Returns:
+            Means over the trajectory's facts: ``reward``, ``loss`` (per primitive step),
+            ``right_after`` (efficacy, share), ``layers``, ``steps``; and ``updates``, the number of
+            optimiser steps, with the mean ``gradient_norm``.
+        """
+        settings = self.settings
+        seed = np.random.SeedSequence([settings.seed, number])
+        self._generator.manual_seed(int(seed.generate_state(1, np.uint64)[0] >> 1))
+        self.high.reset(int(seed.generate_state(2)[1]))
+        rng = np.random.default_rng(seed)
+        facts = stream(self.requests, settings.edits_per_trajectory, rng)
+        observation, _ = self.env.reset(seed=0, options={"requests": facts})
+        tally = _Tally()
+        surrogates: list[tuple[Tensor, float]] = []
+        outcomes: list[Outcome] = []
+        window = settings.window or len(facts)
+        for place in range(len(facts)):
+            outcome, choice, baseline = self._fact(observation, tally)
+            observation = outcome.observation
+            outcomes.append(outcome)
+            if choice.log_probability is not None and self._sampled:
+                surrogates.append((choice.log_probability, baseline))
+            tally.add(outcome)
+            if on_fact is not None:
+                on_fact(outcome)
+            last = outcome.ended or place + 1 == len(facts)
+            if last or (place + 1) % window == 0:
+                self._reinforce(surrogates, outcomes)
+                tally.norms.append(self._step(len(outcomes)))
+                surrogates, outcomes = [], []
+            if last:
+                break
+        return tally.row()
+
+    # -- one fact ---------------------------------------------------------------------------------
+
+    def _fact(self, observation: Observation, tally: _Tally) -> tuple[Outcome, Choice, float]:
+        """Chooses and runs one option; returns also what to subtract from its return."""
+        settings, env = self.settings, self.env
+        if not self._sampled:
+            sample = self._generator if self._gated else None
+            choice = self.high.choose(observation, env.capture, sample)
+            return self._run(choice, tally), choice, 0.0
+        state = env.save_state()
+        others: list[tuple[Choice, float]] = []
+        for _ in range(settings.samples_per_fact - 1):
+            choice = self.high.choose(observation, env.capture, self._generator)
+            others.append((choice, self._reward(choice.layers)))
+            env.restore_state(state)
+        baseline = 0.0
+        if settings.intrinsic:
+            baseline = self._reward(np.ones(len(env.llm.layers), bool))
+            env.restore_state(state)
+        choice = self.high.choose(observation, env.capture, self._generator)
+        outcome = self._run(choice, tally)
+        if others and not settings.intrinsic:
+            # Leave-one-out: every sample is compared with the mean of the others.
+            rewards = np.array([reward for _, reward in others] + [outcome.reward])
+            means = (rewards.sum() - rewards) / (len(rewards) - 1)
+            baseline = float(means[-1])
+            advantages = rewards[:-1] - means[:-1]
+        else:
+            advantages = np.array([reward - baseline for _, reward in others])
+        for (other, _), advantage in zip(others, advantages, strict=True):
+            # Each of M samples counts a share; the one the life goes on with waits for its return.
+            assert other.log_probability is not None
+            _backward(-other.log_probability * float(advantage) / settings.samples_per_fact)
+        return outcome, choice, baseline
+
+    def _run(self, choice: Choice, tally: _Tally) -> Outcome:
+        option = self._option(choice)
+
+        def learn(capture: Capture) -> Updates:
+            gates = choice.gates if self._gated else None
+            layers = np.ones_like(choice.layers) if gates is not None else choice.layers
+            updates = option.policy.compute(capture, layers, gates)
+            loss = self.env.loss(updates, l2=self.settings.l2)
+            # The graph of the gates is shared by the option's primitive steps.
+            _backward(loss, retain_graph=gates is not None)
+            tally.losses.append(float(loss.detach()))
+            chosen = zip(updates, choice.layers, strict=True)
+            return tuple(
+                update.detach() if update is not None and used else None for update, used in chosen
+            )
+
+        policy = learn if self._differentiated else None
+        return run_option(self.env, option, gamma=self.settings.gamma, policy=policy)
+
+    def _reward(self, layers: np.ndarray) -> float:
+        """What an option would be paid; the caller restores the state."""
+        option = self._option(Choice(layers))
+        return run_option(self.env, option, gamma=self.settings.gamma).reward
+
+    def _option(self, choice: Choice) -> Option:
+        life = self.env.life
+        return Option(choice.layers, life.rule, life.max_steps_per_edit, life.stop_when_answered)
+
+    # -- learning -------------------------------------------------------------------------------
+
+    def _reinforce(self, surrogates: list[tuple[Tensor, float]], outcomes: list[Outcome]) -> None:
+        """Gradient of −Σ log π(ω_t) (G_t − baseline_t) for the options the life went on with."""
+        if not surrogates:
+            return
+        returns = discounted_returns(outcomes, self.settings.credit_horizon)
+        share = self.settings.samples_per_fact
+        terms = [
+            -log_probability * (found - baseline) / share
+            for (log_probability, baseline), found in zip(surrogates, returns, strict=True)
+        ]
+        _backward(torch.stack(terms).sum())
+
+    def _step(self, facts: int) -> float:
+        """One optimiser step on the mean gradient over ``facts``; returns its norm."""
+        total = 0.0
+        for optimizer in self.optimizers.values():
+            parameters = [p for group in optimizer.param_groups for p in group["params"]]
+            for parameter in parameters:
+                if parameter.grad is not None:
+                    parameter.grad /= facts
+            norm = float(nn.utils.clip_grad_norm_(parameters, self.settings.max_grad_norm))
+            if math.isfinite(norm):
+                optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+            total += norm**2
+        return math.sqrt(total)
+
+    # -- state ------------------------------------------------------------------------------------
+
+    def levels(self) -> dict[str, Trainable]:
+        """The levels that have parameters, trained here or not."""
+        found: dict[str, Any] = {"high": self.high, "low": self.agent.low}
+        return {name: level for name, level in found.items() if isinstance(level, Trainable)}
+
+    def optimizer_state(self) -> dict[str, Any]:
+        """The optimisers' moments, nested by level, parameter and name."""
+        return {
+            name: {str(i): dict(entry) for i, entry in optimizer.state_dict()["state"].items()}
+            for name, optimizer in self.optimizers.items()
+        }
+
+    def load_optimizer_state(self, flat: dict[str, Tensor]) -> None:
+        """Puts moments back that were saved by dotted path: ``level.parameter.name``."""
+        for name, optimizer in self.optimizers.items():
+            state: dict[int, dict[str, Tensor]] = {}
+            for path, tensor in flat.items():
+                level, parameter, entry = path.split(".")
+                if level == name:
+                    state.setdefault(int(parameter), {})[entry] = tensor
+            optimizer.load_state_dict({**optimizer.state_dict(), "state": state})
+
+
+class _Tally:
+    """Sums over the facts of a trajectory."""
+
+    def __init__(self) -> None:
+        self.rewards: list[float] = []
+        self.efficacy: list[float] = []
+        self.layers: list[float] = []
+        self.steps: list[float] = []
+        self.losses: list[float] = []
+        self.norms: list[float] = []
+
+    def add(self, outcome: Outcome) -> None:
+        self.rewards.append(outcome.reward)
+        self.efficacy.append(float(outcome.info["metrics"].get("efficacy", 0.0)))
+        self.layers.append(float(np.asarray(outcome.info["layers"]).sum()))
+        self.steps.append(float(outcome.steps))
+
+    def row(self) -> LogRow:
+        def mean(values: list[float]) -> float:
+            return float(np.mean(values)) if values else 0.0
+
+        return {
+            "reward": mean(self.rewards),
+            "loss": mean(self.losses),
+            "right_after": mean(self.efficacy),
+            "layers": mean(self.layers),
+            "steps": mean(self.steps),
+            "updates": float(len(self.norms)),
+            "gradient_norm": mean(self.norms),
+        }
+
+
+def _backward(loss: Tensor, retain_graph: bool = False) -> None:
+    # A choice that leaves nothing to learn (no layer, or an answered fact) has no graph.
+    if loss.requires_grad:
+        torch.autograd.backward(loss, retain_graph=retain_graph)
+
+
+def _adam(level: Trainable, learning_rate: float) -> torch.optim.Adam:
+    return torch.optim.Adam(cast(list[nn.Parameter], list(level.parameters())), learning_rate)
