@@ -32,7 +32,13 @@ from hiedit_env.rules import DecorrelatedRule, LifelongRule, Tokens
 
 Form = Literal["outer", "ridge", "decorrelated"]
 
-#: The closed-form rule every form begins at, and the tokens it uses by default.
+#: The closed-form rule that an untrained hypernetwork of a form is.
+RULE_OF_FORM: Mapping[str, str] = {
+    "outer": "outer-product",
+    "ridge": "ridge",
+    "decorrelated": "decorrelated",
+}
+#: The tokens a form uses by default.
 _DEFAULT_TOKENS: Mapping[str, Tokens] = {"outer": "all", "ridge": "answer", "decorrelated": "all"}
 
 

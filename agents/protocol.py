@@ -64,3 +64,17 @@ class Agent(Protocol):
         info: dict[str, Any],
     ) -> None:
         """Takes in one transition; ``info`` is the information that came with its reward."""
+
+
+@runtime_checkable
+class Trainable(Protocol):
+    """A level with parameters."""
+
+    def parameters(self) -> Any:
+        """What training changes: an iterable of ``torch.nn.Parameter``."""
+
+    def state(self) -> dict[str, Any]:
+        """Parameters, and statistics that belong to them, by dotted path."""
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        """Puts a saved state back."""

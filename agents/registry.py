@@ -1,54 +1,237 @@
-"""From a name to an agent."""
+"""From a name on the command line to an agent.
+
+========================  =====================================================================
+``all-layers``, …         a simple choice of layers over the environment's update rule
+``hiedit``, ``rledit``, … a named agent (:mod:`agents.presets`) with the weights that ship with it
+``DIR``                   a trained agent: a folder that ``hiedit train`` wrote
+``HIGH+LOW``              any high level over any low level; either may also be a DIR, of which
+                          that level is taken
+``module:Class``          an agent of your own
+========================  =====================================================================
+"""
 
 from __future__ import annotations
 
 import importlib
 from collections.abc import Callable, Mapping
-from functools import partial
+from dataclasses import replace
+from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
-from agents.protocol import Agent
+import gymnasium as gym
+from numpy.typing import NDArray
+
+from agents.checkpoints import JSON_FILE, check_fits, part, read_record, read_state
+from agents.options import HierarchicalAgent, layer_selection
+from agents.presets import PRESETS
+from agents.protocol import Agent, Observation, Trainable
 from agents.simple import LayerChoiceAgent
+from agents.spec import HIGH_LEVELS, LOW_LEVELS, AgentSpec
 from hiedit_env.errors import SettingsError
 from hiedit_env.layer_choice import CHOICES
+from hiedit_env.resident import ResidentLLM
 
-#: Makes an agent; called with the keyword ``layers_per_edit`` (an int, or None for the default).
-Factory = Callable[..., Agent]
+#: Where the trained agents that ship with hiedit are: a folder per agent and model.
+SHIPPED = Path(__file__).parent / "trained"
 
-AGENTS: Mapping[str, Factory] = MappingProxyType(
-    {name: partial(LayerChoiceAgent, name) for name in CHOICES}
+#: Names of the agents that come with hiedit, in the order they are listed.
+AGENTS: Mapping[str, str] = MappingProxyType(
+    {
+        **dict.fromkeys(CHOICES, "a simple choice of layers"),
+        **{n: s.source for n, s in PRESETS.items()},
+    }
 )
-"""Names of the agents that come with hiedit -> factory."""
+
+
+class SpecAgent:
+    """An agent that is built from its parts when it meets a model.
+
+    Args:
+        name: How it is called in tables and files.
+        high, low: Spec of which the high and the low level are taken, and the folder with their
+            trained parameters (None: as the spec makes them).
+        layers_per_edit: Overrides the high level's K if it was not trained.
+
+    Raises:
+        CheckpointError: a folder that is no trained agent.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        high: tuple[AgentSpec, Path | None],
+        low: tuple[AgentSpec, Path | None],
+        layers_per_edit: int | None = None,
+    ) -> None:
+        self.name = name
+        spec, self._high_folder = high
+        self._high = spec if self._high_folder else spec.with_layers_per_edit(layers_per_edit)
+        self._low, self._low_folder = low
+        self._built: tuple[ResidentLLM, HierarchicalAgent] | None = None
+
+    @property
+    def spec(self) -> AgentSpec:
+        """The whole agent's spec."""
+        return AgentSpec(
+            name=self.name,
+            high=self._high.high,
+            low=self._low.low,
+            high_settings=self._high.high_settings,
+            low_settings=self._low.low_settings,
+            max_steps_per_edit=self._low.max_steps_per_edit,
+            train={**self._low.train, **self._high.train},
+            source=self._high.source if self._high is self._low else "",
+        )
+
+    def candidate_layers(self, model: str) -> list[str] | None:
+        """The layers it was trained for on a model of this name; None if it takes any."""
+        for spec, folder in ((self._high, self._high_folder), (self._low, self._low_folder)):
+            found = folder or shipped(spec.name, model)
+            if found is not None and (folder is not None or spec.learns):
+                layers: list[str] = read_record(found)["model"]["layers"]
+                return layers
+        return None
+
+    def with_low_settings(self, **settings: Any) -> SpecAgent:
+        """The same agent with other arguments of its low level."""
+        spec = replace(self._low, low_settings={**self._low.low_settings, **settings})
+        high = spec if self._high is self._low else self._high
+        return SpecAgent(self.name, (high, self._high_folder), (spec, self._low_folder))
+
+    def build(
+        self, llm: ResidentLLM, model: str = "", *, trained: bool = True
+    ) -> HierarchicalAgent:
+        """The agent for a model.
+
+        Args:
+            llm: The model.
+            model: Its name, to find the weights that ship for it.
+            trained: If False, parameters of named agents are left as they are made, for training.
+
+        Raises:
+            CheckpointError: its trained parameters do not fit the model.
+            SettingsError: settings that do not fit, or a learned agent without trained parameters.
+        """
+        high, low = self._high.make_high(llm), self._low.make_low(llm, model)
+        for level, kind, spec, folder in (
+            (high, "high", self._high, self._high_folder),
+            (low, "low", self._low, self._low_folder),
+        ):
+            if not isinstance(level, Trainable):
+                continue
+            named = spec.name in PRESETS
+            found = folder or (shipped(spec.name, model) if named and trained else None)
+            if found is not None:
+                record = read_record(found)
+                check_fits(found, record, llm)
+                level.load_state(part(read_state(found, record, llm.device), kind))
+            elif named and trained:
+                raise SettingsError(
+                    f"agent {self.name!r} has to be trained, and no trained one ships for model "
+                    f"{model!r}: run 'hiedit train {spec.name} --model … --out DIR' and give DIR "
+                    "in its place"
+                )
+        return HierarchicalAgent(self.name, high, low, self._low.max_steps_per_edit)
+
+    def reset(self, env: gym.Env[Any, Any], seed: int) -> None:
+        """Builds the agent for the environment's model, once, and makes it ready for a life."""
+        inner = layer_selection(env, self.name)
+        if self._built is None or self._built[0] is not inner.llm:
+            self._built = inner.llm, self.build(inner.llm, inner.model_name)
+        self._built[1].reset(env, seed)
+
+    def select_action(self, observation: Observation, info: dict[str, Any]) -> NDArray[Any]:
+        """L int8, the layers for the present fact."""
+        if self._built is None:
+            raise SettingsError(f"agent {self.name!r} must be reset before it can act")
+        return self._built[1].select_action(observation, info)
+
+    def update(self, *transition: Any, **named: Any) -> None:
+        """Learns nothing here; :mod:`agents.training` trains."""
 
 
 def make_agent(name: str, *, layers_per_edit: int | None = None) -> Agent:
-    """An agent by name.
+    """An agent by name, see the table above.
 
     Args:
-        name: A name of :data:`AGENTS`, or ``"module:Class"`` for one of your own: an
-            :class:`~agents.protocol.Agent`, made as ``Class(layers_per_edit=...)``.
-        layers_per_edit: Layers per fact, for agents that have such a setting.
+        name: What to make.
+        layers_per_edit: Layers per fact, for agents that have such a setting. A class of your own
+            is made as ``Class(layers_per_edit=...)``.
 
     Raises:
         SettingsError: unknown name, a module or class that cannot be imported, or a class that is
             no agent.
+        CheckpointError: a folder that is no trained agent.
 
-    >>> make_agent("all-layers").name
-    'all-layers'
+    >>> make_agent("all-layers").name, make_agent("random-layers+ridge").name
+    ('all-layers', 'random-layers+ridge')
     """
-    if ":" in name:
+    if name in CHOICES:
+        return LayerChoiceAgent(name, layers_per_edit=layers_per_edit)
+    if ":" in name and "+" not in name:
         agent = _import(name)(layers_per_edit=layers_per_edit)
         if not isinstance(agent, Agent):
             raise SettingsError(
                 f"{name!r} is no agent; it needs name, reset, select_action and update"
             )
         return agent
-    if name not in AGENTS:
+    return spec_agent(name, layers_per_edit)
+
+
+def spec_agent(name: str, layers_per_edit: int | None = None) -> SpecAgent:
+    """An agent that has a spec: a named one, a trained one, or ``HIGH+LOW``.
+
+    Raises:
+        SettingsError: unknown name.
+        CheckpointError: a folder that is no trained agent.
+    """
+    if "+" in name and not _is_folder(name):
+        high, _, low = name.partition("+")
+        return SpecAgent(name, _part(high, "high"), _part(low, "low"), layers_per_edit)
+    if name in HIGH_LEVELS:
+        part_of = AgentSpec(name, name), None
+        return SpecAgent(name, part_of, part_of, layers_per_edit)
+    whole = _whole(name)
+    if whole is None:
         raise SettingsError(
-            f"unknown agent {name!r}; choose one of {', '.join(AGENTS)}, or give 'module:Class'"
+            f"unknown agent {name!r}; choose one of {', '.join(AGENTS)}, give the folder of a "
+            "trained agent, HIGH+LOW for any two levels, or 'module:Class'"
         )
-    return AGENTS[name](layers_per_edit=layers_per_edit)
+    return SpecAgent(name, whole, whole, layers_per_edit)
+
+
+def shipped(name: str, model: str) -> Path | None:
+    """Folder of the trained agent that ships for a model; None if there is none."""
+    folder = SHIPPED / f"{name}-{model}"
+    return folder if model and _is_folder(str(folder)) else None
+
+
+def _whole(name: str) -> tuple[AgentSpec, Path | None] | None:
+    if name in PRESETS:
+        return PRESETS[name], None
+    if _is_folder(name):
+        folder = Path(name)
+        return AgentSpec.from_json(read_record(folder)), folder
+    return None
+
+
+def _part(name: str, kind: str) -> tuple[AgentSpec, Path | None]:
+    whole = _whole(name)
+    if whole is not None:
+        return whole
+    if kind == "high":
+        return AgentSpec(name, name), None
+    if name not in LOW_LEVELS and ":" not in name:
+        raise SettingsError(
+            f"unknown low level {name!r}; choose one of {', '.join(LOW_LEVELS)}, give the folder "
+            "of a trained agent, or 'module:Class'"
+        )
+    return AgentSpec(name, "all-layers", name), None
+
+
+def _is_folder(name: str) -> bool:
+    return (Path(name) / JSON_FILE).is_file()
 
 
 def _import(name: str) -> Callable[..., Any]:

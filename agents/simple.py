@@ -58,7 +58,9 @@ class LayerChoiceAgent:
             )
         self._choice = make_choice(self.name, int(space.shape[0]), self.layers_per_edit)
         self._env = env.unwrapped
-        self._generator = np.random.default_rng(seed)
+        # Not from the seed alone: the environment's generator, which draws the stream, is seeded
+        # with it too, and both would give the same numbers.
+        self._generator = np.random.default_rng([seed, 1])
 
     def select_action(self, observation: Observation, info: dict[str, Any]) -> NDArray[np.int8]:
         """L int8, the layers for the present fact."""

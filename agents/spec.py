@@ -6,10 +6,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from agents.hypernetwork import Hypernetwork
+from agents.hypernetwork import RULE_OF_FORM, Hypernetwork
 from agents.options import HighLevel, UntrainedChoice
 from agents.routers import PolicyRouter, StraightThroughRouter
 from agents.step_sizes import StepSizePolicy
+from hiedit_env.envs.settings import MODEL_STEP_SIZES
 from hiedit_env.errors import SettingsError
 from hiedit_env.layer_choice import CHOICES
 from hiedit_env.resident import ResidentLLM
@@ -87,15 +88,22 @@ class AgentSpec:
         except TypeError as error:
             raise SettingsError(f"high level {self.high!r}: {error}") from error
 
-    def make_low(self, llm: ResidentLLM) -> UpdateRule | None:
+    def make_low(self, llm: ResidentLLM, model: str = "") -> UpdateRule | None:
         """A fresh low level for a model; None for the environment's own.
+
+        Args:
+            llm: The model.
+            model: Its name, which may have nominal step sizes of its own.
 
         Raises:
             SettingsError: settings it does not take.
         """
-        settings = dict(self.low_settings)
         if self.low is None:
             return None
+        settings = dict(self.low_settings)
+        known = MODEL_STEP_SIZES.get(model, {}).get(self._rule())
+        if known is not None:
+            settings.setdefault("step_size", known)
         try:
             if self.low == Hypernetwork.name:
                 return Hypernetwork(llm.shapes, llm.device, **settings)
@@ -103,8 +111,16 @@ class AgentSpec:
                 return StepSizePolicy(llm.shapes, llm.device, **settings)
         except TypeError as error:
             raise SettingsError(f"low level {self.low!r}: {error}") from error
-        name = "gradient" if self.low == FINE_TUNING else self.low
+        name = self._rule()
         return make_rule(name, llm.shapes, llm.device, settings)
+
+    def _rule(self) -> str:
+        """The closed-form rule that the low level is or begins as."""
+        if self.low == Hypernetwork.name:
+            return RULE_OF_FORM[self.low_settings.get("form", "outer")]
+        if self.low == StepSizePolicy.name:
+            return str(self.low_settings.get("rule", "decorrelated"))
+        return "gradient" if self.low == FINE_TUNING else str(self.low)
 
     def to_json(self) -> dict[str, Any]:
         """Plain values, the inverse of :meth:`from_json`."""

@@ -18,14 +18,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any, Protocol, cast, runtime_checkable
+from typing import Any, cast
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
 from agents.options import Choice, HierarchicalAgent, Option
-from agents.protocol import Observation
+from agents.protocol import Observation, Trainable
 from agents.routers import PolicyRouter, StraightThroughRouter
 from agents.runner import Outcome, discounted_returns, run_option
 from agents.settings import TrainSettings
@@ -38,20 +38,6 @@ from hiedit_env.updates import Updates
 
 #: A row of the training log: one per trajectory.
 LogRow = dict[str, float]
-
-
-@runtime_checkable
-class Trainable(Protocol):
-    """A level with parameters."""
-
-    def parameters(self) -> Any:
-        """What training changes."""
-
-    def state(self) -> dict[str, Any]:
-        """Parameters (and statistics that belong to them) by dotted path."""
-
-    def load_state(self, state: dict[str, Any]) -> None:
-        """Puts a saved state back."""
 
 
 class Trainer:

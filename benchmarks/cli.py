@@ -46,6 +46,7 @@ def build_parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
     _add_edit(commands)
     _add_compare(commands)
+    _add_train(commands)
     _add_demo(commands)
     return parser
 
@@ -126,6 +127,41 @@ def _add_compare(commands: Any) -> None:
     _add_model(parser)
     _add_rule(parser)
     parser.set_defaults(run=_compare)
+
+
+def _add_train(commands: Any) -> None:
+    from agents.settings import describe
+
+    parser = commands.add_parser(
+        "train",
+        help="train an agent",
+        description="Trains an agent on a model and a data set. Some agents have defaults of "
+        "their own for the options below 'training'.",
+    )
+    parser.add_argument(
+        "agent", metavar="AGENT", help="hiedit, hiedit-paper, rledit, mend, malmen, or HIGH+LOW"
+    )
+    _add_out(parser, "folder of the trained agent")
+    parser.add_argument("--dataset", metavar="NAME_OR_FILE", help="training facts")
+    parser.add_argument("--resume", action="store_true", help="go on from the last checkpoint")
+    parser.add_argument("--no-tensorboard", action="store_true", help="write no TensorBoard files")
+    parser.add_argument("--layers-per-edit", type=int, metavar="K", help="of the high level")
+    parser.add_argument(
+        "--max-steps-per-edit", type=int, metavar="N", help="horizon of the options"
+    )
+    parser.add_argument("--step-size", type=float, metavar="X", help="nominal, of the low level")
+    _add_model(parser)
+    group = parser.add_argument_group("training")
+    for name, (default, text) in describe().items():
+        option = "--" + name.replace("_", "-")
+        if isinstance(default, bool):
+            group.add_argument(
+                option, action=argparse.BooleanOptionalAction, default=None, help=text
+            )
+        else:
+            shown = f"{text} (default: {default})"
+            group.add_argument(option, type=type(default), metavar="X", help=shown)
+    parser.set_defaults(run=_train)
 
 
 def _add_demo(commands: Any) -> None:
@@ -220,6 +256,29 @@ def _compare(given: argparse.Namespace) -> None:
         generation=() if given.no_generation else METRICS,
     )
     compare.main(settings, given.agents, given.seeds, given.out, given.resume)
+
+
+def _train(given: argparse.Namespace) -> None:
+    from agents.registry import spec_agent
+    from agents.settings import TrainSettings, describe
+    from benchmarks import train
+
+    named = {name: getattr(given, name) for name in describe()}
+    named = {name: value for name, value in named.items() if value is not None}
+    run = train.TrainingRun(
+        agent=given.agent,
+        model=given.model,
+        dataset=given.dataset,
+        layers=None if given.layers is None else tuple(given.layers),
+        layers_per_edit=given.layers_per_edit,
+        max_steps_per_edit=given.max_steps_per_edit,
+        step_size=given.step_size,
+        device=given.device,
+        dtype=given.dtype,
+        trust_remote_code=given.trust_remote_code,
+    )
+    settings = TrainSettings(**{**spec_agent(given.agent).spec.train, **named})
+    train.main(run, settings, given.out, given.resume, not given.no_tensorboard)
 
 
 def _demo(given: argparse.Namespace) -> None:

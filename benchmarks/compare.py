@@ -16,11 +16,12 @@ from agents.protocol import Agent
 from agents.registry import make_agent
 from benchmarks.compare_figure import draw
 from benchmarks.episode import Episode, play, stage_bars, unwrapped
-from benchmarks.results import ResultsFolder, Row, versions, write_bytes, write_json
+from benchmarks.results import ResultsFolder, Row, versions, write_json
 from benchmarks.summary import LEGEND, baseline_of, paired_differences, summarise, table
 from hiedit_env.datasets import fingerprint
 from hiedit_env.errors import SettingsError
 from hiedit_env.evaluation import METRICS, Evaluation, UneditedAnswers, evaluate
+from hiedit_env.files import write_bytes
 from hiedit_env.quality import RewardKind
 
 UNEDITED = "no-edit"

@@ -77,6 +77,8 @@ def play(
         options: Passed to ``env.reset``.
         progress: Whether to show a bar on standard error.
     """
+    # The agent before may have brought its own; one that has any brings it when it is reset.
+    unwrapped(env).use_low_level(None)
     agent.reset(env, seed)
     observation, info = env.reset(seed=seed, options=options)
     requests = tuple(fact.request for fact in unwrapped(env).life.facts)

@@ -62,6 +62,7 @@ class Reading:
         self._outputs: list[Tensor] = []
         self._capture: Capture | None = None
 
+    @torch.inference_mode(False)
     def capture(self) -> Capture:
         """Keys and value gradients; the first call runs the backward pass and frees the graph."""
         if self._capture is None:

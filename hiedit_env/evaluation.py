@@ -53,7 +53,7 @@ class UneditedAnswers:
 
     Args:
         llm: The model; its unedited weights are used whatever its present ones are.
-        max_tokens: Tokens of an answer; fewer where the end-of-sequence token comes first.
+        max_tokens: Tokens of an answer; fewer where a token of ``llm.end_ids`` comes first.
 
     Raises:
         SettingsError: ``max_tokens`` below 1.
@@ -87,7 +87,7 @@ class UneditedAnswers:
     def _compute(self, prompts: list[EncodedPrompt], progress: Progress | None) -> None:
         # Whole prefixes are run again for each token: the logits are then those that teacher
         # forcing gives, so that the unedited model agrees with itself also where two are close.
-        limit = self.llm.encoder.max_length
+        limit, ends = self.llm.encoder.max_length, self.llm.end_ids
         generated: list[list[int]] = [[] for _ in prompts]
         running = list(range(len(prompts)))
         for step in range(self.max_tokens):
@@ -103,7 +103,7 @@ class UneditedAnswers:
             running = [
                 i
                 for i in running
-                if generated[i][-1] != self.llm.tokenizer.eos_token_id
+                if generated[i][-1] not in ends
                 and (limit is None or len(prompts[i].prompt_ids) + len(generated[i]) < limit)
             ]
             if progress is not None:
@@ -240,12 +240,11 @@ def _teacher_forced(
     for bucket in llm.buckets(unique):
         batch = llm.batch([unique[i] for i in bucket])
         correct = llm.answer_logits(batch, remember=False).argmax(-1) == batch.labels
-        accuracy.update(
-            zip(batch.prompts, batch.per_prompt_mean(correct.double()).tolist(), strict=True)
-        )
-        exact.update(
-            zip(batch.prompts, batch.per_prompt_all(correct).double().tolist(), strict=True)
-        )
+        # Without float64, which not every device has: counts are exact, and divided here.
+        counts = batch.to_rows(correct, fill=False).sum(1).tolist()
+        for prompt, count in zip(batch.prompts, counts, strict=True):
+            accuracy[prompt] = count / len(prompt.answer_ids)
+            exact[prompt] = float(count == len(prompt.answer_ids))
         if progress is not None:
             progress("teacher forcing", len(accuracy), len(unique))
     return accuracy, exact

@@ -66,8 +66,9 @@ class Quality:
         metrics: Token accuracies whatever the reward kind: ``efficacy``, ``generalization``,
             ``agreement`` (with the reference model's own predictions on unrelated prompts),
             ``retention``; NaN where there is nothing to measure.
-        finite: Whether the losses of all prompts and the divergences of the unrelated ones are;
-            False after numerical collapse. Accuracies do not show it: the argmax of NaN is a token.
+        finite: Whether the losses of all prompts and the divergences of the unrelated ones are.
+            False after numerical collapse: then all levels are NaN and there are no metrics, since
+            accuracies do not show it (the argmax of NaN is a token like any other).
     """
 
     levels: dict[str, float]
@@ -194,7 +195,8 @@ class Evaluator:
                 ]
                 prompts = [fact.prompt, *prompts]
             losses, correct, kl, agree = (values.cpu().double().numpy() for values in scores)
-        finite = bool(np.isfinite(losses).all() and np.isfinite(kl).all())
+        if not (np.isfinite(losses).all() and np.isfinite(kl).all()):
+            return Quality(dict.fromkeys(("edit", "locality", "retention"), np.nan), {}, False)
         means = _Means(fact, remembered, self.decay)
         accuracy = means.split(correct)
         agreement = means.locality(agree)
@@ -226,7 +228,7 @@ class Evaluator:
             "locality": perfect if np.isnan(local) and not means.has_probes else local,
             "retention": parts["retention"] if remembered else perfect,
         }
-        return Quality(levels, metrics, finite)
+        return Quality(levels, metrics, True)
 
     def loss(
         self,

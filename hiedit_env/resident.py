@@ -129,8 +129,12 @@ class ResidentLLM:
         with self._overlay(updates):
             return self._logits(self._split.suffix(hidden), batch)
 
+    @torch.inference_mode(False)
     def read(self, prompt: EncodedPrompt) -> Reading:
-        """Runs one request forward, recording what a later backward pass needs."""
+        """Runs one request forward, recording what a later backward pass needs.
+
+        Works in every gradient mode of the caller.
+        """
         batch = self.batch([prompt])
         hidden = self._prefix(batch)
         inputs: list[Tensor | None] = [None] * len(self.layers)
@@ -152,6 +156,13 @@ class ResidentLLM:
         reading._outputs = cast(list[Tensor], outputs)
         return reading
 
+    @property
+    def end_ids(self) -> frozenset[int]:
+        """Tokens that end a generated text: the tokenizer's, and those the model came with."""
+        own = getattr(self.model.generation_config, "eos_token_id", None)
+        own = own if isinstance(own, list | tuple) else [own]
+        return frozenset(i for i in (self.tokenizer.eos_token_id, *own) if i is not None)
+
     @torch.inference_mode()
     def generate(self, prompts: Sequence[str], max_new_tokens: Sequence[int]) -> list[str]:
         """Greedy continuations, without the prompt and without special tokens.
@@ -160,7 +171,7 @@ class ResidentLLM:
 
         Args:
             prompts: Texts to continue.
-            max_new_tokens: Budget of each; generation also ends at the end-of-sequence token and
+            max_new_tokens: Budget of each; generation also ends at a token of :attr:`end_ids` and
                 where the model's context ends.
         """
         encoded = [self.encoder.encode_prompt(prompt) for prompt in prompts]
@@ -168,7 +179,7 @@ class ResidentLLM:
         room = [(self.encoder.max_length or sys.maxsize) + 1 - len(ids) for ids in encoded]
         budgets = [min(pair) for pair in zip(max_new_tokens, room, strict=True)]
         texts = [""] * len(prompts)
-        pad, end = self.tokenizer.pad_token_id or 0, self.tokenizer.eos_token_id
+        pad, ends = self.tokenizer.pad_token_id or 0, self.end_ids
         make_config = cast(Any, GenerationConfig)  # untyped in transformers
         for group in self._generation_groups(budgets, room):
             longest = max(len(encoded[i]) for i in group)
@@ -181,7 +192,7 @@ class ResidentLLM:
                 do_sample=False,
                 max_new_tokens=max(budgets[i] for i in group),
                 pad_token_id=pad,
-                eos_token_id=end,
+                eos_token_id=sorted(ends) or None,
                 bos_token_id=self.tokenizer.bos_token_id,
             )
             own, self.model.generation_config = self.model.generation_config, make_config()
@@ -196,13 +207,16 @@ class ResidentLLM:
             for row, i in enumerate(group):
                 new = output[row, longest : longest + budgets[i]].tolist()
                 # What pads a row that has ended need not be a special token.
-                texts[i] = self.encoder.decode(new[: new.index(end)] if end in new else new)
+                stop = next((place for place, token in enumerate(new) if token in ends), None)
+                texts[i] = self.encoder.decode(new[:stop])
         return texts
 
     # -- weights ------------------------------------------------------------------------------
 
+    # Never inference tensors, wherever this is called from: a change outlives the caller's mode.
+    @torch.inference_mode(False)
     def commit(self, updates: Updates) -> WeightSnapshot:
-        """Writes updates into the weights.
+        """Writes updates into the weights: all of them, or none if anything fails on the way.
 
         Args:
             updates: One per layer; None leaves a layer alone.
@@ -213,22 +227,24 @@ class ResidentLLM:
         Raises:
             NonFiniteUpdateError, UpdateShapeError: before anything is written.
         """
-        check_updates(updates, self.shapes, self.names, torch.finfo(self.dtype).max)
-        changed = [i for i, update in enumerate(updates) if update is not None]
+        self._check(updates)
+        changed = {i: update for i, update in enumerate(updates) if update is not None}
         before = self.snapshot(changed)
-        with torch.no_grad():
-            for i in changed:
-                update = updates[i]
-                assert update is not None
-                left, right = update.left.detach().float(), update.right.detach().float()
-                if self.layers[i].is_transposed:
-                    left, right = right, left
-                change = self._changes[i]
-                # A new tensor: snapshots hold the old one.
-                self._changes[i] = (
-                    left.mT @ right if change is None else torch.addmm(change, left.mT, right)
-                )
-                self._write(i)
+        try:
+            with torch.no_grad():
+                for i, update in changed.items():
+                    left, right = update.left.detach().float(), update.right.detach().float()
+                    if self.layers[i].is_transposed:
+                        left, right = right, left
+                    change = self._changes[i]
+                    # A new tensor: snapshots hold the old one.
+                    self._changes[i] = (
+                        left.mT @ right if change is None else torch.addmm(change, left.mT, right)
+                    )
+                    self._write(i)
+        except BaseException:
+            self.restore(before)
+            raise
         return before
 
     def snapshot(self, indices: Iterable[int] | None = None) -> WeightSnapshot:
@@ -295,6 +311,9 @@ class ResidentLLM:
 
     # -- inside -------------------------------------------------------------------------------
 
+    def _check(self, updates: Updates) -> None:
+        check_updates(updates, self.shapes, self.names, self.device, torch.finfo(self.dtype).max)
+
     def _weight(self, index: int) -> Tensor:
         return cast(Tensor, self.layers[index].module.weight)
 
@@ -303,7 +322,7 @@ class ResidentLLM:
         weight, base, change = self._weight(index), self._base[index], self._changes[index]
         if weight.data_ptr() == base.data_ptr():
             raise RuntimeError("weights cannot be written inside ResidentLLM.unedited()")
-        with torch.no_grad():
+        with torch.inference_mode(False), torch.no_grad():
             if change is None:
                 weight.copy_(base)
             elif weight.dtype == torch.float32:
@@ -371,7 +390,7 @@ class ResidentLLM:
 
             return hook
 
-        check_updates(updates, self.shapes, self.names, torch.finfo(self.dtype).max)
+        self._check(updates)
         with self._hooks({i: add(i) for i, update in enumerate(updates) if update is not None}):
             yield
 

@@ -61,7 +61,11 @@ Updates = Sequence[LowRankUpdate | None]
 
 
 def check_updates(
-    updates: Updates, shapes: Sequence[tuple[int, int]], names: Sequence[str], largest: float
+    updates: Updates,
+    shapes: Sequence[tuple[int, int]],
+    names: Sequence[str],
+    device: torch.device,
+    largest: float,
 ) -> None:
     """Refuses updates that do not fit or are not finite, before anything is written.
 
@@ -69,22 +73,29 @@ def check_updates(
         updates: One entry per layer.
         shapes: ``(d_in, d_out)`` per layer.
         names: Layer names for messages.
+        device: Where the layers are.
         largest: Largest magnitude the weights' dtype can hold.
 
     Raises:
-        UpdateShapeError: wrong number of updates or wrong shapes.
+        UpdateShapeError: no sequence of updates, a wrong number of them, wrong shapes, or factors
+            that are no float tensors of one dtype on the layers' device.
         NonFiniteUpdateError: a factor holds NaN or infinity, or the product would overflow.
     """
+    if not isinstance(updates, Sequence):
+        raise UpdateShapeError(
+            f"updates must be a list of one LowRankUpdate or None per layer, got {updates!r:.200}"
+        )
     if len(updates) != len(shapes):
         raise UpdateShapeError(
             f"got {len(updates)} updates for {len(shapes)} candidate layers; give one per layer, "
             "None where a layer is left alone"
         )
-    norms: list[Tensor] = []
+    factors: list[Tensor] = []
     bounded: list[str] = []
     for update, (d_in, d_out), name in zip(updates, shapes, names, strict=True):
         if update is None:
             continue
+        _check_factors(update, name, device)
         left, right = update.left, update.right
         fits = left.ndim == right.ndim == 2 and left.shape[0] == right.shape[0]
         if not fits or left.shape[1] != d_in or right.shape[1] != d_out:
@@ -92,14 +103,14 @@ def check_updates(
                 f"update of {name} has left {tuple(left.shape)} and right {tuple(right.shape)}; "
                 f"expected (r, {d_in}) and (r, {d_out})"
             )
-        for factor in (left, right):
-            norms.append(torch.linalg.vector_norm(factor.detach(), dtype=torch.float64))
-        bounded.append(name)
-    if not norms:
+        if left.shape[0]:  # of rank 0 it changes nothing
+            factors += (left, right)
+            bounded.append(name)
+    if not bounded:
         return
     limit = min(_LARGEST_ENTRY, largest / 2)
-    values = torch.stack(norms).tolist()
-    for name, left_norm, right_norm in zip(bounded, values[::2], values[1::2], strict=True):
+    norms = _norms(factors)
+    for name, left_norm, right_norm in zip(bounded, norms[::2], norms[1::2], strict=True):
         # Cauchy and Schwarz: no entry of the product is larger than the product of the norms.
         bound = left_norm * right_norm
         if not math.isfinite(bound) or bound > limit:
@@ -107,6 +118,46 @@ def check_updates(
                 f"update of {name} is not finite (entries up to {bound:g} are possible, at most "
                 f"{limit:g} are safe); nothing was written. A smaller step size usually helps"
             )
+
+
+def _check_factors(update: object, name: str, device: torch.device) -> None:
+    """Refuses what is no pair of float tensors of one dtype on the layers' device."""
+    if not isinstance(update, LowRankUpdate):
+        raise UpdateShapeError(
+            f"update of {name} must be a LowRankUpdate or None, got {update!r:.200}"
+        )
+    factors = (update.left, update.right)
+    if not all(isinstance(factor, Tensor) for factor in factors):
+        kinds = [type(factor).__name__ for factor in factors]
+        raise UpdateShapeError(f"update of {name} must be made of two tensors, got {kinds}")
+    dtypes, devices = ([getattr(f, what) for f in factors] for what in ("dtype", "device"))
+    if not dtypes[0].is_floating_point or dtypes[0] != dtypes[1]:
+        raise UpdateShapeError(
+            f"update of {name} has factors of {dtypes[0]} and {dtypes[1]}; both must be of the "
+            "same float type"
+        )
+    if set(devices) != {device}:
+        raise UpdateShapeError(
+            f"update of {name} has factors on {devices[0]} and {devices[1]}, but the layer is on "
+            f"{device}; move them there"
+        )
+
+
+def _norms(factors: Sequence[Tensor]) -> list[float]:
+    """Frobenius norms of factors with at least one entry.
+
+    Without float64, which not every device has: float32 numbers are divided by the largest before
+    they are squared, and multiplied by it as Python floats.
+    """
+    tiny = torch.finfo(torch.float32).tiny
+    pairs: list[Tensor] = []
+    for factor in factors:
+        # As commit will see it: what float32 cannot hold is infinite.
+        numbers = factor.detach().float()
+        largest = torch.linalg.vector_norm(numbers, ord=torch.inf)
+        pairs += (largest, torch.linalg.vector_norm(numbers / largest.clamp_min(tiny)))
+    values = torch.stack(pairs).tolist()
+    return [largest * norm for largest, norm in zip(values[::2], values[1::2], strict=True)]
 
 
 def layer_groups(shapes: Sequence[tuple[int, int]]) -> list[list[int]]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 import pytest
@@ -11,6 +11,7 @@ import torch
 from gymnasium.error import ResetNeeded
 
 from hiedit_env.envs.lifelong_edit import LifelongEdit
+from hiedit_env.envs.settings import DEFAULT_WEIGHTS, reward_weights
 from hiedit_env.errors import ActionError, DatasetError, HieditError, PromptError, SettingsError
 from hiedit_env.requests import Request
 from tests.lives import IDS, LIFELONG, SELECTION, STEP_SIZE, L, act, make, roll, shown
@@ -118,29 +119,87 @@ def test_a_step_before_reset_and_after_the_end_is_refused(name: str) -> None:
     env.step(act(name))
 
 
-@pytest.mark.parametrize(
-    ("settings", "error", "words"),
-    [
-        ({"model": torch.nn.Linear(1, 1)}, SettingsError, "Linear.*live model"),
-        ({"num_edits": 0}, SettingsError, "num_edits.*0"),
-        ({"num_edits": 100_000}, DatasetError, "100000"),
-        ({"max_steps_per_edit": 0}, SettingsError, "max_steps_per_edit.*0"),
-        ({"retention_window": -1}, SettingsError, "retention_window.*-1"),
-        ({"retention_decay": 0.0}, SettingsError, r"retention_decay.*0\.0"),
-        ({"reward": "luck"}, SettingsError, "reward.*'loss'.*'luck'"),
-        ({"reward_weights": {"luck": 1.0}}, SettingsError, "'luck'.*collapse"),
-        ({"reward_weights": {"edit": float("nan")}}, SettingsError, "'edit'.*nan"),
-        ({"reward_weights": {"edit": -1.0}}, SettingsError, "'edit'.*-1"),
-        ({"locality_reference": "next"}, SettingsError, "locality_reference.*'next'"),
-        ({"update_rule": "magic"}, SettingsError, "'magic'"),
-        ({"step_size": 0.0}, SettingsError, r"step_size.*0\.0"),
-    ],
-)
-def test_bad_settings_name_the_value(
-    settings: dict[str, Any], error: type[HieditError], words: str
+BAD_SETTINGS: list[tuple[dict[str, Any], type[HieditError], str]] = [
+    ({"model": torch.nn.Linear(1, 1)}, SettingsError, "Linear.*live model"),
+    ({"num_edits": 0}, SettingsError, "num_edits.*0"),
+    ({"num_edits": 100_000}, DatasetError, "100000"),
+    ({"dataset": 3}, SettingsError, "dataset.*name, a path or None.*3"),
+    ({"max_steps_per_edit": 0}, SettingsError, "max_steps_per_edit.*≥ 1.*0"),
+    ({"max_steps_per_edit": 2.5}, SettingsError, r"max_steps_per_edit.*whole.*2\.5"),
+    ({"max_steps_per_edit": True}, SettingsError, "max_steps_per_edit.*whole.*True"),
+    ({"retention_window": -1}, SettingsError, "retention_window.*≥ 0.*-1"),
+    ({"retention_window": 1.5}, SettingsError, r"retention_window.*whole.*1\.5"),
+    ({"retention_decay": 0.0}, SettingsError, r"retention_decay.*\(0, 1\].*0\.0"),
+    ({"retention_decay": "a"}, SettingsError, r"retention_decay.*\(0, 1\].*'a'"),
+    ({"reward": "luck"}, SettingsError, "reward.*'loss'.*'luck'"),
+    ({"reward_weights": {"luck": 1.0}}, SettingsError, "'luck'.*collapse"),
+    ({"reward_weights": {"edit": float("nan")}}, SettingsError, "'edit'.*≥ 0.*nan"),
+    ({"reward_weights": {"edit": float("inf")}}, SettingsError, "'edit'.*finite.*inf"),
+    ({"reward_weights": {"edit": -1.0}}, SettingsError, "'edit'.*-1"),
+    ({"reward_weights": {"edit": "a"}}, SettingsError, "'edit'.*number.*'a'"),
+    ({"reward_weights": 3}, SettingsError, "reward_weights.*dict.*3"),
+    ({"locality_reference": "next"}, SettingsError, "locality_reference.*'next'"),
+    ({"intrinsic": "no"}, SettingsError, "intrinsic.*True or False.*'no'"),
+    ({"shuffle": 1}, SettingsError, "shuffle.*True or False.*1"),
+    ({"stop_when_answered": None}, SettingsError, "stop_when_answered.*True or False.*None"),
+    ({"trust_remote_code": "False"}, SettingsError, "trust_remote_code.*True or False"),
+    ({"update_rule": "magic"}, SettingsError, "'magic'.*decorrelated"),
+    ({"update_rule": 3}, SettingsError, "update_rule.*'module:Class'.*3"),
+    ({"update_rule": "no.such.module:Rule"}, SettingsError, "cannot be imported"),
+    ({"update_rule": "hiedit_env.rules:NoRule"}, SettingsError, "cannot be imported"),
+    ({"update_rule_settings": 3}, SettingsError, "update_rule_settings.*dict.*3"),
+    ({"update_rule_settings": {"luck": 1}}, SettingsError, "'outer-product'.*luck"),
+    ({"step_size": 0.0}, SettingsError, r"step_size.*0\.0"),
+    (
+        {"step_size": 0.1, "update_rule_settings": {"step_size": 0.2}},
+        SettingsError,
+        r"0\.1.*0\.2.*leave one",
+    ),
+]
+
+
+@pytest.mark.parametrize(("settings", "error", "words"), BAD_SETTINGS)
+def test_bad_settings_name_the_value_before_the_model_is_loaded(
+    monkeypatch: pytest.MonkeyPatch,
+    settings: dict[str, Any],
+    error: type[HieditError],
+    words: str,
 ) -> None:
+    monkeypatch.setattr("hiedit_env.envs.base.load_model", forbidden)
     with pytest.raises(error, match=words):
         make(LIFELONG, **settings)
+
+
+def forbidden(*_: Any, **__: Any) -> NoReturn:
+    raise AssertionError("the model must not be loaded")
+
+
+def test_good_settings_load_the_model(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("hiedit_env.envs.base.load_model", forbidden)
+    numbers = {"max_steps_per_edit": np.int64(2), "retention_window": 0, "retention_decay": 1}
+    switches = {"intrinsic": np.True_, "shuffle": False}
+    with pytest.raises(AssertionError, match="must not be loaded"):
+        make(LIFELONG, reward_weights={"edit": 0, "collapse": np.float32(2)}, **numbers, **switches)
+
+
+def test_the_weights_of_terms_are_the_given_ones_and_the_rest_by_default() -> None:
+    assert reward_weights(None) == DEFAULT_WEIGHTS
+    assert reward_weights({"edit": 3}) == {**DEFAULT_WEIGHTS, "edit": 3.0}
+    assert DEFAULT_WEIGHTS["edit"] == 1.0
+
+
+@pytest.mark.parametrize(
+    ("given", "wanted"),
+    [
+        ({}, 2e-3),  # tuned for the tiny model
+        ({"step_size": 0.25}, 0.25),
+        ({"update_rule_settings": {"step_size": 0.25}}, 0.25),
+        ({"update_rule_settings": {"tokens": "answer"}}, 2e-3),
+    ],
+)
+def test_an_explicit_step_size_wins(given: dict[str, Any], wanted: float) -> None:
+    env = make(LIFELONG, **({"step_size": None} | given))
+    assert env.life.rule.step_size == wanted
 
 
 def test_an_unknown_render_mode_is_refused() -> None:
@@ -160,9 +219,12 @@ def test_bad_high_levels(settings: dict[str, Any]) -> None:
 REQUEST = Request("Belka lives in", "Istrand", "Belka")
 
 
-REFUSED: list[tuple[dict[str, Any], type[HieditError], str]] = [
+REFUSED: list[tuple[Any, type[HieditError], str]] = [
     ({"request": [REQUEST]}, SettingsError, "request.*'requests'"),
     ({"requests": []}, SettingsError, "at least one"),
+    ({"requests": 5}, SettingsError, "list of hiedit Requests.*5"),
+    ({"requests": REQUEST}, SettingsError, "list of hiedit Requests.*Belka"),
+    (["requests"], SettingsError, r"dict.*\['requests'\]"),
     ({"requests": ["Belka lives in"]}, SettingsError, "Requests.*Belka"),
     (
         {"requests": [REQUEST, Request("Belka " * 100, "Istrand", "Belka", source="row 7")]},

@@ -19,6 +19,7 @@ from hiedit_env.updates import LowRankUpdate, Updates
 from tests.factories import random_updates
 from tests.lives import (
     IDS,
+    KINDS,
     LIFELONG,
     SELECTION,
     L,
@@ -158,11 +159,13 @@ def test_a_rule_that_gives_nan_ends_the_life(name: str) -> None:
         env.step(act(name))
 
 
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("steps", [1, 5])
 @pytest.mark.parametrize("name", IDS)
-def test_a_loss_that_is_not_finite_ends_the_life(name: str, steps: int) -> None:
-    # Entries of 1e20 are finite, but gate times up is not.
-    env = make(name, step_size=1e20, max_steps_per_edit=steps, reward_weights={"collapse": 3.0})
+def test_a_loss_that_is_not_finite_ends_the_life(name: str, steps: int, kind: str) -> None:
+    # Entries of 1e20 are finite, but gate times up is not. Accuracies of NaN logits are.
+    settings: dict[str, Any] = {"max_steps_per_edit": steps, "reward": kind}
+    env = make(name, step_size=1e20, reward_weights={"collapse": 3.0}, **settings)
     env.reset(seed=0)
     before = bits(env)
     assert_collapsed(env.step(act(name)), "numerical_collapse", -3.0)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import pytest
@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from hiedit_env.envs.base import EditingEnv
-from hiedit_env.errors import PromptError, SettingsError
-from hiedit_env.quality import DEFAULT_WEIGHTS, EncodedFact, Evaluator, Quality, reward_weights
+from hiedit_env.errors import PromptError
+from hiedit_env.quality import EncodedFact, Evaluator
 from hiedit_env.requests import Probe, Request
 from hiedit_env.updates import LowRankUpdate, Updates
 from tests import factories
@@ -56,16 +56,6 @@ def edited() -> EditingEnv:
 
 def requests_of(facts: tuple[EncodedFact, ...]) -> list[Request]:
     return [fact.request for fact in facts]
-
-
-def test_weights_of_terms() -> None:
-    assert reward_weights(None) == DEFAULT_WEIGHTS
-    assert reward_weights({"edit": 3}) == {**DEFAULT_WEIGHTS, "edit": 3.0}
-    assert DEFAULT_WEIGHTS["edit"] == 1.0
-    with pytest.raises(SettingsError, match=r"'edits'.*edit, locality, sparsity, retention"):
-        reward_weights({"edits": 1.0})
-    with pytest.raises(SettingsError, match=r"'edit'.*inf"):
-        reward_weights({"edit": float("inf")})
 
 
 # Levels
@@ -205,12 +195,31 @@ def test_a_text_that_is_too_long_names_its_source() -> None:
             env.life.evaluator.encode(request)
 
 
-@pytest.mark.parametrize("level", ["edit", "locality", "retention"])
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
-def test_a_quality_that_is_not_finite_says_so(level: str, value: float) -> None:
-    levels = {"edit": -1.0, "locality": 0.0, "retention": 0.0}
-    assert Quality(levels, {"generalization": float("nan")}).finite
-    assert not Quality({**levels, level: value}, {}).finite
+@pytest.mark.parametrize("place", range(5))
+def test_a_quality_that_is_not_finite_says_so(
+    monkeypatch: pytest.MonkeyPatch, place: int, value: float, kind: Any
+) -> None:
+    """One bad number is enough: of the fact, a paraphrase, a probe, or of what is remembered."""
+    llm = factories.resident()
+    evaluator = Evaluator(llm, kind=kind)
+    request = Request("w5", "w6", "w5")
+    prompts = [llm.encode(f"w{i} w9", "w4") for i in range(3, 8)]
+    fact = EncodedFact(request, prompts[0], (prompts[1],), (prompts[2],))
+    old = [EncodedFact(request, prompts[3], (), (prompts[4],))]
+    evaluator.begin(fact, old)
+    assert evaluator.evaluate(fact, old).finite
+    inner = evaluator._scores
+
+    def spoiled(given: Sequence[Any], logits: Tensor, labels: Tensor) -> tuple[Tensor, ...]:
+        losses, correct, kl, agree = inner(given, logits, labels)
+        row = [p for p in given for _ in p.answer_ids].index(prompts[place])
+        (kl if place in (2, 4) else losses)[row] = value
+        return losses, correct, kl, agree
+
+    monkeypatch.setattr(evaluator, "_scores", spoiled)
+    assert not evaluator.evaluate(fact, old).finite
 
 
 # The differentiable loss

@@ -20,6 +20,7 @@ from hiedit_env.architectures import find_candidates
 from hiedit_env.capture import Capture
 from hiedit_env.datasets import load_requests, stream
 from hiedit_env.editing import LEVELS, EditingLife, NumericalCollapse
+from hiedit_env.envs.settings import MODEL_STEP_SIZES as MODEL_STEP_SIZES
 from hiedit_env.envs.settings import RENDER_MODES, check_settings, draw_stream, rule_settings
 from hiedit_env.envs.settings import reward_weights as weights_of_terms
 from hiedit_env.envs.state import EnvState
@@ -76,9 +77,9 @@ class EditingEnv(gym.Env[NDArray[np.float32], Any], gym.utils.EzPickle):
         self.intrinsic = intrinsic
         self.shuffle = shuffle
         self.num_edits = num_edits
-        if dataset is None:
-            dataset = "tiny-facts" if model == "tiny" else "world-facts"
-        self.requests = load_requests(dataset)
+        self.model_name = model
+        self.dataset = dataset or ("tiny-facts" if model == "tiny" else "world-facts")
+        self.requests = load_requests(self.dataset)
         stream(self.requests, num_edits, np.random.default_rng(0))
         loaded = load_model(
             model,
@@ -88,12 +89,10 @@ class EditingEnv(gym.Env[NDArray[np.float32], Any], gym.utils.EzPickle):
             progress=progress,
         )
         candidates = find_candidates(loaded.model, layers, model)
-        self.llm = ResidentLLM(loaded.model, loaded.tokenizer, candidates)
-        evaluator = Evaluator(
-            self.llm, kind=reward, decay=retention_decay, reference=locality_reference
-        )
+        self.llm = llm = ResidentLLM(loaded.model, loaded.tokenizer, candidates)
+        evaluator = Evaluator(llm, kind=reward, decay=retention_decay, reference=locality_reference)
         self._own_low_level = make_rule(
-            update_rule, self.llm.shapes, self.llm.device, rule_settings(settings)
+            update_rule, llm.shapes, llm.device, rule_settings(settings)
         )
         self._own_max_steps = max_steps_per_edit
         self.life = EditingLife(
@@ -184,9 +183,8 @@ class EditingEnv(gym.Env[NDArray[np.float32], Any], gym.utils.EzPickle):
             UpdateShapeError, NonFiniteUpdateError: updates that do not fit or are not finite.
         """
         self._require_running()
-        return self.life.evaluator.loss(
-            self.life.fact, self.life.remembered, updates, self.weights_of_terms, l2
-        )
+        life = self.life
+        return life.evaluator.loss(life.fact, life.remembered, updates, self.weights_of_terms, l2)
 
     def apply(self, updates: Updates, *, judge: bool = True) -> Step:
         """Writes the given updates as one primitive step of the present fact.

@@ -1,0 +1,81 @@
+"""The named agents: which levels, which settings, and where each comes from.
+
+Sizes of the papers' networks are for 8-billion-parameter models (d_in + d_out = 18,432); the ranks
+here keep about their ratio to the layer size on small models. Published step sizes (1e-6) do
+nothing to a 135-million-parameter model within one step; the nominal ones here are our tuning.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from types import MappingProxyType
+
+from agents.spec import AgentSpec
+
+_MEND_LOSS = {"locality_weight": 1.0, "l2": 1e-2}
+_MALMEN_LOSS = {"locality_weight": 0.6, "l2": 1e-4}
+_ONE_EDIT = {"retention_window": 0, "retention_weight": 0.0}
+
+HIEDIT = AgentSpec(
+    name="hiedit",
+    high="policy",
+    low="hypernetwork",
+    low_settings={"form": "decorrelated", "rank": 64, "blocks": 1},
+    max_steps_per_edit=5,
+    source="ours: options of several steps, a policy-gradient router over the observation, a "
+    "hypernetwork over decorrelated keys",
+)
+HIEDIT_PAPER = AgentSpec(
+    name="hiedit-paper",
+    high="straight-through",
+    low="hypernetwork",
+    high_settings={"hidden": 256},
+    low_settings={"form": "outer", "rank": 256, "blocks": 2},
+    max_steps_per_edit=1,
+    train={**_MEND_LOSS, "retention_window": 10, "retention_decay": 0.95},
+    source="arXiv 2604.11214 and config/editor/hiedit.yaml of its released code; step size, rank "
+    "and learning rates ours",
+)
+RLEDIT = AgentSpec(
+    name="rledit",
+    high="all-layers",
+    low="hypernetwork",
+    low_settings={"form": "ridge", "rank": 128, "blocks": 4},
+    max_steps_per_edit=1,
+    train={**_MALMEN_LOSS, "retention_window": 10, "retention_decay": 0.95},
+    source="arXiv 2502.05759 and config/editor/rledit.yaml of its released code; step size, rank "
+    "and learning rate ours",
+)
+MEND = AgentSpec(
+    name="mend",
+    high="all-layers",
+    low="hypernetwork",
+    low_settings={"form": "outer", "rank": 256, "blocks": 2},
+    max_steps_per_edit=1,
+    train={**_MEND_LOSS, **_ONE_EDIT, "window": 1},
+    source="arXiv 2110.11309 and config/editor/mend.yaml of RLEdit's released code; step size, "
+    "rank and learning rate ours",
+)
+MALMEN = AgentSpec(
+    name="malmen",
+    high="all-layers",
+    low="hypernetwork",
+    low_settings={"form": "ridge", "rank": 128, "blocks": 4},
+    max_steps_per_edit=1,
+    train={**_MALMEN_LOSS, **_ONE_EDIT, "window": 1},
+    source="arXiv 2311.04661 and config/editor/malmen.yaml of RLEdit's released code, one fact at "
+    "a time; step size, rank and learning rate ours",
+)
+ULTRAEDIT = AgentSpec(
+    name="ultraedit",
+    high="all-layers",
+    low="ridge",
+    max_steps_per_edit=1,
+    source="arXiv 2505.14679 and editor/ultraedit.py of its released code; nothing is trained, "
+    "step size ours",
+)
+
+#: Named agents by name.
+PRESETS: Mapping[str, AgentSpec] = MappingProxyType(
+    {spec.name: spec for spec in (HIEDIT, HIEDIT_PAPER, RLEDIT, MEND, MALMEN, ULTRAEDIT)}
+)

@@ -1,0 +1,344 @@
+"""Training an agent on a model and a data set, with checkpoints: ``hiedit train``."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import sys
+from collections.abc import Mapping, Sequence
+from contextlib import closing
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import gymnasium as gym
+
+import hiedit_env  # noqa: F401 - registers the environments
+from agents.checkpoints import (
+    JSON_FILE,
+    check_fits,
+    describe_model,
+    flatten,
+    part,
+    read_record,
+    read_state,
+    save_agent,
+)
+from agents.options import HierarchicalAgent
+from agents.registry import SpecAgent, spec_agent
+from agents.runner import Outcome
+from agents.settings import TrainSettings
+from agents.spec import AgentSpec
+from agents.training import LogRow, Trainer
+from benchmarks.episode import bar, play, stage_bars, unwrapped
+from benchmarks.results import plain, versions, write_json
+from hiedit_env.datasets import fingerprint, split_by_subject
+from hiedit_env.envs.base import EditingEnv
+from hiedit_env.errors import ResultsExistError, SettingsError
+from hiedit_env.evaluation import UneditedAnswers, evaluate
+from hiedit_env.requests import Request
+
+
+@dataclass(frozen=True, slots=True)
+class TrainingRun:
+    """Where and on what to train; ``TrainSettings`` says how.
+
+    Args:
+        agent: Name for :func:`agents.registry.spec_agent`.
+        model, dataset, layers, device, dtype, trust_remote_code: As for ``LifelongEdit``.
+        layers_per_edit: K of the high level; None for its default.
+        max_steps_per_edit: Horizon of the options; None for the agent's own, or 5.
+        step_size: Nominal step size of the low level; None for its default.
+    """
+
+    agent: str
+    model: str = "smollm2-135m"
+    dataset: str | None = None
+    layers: tuple[str, ...] | None = None
+    layers_per_edit: int | None = None
+    max_steps_per_edit: int | None = None
+    step_size: float | None = None
+    device: str = "cpu"
+    dtype: str = "float32"
+    trust_remote_code: bool = False
+
+
+def train(
+    run: TrainingRun,
+    settings: TrainSettings,
+    out: Path,
+    *,
+    resume: bool = False,
+    progress: bool = True,
+    tensorboard: bool = True,
+) -> dict[str, Any]:
+    """Trains, saves and evaluates an agent.
+
+    ``out`` gets ``agent.json`` and ``agent.safetensors`` (the trained agent, for ``--agents out``),
+    ``train.jsonl`` (a row per trajectory), ``evaluation.json`` (metrics on held-out facts),
+    ``tensorboard/`` and, while training, ``checkpoint-N/``.
+
+    Args:
+        run: Where and on what.
+        settings: How.
+        out: A folder without a trained agent or checkpoint, unless ``resume``.
+        resume: Go on from the last checkpoint; the result is that of an uninterrupted run.
+        progress: Whether to show progress on standard error.
+        tensorboard: Whether to write TensorBoard files, if it is installed.
+
+    Returns:
+        What ``evaluation.json`` holds; empty without an evaluation.
+
+    Raises:
+        ResultsExistError: ``out`` holds results and ``resume`` is False.
+        SettingsError: nothing to train, too few facts, or a resumed run with other settings.
+        CheckpointError: a checkpoint that cannot be read or does not fit.
+    """
+    editor = spec_agent(run.agent, run.layers_per_edit)
+    if not editor.spec.learns:
+        raise SettingsError(f"agent {run.agent!r} has nothing to train")
+    folder = _Checkpoints(out, {"run": asdict(run), "settings": asdict(settings)}, resume)
+    with closing(make_env(run, settings, editor, progress)) as env:
+        inner = unwrapped(env)
+        training, held_out = split_by_subject(
+            inner.requests, held_out=settings.held_out, seed=settings.seed
+        )
+        agent, spec = build(editor, inner, run)
+        trainer = Trainer(inner, agent, training, settings)
+        folder.create()
+        rows = folder.load(trainer, inner) if resume else []
+        about = {
+            "model_name": run.model,
+            "model": describe_model(inner.llm),
+            "training": {
+                **folder.settings,
+                "dataset_fingerprint": fingerprint(inner.requests),
+                "facts": len(training),
+                "versions": versions(),
+            },
+        }
+        with _Log(out, rows, progress, tensorboard, settings) as log:
+            for number in range(len(rows), settings.trajectories):
+                log.add(trainer.trajectory(number, log.fact))
+                folder.save(trainer, spec, about, log.rows)
+        save_agent(out, spec, _parameters(trainer), {**about, "log": log.rows[-1]})
+        result = _evaluate(env, agent, held_out, settings, progress)
+        if result:
+            write_json(out / "evaluation.json", result)
+    folder.clear()
+    return result
+
+
+def make_env(
+    run: TrainingRun, settings: TrainSettings, editor: SpecAgent, progress: bool
+) -> gym.Env[Any, Any]:
+    """The environment an agent is trained in."""
+    layers = run.layers or editor.candidate_layers(run.model)
+    return gym.make(
+        "hiedit/LayerSelection-v0",
+        disable_env_checker=True,
+        model=run.model,
+        dataset=run.dataset,
+        num_edits=None,
+        max_steps_per_edit=run.max_steps_per_edit or editor.spec.max_steps_per_edit or 5,
+        layers=layers,
+        device=run.device,
+        dtype=run.dtype,
+        trust_remote_code=run.trust_remote_code,
+        progress=progress,
+        reward_weights=settings.reward_weights(),
+        retention_window=settings.retention_window,
+        retention_decay=settings.retention_decay,
+    )
+
+
+def build(
+    editor: SpecAgent, env: EditingEnv, run: TrainingRun
+) -> tuple[HierarchicalAgent, AgentSpec]:
+    """The agent to train, and the spec that makes it again."""
+    if run.step_size is not None:
+        editor = editor.with_low_settings(step_size=run.step_size)
+    agent = editor.build(env.llm, run.model, trained=False)
+    agent.max_steps_per_edit = run.max_steps_per_edit or agent.max_steps_per_edit
+    spec = editor.spec
+    low_settings = dict(spec.low_settings)
+    if agent.low is not None:
+        low_settings["step_size"] = agent.low.step_size
+    return agent, replace(
+        spec,
+        name=run.agent,
+        low_settings=low_settings,
+        max_steps_per_edit=agent.max_steps_per_edit,
+    )
+
+
+def _parameters(trainer: Trainer) -> dict[str, Any]:
+    return {name: level.state() for name, level in trainer.levels().items()}
+
+
+def _evaluate(
+    env: gym.Env[Any, Any],
+    agent: HierarchicalAgent,
+    held_out: Sequence[Request],
+    settings: TrainSettings,
+    progress: bool,
+) -> dict[str, Any]:
+    requests = list(held_out[: settings.evaluation_edits])
+    if not requests:
+        return {}
+    episode = play(env, agent, settings.seed, options={"requests": requests}, progress=progress)
+    llm = unwrapped(env).llm
+    with stage_bars("held-out facts: measuring", progress) as report:
+        found = evaluate(llm, episode.requests, UneditedAnswers(llm), progress=report)
+    edits = episode.edits
+    return {
+        "agent": agent.name,
+        "num_edits": len(edits),
+        "error_type": episode.error_type,
+        "metrics": {**found.metrics, "efficacy_right_after": episode.right_after()},
+        "layers_per_edit": sum(int(e.layers.sum()) for e in edits) / max(len(edits), 1),
+        "steps_per_edit": sum(e.steps for e in edits) / max(len(edits), 1),
+        "seconds_per_edit": episode.seconds / max(len(edits), 1),
+    }
+
+
+class _Checkpoints:
+    """``out/checkpoint-N``: the agent, the optimisers and the log after N trajectories."""
+
+    def __init__(self, out: Path, settings: Mapping[str, Any], resume: bool) -> None:
+        self.out, self.settings = out, plain(settings)
+        if (out / JSON_FILE).exists():
+            raise ResultsExistError(f"{out} holds a trained agent already; give another --out")
+        if self._all() and not resume:
+            raise ResultsExistError(
+                f"{out} holds checkpoints already; give another --out, or --resume to go on"
+            )
+
+    def create(self) -> None:
+        try:
+            self.out.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise SettingsError(f"folder {self.out} cannot be made: {error}") from error
+
+    def save(
+        self, trainer: Trainer, spec: AgentSpec, about: Mapping[str, Any], rows: list[LogRow]
+    ) -> None:
+        """Writes the state after ``len(rows)`` trajectories; agent.json comes last."""
+        folder = self.out / f"checkpoint-{len(rows):06d}"
+        optimizers, _ = flatten({"optimizer": trainer.optimizer_state()})
+        state = {**_parameters(trainer), **optimizers}
+        save_agent(folder, spec, state, {**about, "log": rows})
+        for older in self._all():
+            if older != folder:
+                shutil.rmtree(older)
+
+    def load(self, trainer: Trainer, env: EditingEnv) -> list[LogRow]:
+        """Goes back to the last checkpoint; returns the log so far, empty if there is none."""
+        found = self._all()
+        if not found:
+            return []
+        folder = found[-1]
+        record = read_record(folder)
+        check_fits(folder, record, env.llm)
+        saved = {name: record["training"][name] for name in self.settings}
+        for name, old in saved.items():
+            for key, value in self.settings[name].items():
+                # A longer run goes on from a shorter one.
+                if key != "trajectories" and old.get(key) != value:
+                    raise SettingsError(
+                        f"cannot resume {self.out}: {key} was {old.get(key)!r} and is now "
+                        f"{value!r}; give another --out"
+                    )
+        state = read_state(folder, record, env.llm.device)
+        for name, level in trainer.levels().items():
+            level.load_state(part(state, name))
+        trainer.load_optimizer_state(part(state, "optimizer"))
+        rows: list[LogRow] = record["log"]
+        return rows
+
+    def clear(self) -> None:
+        """Removes the checkpoints of a finished run."""
+        for folder in self._all():
+            shutil.rmtree(folder)
+
+    def _all(self) -> list[Path]:
+        complete = [f for f in self.out.glob("checkpoint-*") if (f / JSON_FILE).is_file()]
+        return sorted(complete)
+
+
+class _Log:
+    """Progress bar, ``train.jsonl`` and TensorBoard."""
+
+    def __init__(
+        self,
+        out: Path,
+        rows: list[LogRow],
+        progress: bool,
+        tensorboard: bool,
+        settings: TrainSettings,
+    ) -> None:
+        self.rows = list(rows)
+        self._file = out / "train.jsonl"
+        done = len(rows) * settings.edits_per_trajectory
+        total = settings.trajectories * settings.edits_per_trajectory
+        self._manager = bar("training", total, progress)
+        self._done = done
+        self._reward: float | None = None
+        self._writer = (
+            _summary_writer(out / "tensorboard", len(rows), progress) if tensorboard else None
+        )
+
+    def __enter__(self) -> _Log:
+        self._bar = self._manager.__enter__()
+        self._bar.update(self._done)
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        self._manager.__exit__(*error)
+        if self._writer is not None:
+            self._writer.close()
+
+    def fact(self, outcome: Outcome) -> None:
+        """Moves the bar; the reward shown is a running mean over about 30 facts."""
+        old = self._reward
+        self._reward = outcome.reward if old is None else old + (outcome.reward - old) / 30
+        self._bar.set_postfix_str(f"reward {self._reward:.3f}", refresh=False)
+        self._bar.update()
+
+    def add(self, row: LogRow) -> None:
+        """A finished trajectory."""
+        self.rows.append(row)
+        text = "".join(json.dumps(plain(r)) + "\n" for r in self.rows)
+        self._file.write_text(text, encoding="utf-8")
+        if self._writer is not None:
+            for name, value in row.items():
+                self._writer.add_scalar(f"train/{name}", value, len(self.rows))
+            self._writer.flush()
+
+
+def _summary_writer(folder: Path, purge: int, progress: bool) -> Any:
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError:
+        if progress:
+            print(
+                "TensorBoard is not installed (pip install 'hiedit[train]'): train.jsonl "
+                "holds the same numbers",
+                file=sys.stderr,
+            )
+        return None
+    return SummaryWriter(str(folder), purge_step=purge + 1)
+
+
+def main(
+    run: TrainingRun, settings: TrainSettings, out: Path, resume: bool, tensorboard: bool
+) -> None:
+    """``hiedit train``: trains and prints what was measured on held-out facts."""
+    result = train(run, settings, out, resume=resume, tensorboard=tensorboard)
+    if result:
+        metrics = result["metrics"]
+        names = ("efficacy", "generalization", "specificity", "retention")
+        values = {name: metrics[name]["token_accuracy"] for name in names}
+        print(f"{result['num_edits']} held-out facts, percent, teacher-forced:")
+        print(", ".join(f"{name} {value:.1f}" for name, value in values.items()))
+    print(f"trained agent: {out} (use it as --agents {out})", file=sys.stderr)
