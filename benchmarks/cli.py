@@ -87,8 +87,8 @@ def _add_compare(commands: Any) -> None:
         nargs="+",
         default=["all-layers", "random-layers", "gradient-norm"],
         metavar="AGENT",
-        help="names (no-edit, all-layers, random-layers, fixed-layers, gradient-norm) or "
-        "module:Class",
+        help="names (no-edit, all-layers, random-layers, fixed-layers, gradient-norm, hiedit, …), "
+        "folders of trained agents, HIGH+LOW, module:Class; LABEL=NAME gives a row another name",
     )
     parser.add_argument(
         "--dataset",

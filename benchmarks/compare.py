@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -87,7 +87,8 @@ def compare(
 
     Args:
         settings: Shared by all runs.
-        agents: Names for :func:`agents.registry.make_agent`.
+        agents: Names for :func:`agents.registry.make_agent`, or ``LABEL=NAME`` where the rows are
+            to carry another name.
         seeds: Each draws one stream, the same for every agent, and seeds the agents.
         out: The folder.
         resume: Whether to skip runs that ``out`` holds already.
@@ -97,12 +98,17 @@ def compare(
         ResultsExistError: ``out`` holds results and ``resume`` is False.
         SettingsError: unknown agents, negative seeds, or results made with other settings.
     """
-    names = list(dict.fromkeys((UNEDITED, *agents)))
+    labelled = dict(_labelled(agent) for agent in (UNEDITED, *agents))
+    names = list(labelled)
     if not seeds or any(seed < 0 for seed in seeds):
         raise SettingsError(f"seeds must be whole numbers ≥ 0, at least one, got {list(seeds)}")
     seeds = list(dict.fromkeys(seeds))
     # What is cheap to check comes before the model is loaded.
-    made = {name: make_agent(name, layers_per_edit=settings.layers_per_edit) for name in names}
+    made = {
+        name: make_agent(agent, layers_per_edit=settings.layers_per_edit)
+        for name, agent in labelled.items()
+    }
+    settings = with_candidates(settings, list(made.values()))
     folder = ResultsFolder(out, asdict(settings), resume=resume)
     env = make_env(settings, progress)
     fixed = {**asdict(settings), **_facts_of(env)}
@@ -111,7 +117,7 @@ def compare(
         agent.reset(env, seeds[0])
     folder.create()
     reference = UneditedAnswers(unwrapped(env).llm)
-    recorded = {**fixed, "agents": names, "seeds": seeds}
+    recorded = {**fixed, "agents": labelled, "seeds": seeds}
     for seed in seeds:
         for name, agent in made.items():
             if folder.find(name, seed) is not None:
@@ -122,6 +128,33 @@ def compare(
             )
     env.close()
     return _report(folder, names, seeds, fixed["candidate_layers"])
+
+
+def with_candidates(settings: CompareSettings, agents: Sequence[Agent]) -> CompareSettings:
+    """The settings, with the layers that trained agents were trained for unless some are given.
+
+    Raises:
+        SettingsError: they were trained for different ones.
+    """
+    if settings.layers is not None:
+        return settings
+    wanted: dict[tuple[str, ...], str] = {}
+    for agent in agents:
+        find = getattr(agent, "candidate_layers", None)
+        layers = None if find is None else find(settings.model)
+        if layers is not None:
+            wanted.setdefault(tuple(layers), agent.name)
+    if len(wanted) > 1:
+        raise SettingsError(
+            f"agents {' and '.join(wanted.values())} were trained for different candidate layers, "
+            "so they cannot share a table; compare them apart"
+        )
+    return replace(settings, layers=next(iter(wanted))) if wanted else settings
+
+
+def _labelled(agent: str) -> tuple[str, str]:
+    label, equals, name = agent.partition("=")
+    return (label, name) if equals else (agent, agent)
 
 
 def make_env(settings: CompareSettings, progress: bool, **overrides: Any) -> gym.Env[Any, Any]:

@@ -15,7 +15,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from agents.registry import make_agent
-from benchmarks.compare import CompareSettings, make_env
+from benchmarks.compare import CompareSettings, make_env, with_candidates
 from benchmarks.episode import FinishedEdit, bar, play, unwrapped
 from benchmarks.results import versions, write_json
 from hiedit_env.errors import ModelError, ResultsExistError, SettingsError
@@ -65,6 +65,7 @@ def edit_model(
     """
     _require_free(out)
     editor = make_agent(agent, layers_per_edit=settings.layers_per_edit)
+    settings = with_candidates(settings, [editor])
     env = make_env(settings, progress, num_edits=None, shuffle=False)
     inner = unwrapped(env)
     before = _answers(inner.llm, inner.requests, "answers before", progress)

@@ -7,7 +7,6 @@ two methods only: :meth:`ResidentLLM.commit` and :meth:`ResidentLLM.restore`.
 from __future__ import annotations
 
 import hashlib
-import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -16,11 +15,12 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 from torch.nn import functional as F
-from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from hiedit_env.architectures import CandidateLayer, block_list
 from hiedit_env.capture import Reading
 from hiedit_env.errors import ModelError
+from hiedit_env.generation import end_ids, generate
 from hiedit_env.suffix import SplitModel
 from hiedit_env.tensor_cache import TensorCache
 from hiedit_env.tokenization import (
@@ -158,58 +158,18 @@ class ResidentLLM:
 
     @property
     def end_ids(self) -> frozenset[int]:
-        """Tokens that end a generated text: the tokenizer's, and those the model came with."""
-        own = getattr(self.model.generation_config, "eos_token_id", None)
-        own = own if isinstance(own, list | tuple) else [own]
-        return frozenset(i for i in (self.tokenizer.eos_token_id, *own) if i is not None)
+        """Tokens that end a generated text, see :func:`.generation.end_ids`."""
+        return end_ids(self.model, self.tokenizer)
 
-    @torch.inference_mode()
     def generate(self, prompts: Sequence[str], max_new_tokens: Sequence[int]) -> list[str]:
-        """Greedy continuations, without the prompt and without special tokens.
-
-        Sampling settings and penalties that came with the model are not used.
+        """Greedy continuations, see :func:`.generation.generate`.
 
         Args:
             prompts: Texts to continue.
-            max_new_tokens: Budget of each; generation also ends at a token of :attr:`end_ids` and
-                where the model's context ends.
+            max_new_tokens: Budget of each.
         """
-        encoded = [self.encoder.encode_prompt(prompt) for prompt in prompts]
-        # The last new token is never read, so it needs no position.
-        room = [(self.encoder.max_length or sys.maxsize) + 1 - len(ids) for ids in encoded]
-        budgets = [min(pair) for pair in zip(max_new_tokens, room, strict=True)]
-        texts = [""] * len(prompts)
-        pad, ends = self.tokenizer.pad_token_id or 0, self.end_ids
-        make_config = cast(Any, GenerationConfig)  # untyped in transformers
-        for group in self._generation_groups(budgets, room):
-            longest = max(len(encoded[i]) for i in group)
-            ids = torch.full((len(group), longest), pad, dtype=torch.int64)
-            mask = torch.zeros_like(ids)
-            for row, i in enumerate(group):
-                ids[row, longest - len(encoded[i]) :] = torch.tensor(encoded[i])
-                mask[row, longest - len(encoded[i]) :] = 1
-            config = make_config(
-                do_sample=False,
-                max_new_tokens=max(budgets[i] for i in group),
-                pad_token_id=pad,
-                eos_token_id=sorted(ends) or None,
-                bos_token_id=self.tokenizer.bos_token_id,
-            )
-            own, self.model.generation_config = self.model.generation_config, make_config()
-            try:
-                output = cast(Any, self.model).generate(
-                    ids.to(self.device),
-                    attention_mask=mask.to(self.device),
-                    generation_config=config,
-                )
-            finally:
-                self.model.generation_config = own
-            for row, i in enumerate(group):
-                new = output[row, longest : longest + budgets[i]].tolist()
-                # What pads a row that has ended need not be a special token.
-                stop = next((place for place, token in enumerate(new) if token in ends), None)
-                texts[i] = self.encoder.decode(new[:stop])
-        return texts
+        size = max(1, self.max_batch_tokens // 64)
+        return generate(self.model, self.encoder, prompts, max_new_tokens, size)
 
     # -- weights ------------------------------------------------------------------------------
 
@@ -354,19 +314,6 @@ class ResidentLLM:
         if self._softcap is not None:
             logits = torch.tanh(logits / self._softcap) * self._softcap
         return logits
-
-    def _generation_groups(self, budgets: Sequence[int], room: Sequence[int]) -> list[list[int]]:
-        """Prompts to continue together: few enough, and none beyond the end of its context."""
-        size = max(1, self.max_batch_tokens // 64)
-        groups: list[list[int]] = []
-        for i in sorted(range(len(budgets)), key=lambda i: (budgets[i], -room[i])):
-            # Budgets rise, so this prompt's is how long all of its group go on.
-            last = groups[-1] if groups else []
-            if last and len(last) < size and budgets[i] <= min(room[j] for j in last):
-                last.append(i)
-            else:
-                groups.append([i])
-        return groups
 
     @contextmanager
     def _hooks(self, hooks: Mapping[int, Any]) -> Iterator[None]:
