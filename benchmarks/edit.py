@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import sys
 import tempfile
 from collections.abc import Sequence
@@ -11,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -36,11 +38,14 @@ class SavedEdits:
         out: The folder of the edited model.
         facts: What ``edits.json`` says of each fact.
         text: Before and after, as a table.
+        unverified: Why the saved model could not be loaded again beside the edited one; None where
+            it was, and gave the very same logits.
     """
 
     out: Path
     facts: list[dict[str, Any]]
     text: str
+    unverified: str | None
 
 
 def edit_model(
@@ -50,7 +55,8 @@ def edit_model(
 
     The folder holds the model (safetensors) and its tokenizer as ``save_pretrained`` writes them,
     and ``edits.json``. It appears only when everything is done and the model, loaded again with
-    ``AutoModelForCausalLM``, has given the very same logits.
+    ``AutoModelForCausalLM``, has given the very same logits. If there is no room for a second model
+    it appears all the same, unverified.
 
     Args:
         settings: ``dataset`` is the file of facts; ``num_edits`` and ``generation`` are not used.
@@ -61,8 +67,10 @@ def edit_model(
     Raises:
         ResultsExistError: ``out`` is not empty; nothing has been done.
         ModelError: the saved model differs from the edited one; ``out`` is left as it was.
-        SettingsError: unknown agent, or ``out`` cannot be written.
+        SettingsError: unknown agent, or ``out`` cannot be written; that is found before the model
+            is loaded, so far as it can be.
     """
+    _require_writable(out)
     _require_free(out)
     editor = make_agent(agent, layers_per_edit=settings.layers_per_edit)
     settings = with_candidates(settings, [editor])
@@ -84,9 +92,9 @@ def edit_model(
         )
     ]
     record = {"agent": agent, "settings": asdict(settings), "versions": versions(), "facts": facts}
-    _save(inner.llm, episode.requests, settings, record, out)
+    unverified = _save(inner.llm, episode.requests, settings, record, out)
     env.close()
-    return SavedEdits(out, facts, before_and_after(facts))
+    return SavedEdits(out, facts, before_and_after(facts), unverified)
 
 
 def before_and_after(facts: Sequence[dict[str, Any]]) -> str:
@@ -127,6 +135,16 @@ def _require_free(out: Path) -> None:
         return
     if out.exists():
         raise ResultsExistError(f"{out} exists and is not an empty folder; give another --out")
+
+
+def _require_writable(out: Path) -> None:
+    """Makes a file in what exists of the folders above, where ``_save`` will work."""
+    try:
+        above = next(path for path in out.absolute().parents if path.exists())
+        with tempfile.TemporaryFile(dir=above):
+            pass
+    except OSError as error:
+        raise SettingsError(f"{out} cannot be written, give another --out: {error}") from error
 
 
 def _answers(
@@ -171,43 +189,86 @@ def _save(
     settings: CompareSettings,
     record: dict[str, Any],
     out: Path,
-) -> None:
+) -> str | None:
+    """Saves, verifies and puts in place; returns why it could not be verified, if so.
+
+    Removed is only what is half written or was found to differ.
+    """
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(
-            prefix=f".{out.name}-", dir=out.parent, ignore_cleanup_errors=True
-        ) as work:
-            folder = Path(work, "model")
-            llm.model.save_pretrained(folder)
-            llm.tokenizer.save_pretrained(folder)
-            write_json(folder / "edits.json", record)
-            _verify(llm, requests, settings, folder)
-            if out.exists():
-                out.rmdir()  # empty: replacing a folder is not possible everywhere
-            os.replace(folder, out)
+        work = Path(tempfile.mkdtemp(prefix=f".{out.name}-", dir=out.parent))
     except OSError as error:
         raise SettingsError(f"the model cannot be saved to {out}: {error}") from error
+    folder = work / "model"
+    try:
+        llm.model.save_pretrained(folder)
+        llm.tokenizer.save_pretrained(folder)
+        write_json(folder / "edits.json", record)
+    except BaseException as error:
+        shutil.rmtree(work, ignore_errors=True)
+        if isinstance(error, OSError | SafetensorError):
+            raise SettingsError(f"the model cannot be saved to {out}: {error}") from error
+        raise
+    try:
+        unverified = _verify(llm, requests, settings, folder)
+    except ModelError:
+        shutil.rmtree(work, ignore_errors=True)
+        raise
+    except BaseException:  # an interruption
+        _place(folder, out)
+        raise
+    _place(folder, out)
+    return unverified
+
+
+def _place(folder: Path, out: Path) -> None:
+    """Moves the finished model out of its temporary folder."""
+    try:
+        if out.exists():
+            out.rmdir()  # empty: replacing a folder is not possible everywhere
+        os.replace(folder, out)
+    except OSError as error:
+        raise SettingsError(
+            f"the edited model is finished but cannot be moved to {out} ({error}); it is in "
+            f"{folder}"
+        ) from error
+    shutil.rmtree(folder.parent, ignore_errors=True)
 
 
 @torch.inference_mode()
 def _verify(
     llm: ResidentLLM, requests: Sequence[Request], settings: CompareSettings, folder: Path
-) -> None:
-    """Loads the folder as anybody would and compares logits, bit for bit."""
+) -> str | None:
+    """Loads the folder as anybody would and compares logits, bit for bit.
+
+    Returns:
+        None where they are equal, or why they could not be compared.
+
+    Raises:
+        ModelError: they differ.
+    """
     loader: Any = AutoModelForCausalLM
-    trust = settings.trust_remote_code
-    model = loader.from_pretrained(folder, dtype=llm.dtype, trust_remote_code=trust)
-    model = model.to(llm.device).eval()
     tokenizers: Any = AutoTokenizer
-    tokenizer = tokenizers.from_pretrained(folder, trust_remote_code=trust)
-    for request in requests[:SHOWN]:
-        ids = torch.tensor([llm.encode(request.prompt, request.answer).input_ids])
-        again = tokenizer(request.prompt)["input_ids"] == llm.tokenizer(request.prompt)["input_ids"]
-        logits = [_logits(m, ids.to(llm.device)) for m in (llm.model, model)]
-        if not (again and torch.equal(*logits)):
-            raise ModelError(
-                f"the saved model, loaded again, differs on {request.prompt!r}; nothing was kept"
-            )
+    trust = settings.trust_remote_code
+    try:
+        model = loader.from_pretrained(folder, dtype=llm.dtype, trust_remote_code=trust)
+        model = model.to(llm.device).eval()
+        tokenizer = tokenizers.from_pretrained(folder, trust_remote_code=trust)
+        same = [_same(llm, model, tokenizer, request) for request in requests[:SHOWN]]
+    # Above all memory: there are two models now. PyTorch says so with a RuntimeError.
+    except (RuntimeError, MemoryError, OSError, ImportError, ValueError) as error:
+        return f"{type(error).__name__}: {error}"
+    if not all(same):
+        prompt = requests[same.index(False)].prompt
+        raise ModelError(f"the saved model, loaded again, differs on {prompt!r}; nothing was kept")
+    return None
+
+
+def _same(llm: ResidentLLM, model: Any, tokenizer: Any, request: Request) -> bool:
+    """Whether a loaded model and its tokenizer read a request as the edited ones do."""
+    ids = torch.tensor([llm.encode(request.prompt, request.answer).input_ids]).to(llm.device)
+    again = tokenizer(request.prompt)["input_ids"] == llm.tokenizer(request.prompt)["input_ids"]
+    return bool(again) and torch.equal(_logits(llm.model, ids), _logits(model, ids))
 
 
 def _logits(model: Any, ids: Tensor) -> Tensor:
@@ -225,6 +286,10 @@ def main(settings: CompareSettings, agent: str, out: Path) -> None:
         f"greedy generation, {sum(f['answered'] for f in saved.facts)} of {count} under teacher "
         f"forcing."
     )
-    print(f"Saved to {out}; loaded again from there, its logits are identical bit for bit.")
+    if saved.unverified is None:
+        print(f"Saved to {out}; loaded again from there, its logits are identical bit for bit.")
+    else:
+        print(f"Saved to {out}, but not verified: it could not be loaded beside the edited model.")
+        print(f"hiedit: warning: {out} is not verified ({saved.unverified})", file=sys.stderr)
     print(f"AutoModelForCausalLM.from_pretrained({str(out)!r}) opens it.")
     print(f"What was edited, and where: {out / 'edits.json'}", file=sys.stderr)

@@ -6,9 +6,9 @@ Everything is measured in one run on one machine and reported as ratios.
   it, minus one. The rest is layer choice, update rule, weight writes, fingerprint, reward and
   observation.
 * ``plain``: the same quantities by a plain loop: one prompt at a time, full forward over all blocks
-  and all positions, dense in-place writes, references of unrelated prompts run again at every step,
-  as in the released code of HiEdit (``editor/hiedit.py``). Steps of the two are interleaved, on the
-  same facts.
+  and all positions, dense in-place writes, as in the released code of HiEdit
+  (``editor/hiedit.py``). It caches nothing, so that it runs the unedited model on the unrelated
+  prompts again at every step. Steps of the two are interleaved, on the same facts.
 * ``tiny``: ``hiedit/LayerSelection-v0`` with its defaults, on one thread.
 """
 
@@ -42,6 +42,13 @@ from hiedit_env.resident import ResidentLLM
 from hiedit_env.tokenization import EncodedPrompt
 
 
+def clock(device: torch.device) -> float:
+    """Seconds of a clock, after all work given to the device so far is done."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter()
+
+
 class PassTimer:
     """Adds up the time spent inside the model's own passes of one resident model."""
 
@@ -52,14 +59,15 @@ class PassTimer:
 
     def _timed(self, function: Callable[..., Any]) -> Callable[..., Any]:
         def run(*args: Any, **kwargs: Any) -> Any:
+            if self._depth:  # inside a pass that is timed as a whole
+                return function(*args, **kwargs)
             self._depth += 1
-            start = time.perf_counter()
+            start = clock(self.llm.device)
             try:
                 return function(*args, **kwargs)
             finally:
                 self._depth -= 1
-                if not self._depth:
-                    self.seconds += time.perf_counter() - start
+                self.seconds += clock(self.llm.device) - start
 
         return run
 
@@ -95,15 +103,27 @@ class PlainLoop:
         logits: Tensor = self.llm.model(input_ids=ids, use_cache=False).logits
         return logits[0, prompt.first_position :].float()
 
+    def _labels(self, prompt: EncodedPrompt) -> Tensor:
+        return torch.tensor(prompt.answer_ids, device=self.llm.device)
+
     def _loss(self, prompt: EncodedPrompt) -> Tensor:
-        labels = torch.tensor(prompt.answer_ids, device=self.llm.device)
-        return F.cross_entropy(self._logits(prompt), labels)
+        return F.cross_entropy(self._logits(prompt), self._labels(prompt))
 
     def step(self, fact: EncodedFact, remembered: tuple[EncodedFact, ...]) -> float:
-        """Runs one primitive step on a fact and judges it; returns the objective."""
+        """Runs one primitive step on a fact and judges it, then takes it back.
+
+        Args:
+            fact: The fact to edit.
+            remembered: Facts edited before.
+
+        Returns:
+            The sum, over all prompts, of nats per answer token on the fact, its paraphrases and the
+            remembered facts, and of KL(unedited ‖ edited) per answer token on unrelated prompts.
+        """
         llm, rule = self.llm, self.env.life.rule
         probes = [*fact.probes, *(old.probes[0] for old in remembered if old.probes)]
-        with torch.no_grad():
+        # Run again at every step: nothing is cached.
+        with torch.no_grad(), llm.unedited():
             references = [self._logits(probe).log_softmax(-1) for probe in probes]
         inputs: dict[int, Tensor] = {}
         outputs: dict[int, Tensor] = {}
@@ -117,19 +137,20 @@ class PlainLoop:
         handles = [
             layer.module.register_forward_hook(record(i)) for i, layer in enumerate(llm.layers)
         ]
-        loss = self._loss(fact.prompt)
+        logits, labels = self._logits(fact.prompt), self._labels(fact.prompt)
+        loss = F.cross_entropy(logits, labels)
         gradients = torch.autograd.grad(loss, [outputs[i] for i in range(len(llm.layers))])
         for handle in handles:
             handle.remove()
         order = range(len(llm.layers))
-        predictions = self._logits(fact.prompt).argmax(-1)
+        predictions = logits.argmax(-1)
         capture = Capture(
             prompt=fact.prompt,
             keys=tuple(inputs[i][0] for i in order),
             value_gradients=tuple(gradient[0] for gradient in gradients),
-            loss=float(loss),
+            loss=float(loss.detach()),
             predictions=predictions,
-            correct=predictions == torch.tensor(fact.prompt.answer_ids, device=llm.device),
+            correct=predictions == labels,
         )
         updates = rule.propose(capture, np.ones(len(llm.layers), bool))
         dense = [update.dense().mT for update in updates if update is not None]
@@ -177,14 +198,14 @@ def measure_model(model: str, dataset: str | None, edits: int, device: str) -> d
     plain_seconds: list[float] = []
     for _ in tqdm(range(edits), desc="measure", leave=False):
         fact, remembered = base.life.fact, base.life.remembered
-        start = time.perf_counter()
+        start = clock(base.llm.device)
         plain.step(fact, remembered)
-        plain_seconds.append(time.perf_counter() - start)
+        plain_seconds.append(clock(base.llm.device) - start)
         timer.seconds = 0.0
         with timer.running():
-            start = time.perf_counter()
+            start = clock(base.llm.device)
             env.step(action)
-            step_seconds.append(time.perf_counter() - start)
+            step_seconds.append(clock(base.llm.device) - start)
         pass_seconds.append(timer.seconds)
     overhead = [s / p - 1 for s, p in zip(step_seconds, pass_seconds, strict=True)]
     speedup = [p / s for p, s in zip(plain_seconds, step_seconds, strict=True)]
@@ -196,7 +217,15 @@ def measure_model(model: str, dataset: str | None, edits: int, device: str) -> d
         "overhead_percent": 100 * statistics.median(overhead),
         "plain_seconds": statistics.median(plain_seconds),
         "times_faster_than_plain": statistics.median(speedup),
+        **peak_device_memory(base.llm.device),
     }
+
+
+def peak_device_memory(device: torch.device) -> dict[str, float]:
+    """Most memory that tensors have held on a CUDA device at once, in MB; nothing elsewhere."""
+    if device.type != "cuda":
+        return {}
+    return {"peak_device_memory_mb": torch.cuda.max_memory_allocated(device) / 2**20}
 
 
 def measure_tiny(steps: int) -> dict[str, Any]:

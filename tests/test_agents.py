@@ -78,6 +78,18 @@ def test_random_layers_do_not_touch_the_stream(env: gym.Env[Any, Any]) -> None:
     assert streams[0] == streams[1]
 
 
+def test_random_layers_do_not_follow_the_generator_that_draws_the_stream() -> None:
+    agent = LayerChoiceAgent("random-layers")
+    env = gym.make("hiedit/LayerSelection-v0", num_edits=1)
+    for seed in (0, 3):
+        agent.reset(env, seed)
+        env.reset(seed=seed)
+        # All 64-bit numbers that the environment may draw first, and the agent's first ones.
+        theirs = np.random.default_rng(seed).integers(2**63, size=1000)
+        assert env.unwrapped.np_random.integers(2**63) in theirs
+        assert not np.isin(agent._generator.integers(2**63, size=1000), theirs).any()
+
+
 def test_gradient_norm_takes_the_largest_dense_gradients(env: gym.Env[Any, Any]) -> None:
     inner: Any = env.unwrapped
     loaded = load_model("tiny", progress=False)

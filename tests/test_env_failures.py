@@ -55,6 +55,12 @@ def misshapen(updates: Updates) -> Updates:
     return [*updates[:5], LowRankUpdate(torch.zeros(1, 4), torch.zeros(1, 64))]
 
 
+def integers(updates: Updates) -> Updates:
+    last = updates[5]
+    assert last is not None
+    return [*updates[:5], LowRankUpdate(last.left.long(), last.right.long())]
+
+
 @pytest.mark.parametrize("intrinsic", [False, True])
 @pytest.mark.parametrize(
     ("spoil", "error", "words"),
@@ -63,10 +69,13 @@ def misshapen(updates: Updates) -> Updates:
         (lambda u: spoiled(u, float("inf")), NonFiniteUpdateError, r"2\.mlp\.gate_proj.*finite"),
         (misshapen, UpdateShapeError, r"2\.mlp\.down_proj.*\(1, 4\).*\(r, "),
         (lambda u: u[:5], UpdateShapeError, "5 updates for 6"),
+        (lambda u: [1] * 6, UpdateShapeError, r"1\.mlp\.gate_proj.*LowRankUpdate or None, got 1"),
+        (lambda u: 7, UpdateShapeError, "list of one LowRankUpdate or None per layer, got 7"),
+        (integers, UpdateShapeError, r"2\.mlp\.down_proj.*int64.*same float type"),
     ],
 )
 def test_unfit_updates_are_refused(
-    spoil: Callable[[Updates], Updates], error: type[Exception], words: str, intrinsic: bool
+    spoil: Callable[[Updates], Any], error: type[Exception], words: str, intrinsic: bool
 ) -> None:
     env, twin = (make(LIFELONG, num_edits=1, intrinsic=intrinsic) for _ in range(2))
     env.reset(seed=0)

@@ -246,6 +246,24 @@ def test_nothing_is_run_twice_and_no_weight_changes(
     assert llm.weights_fingerprint() == fingerprint
 
 
+def test_unedited_answers_end_at_the_models_own_end_tokens(requests: list[Request]) -> None:
+    """Chat models often have more of them than their tokenizer knows."""
+    llm = resident()
+    prompt = llm.encode(requests[0].prompt, requests[0].answer)
+    (own,) = UneditedAnswers(llm).get([prompt])
+    assert len(set(own.answer_ids[:3])) == 3
+    llm.model.generation_config.eos_token_id = [llm.tokenizer.eos_token_id, own.answer_ids[1]]
+    (shorter,) = UneditedAnswers(llm).get([prompt])
+    assert shorter.answer_ids == own.answer_ids[:2]
+
+
+def test_no_float64_is_needed(requests: list[Request], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Some devices (MPS) have none."""
+    llm = resident()
+    monkeypatch.setattr(torch.Tensor, "double", lambda self: 1 / 0)
+    evaluate(llm, requests[:2], UneditedAnswers(llm))
+
+
 def test_errors(requests: list[Request]) -> None:
     llm = resident()
     with pytest.raises(SettingsError, match="at least one request"):

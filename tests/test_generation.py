@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 import pytest
 import torch
@@ -15,14 +15,16 @@ from tests.factories import all_bits, build_random, random_updates, resident, to
 TEXTS = ("w5 w9 w4 w30 w12 w7", "w6", "w3 w3 w11", "w8 w9")
 
 
-def greedy(model: PreTrainedModel, ids: Sequence[int], budget: int, eos: int = 2) -> list[int]:
-    """New ids, without the end-of-sequence token and what follows it."""
+def greedy(
+    model: PreTrainedModel, ids: Sequence[int], budget: int, ends: Collection[int] = (2,)
+) -> list[int]:
+    """New ids, without the first end token and what follows it."""
     new: list[int] = []
     for _ in range(budget):
         with torch.no_grad():
             logits = model(input_ids=torch.tensor([[*ids, *new]]), use_cache=False).logits[0, -1]
         new.append(int(logits.argmax()))
-        if new[-1] == eos:
+        if new[-1] in ends:
             return new[:-1]
     return new
 
@@ -30,11 +32,12 @@ def greedy(model: PreTrainedModel, ids: Sequence[int], budget: int, eos: int = 2
 def expected(llm: ResidentLLM, texts: Sequence[str], budgets: Sequence[int]) -> list[str]:
     words = llm.tokenizer.convert_ids_to_tokens(list(range(32)))
     special = llm.tokenizer.all_special_tokens
-    eos = llm.tokenizer.eos_token_id
+    own = llm.model.generation_config.eos_token_id
+    ends = {llm.tokenizer.eos_token_id, *(own if isinstance(own, list) else [own])}
     return [
         " ".join(
             words[i]
-            for i in greedy(llm.model, [words.index(w) for w in text.split()], budget, eos)
+            for i in greedy(llm.model, [words.index(w) for w in text.split()], budget, ends)
             if words[i] not in special
         )
         for text, budget in zip(texts, budgets, strict=True)
@@ -81,6 +84,32 @@ def test_ends_at_the_end_of_sequence_token_whatever_pads_the_batch(pad: str | No
     assert min(lengths) < 4
     assert max(lengths) == 6
     assert llm.generate(TEXTS, [6] * 4) == wanted
+
+
+@pytest.mark.parametrize("several", [False, True])
+@pytest.mark.parametrize("pad", ["<p>", None])
+def test_ends_at_the_end_tokens_of_tokenizer_and_model(pad: str | None, several: bool) -> None:
+    """Chat models often have more of them than their tokenizer knows."""
+    model = build_random("llama")
+    free = greedy(model, [6], 6)  # of TEXTS[1]
+    first, second = free[1], free[3]
+    assert len(set(free)) == 6
+    llm = resident("llama", model=model, tokens=tokenizer(eos=f"w{second}", pad=pad))
+    for own, ends in ((None, {second}), (2, {2, second}), (first, {first, second})):
+        model.generation_config.eos_token_id = [own, 31] if several and own is not None else own
+        assert llm.end_ids == ends | ({31} if several and own is not None else set())
+        wanted = expected(llm, TEXTS, [6] * 4)
+        assert llm.generate(TEXTS, [6] * 4) == wanted
+    # By the tokenizer's token alone it has three words.
+    assert len(wanted[1].split()) == 1
+
+
+def test_a_model_without_any_end_token_uses_its_budget() -> None:
+    llm = resident("llama", (1, 2))
+    llm.tokenizer.eos_token = None
+    llm.model.generation_config.eos_token_id = None
+    assert llm.end_ids == frozenset()
+    assert llm.generate(TEXTS, [6] * 4) == expected(llm, TEXTS, [6] * 4)
 
 
 def test_settings_that_come_with_a_model_do_not_change_greedy_decoding() -> None:

@@ -222,6 +222,27 @@ def test_a_quality_that_is_not_finite_says_so(
     assert not evaluator.evaluate(fact, old).finite
 
 
+def test_float64_is_used_on_the_cpu_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Some devices (MPS) have none."""
+    env = make(LIFELONG)
+    env.reset(seed=0)
+    cpu, double = Tensor.cpu, Tensor.double
+    moved: list[Tensor] = []
+
+    def noted(self: Tensor) -> Tensor:
+        moved.append(cpu(self).clone())
+        return moved[-1]
+
+    def checked(self: Tensor) -> Tensor:
+        assert any(self is copy for copy in moved)
+        return double(self)
+
+    monkeypatch.setattr(Tensor, "cpu", noted)
+    monkeypatch.setattr(Tensor, "double", checked)
+    env.life.quality()
+    assert len(moved) == 4
+
+
 # The differentiable loss
 
 WEIGHTS = {"edit": 1.5, "locality": 2.0, "retention": 0.5}

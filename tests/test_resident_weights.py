@@ -176,6 +176,31 @@ def test_refused_updates_write_nothing(edited: bool) -> None:
     assert all_bits(llm.model) == before
 
 
+@pytest.mark.parametrize("edited", [False, True])
+@pytest.mark.parametrize("error", [MemoryError, KeyboardInterrupt])
+@pytest.mark.parametrize("fails_at", [1, 4, 6])
+def test_a_commit_that_fails_on_the_way_is_taken_back(
+    monkeypatch: pytest.MonkeyPatch, fails_at: int, error: type[BaseException], edited: bool
+) -> None:
+    llm = resident("llama", (1, 2))
+    if edited:
+        llm.commit(random_updates(llm, 1))
+    before, snapshot, write = all_bits(llm.model), llm.snapshot(), llm._write
+    calls: list[int] = []
+
+    def failing(index: int) -> None:
+        calls.append(index)
+        write(index)
+        if len(calls) == fails_at:
+            raise error
+
+    monkeypatch.setattr(llm, "_write", failing)
+    with pytest.raises(error):
+        llm.commit(random_updates(llm, 2))
+    assert all_bits(llm.model) == before
+    assert all(llm.snapshot().changes[i] is change for i, change in snapshot.changes.items())
+
+
 def test_beyond_the_range_of_float16_is_refused_for_float16_weights() -> None:
     half, single = resident("llama", (1,), dtype=torch.float16), resident("llama", (1,))
     before = all_bits(half.model)

