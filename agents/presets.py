@@ -20,7 +20,7 @@ HIEDIT = AgentSpec(
     name="hiedit",
     high="policy",
     low="hypernetwork",
-    low_settings={"form": "decorrelated", "rank": 64, "blocks": 1},
+    low_settings={"form": "decorrelated", "rank": 64, "blocks": 1, "ridge": 0.1},
     max_steps_per_edit=5,
     source="ours: options of several steps, a policy-gradient router over the observation, a "
     "hypernetwork over decorrelated keys",

@@ -11,7 +11,7 @@ import numpy as np
 from agents.options import Option
 from agents.protocol import Observation
 from hiedit_env.capture import Capture
-from hiedit_env.envs.base import EditingEnv
+from hiedit_env.envs.base import EditingEnv, Judge
 from hiedit_env.updates import Updates
 
 #: Called before every primitive step with the capture; returns the updates to write.
@@ -40,7 +40,12 @@ class Outcome:
 
 
 def run_option(
-    env: EditingEnv, option: Option, *, gamma: float = 1.0, policy: Policy | None = None
+    env: EditingEnv,
+    option: Option,
+    *,
+    gamma: float = 1.0,
+    policy: Policy | None = None,
+    judge: Judge = "fact",
 ) -> Outcome:
     """Runs an option on the present fact of a LayerSelection environment.
 
@@ -51,7 +56,9 @@ def run_option(
         env: The environment, with the option's low level and horizon in use.
         option: What to run.
         gamma: Discount per primitive step.
-        policy: In the place of the option's intra-option policy; must observe the same layers.
+        policy: In the place of the option's intra-option policy.
+        judge: As for :meth:`~hiedit_env.envs.base.EditingEnv.apply`; ``"never"`` where the reward
+            is not needed, which is most of a step's cost.
     """
     life = env.life
     reward, discount, steps = 0.0, 1.0, 0
@@ -62,7 +69,7 @@ def run_option(
     while True:
         capture = life.observe()
         updates = (policy or option.updates)(capture)
-        observation, paid, ended, _, info = env.apply(updates, judge=False)
+        observation, paid, ended, _, info = env.apply(updates, judge=judge)
         reward += discount * paid
         discount *= gamma
         steps += 1

@@ -31,11 +31,13 @@ from agents.runner import Outcome, discounted_returns, run_option
 from agents.settings import TrainSettings
 from hiedit_env.capture import Capture
 from hiedit_env.datasets import stream
-from hiedit_env.envs.base import EditingEnv
+from hiedit_env.envs.base import EditingEnv, Judge
 from hiedit_env.errors import SettingsError
 from hiedit_env.requests import Request
 from hiedit_env.updates import Updates
 
+#: Learning rate of vectors over that of matrices.
+VECTOR_FACTOR = 10.0
 #: A row of the training log: one per trajectory.
 LogRow = dict[str, float]
 
@@ -96,7 +98,8 @@ class Trainer:
             on_fact: Called with every option's :class:`~agents.runner.Outcome`.
 
         Returns:
-            Means over the trajectory's facts: ``reward``, ``loss`` (per primitive step),
+            Means over the trajectory's facts: ``reward`` (0 where only gradients are learned from,
+            which makes judging the edited model unnecessary), ``loss`` (per primitive step),
             ``right_after`` (efficacy, share), ``layers``, ``steps``; and ``updates``, the number of
             optimiser steps, with the mean ``gradient_norm``.
         """
@@ -181,7 +184,9 @@ class Trainer:
             )
 
         policy = learn if self._differentiated else None
-        return run_option(self.env, option, gamma=self.settings.gamma, policy=policy)
+        # What is paid is only needed where it is learned from.
+        judge: Judge = "fact" if self._sampled else "never"
+        return run_option(self.env, option, gamma=self.settings.gamma, policy=policy, judge=judge)
 
     def _reward(self, layers: np.ndarray) -> float:
         """What an option would be paid; the caller restores the state."""
@@ -285,4 +290,9 @@ def _backward(loss: Tensor, retain_graph: bool = False) -> None:
 
 
 def _adam(level: Trainable, learning_rate: float) -> torch.optim.Adam:
-    return torch.optim.Adam(cast(list[nn.Parameter], list(level.parameters())), learning_rate)
+    parameters = cast(list[nn.Parameter], list(level.parameters()))
+    # One number per layer (step sizes, ridges, offsets) has to go further than a matrix entry.
+    few = [p for p in parameters if p.ndim == 1]
+    many = [p for p in parameters if p.ndim > 1]
+    groups = [(many, learning_rate), (few, VECTOR_FACTOR * learning_rate)]
+    return torch.optim.Adam([{"params": part, "lr": lr} for part, lr in groups if part])

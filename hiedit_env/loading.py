@@ -11,14 +11,13 @@ from __future__ import annotations
 
 import hashlib
 import os
-import re
 import subprocess
 import sys
 import tempfile
 import warnings
 import zipfile
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
@@ -29,20 +28,17 @@ import transformers
 from huggingface_hub import HfApi, try_to_load_from_cache
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, RepositoryNotFoundError
 from safetensors import SafetensorError
-from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.models.auto import modeling_auto
-from transformers.pytorch_utils import Conv1D
 from transformers.utils import logging as hf_logging
 
-from hiedit_env.architectures import find_candidates
 from hiedit_env.errors import (
     DeviceError,
-    LayerError,
     ModelError,
     NotEnoughMemoryError,
     SettingsError,
 )
+from hiedit_env.memory import estimate_memory, require_memory
 
 BUILT_IN = ("tiny", "smollm2-135m")
 """Names that need neither a folder nor a hub."""
@@ -110,7 +106,8 @@ def load_model(
         device: ``"cpu"``, ``"cuda"``, ``"cuda:N"`` or ``"mps"``.
         dtype: ``"float32"``, ``"bfloat16"`` or ``"float16"``.
         trust_remote_code: Whether to run Python code that comes with the model.
-        progress: Whether to say on standard error what is happening.
+        progress: Whether to say on standard error what is happening. The memory needed is said in
+            any case if it is more than half of what is free.
 
     Raises:
         ModelError: if the model is not found, not decoder-only, incomplete or unreadable.
@@ -126,8 +123,8 @@ def load_model(
         try:
             config = transformers.AutoConfig.from_pretrained(source, **shared)
             _require_decoder(config, name)
-            needed = estimate_memory(config, dtype, trust_remote_code=trust_remote_code)
-            _require_memory(name, needed, place, progress)
+            needed = estimate_memory(config, torch_dtype, trust_remote_code=trust_remote_code)
+            require_memory(name, needed, place, progress)
             tokenizer = transformers.AutoTokenizer.from_pretrained(source, **shared)
             model = _read_weights(source, torch_dtype, shared).to(place)
         except torch.OutOfMemoryError as error:
@@ -170,48 +167,6 @@ def check_device(device: str) -> torch.device:
     if device not in found:
         raise DeviceError(f"device {device!r} is not available; here: {', '.join(found)}")
     return torch.device(device)
-
-
-def estimate_memory(
-    config: PreTrainedConfig, dtype: str = "float32", *, trust_remote_code: bool = False
-) -> int:
-    """Bytes needed to edit a model: (P + 2 C + 256 A) b + C m.
-
-    P is the number of parameters and b the bytes of one. C is the number of weights in the
-    candidate layers (by preset or default rule; a quarter of P where there is none), kept twice
-    more: the unedited copy and one snapshot. A is the sum of d_in + d_out over all weight
-    matrices: the activations of one token, held for the 256 tokens of one backward pass. m is 4,
-    for the float32 masters of edited layers, or 0 if the dtype is float32. Nothing is loaded.
-
-    Raises:
-        SettingsError: if the dtype is unknown.
-    """
-    itemsize = check_dtype(dtype).itemsize
-    with torch.device("meta"):
-        model: PreTrainedModel = _AUTO.from_config(config, trust_remote_code=trust_remote_code)
-    parameters = sum(p.numel() for p in model.parameters())
-    try:
-        layers = find_candidates(model, name=config.name_or_path)
-        candidates = sum(layer.d_in * layer.d_out for layer in layers)
-    except LayerError:
-        candidates = parameters // 4
-    matrices = (m.weight for m in model.modules() if isinstance(m, nn.Linear | Conv1D))
-    activations = sum(sum(weight.shape) for weight in matrices)
-    masters = 0 if dtype == "float32" else 4 * candidates
-    return (parameters + 2 * candidates + 256 * activations) * itemsize + masters
-
-
-def available_memory(device: torch.device) -> int | None:
-    """Bytes free on a device, or None where the system does not say."""
-    if device.type == "cuda":
-        return int(torch.cuda.mem_get_info(device)[0])
-    with suppress(OSError):
-        text = Path("/proc/meminfo").read_text(encoding="ascii")
-        if (found := re.search(r"^MemAvailable:\s+(\d+) kB", text, re.MULTILINE)) is not None:
-            return int(found[1]) * 1024
-    with suppress(AttributeError, ValueError, OSError):
-        return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    return None
 
 
 def cache_folder() -> Path:
@@ -295,18 +250,6 @@ def _require_decoder(config: PreTrainedConfig, name: str) -> None:
     raise ModelError(
         f"model {name!r} (type {kind!r}) is {problem}; only decoder-only models can be edited"
     )
-
-
-def _require_memory(name: str, needed: int, device: torch.device, progress: bool) -> None:
-    free = available_memory(device)
-    room = "free memory unknown" if free is None else f"{free / 1e9:.1f} GB free"
-    if progress:
-        print(f"loading {name} needs about {needed / 1e9:.2g} GB; {room}", file=sys.stderr)
-    if free is not None and needed > free:
-        raise NotEnoughMemoryError(
-            f"model {name!r} needs about {needed / 1e9:.2g} GB but {device} has {room}; choose a "
-            f"smaller model, dtype='bfloat16', or another device, or free some memory"
-        )
 
 
 def _read_weights(source: str, dtype: torch.dtype, shared: dict[str, bool]) -> Any:

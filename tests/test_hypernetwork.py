@@ -82,7 +82,12 @@ def test_gradients_of_the_objective_are_its_slopes(form: str) -> None:
     """Every parameter tensor's gradient along a random direction, by central differences."""
     env = make(SELECTION)
     low = Hypernetwork(
-        env.llm.shapes, env.llm.device, form=form, rank=4, blocks=2, step_size=2e-3  # type: ignore[arg-type]
+        env.llm.shapes,
+        env.llm.device,
+        form=form,
+        rank=4,
+        blocks=2,
+        step_size=2e-3,  # type: ignore[arg-type]
     )
     shaken(low)
     env.use_low_level(low)
@@ -182,9 +187,7 @@ def test_untrained_step_sizes_are_the_rules_own(captures: list[Capture]) -> None
 
 def test_step_sizes_stay_within_a_decade_and_learn(captures: list[Capture]) -> None:
     env = make(SELECTION, update_rule="outer-product", step_size=1e-3)
-    low = StepSizePolicy(
-        env.llm.shapes, env.llm.device, rule="outer-product", step_size=1e-3
-    )
+    low = StepSizePolicy(env.llm.shapes, env.llm.device, rule="outer-product", step_size=1e-3)
     env.use_low_level(low)
     env.reset(seed=5)
     capture = env.life.observe()

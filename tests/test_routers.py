@@ -109,7 +109,9 @@ def test_probabilities_of_draws_without_replacement() -> None:
     weights = np.exp(scores)
     total = 0.0
     for first, second in orders(4, 2):
-        by_hand = weights[first] / weights.sum() * weights[second] / (weights.sum() - weights[first])
+        by_hand = (
+            weights[first] / weights.sum() * weights[second] / (weights.sum() - weights[first])
+        )
         found = math.exp(router.log_probability(seen, (first, second)).item())
         assert found == pytest.approx(by_hand, rel=1e-5)
         total += found

@@ -6,7 +6,7 @@ import copy
 import os
 from abc import abstractmethod
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import gymnasium as gym
 import numpy as np
@@ -34,6 +34,8 @@ from hiedit_env.rules import UpdateRule, make_rule
 from hiedit_env.updates import Updates
 
 Step = tuple[NDArray[np.float32], float, bool, bool, dict[str, Any]]
+#: When updates that were handed in are judged.
+Judge = Literal["step", "fact", "never"]
 #: Runs one or more primitive steps; returns L bool, the layers written.
 Body = Callable[[], NDArray[np.bool_]]
 
@@ -186,15 +188,16 @@ class EditingEnv(gym.Env[NDArray[np.float32], Any], gym.utils.EzPickle):
         life = self.life
         return life.evaluator.loss(life.fact, life.remembered, updates, self.weights_of_terms, l2)
 
-    def apply(self, updates: Updates, *, judge: bool = True) -> Step:
+    def apply(self, updates: Updates, *, judge: Judge = "step") -> Step:
         """Writes the given updates as one primitive step of the present fact.
 
         Args:
             updates: One :class:`~hiedit_env.updates.LowRankUpdate` or None per layer; detached
                 before they are written.
-            judge: If False, and the fact is neither answered nor out of steps, the model is not
-                judged: the step is paid 0, ``metrics`` holds only what the fact's own reading
-                tells, and what the levels rose by is paid with the next judged step.
+            judge: When the model is judged and levels are paid: at every ``"step"``, once at the
+                end of the ``"fact"`` (what the levels rose by until then is paid there), or
+                ``"never"``. A step without judgement is paid 0, and its ``metrics`` hold only what
+                the fact's own reading tells. With ``intrinsic`` every step is judged.
 
         Returns:
             The same five-tuple as :meth:`step`.
@@ -282,7 +285,7 @@ class EditingEnv(gym.Env[NDArray[np.float32], Any], gym.utils.EzPickle):
         return self.life.primitive(self.life.propose(layers, multipliers))
 
     def _pay(
-        self, body: Body, body_all: Body, *, rule_made: bool = True, judge: bool = True
+        self, body: Body, body_all: Body, *, rule_made: bool = True, judge: Judge = "step"
     ) -> Step:
         baseline: dict[str, float] = {}
         if self.intrinsic:
@@ -290,7 +293,7 @@ class EditingEnv(gym.Env[NDArray[np.float32], Any], gym.utils.EzPickle):
             baseline, *_ = self._attempt(body_all, rule_made=True)
             self.life.restore(state)
         terms, metrics, layers, error = self._attempt(
-            body, rule_made=rule_made, judge=judge or self.intrinsic
+            body, rule_made=rule_made, judge="step" if self.intrinsic else judge
         )
         terms = {term: value - baseline.get(term, 0.0) for term, value in terms.items()}
         reward = float(sum(terms.values()))
@@ -314,7 +317,7 @@ class EditingEnv(gym.Env[NDArray[np.float32], Any], gym.utils.EzPickle):
         return self._observe(), reward, self.life.ended, False, info
 
     def _attempt(
-        self, body: Body, *, rule_made: bool, judge: bool = True
+        self, body: Body, *, rule_made: bool, judge: Judge = "step"
     ) -> tuple[dict[str, float], dict[str, float | bool], NDArray[np.bool_], str | None]:
         """Runs and judges a body: terms, metrics, layers, error.
 
@@ -325,7 +328,7 @@ class EditingEnv(gym.Env[NDArray[np.float32], Any], gym.utils.EzPickle):
         try:
             with self.life.transaction():
                 layers = body()
-                if not (judge or self.life.edit_over):
+                if judge == "never" or (judge == "fact" and not self.life.edit_over):
                     accuracy = float(self.life.reading.correct.float().mean())
                     metrics = {"efficacy": accuracy, "answered": self.life.reading.answered}
                     return dict.fromkeys((*LEVELS, "collapse"), 0.0), metrics, layers, None
