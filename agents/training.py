@@ -17,7 +17,7 @@ Gradients are averaged over a window of facts or a whole trajectory, then Adam s
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, cast
 
 import numpy as np
@@ -90,12 +90,12 @@ class Trainer:
 
     # -- one trajectory ---------------------------------------------------------------------------
 
-    def trajectory(self, number: int, on_fact: Any = None) -> LogRow:
+    def trajectory(self, number: int, on_fact: Callable[[Tally], None] | None = None) -> LogRow:
         """Plays and learns from trajectory ``number``; everything random follows from it.
 
         Args:
             number: From 0.
-            on_fact: Called with every option's :class:`~agents.runner.Outcome`.
+            on_fact: Called after every fact with the :class:`Tally` so far.
 
         Returns:
             Means over the trajectory's facts: ``reward`` (0 where only gradients are learned from,
@@ -110,7 +110,7 @@ class Trainer:
         rng = np.random.default_rng(seed)
         facts = stream(self.requests, settings.edits_per_trajectory, rng)
         observation, _ = self.env.reset(seed=0, options={"requests": facts})
-        tally = _Tally()
+        tally = Tally()
         surrogates: list[tuple[Tensor, float]] = []
         outcomes: list[Outcome] = []
         window = settings.window or len(facts)
@@ -122,7 +122,7 @@ class Trainer:
                 surrogates.append((choice.log_probability, baseline))
             tally.add(outcome)
             if on_fact is not None:
-                on_fact(outcome)
+                on_fact(tally)
             last = outcome.ended or place + 1 == len(facts)
             if last or (place + 1) % window == 0:
                 self._reinforce(surrogates, outcomes)
@@ -134,7 +134,7 @@ class Trainer:
 
     # -- one fact ---------------------------------------------------------------------------------
 
-    def _fact(self, observation: Observation, tally: _Tally) -> tuple[Outcome, Choice, float]:
+    def _fact(self, observation: Observation, tally: Tally) -> tuple[Outcome, Choice, float]:
         """Chooses and runs one option; returns also what to subtract from its return."""
         settings, env = self.settings, self.env
         if not self._sampled:
@@ -167,7 +167,7 @@ class Trainer:
             _backward(-other.log_probability * float(advantage) / settings.samples_per_fact)
         return outcome, choice, baseline
 
-    def _run(self, choice: Choice, tally: _Tally) -> Outcome:
+    def _run(self, choice: Choice, tally: Tally) -> Outcome:
         option = self._option(choice)
 
         def learn(capture: Capture) -> Updates:
@@ -251,8 +251,8 @@ class Trainer:
             optimizer.load_state_dict({**optimizer.state_dict(), "state": state})
 
 
-class _Tally:
-    """Sums over the facts of a trajectory."""
+class Tally:
+    """What happened on the facts of a trajectory: a list per quantity."""
 
     def __init__(self) -> None:
         self.rewards: list[float] = []
@@ -263,12 +263,15 @@ class _Tally:
         self.norms: list[float] = []
 
     def add(self, outcome: Outcome) -> None:
+        """Takes in a finished fact."""
         self.rewards.append(outcome.reward)
         self.efficacy.append(float(outcome.info["metrics"].get("efficacy", 0.0)))
         self.layers.append(float(np.asarray(outcome.info["layers"]).sum()))
         self.steps.append(float(outcome.steps))
 
     def row(self) -> LogRow:
+        """Means, see :meth:`Trainer.trajectory`."""
+
         def mean(values: list[float]) -> float:
             return float(np.mean(values)) if values else 0.0
 

@@ -26,10 +26,9 @@ from agents.checkpoints import (
 )
 from agents.options import HierarchicalAgent
 from agents.registry import SpecAgent, spec_agent
-from agents.runner import Outcome
 from agents.settings import TrainSettings
 from agents.spec import AgentSpec
-from agents.training import LogRow, Trainer
+from agents.training import LogRow, Tally, Trainer
 from benchmarks.episode import bar, play, stage_bars, unwrapped
 from benchmarks.results import plain, versions, write_json
 from hiedit_env.datasets import fingerprint, split_by_subject
@@ -283,7 +282,7 @@ class _Log:
         total = settings.trajectories * settings.edits_per_trajectory
         self._manager = bar("training", total, progress)
         self._done = done
-        self._reward: float | None = None
+        self._means: dict[str, float] = {}
         self._writer = (
             _summary_writer(out / "tensorboard", len(rows), progress) if tensorboard else None
         )
@@ -298,11 +297,16 @@ class _Log:
         if self._writer is not None:
             self._writer.close()
 
-    def fact(self, outcome: Outcome) -> None:
-        """Moves the bar; the reward shown is a running mean over about 30 facts."""
-        old = self._reward
-        self._reward = outcome.reward if old is None else old + (outcome.reward - old) / 30
-        self._bar.set_postfix_str(f"reward {self._reward:.3f}", refresh=False)
+    def fact(self, tally: Tally) -> None:
+        """Moves the bar; shown are running means over about 30 facts."""
+        latest = {"reward": tally.rewards[-1:], "loss": tally.losses[-1:]}
+        for name, values in latest.items():
+            for value in values:
+                old = self._means.get(name, value)
+                self._means[name] = old + (value - old) / 30
+        shown = {name: mean for name, mean in self._means.items() if mean}
+        text = ", ".join(f"{name} {mean:.3f}" for name, mean in shown.items())
+        self._bar.set_postfix_str(text, refresh=False)
         self._bar.update()
 
     def add(self, row: LogRow) -> None:

@@ -62,6 +62,11 @@ class Reading:
         self._outputs: list[Tensor] = []
         self._capture: Capture | None = None
 
+    @property
+    def metrics(self) -> dict[str, float | bool]:
+        """``efficacy``, the share of answer tokens that are predicted, and ``answered``."""
+        return {"efficacy": float(self.correct.float().mean()), "answered": self.answered}
+
     @torch.inference_mode(False)
     def capture(self) -> Capture:
         """Keys and value gradients; the first call runs the backward pass and frees the graph."""

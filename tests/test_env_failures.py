@@ -181,6 +181,17 @@ def test_a_loss_that_is_not_finite_ends_the_life(name: str, steps: int, kind: st
     assert same_bits(bits(env), before)
 
 
+@pytest.mark.parametrize("judge", ["step", "fact", "never"])
+@pytest.mark.parametrize("steps", [1, 5])
+def test_a_collapse_by_applied_updates_ends_the_life(steps: int, judge: Any) -> None:
+    env = make(LIFELONG, max_steps_per_edit=steps)
+    env.reset(seed=0)
+    before = bits(env)
+    updates = random_updates(env.llm, scale=1e12)
+    assert_collapsed(env.apply(updates, judge=judge), "numerical_collapse")
+    assert same_bits(bits(env), before)
+
+
 def test_a_collapse_can_be_taken_back() -> None:
     env, twin = spoiling(LIFELONG, good=1), make(LIFELONG)
     env.reset(seed=0)

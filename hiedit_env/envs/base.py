@@ -20,7 +20,6 @@ from hiedit_env.architectures import find_candidates
 from hiedit_env.capture import Capture
 from hiedit_env.datasets import load_requests, stream
 from hiedit_env.editing import LEVELS, EditingLife, NumericalCollapse
-from hiedit_env.envs.settings import MODEL_STEP_SIZES as MODEL_STEP_SIZES
 from hiedit_env.envs.settings import RENDER_MODES, check_settings, draw_stream, rule_settings
 from hiedit_env.envs.settings import reward_weights as weights_of_terms
 from hiedit_env.envs.state import EnvState
@@ -137,14 +136,11 @@ class EditingEnv(gym.Env[NDArray[np.float32], Any], gym.utils.EzPickle):
         self.history = History(self.llm.names, len(self.life.facts))
         self._edit_reward = 0.0
         self._begin_fact()
-        reading = self.life.reading
-        info = self._info(
+        nothing, none = (
             dict.fromkeys((*LEVELS, "collapse"), 0.0),
-            {"efficacy": float(reading.correct.float().mean()), "answered": reading.answered},
             np.zeros(len(self.llm.layers), bool),
-            0,
         )
-        return self._observe(), info
+        return self._observe(), self._info(nothing, self.life.reading.metrics, none, 0)
 
     def step(self, action: Any) -> Step:
         """One step; what it means depends on the id, see the class docstring."""
@@ -329,9 +325,10 @@ class EditingEnv(gym.Env[NDArray[np.float32], Any], gym.utils.EzPickle):
             with self.life.transaction():
                 layers = body()
                 if judge == "never" or (judge == "fact" and not self.life.edit_over):
-                    accuracy = float(self.life.reading.correct.float().mean())
-                    metrics = {"efficacy": accuracy, "answered": self.life.reading.answered}
-                    return dict.fromkeys((*LEVELS, "collapse"), 0.0), metrics, layers, None
+                    if not np.isfinite(self.life.reading.loss):
+                        raise NumericalCollapse
+                    nothing = dict.fromkeys((*LEVELS, "collapse"), 0.0)
+                    return nothing, self.life.reading.metrics, layers, None
                 rises, quality = self.life.judge()
         except NumericalCollapse:
             pass
