@@ -136,10 +136,8 @@ class EditingEnv(gym.Env[NDArray[np.float32], Any], gym.utils.EzPickle):
         self.history = History(self.llm.names, len(self.life.facts))
         self._edit_reward = 0.0
         self._begin_fact()
-        nothing, none = (
-            dict.fromkeys((*LEVELS, "collapse"), 0.0),
-            np.zeros(len(self.llm.layers), bool),
-        )
+        nothing = dict.fromkeys((*LEVELS, "collapse"), 0.0)
+        none = np.zeros(len(self.llm.layers), bool)
         return self._observe(), self._info(nothing, self.life.reading.metrics, none, 0)
 
     def step(self, action: Any) -> Step:

@@ -1,0 +1,115 @@
+"""Agents by name: trained ones in comparisons, with the layers they were trained for."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from agents.presets import PRESETS
+from agents.registry import AGENTS, make_agent, spec_agent
+from agents.settings import TrainSettings
+from benchmarks.compare import CompareSettings, compare
+from benchmarks.train import TrainingRun, train
+from hiedit_env.errors import SettingsError
+from hiedit_env.rules import RidgeRule
+from tests.lives import SELECTION, make
+
+QUICK = TrainSettings(trajectories=1, edits_per_trajectory=2, evaluation_edits=0)
+UP = tuple(f"model.layers.{i}.mlp.up_proj" for i in (1, 2))
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """Two agents, trained for two layers and for all six."""
+    folder = tmp_path_factory.mktemp("trained")
+    run = TrainingRun(agent="policy+step-sizes", model="tiny", max_steps_per_edit=3)
+    train(replace(run, layers=UP), QUICK, folder / "two", progress=False)
+    train(run, QUICK, folder / "six", progress=False)
+    return folder / "two", folder / "six"
+
+
+def test_a_comparison_takes_the_layers_a_trained_agent_needs(
+    trained: tuple[Path, Path], tmp_path: Path
+) -> None:
+    two, six = trained
+    settings = CompareSettings(model="tiny", num_edits=2, generation=())
+    agents = [f"mine={two}", f"random-layers+{two}", "all-layers"]
+    result = compare(settings, agents, [0], tmp_path / "out", progress=False)
+    assert [row["agent"] for row in result.rows] == [
+        "no-edit",
+        "mine",
+        f"random-layers+{two}",
+        "all-layers",
+    ]
+    for row in result.rows:
+        assert tuple(row["settings"]["candidate_layers"]) == UP
+        assert row["settings"]["agents"]["mine"] == str(two)
+    assert result.rows[1]["layers_per_edit"] <= 1
+    with pytest.raises(SettingsError, match="different candidate layers"):
+        compare(settings, [str(two), str(six)], [0], tmp_path / "none", progress=False)
+    assert not (tmp_path / "none").exists()
+
+
+def test_agents_after_a_trained_one_get_the_environments_own_rule_and_steps(
+    trained: tuple[Path, Path], tmp_path: Path
+) -> None:
+    settings = CompareSettings(model="tiny", num_edits=2, generation=(), step_size=1e-9)
+    agents = [str(trained[1]), "all-layers"]
+    rows = compare(settings, agents, [0], tmp_path / "out", progress=False).rows
+    # With a step size that does nothing all five of the environment's steps are spent, not three.
+    assert rows[2]["agent"] == "all-layers"
+    assert rows[2]["steps_per_edit"] == 5
+
+
+def test_named_agents_say_where_their_settings_come_from() -> None:
+    assert set(PRESETS) == {"hiedit", "hiedit-paper", "rledit", "mend", "malmen", "ultraedit"}
+    for name, spec in PRESETS.items():
+        assert AGENTS[name] == spec.source
+        assert spec.source
+        TrainSettings(**spec.train)
+    for name in ("rledit", "mend", "malmen", "hiedit-paper", "ultraedit"):
+        assert PRESETS[name].max_steps_per_edit == 1
+        assert "arXiv" in PRESETS[name].source
+
+
+def test_every_high_level_meets_every_low_level() -> None:
+    env = make(SELECTION, num_edits=1)
+    highs = ("random-layers", "gradient-norm", "straight-through", "policy")
+    lows = (
+        "decorrelated",
+        "fine-tuning",
+        "hypernetwork",
+        "step-sizes",
+        "hiedit_env.rules:RidgeRule",
+    )
+    for high in highs:
+        for low in lows:
+            agent = make_agent(f"{high}+{low}", layers_per_edit=2)
+            agent.reset(env, 0)
+            action = agent.select_action(*env.reset(seed=0))
+            assert action.sum() == 2
+            _, _, _, _, info = env.step(action)
+            assert info["edit_over"]
+    assert isinstance(env.life.rule, RidgeRule)
+
+
+def test_models_have_nominal_step_sizes_of_their_own() -> None:
+    env = make(SELECTION)
+    for name, wanted in (("hypernetwork", 2e-3), ("step-sizes", 1e-3), ("fine-tuning", 0.03)):
+        agent = spec_agent(f"all-layers+{name}")
+        low = agent.build(env.llm, "tiny").low
+        assert low is not None
+        assert low.step_size == wanted
+        other = agent.build(env.llm, "another").low
+        assert other is not None
+        assert other.step_size != wanted
+
+
+def test_a_spec_goes_to_json_and_back() -> None:
+    for spec in PRESETS.values():
+        text = json.dumps(spec.to_json())
+        again = type(spec).from_json(json.loads(text))
+        assert again == replace(spec, train={})
