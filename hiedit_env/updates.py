@@ -144,20 +144,19 @@ def _check_factors(update: object, name: str, device: torch.device) -> None:
 
 
 def _norms(factors: Sequence[Tensor]) -> list[float]:
-    """Frobenius norms of factors with at least one entry.
+    """Frobenius norms of factors with at least one entry, or a little more.
 
-    Without float64, which not every device has: float32 numbers are divided by the largest before
-    they are squared, and multiplied by it as Python floats.
+    Without float64, which not every device has: where squares may have left the range of float32,
+    the norm is bounded by the largest entry times the root of their number.
     """
-    tiny = torch.finfo(torch.float32).tiny
-    pairs: list[Tensor] = []
-    for factor in factors:
-        # As commit will see it: what float32 cannot hold is infinite.
-        numbers = factor.detach().float()
-        largest = torch.linalg.vector_norm(numbers, ord=torch.inf)
-        pairs += (largest, torch.linalg.vector_norm(numbers / largest.clamp_min(tiny)))
-    values = torch.stack(pairs).tolist()
-    return [largest * norm for largest, norm in zip(values[::2], values[1::2], strict=True)]
+    # As commit will see them: what float32 cannot hold is infinite.
+    singles = [factor.detach().float() for factor in factors]
+    norms: list[float] = torch.stack([torch.linalg.vector_norm(x) for x in singles]).tolist()
+    for i, numbers in enumerate(singles):
+        if not 1e-15 < norms[i] < math.inf:
+            largest = torch.linalg.vector_norm(numbers, ord=torch.inf)
+            norms[i] = float(largest) * math.sqrt(numbers.numel())
+    return norms
 
 
 def layer_groups(shapes: Sequence[tuple[int, int]]) -> list[list[int]]:

@@ -148,14 +148,14 @@ def test_overflow_by_the_product_alone() -> None:
 
 
 def test_numbers_whose_squares_float32_cannot_hold() -> None:
-    # The norms are 1e30 and 2e-10, though the squares would be infinite and 0.
-    huge = torch.tensor([[1e30, 0.0]])
+    # The squares would be infinite and 0; the norms are at most 1e30 · √2 and 1e-24 · √2.
+    huge, tiny = torch.tensor([[1e30, 0.0]]), torch.tensor([[1e-24, 0.0]])
     small = torch.tensor([[2e-10, 0.0, 0.0]])
     check(LowRankUpdate(huge, small), None)
-    with pytest.raises(NonFiniteUpdateError, match=r"entries up to 2e\+20"):
+    with pytest.raises(NonFiniteUpdateError, match=r"entries up to 2\.82843e\+20"):
         check(LowRankUpdate(huge, small), None, largest=FLOAT16_MAX)
-    tiny = torch.tensor([[1e-24, 0.0]])
-    with pytest.raises(NonFiniteUpdateError, match=r"entries up to 1e\+06"):
+    # √2 · √3 · 1e6.
+    with pytest.raises(NonFiniteUpdateError, match=r"entries up to 2\.44949e\+06"):
         check(LowRankUpdate(tiny, torch.tensor([[1e30, 0, 0]])), None, largest=FLOAT16_MAX)
 
 
