@@ -116,7 +116,8 @@ class UntrainedChoice:
 
     def reset(self, seed: int) -> None:
         """Seeds the random choice."""
-        self._generator = np.random.default_rng(seed)
+        # Not the bits that Gymnasium draws the stream of facts from.
+        self._generator = np.random.default_rng([seed, 1])
 
     def choose(
         self, observation: Observation, capture: Capture, generator: torch.Generator | None = None
