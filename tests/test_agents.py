@@ -11,10 +11,12 @@ import pytest
 import torch
 
 import hiedit_env  # noqa: F401 - registers the environments
+from agents.presets import PRESETS
 from agents.protocol import Agent
 from agents.registry import AGENTS, make_agent
 from agents.simple import LayerChoiceAgent
 from hiedit_env.errors import SettingsError
+from hiedit_env.layer_choice import CHOICES
 from hiedit_env.loading import load_model
 
 
@@ -133,9 +135,7 @@ def test_other_action_spaces_are_refused() -> None:
 
 
 def test_registry_knows_names_and_imports_classes() -> None:
-    assert set(AGENTS) == {
-        "no-edit", "all-layers", "random-layers", "fixed-layers", "gradient-norm"
-    }  # fmt: skip
+    assert set(AGENTS) == {*CHOICES, *PRESETS}
     assert all(isinstance(make_agent(name), Agent) for name in AGENTS)
     own = make_agent("tests.test_agents:OwnAgent", layers_per_edit=4)
     assert type(own).__name__ == "OwnAgent"
