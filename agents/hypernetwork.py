@@ -11,7 +11,10 @@ and the result [ũ ‖ ṽ] gives the update in one of three forms:
 * ``"ridge"`` (MALMEN, arXiv 2311.04661; RLEdit): (KᵀK + λ_l I) Δ_l = Kᵀ D with the raw keys K and
   D = −step_l (K ⊙ ũ) 1 ⊙ ṽ row by row.
 * ``"decorrelated"`` (ours): the outer form with ũ multiplied by the damped inverse of the lifelong
-  second moment of the normalised keys, see :class:`hiedit_env.rules.DecorrelatedRule`.
+  second moment C_l of the normalised keys, see :class:`hiedit_env.rules.DecorrelatedRule`. Here
+  C_l = (edits of this life) + prior_l (unrelated prompts), the second collected once in training by
+  :meth:`Hypernetwork.calibrate`, so that what unrelated prompts have in common is left alone from
+  the first edit on. The ridge and prior_l are learned.
 
 B, b and shift begin at 0, so an untrained hypernetwork *is* the closed-form rule of its form. The
 architecture is that of the released code of RLEdit and HiEdit (``nets.py``), except that step_l and
@@ -20,7 +23,7 @@ architecture is that of the released code of RLEdit and HiEdit (``nets.py``), ex
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, ClassVar, Literal, get_args
 
 import torch
@@ -74,9 +77,10 @@ class GroupNet(nn.Module):
     ) -> None:
         super().__init__()
         self.blocks = nn.ModuleList(Block(layers, size, rank, generator) for _ in range(blocks))
-        #: log of the step size relative to the nominal one.
+        #: Logarithms of step size, ridge and weight of the prior, relative to the nominal ones.
         self.log_step = nn.Parameter(torch.zeros(layers))
         self.log_ridge = nn.Parameter(torch.zeros(layers))
+        self.log_prior = nn.Parameter(torch.zeros(layers))
 
     def forward(self, rows: Tensor, places: list[int]) -> Tensor:
         """[ũ ‖ ṽ] from the normalised [u ‖ v], len(places) × T × S."""
@@ -101,6 +105,7 @@ class Hypernetwork(DecorrelatedRule):
         tokens: As for :class:`~hiedit_env.rules.UpdateRule`; None for all tokens in the outer
             forms and the answer's in the ridge form, as in the released configurations.
         ridge: Of the decorrelated form, and the λ the ridge form begins at.
+        prior: Nominal weight of the unrelated prompts in C_l.
         seed: Of the random initial values.
 
     Raises:
@@ -121,6 +126,7 @@ class Hypernetwork(DecorrelatedRule):
         step_size: float | None = None,
         tokens: Tokens | None = None,
         ridge: float | None = None,
+        prior: float = 1.0,
         seed: int = 0,
     ) -> None:
         if form not in get_args(Form):
@@ -128,6 +134,10 @@ class Hypernetwork(DecorrelatedRule):
         if rank < 1 or blocks < 0:
             raise SettingsError(f"rank must be ≥ 1 and blocks ≥ 0, got {rank!r} and {blocks!r}")
         self.form: Form = form
+        self.prior = prior
+        #: Statistics of unrelated prompts, as of :meth:`state_dict`; None before calibration.
+        self._calibration: dict[str, Any] | None = None
+        self._calibrated_products: list[Tensor] = []
         super().__init__(
             shapes,
             device,
@@ -145,20 +155,74 @@ class Hypernetwork(DecorrelatedRule):
         """What training changes."""
         return list(self.net.parameters())
 
+    def calibrate(self, captures: Iterable[Capture]) -> None:
+        """Collects what unrelated prompts have in common; every life begins with it.
+
+        Args:
+            captures: Of unrelated prompts at the unedited weights.
+        """
+        self._calibration = None
+        self.reset()
+        for capture in captures:
+            self.observe(capture)
+        found = self.state_dict()
+        calibration: dict[str, Any] = {}
+        for i, moments in enumerate(found["moments"]):
+            calibration |= {f"moments.{i}.{name}": value for name, value in moments.items()}
+        for i, products in enumerate(found.get("products", ())):
+            # Mean products of standardised keys: symmetric, about 1, so half precision and one
+            # triangle are enough. Rounded here, so that saving changes nothing.
+            row, column = torch.triu_indices(*products.shape[1:], device=products.device)
+            mean = products[:, row, column] / max(found["moments"][i]["count"], 1)
+            calibration[f"products.{i}"] = mean.half()
+        self._set_calibration(calibration)
+
+    def _set_calibration(self, calibration: dict[str, Any] | None) -> None:
+        self._calibration = calibration
+        self._calibrated_products = []
+        for i, group in enumerate(self.groups):
+            packed = None if calibration is None else calibration.get(f"products.{i}")
+            if calibration is None or packed is None:
+                continue
+            d_in = self.shapes[group[0]][0]
+            row, column = torch.triu_indices(d_in, d_in, device=packed.device)
+            whole = torch.zeros(len(group), d_in, d_in, device=packed.device)
+            whole[:, row, column] = whole[:, column, row] = packed.float()
+            self._calibrated_products.append(whole * calibration[f"moments.{i}.count"])
+        self.reset()
+
+    @property
+    def is_calibrated(self) -> bool:
+        """Whether :meth:`calibrate` was called, now or before the parameters were saved."""
+        return self._calibration is not None
+
     def state(self) -> dict[str, Any]:
-        """The parameters by dotted path."""
-        return dict(self.net.state_dict())
+        """The parameters, and the calibration if there is one, by dotted path."""
+        calibration = self._calibration or {}
+        return {
+            **self.net.state_dict(),
+            **{f"calibration.{name}": value for name, value in calibration.items()},
+        }
 
     def load_state(self, state: Mapping[str, Any]) -> None:
         """Puts a saved :meth:`state` back."""
-        self.net.load_state_dict(dict(state))
+        start = "calibration."
+        self.net.load_state_dict({k: v for k, v in state.items() if not k.startswith(start)})
+        found = {k[len(start) :]: v for k, v in state.items() if k.startswith(start)}
+        self._set_calibration(found or None)
 
     def reset(self) -> None:
-        """Forgets the lifelong statistics; the parameters stay."""
+        """Forgets the lifelong statistics; parameters and calibration stay."""
         if self.form == "decorrelated":
             super().reset()
         else:
             LifelongRule.reset(self)
+        if self._calibration is not None:
+            # The products of keys are added when they are used, with their learned weight.
+            for i, moments in enumerate(self._moments):
+                names = ("count", "mean", "squares")
+                saved = {name: self._calibration[f"moments.{i}.{name}"] for name in names}
+                moments.load_state_dict(saved)
 
     def observe(self, capture: Capture) -> None:
         """Takes one capture into the statistics the form needs."""
@@ -176,6 +240,20 @@ class Hypernetwork(DecorrelatedRule):
         """Puts saved statistics back, bit for bit."""
         rule = DecorrelatedRule if self.form == "decorrelated" else LifelongRule
         rule.load_state_dict(self, state)
+
+    def _second_moment(self, group: int, places: list[int]) -> Tensor:
+        own = super()._second_moment(group, places)
+        if self._calibration is None:
+            return own
+        net = self.net[group]
+        assert isinstance(net, GroupNet)
+        weight = self.prior * net.log_prior[places].exp()
+        return own + weight[:, None, None] * self._calibrated_products[group][places]
+
+    def _ridges(self, group: int, places: list[int]) -> Tensor:
+        net = self.net[group]
+        assert isinstance(net, GroupNet)
+        return self.ridge * net.log_ridge[places].exp()[:, None]
 
     def _factors(
         self, group: int, places: list[int], keys: Tensor, gradients: Tensor

@@ -45,6 +45,9 @@ class TrainSettings:
     )
     gamma: float = _option(1.0, "γ, discount per primitive step")
     credit_horizon: int = _option(0, "later facts whose rewards an option is credited with")
+    calibration: int = _option(
+        200, "unrelated prompts of training facts whose keys a hypernetwork is shown first"
+    )
     held_out: float = _option(0.1, "share of the subjects kept for the evaluation at the end")
     evaluation_edits: int = _option(50, "facts of that evaluation; 0 for none")
     seed: int = _option(0, "seed of everything random")
@@ -58,6 +61,7 @@ class TrainSettings:
             ("retention_window", 0),
             ("credit_horizon", 0),
             ("evaluation_edits", 0),
+            ("calibration", 0),
             ("seed", 0),
         ):
             if getattr(self, name) < least:

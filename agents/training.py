@@ -17,13 +17,14 @@ Gradients are averaged over a window of facts or a whole trajectory, then Adam s
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, cast
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
+from agents.hypernetwork import Hypernetwork
 from agents.options import Choice, HierarchicalAgent, Option
 from agents.protocol import Observation, Trainable
 from agents.routers import PolicyRouter, StraightThroughRouter
@@ -87,6 +88,29 @@ class Trainer:
         #: Whether the objective's gradient is needed at all.
         self._differentiated = "low" in self.optimizers or self._gated
         self._generator = torch.Generator()
+
+    def calibrate(self, on_prompt: Callable[[], None] | None = None) -> None:
+        """Shows the low level unrelated prompts of training facts at the unedited weights, once.
+
+        Does nothing for a low level that takes none, or is calibrated already.
+        """
+        low, llm = self.low, self.env.llm
+        if not isinstance(low, Hypernetwork) or low.is_calibrated:
+            return
+        rng = np.random.default_rng([self.settings.seed, 2])
+        probes = list(dict.fromkeys(p for request in self.requests for p in request.locality))
+        chosen = [probes[i] for i in rng.permutation(len(probes))[: self.settings.calibration]]
+        if not chosen:
+            return
+        llm.restore_unedited()
+
+        def captures() -> Iterator[Capture]:
+            for probe in chosen:
+                yield llm.read(llm.encode(probe.prompt, probe.answer)).capture()
+                if on_prompt is not None:
+                    on_prompt()
+
+        low.calibrate(captures())
 
     # -- one trajectory ---------------------------------------------------------------------------
 

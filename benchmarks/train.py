@@ -116,6 +116,9 @@ def train(
                 "versions": versions(),
             },
         }
+        wanted = min(settings.calibration, sum(len(r.locality) for r in training))
+        with bar("calibrating", wanted, progress) as shown:
+            trainer.calibrate(shown.update)
         with _Log(out, rows, progress, tensorboard, settings) as log:
             for number in range(len(rows), settings.trajectories):
                 log.add(trainer.trajectory(number, log.fact))

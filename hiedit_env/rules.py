@@ -255,6 +255,14 @@ class DecorrelatedRule(LifelongRule):
                 # A new tensor, never in place: saved states hold the old one.
                 self._products[number] = torch.baddbmm(self._products[number], keys.mT, keys)
 
+    def _second_moment(self, group: int, places: list[int]) -> Tensor:
+        """Unnormalised second moments of the keys, G × d_in × d_in, the caller's to change."""
+        return self._products[group][places]
+
+    def _ridges(self, group: int, places: list[int]) -> float | Tensor:
+        """Ridge of every layer, G × 1, or one number."""
+        return self.ridge
+
     def state_dict(self) -> dict[str, Any]:
         """Moments and products; the tensors are never written in place."""
         return {**super().state_dict(), "products": list(self._products)}
@@ -273,9 +281,10 @@ class DecorrelatedRule(LifelongRule):
     def _decorrelate(self, group: int, places: list[int], left: Tensor) -> Tensor:
         """Left factors, G × r × d_in, damped in the directions shared by the keys seen so far."""
         # The number of rows cancels: only the direction of the result counts.
-        matrix = self._products[group][places]
-        diagonal = matrix.diagonal(dim1=1, dim2=2)
-        diagonal += self.ridge * diagonal.mean(1, keepdim=True) + torch.finfo(torch.float32).tiny
+        matrix = self._second_moment(group, places)
+        mean = matrix.diagonal(dim1=1, dim2=2).mean(1, keepdim=True)
+        added = self._ridges(group, places) * mean + torch.finfo(torch.float32).tiny
+        matrix.diagonal(dim1=1, dim2=2).add_(added)
         factor = torch.linalg.cholesky_ex(matrix).L
         damped = torch.cholesky_solve(left.mT, factor).mT
         size = torch.linalg.vector_norm(damped, dim=(1, 2), keepdim=True)

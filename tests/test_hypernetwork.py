@@ -203,3 +203,88 @@ def test_step_sizes_stay_within_a_decade_and_learn(captures: list[Capture]) -> N
     with torch.no_grad():
         low.net["offset"].fill_(100.0)
     assert low.multipliers(capture).tolist() == pytest.approx([10.0] * L)
+
+
+# -- calibration --------------------------------------------------------------------------------
+
+
+def calibrated(env: Any, captures: list[Capture], **settings: Any) -> Hypernetwork:
+    low = Hypernetwork(env.llm.shapes, env.llm.device, form="decorrelated", rank=2, **settings)
+    low.calibrate(captures)
+    return low
+
+
+def test_calibration_damps_what_unrelated_prompts_have_in_common(captures: list[Capture]) -> None:
+    """C = products of the life + prior · products of the calibration, by the dense formula."""
+    env = make(SELECTION)
+    low = calibrated(env, captures[:2], prior=0.5, ridge=0.2)
+    low.observe(captures[2])
+    (update,) = [u for i, u in enumerate(low.propose(captures[2], ALL)) if i == 0]
+    assert update is not None
+    group, place = low.groups[0], 0
+    rows = [torch.cat((c.keys[group[0]], c.value_gradients[group[0]]), 1) for c in captures]
+    d_in = captures[0].keys[group[0]].shape[1]
+
+    def normalised(seen: list[torch.Tensor], x: torch.Tensor) -> torch.Tensor:
+        everything = torch.cat(seen).double()
+        return (x.double() - everything.mean(0)) / everything.std(0)
+
+    moment = torch.zeros(d_in, d_in, dtype=torch.float64)
+    for i, weight in enumerate((0.5, 0.5, 1.0)):
+        # Keys enter as they are normalised at the time.
+        keys = normalised(rows[: i + 1], rows[i])[:, :d_in]
+        moment += weight * keys.mT @ keys
+    now = normalised(rows, rows[2])[:, :d_in]
+    damped = now @ torch.linalg.inv(moment + 0.2 * moment.diagonal().mean() * torch.eye(d_in))
+    wanted = damped * now.norm() / damped.norm()
+    assert place == 0
+    torch.testing.assert_close(update.left.double(), wanted, rtol=2e-2, atol=2e-3)
+
+
+def test_a_calibration_is_saved_and_outlives_lives(captures: list[Capture]) -> None:
+    env = make(SELECTION)
+    low = calibrated(env, captures[:2])
+    assert low.is_calibrated
+    other = Hypernetwork(env.llm.shapes, env.llm.device, form="decorrelated", rank=2, seed=4)
+    assert not other.is_calibrated
+    other.load_state(low.state())
+    for rule in (low, other):
+        rule.reset()
+        rule.observe(captures[2])
+    for one, two in zip(
+        low.propose(captures[2], ALL), other.propose(captures[2], ALL), strict=True
+    ):
+        assert one is not None
+        assert two is not None
+        assert torch.equal(one.left, two.left)
+        assert torch.equal(one.right, two.right)
+    plain = Hypernetwork(env.llm.shapes, env.llm.device, form="decorrelated", rank=2)
+    plain.observe(captures[2])
+    first = plain.propose(captures[2], ALL)[0]
+    assert first is not None
+    assert not torch.equal(first.left, low.propose(captures[2], ALL)[0].left)  # type: ignore[union-attr]
+
+
+def test_ridge_and_prior_have_the_slopes_of_the_objective(captures: list[Capture]) -> None:
+    env = make(SELECTION)
+    low = calibrated(env, captures, step_size=2e-3)
+    env.use_low_level(low)
+    env.reset(seed=5)
+    env.step(np.ones(L, np.int8))
+    capture = env.life.observe()
+
+    def objective() -> torch.Tensor:
+        return env.loss(low.compute(capture, ALL))
+
+    for net in low.net:
+        for name in ("log_ridge", "log_prior"):
+            parameter = getattr(net, name)
+            (gradient,) = torch.autograd.grad(objective(), parameter)
+            values = []
+            with torch.no_grad():
+                for sign in (1, -1):
+                    parameter.add_(0.05 * sign)
+                    values.append(objective().item())
+                    parameter.add_(-0.05 * sign)
+            slope = (values[0] - values[1]) / 0.1
+            assert slope == pytest.approx(gradient.sum().item(), rel=0.05, abs=1e-4), name
