@@ -250,6 +250,14 @@ class Hypernetwork(DecorrelatedRule):
         weight = self.prior * net.log_prior[places].exp()
         return own + weight[:, None, None] * self._calibrated_products[group][places]
 
+    def _left(self, group: int, places: list[int], keys: Tensor) -> Tensor:
+        return super()._left(group, places, keys) if self.form == "decorrelated" else keys
+
+    def _steps(self, group: int, places: list[int]) -> Tensor:
+        net = self.net[group]
+        assert isinstance(net, GroupNet)
+        return net.log_step[places].exp()[:, None, None]
+
     def _ridges(self, group: int, places: list[int]) -> Tensor:
         net = self.net[group]
         assert isinstance(net, GroupNet)
@@ -262,11 +270,9 @@ class Hypernetwork(DecorrelatedRule):
         assert isinstance(net, GroupNet)
         rows = net(torch.cat(self._normalised(group, places, keys, gradients), 2), places)
         left, right = rows.split((keys.shape[2], gradients.shape[2]), 2)
-        step = net.log_step[places].exp()[:, None, None]
-        if self.form == "outer":
-            return left, right * step
-        if self.form == "decorrelated":
-            return self._decorrelate(group, places, left), right * step
+        step = self._steps(group, places)
+        if self.form != "ridge":
+            return self._left(group, places, left), right * step
         # (K ⊙ ũ) 1: as UltraEdit's ‖ũ‖² once K is normalised too.
         wanted = (keys * left).sum(2, keepdim=True) * right * step
         ridge = self.ridge * net.log_ridge[places].exp()

@@ -19,11 +19,11 @@ _ONE_EDIT = {"retention_window": 0, "retention_weight": 0.0}
 HIEDIT = AgentSpec(
     name="hiedit",
     high="policy",
-    low="hypernetwork",
-    low_settings={"form": "decorrelated", "rank": 64, "blocks": 1, "ridge": 0.1},
+    low="rehearsal",
+    low_settings={"rank": 64, "blocks": 1, "ridge": 0.1, "facts": 4, "probes": 4},
     max_steps_per_edit=5,
     source="ours: options of several steps, a policy-gradient router over the observation, a "
-    "hypernetwork over decorrelated keys",
+    "hypernetwork over decorrelated keys that rehearses earlier facts and unrelated prompts",
 )
 HIEDIT_PAPER = AgentSpec(
     name="hiedit-paper",

@@ -8,6 +8,7 @@ from typing import Any
 
 from agents.hypernetwork import RULE_OF_FORM, Hypernetwork
 from agents.options import HighLevel, UntrainedChoice
+from agents.rehearsal import Rehearsal
 from agents.routers import PolicyRouter, StraightThroughRouter
 from agents.step_sizes import StepSizePolicy
 from hiedit_env.envs.settings import MODEL_STEP_SIZES
@@ -19,7 +20,7 @@ from hiedit_env.rules import RULES, UpdateRule, make_rule
 #: Learned high levels; the simple choices of the environment are high levels too.
 ROUTERS = (StraightThroughRouter.name, PolicyRouter.name)
 #: Low levels besides the closed-form update rules. ``fine-tuning`` is the rule ``gradient``.
-LEARNED_LOW = (Hypernetwork.name, StepSizePolicy.name)
+LEARNED_LOW = (Hypernetwork.name, Rehearsal.name, StepSizePolicy.name)
 FINE_TUNING = "fine-tuning"
 
 HIGH_LEVELS = (*CHOICES, *ROUTERS)
@@ -107,6 +108,8 @@ class AgentSpec:
         try:
             if self.low == Hypernetwork.name:
                 return Hypernetwork(llm.shapes, llm.device, **settings)
+            if self.low == Rehearsal.name:
+                return Rehearsal(llm, **settings)
             if self.low == StepSizePolicy.name:
                 return StepSizePolicy(llm.shapes, llm.device, **settings)
         except TypeError as error:
@@ -118,6 +121,8 @@ class AgentSpec:
         """The closed-form rule that the low level is or begins as."""
         if self.low == Hypernetwork.name:
             return RULE_OF_FORM[self.low_settings.get("form", "outer")]
+        if self.low == Rehearsal.name:
+            return RULE_OF_FORM["decorrelated"]
         if self.low == StepSizePolicy.name:
             return str(self.low_settings.get("rule", "decorrelated"))
         return "gradient" if self.low == FINE_TUNING else str(self.low)

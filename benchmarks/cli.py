@@ -143,6 +143,11 @@ def _add_train(commands: Any) -> None:
     )
     _add_out(parser, "folder of the trained agent")
     parser.add_argument("--dataset", metavar="NAME_OR_FILE", help="training facts")
+    parser.add_argument(
+        "--exclude",
+        metavar="NAME_OR_FILE",
+        help="data set kept for an evaluation: its subjects and unrelated prompts are left out",
+    )
     parser.add_argument("--resume", action="store_true", help="go on from the last checkpoint")
     parser.add_argument("--no-tensorboard", action="store_true", help="write no TensorBoard files")
     parser.add_argument("--layers-per-edit", type=int, metavar="K", help="of the high level")
@@ -273,6 +278,7 @@ def _train(given: argparse.Namespace) -> None:
         layers_per_edit=given.layers_per_edit,
         max_steps_per_edit=given.max_steps_per_edit,
         step_size=given.step_size,
+        exclude=given.exclude,
         device=given.device,
         dtype=given.dtype,
         trust_remote_code=given.trust_remote_code,

@@ -9,6 +9,7 @@ Everything is measured in one run on one machine and reported as ratios.
   and all positions, dense in-place writes, as in the released code of HiEdit
   (``editor/hiedit.py``). It caches nothing, so that it runs the unedited model on the unrelated
   prompts again at every step. Steps of the two are interleaved, on the same facts.
+* ``training``: one training step of the agent ``rledit`` with 10 remembered edits.
 * ``tiny``: ``hiedit/LayerSelection-v0`` with its defaults, on one thread.
 """
 
@@ -35,6 +36,9 @@ from torch.nn import functional as F
 from tqdm import tqdm
 
 import hiedit_env
+from agents.registry import spec_agent
+from agents.settings import TrainSettings
+from agents.training import Trainer
 from hiedit_env.capture import Capture
 from hiedit_env.envs.base import EditingEnv
 from hiedit_env.quality import EncodedFact
@@ -221,6 +225,36 @@ def measure_model(model: str, dataset: str | None, edits: int, device: str) -> d
     }
 
 
+def measure_training(model: str, dataset: str | None, edits: int, device: str) -> dict[str, Any]:
+    """One training step of ``rledit`` (one edit, its loss, gradient and Adam), 10 edits remembered.
+
+    A step is a capture, the update of all layers, the objective over 23 or so prompts with the
+    update as an overlay, its gradient in the hypernetwork, the optimiser and the write.
+    """
+    env = gymnasium.make(
+        "hiedit/LayerSelection-v0",
+        model=model,
+        dataset=dataset,
+        num_edits=None,
+        device=device,
+        disable_env_checker=True,
+    )
+    base = env.unwrapped
+    assert isinstance(base, EditingEnv)
+    agent = spec_agent("rledit").build(base.llm, model, trained=False)
+    settings = TrainSettings(edits_per_trajectory=11 + edits, window=1)
+    trainer = Trainer(base, agent, base.requests, settings)
+    times: list[float] = []
+    trainer.trajectory(0, lambda _: times.append(clock(base.llm.device)))
+    seconds = np.diff(times)[10:]
+    return {
+        "agent": "rledit",
+        "remembered_edits": len(base.life.remembered),
+        "step_seconds": float(np.median(seconds)),
+        "longest_step_seconds": float(seconds.max()),
+    }
+
+
 def peak_device_memory(device: torch.device) -> dict[str, float]:
     """Most memory that tensors have held on a CUDA device at once, in MB; nothing elsewhere."""
     if device.type != "cuda":
@@ -265,6 +299,7 @@ def main(arguments: list[str] | None = None) -> None:
     result = {
         "tiny": measure_tiny(given.tiny_steps),
         "model": measure_model(given.model, given.dataset, given.edits, given.device),
+        "training": measure_training(given.model, given.dataset, given.edits, given.device),
         "peak_memory_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
         "versions": {
             "python": platform.python_version(),

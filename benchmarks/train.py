@@ -31,7 +31,7 @@ from agents.spec import AgentSpec
 from agents.training import LogRow, Tally, Trainer
 from benchmarks.episode import bar, play, stage_bars, unwrapped
 from benchmarks.results import plain, versions, write_json
-from hiedit_env.datasets import fingerprint, split_by_subject
+from hiedit_env.datasets import fingerprint, load_requests, split_by_subject
 from hiedit_env.envs.base import EditingEnv
 from hiedit_env.errors import ResultsExistError, SettingsError
 from hiedit_env.evaluation import UneditedAnswers, evaluate
@@ -48,6 +48,8 @@ class TrainingRun:
         layers_per_edit: K of the high level; None for its default.
         max_steps_per_edit: Horizon of the options; None for the agent's own, or 5.
         step_size: Nominal step size of the low level; None for its default.
+        exclude: A data set kept for an evaluation: its subjects are not trained on, and its
+            unrelated prompts are not shown.
     """
 
     agent: str
@@ -57,6 +59,7 @@ class TrainingRun:
     layers_per_edit: int | None = None
     max_steps_per_edit: int | None = None
     step_size: float | None = None
+    exclude: str | None = None
     device: str = "cpu"
     dtype: str = "float32"
     trust_remote_code: bool = False
@@ -100,7 +103,7 @@ def train(
     with closing(make_env(run, settings, editor, progress)) as env:
         inner = unwrapped(env)
         training, held_out = split_by_subject(
-            inner.requests, held_out=settings.held_out, seed=settings.seed
+            without(inner.requests, run.exclude), held_out=settings.held_out, seed=settings.seed
         )
         agent, spec = build(editor, inner, run)
         trainer = Trainer(inner, agent, training, settings)
@@ -129,6 +132,20 @@ def train(
             write_json(out / "evaluation.json", result)
     folder.clear()
     return result
+
+
+def without(requests: Sequence[Request], dataset: str | None) -> list[Request]:
+    """The requests that share no subject with a data set, without the unrelated prompts it has."""
+    if dataset is None:
+        return list(requests)
+    kept = load_requests(dataset)
+    subjects = {request.subject.casefold() for request in kept}
+    probes = {probe.prompt for request in kept for probe in request.locality}
+    return [
+        replace(r, locality=tuple(p for p in r.locality if p.prompt not in probes))
+        for r in requests
+        if r.subject.casefold() not in subjects
+    ]
 
 
 def make_env(

@@ -47,6 +47,21 @@ class Capture:
         return torch.stack(squares).clamp_min(0).sqrt()
 
 
+@dataclass(frozen=True, slots=True)
+class GradientRows:
+    """Keys and value gradients of a loss over several prompts.
+
+    Args:
+        keys: Per layer N × d_in, the layer's input at the N tokens read, prompt after prompt.
+        value_gradients: Per layer N × d_out, gradient of the loss at the layer's output.
+
+    Detached, on the model's device, in the model's dtype.
+    """
+
+    keys: tuple[Tensor, ...]
+    value_gradients: tuple[Tensor, ...]
+
+
 class Reading:
     """A forward pass over one request whose backward pass is done only if it is asked for."""
 

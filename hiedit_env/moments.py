@@ -52,6 +52,17 @@ class RunningMoments:
         deviation = (self.squares[places] / max(self.count - 1, 1)).sqrt()
         return (rows.float() - self.mean[places]) / (deviation + tiny)
 
+    def scale(self, rows: Tensor, places: list[int], start: int) -> Tensor:
+        """Rows over the standard deviation of the columns from ``start`` on; no mean is taken away.
+
+        Args:
+            rows: len(places) × T × (size − start).
+            places: Which of the layers kept here the rows belong to.
+            start: First column.
+        """
+        variance = self.squares[places][..., start:] / max(self.count - 1, 1)
+        return rows.float() / (variance.sqrt() + torch.finfo(torch.float32).eps)
+
     def state_dict(self) -> dict[str, Any]:
         """The statistics; the tensors are never written in place."""
         return {"count": self.count, "mean": self.mean, "squares": self.squares}

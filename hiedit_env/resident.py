@@ -7,7 +7,7 @@ two methods only: :meth:`ResidentLLM.commit` and :meth:`ResidentLLM.restore`.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, cast
@@ -18,7 +18,7 @@ from torch.nn import functional as F
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from hiedit_env.architectures import CandidateLayer, block_list
-from hiedit_env.capture import Reading
+from hiedit_env.capture import GradientRows, Reading
 from hiedit_env.errors import ModelError
 from hiedit_env.generation import end_ids, generate
 from hiedit_env.suffix import SplitModel
@@ -136,6 +136,40 @@ class ResidentLLM:
         Works in every gradient mode of the caller.
         """
         batch = self.batch([prompt])
+        logits, inputs, outputs = self._record(batch)
+        with torch.enable_grad():
+            loss = F.cross_entropy(logits.float(), batch.labels)
+        reading = Reading(prompt, loss, logits, batch.labels)
+        reading._inputs, reading._outputs = inputs, outputs
+        return reading
+
+    @torch.inference_mode(False)
+    def gradients(
+        self, prompts: Sequence[EncodedPrompt], loss: Callable[[Tensor, PromptBatch], Tensor]
+    ) -> GradientRows:
+        """One forward and backward pass of any loss over several prompts, at the present weights.
+
+        Args:
+            prompts: At least one; all in one batch.
+            loss: From logits (answer tokens × vocabulary, float32, in the order of the prompts) and
+                the batch to a scalar.
+
+        Returns:
+            Rows of the tokens that were read, padding left out.
+        """
+        batch = self.batch(prompts)
+        logits, inputs, outputs = self._record(batch)
+        with torch.enable_grad():
+            gradients = torch.autograd.grad(loss(logits.float(), batch), outputs)
+        places = torch.arange(batch.input_ids.shape[1], device=self.device)
+        real = places < batch.lengths[:, None]
+        return GradientRows(
+            keys=tuple(u.detach()[real] for u in inputs),
+            value_gradients=tuple(v[real] for v in gradients),
+        )
+
+    def _record(self, batch: PromptBatch) -> tuple[Tensor, list[Tensor], list[Tensor]]:
+        """Logits of a batch, and every layer's input and output, ready for a backward pass."""
         hidden = self._prefix(batch)
         inputs: list[Tensor | None] = [None] * len(self.layers)
         outputs: list[Tensor | None] = [None] * len(self.layers)
@@ -150,11 +184,7 @@ class ResidentLLM:
 
         with torch.enable_grad(), self._hooks({i: record(i) for i in range(len(self.layers))}):
             logits = self._logits(self._split.suffix(hidden), batch)
-            loss = F.cross_entropy(logits.float(), batch.labels)
-        reading = Reading(prompt, loss, logits, batch.labels)
-        reading._inputs = cast(list[Tensor], inputs)
-        reading._outputs = cast(list[Tensor], outputs)
-        return reading
+        return logits, cast(list[Tensor], inputs), cast(list[Tensor], outputs)
 
     @property
     def end_ids(self) -> frozenset[int]:

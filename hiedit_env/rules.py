@@ -17,7 +17,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from hiedit_env.capture import Capture
+from hiedit_env.capture import Capture, GradientRows
 from hiedit_env.errors import SettingsError
 from hiedit_env.moments import RunningMoments
 from hiedit_env.updates import LowRankUpdate, layer_groups
@@ -188,6 +188,45 @@ class LifelongRule(UpdateRule):
         rows = self._moments[group].normalise(torch.cat((keys, gradients), 2), places)
         return rows[..., : keys.shape[2]], rows[..., keys.shape[2] :]
 
+    def _left(self, group: int, places: list[int], keys: Tensor) -> Tensor:
+        """Left factors from normalised keys, G × T × d_in."""
+        return keys
+
+    def _steps(self, group: int, places: list[int]) -> float | Tensor:
+        """Factors on the nominal step size, G × 1 × 1, or one number."""
+        return 1.0
+
+    def correct(
+        self, rows: GradientRows, layers: NDArray[np.bool_]
+    ) -> tuple[LowRankUpdate | None, ...]:
+        """Updates down another loss than the present fact's: Δ_l = −step ũ_lᵀ (v_l / σ_l).
+
+        Keys are treated like the fact's. Value gradients are scaled like the fact's, but no mean is
+        taken away: what costs nothing changes nothing.
+
+        Args:
+            rows: Keys and value gradients of that loss.
+            layers: L bool.
+
+        Returns:
+            L entries, None for a layer not chosen; differentiable in the rule's parameters.
+        """
+        updates: list[LowRankUpdate | None] = [None] * len(self.shapes)
+        for number, group in enumerate(self.groups):
+            places = [place for place, layer in enumerate(group) if layers[layer]]
+            if not places:
+                continue
+            keys = torch.stack([rows.keys[group[place]] for place in places])
+            gradients = torch.stack([rows.value_gradients[group[place]] for place in places])
+            d_in = keys.shape[2]
+            moments = self._moments[number]
+            normalised = moments.normalise(torch.cat((keys, gradients), 2), places)
+            left = self._left(number, places, normalised[..., :d_in])
+            right = moments.scale(gradients, places, d_in) * self._steps(number, places)
+            for place, index in enumerate(places):
+                updates[group[index]] = LowRankUpdate(left[place], right[place] * -self.step_size)
+        return tuple(updates)
+
 
 class OuterProductRule(LifelongRule):
     """Normalised outer product: Δ_l = −step ũ_lᵀ ṽ_l.
@@ -276,19 +315,19 @@ class DecorrelatedRule(LifelongRule):
         self, group: int, places: list[int], keys: Tensor, gradients: Tensor
     ) -> tuple[Tensor, Tensor]:
         left, right = self._normalised(group, places, keys, gradients)
-        return self._decorrelate(group, places, left), right
+        return self._left(group, places, left), right
 
-    def _decorrelate(self, group: int, places: list[int], left: Tensor) -> Tensor:
-        """Left factors, G × r × d_in, damped in the directions shared by the keys seen so far."""
+    def _left(self, group: int, places: list[int], keys: Tensor) -> Tensor:
+        """Keys, G × r × d_in, damped in the directions shared by the keys seen so far."""
         # The number of rows cancels: only the direction of the result counts.
         matrix = self._second_moment(group, places)
         mean = matrix.diagonal(dim1=1, dim2=2).mean(1, keepdim=True)
         added = self._ridges(group, places) * mean + torch.finfo(torch.float32).tiny
         matrix.diagonal(dim1=1, dim2=2).add_(added)
         factor = torch.linalg.cholesky_ex(matrix).L
-        damped = torch.cholesky_solve(left.mT, factor).mT
+        damped = torch.cholesky_solve(keys.mT, factor).mT
         size = torch.linalg.vector_norm(damped, dim=(1, 2), keepdim=True)
-        wanted = torch.linalg.vector_norm(left, dim=(1, 2), keepdim=True)
+        wanted = torch.linalg.vector_norm(keys, dim=(1, 2), keepdim=True)
         scale: Tensor = wanted / (size + torch.finfo(torch.float32).tiny)
         return damped * scale
 

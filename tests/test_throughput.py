@@ -10,7 +10,14 @@ import pytest
 import torch
 
 from benchmarks import throughput
-from benchmarks.throughput import PassTimer, PlainLoop, clock, measure_model, peak_device_memory
+from benchmarks.throughput import (
+    PassTimer,
+    PlainLoop,
+    clock,
+    measure_model,
+    measure_training,
+    peak_device_memory,
+)
 from hiedit_env.envs.base import EditingEnv
 from tests.lives import SELECTION, L, PlainModel, act, bits, hooks, make, plain_likeness, same_bits
 
@@ -95,3 +102,9 @@ def test_what_is_measured() -> None:
     assert 0 < result["pass_seconds"] < result["step_seconds"]
     assert result["plain_seconds"] > 0
     assert "peak_device_memory_mb" not in result
+
+
+def test_training_steps_are_timed_with_a_full_memory() -> None:
+    found = measure_training("tiny", None, 2, "cpu")
+    assert found["remembered_edits"] == 10
+    assert 0 < found["step_seconds"] <= found["longest_step_seconds"]

@@ -1,0 +1,183 @@
+"""A low level that rehearses: every update also mends what earlier ones have damaged.
+
+At every primitive step a few requests edited earlier and a few unrelated prompts are run at the
+present weights, and the loss
+
+    Σ −log p(y_i | x_i)  +  Σ KL[p_unedited ‖ p]
+
+(mean over each one's tokens) gives a second low-rank update of the same layers, by the same
+decorrelated rule. The earlier requests are those the agent itself was given in this life, without
+their paraphrases; the unrelated prompts are from training, answered by the unedited model. Nothing
+that an evaluation asks is looked at. It is experience replay (Lin 1992) on the weights of the model
+that is edited; HiEdit's and RLEdit's memory of the last k edits acts in training only.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from torch.nn import functional as F
+
+from agents.hypernetwork import Hypernetwork
+from hiedit_env.capture import Capture
+from hiedit_env.errors import SettingsError
+from hiedit_env.evaluation import UneditedAnswers
+from hiedit_env.resident import ResidentLLM
+from hiedit_env.tensor_cache import TensorCache
+from hiedit_env.tokenization import EncodedPrompt, PromptBatch
+from hiedit_env.updates import LowRankUpdate
+
+
+class Rehearsal(Hypernetwork):
+    """A hypernetwork in decorrelated form that rehearses.
+
+    Args:
+        llm: The model, at which the rehearsed prompts are run.
+        facts: Earlier requests per primitive step.
+        probes: Unrelated prompts per primitive step; there are none before calibration.
+        fact_weight, probe_weight: Weights of the two sums.
+        seed: Of the initial values and of what is rehearsed when.
+        cache_bytes: Bound of the memory for the unedited model's log-probabilities.
+        **settings: As for :class:`~agents.hypernetwork.Hypernetwork`.
+
+    Raises:
+        SettingsError: a negative number of prompts.
+    """
+
+    name = "rehearsal"
+
+    def __init__(
+        self,
+        llm: ResidentLLM,
+        *,
+        facts: int = 4,
+        probes: int = 4,
+        fact_weight: float = 1.0,
+        probe_weight: float = 1.0,
+        seed: int = 0,
+        cache_bytes: int = 256 * 2**20,
+        **settings: Any,
+    ) -> None:
+        if facts < 0 or probes < 0:
+            raise SettingsError(f"facts and probes must be ≥ 0, got {facts!r} and {probes!r}")
+        self.llm = llm
+        self.facts, self.probes = facts, probes
+        self.fact_weight, self.probe_weight = fact_weight, probe_weight
+        self._seed = seed
+        self._bank: tuple[EncodedPrompt, ...] = ()
+        self._references = TensorCache(cache_bytes)
+        self._past: tuple[EncodedPrompt, ...] = ()
+        super().__init__(llm.shapes, llm.device, **{"form": "decorrelated", **settings}, seed=seed)
+
+    # -- what is rehearsed ----------------------------------------------------------------------
+
+    def calibrate(self, captures: Iterable[Capture]) -> None:
+        """Takes the statistics, and the prompts themselves for rehearsal."""
+        prompts: list[EncodedPrompt] = []
+
+        def noted() -> Iterable[Capture]:
+            for capture in captures:
+                prompts.append(capture.prompt)
+                yield capture
+
+        super().calibrate(noted())
+        self._bank = tuple(UneditedAnswers(self.llm).get(prompts))
+
+    def state(self) -> dict[str, Any]:
+        """Parameters, calibration, and the tokens of the unrelated prompts."""
+        bank = [[list(p.prompt_ids), list(p.answer_ids)] for p in self._bank]
+        return {**super().state(), "bank": bank}
+
+    def load_state(self, state: Mapping[str, Any]) -> None:
+        """Puts a saved :meth:`state` back."""
+        rest = dict(state)
+        decode = self.llm.encoder.decode
+        self._bank = tuple(
+            EncodedPrompt(decode(prompt), decode(answer), tuple(prompt), tuple(answer))
+            for prompt, answer in rest.pop("bank")
+        )
+        super().load_state(rest)
+
+    def reset(self) -> None:
+        """Forgets the statistics and the requests of this life."""
+        super().reset()
+        self._past = ()
+        self._rng = np.random.default_rng([self._seed, 3])
+
+    def observe(self, capture: Capture) -> None:
+        """Takes one capture into the statistics, and its request into the memory."""
+        super().observe(capture)
+        if not self._past or self._past[-1] != capture.prompt:
+            # A new tuple: saved states hold the old one.
+            self._past = (*self._past, capture.prompt)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Statistics, memory and random state of this life."""
+        own = {"past": self._past, "random": self._rng.bit_generator.state}
+        return {**super().state_dict(), **own}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Puts saved statistics back, bit for bit."""
+        super().load_state_dict(state)
+        if "past" in state:
+            self._past = state["past"]
+            self._rng.bit_generator.state = state["random"]
+
+    # -- the update -----------------------------------------------------------------------------
+
+    def compute(
+        self,
+        capture: Capture,
+        layers: NDArray[np.bool_],
+        multipliers: NDArray[np.float32] | Tensor | None = None,
+    ) -> tuple[LowRankUpdate | None, ...]:
+        """The hypernetwork's update of the fact, and that of what is rehearsed, as one."""
+        updates = super().compute(capture, layers, multipliers)
+        earlier = [prompt for prompt in self._past if prompt != capture.prompt]
+        facts, probes = self._draw(earlier, self.facts), self._draw(self._bank, self.probes)
+        if not (facts or probes) or not layers.any():
+            return updates
+        references = [self._reference(probe) for probe in probes]
+
+        def loss(logits: Tensor, batch: PromptBatch) -> Tensor:
+            sizes = [len(prompt.answer_ids) for prompt in batch.prompts]
+            parts, labels = torch.split(logits, sizes), torch.split(batch.labels, sizes)
+            total = logits.new_zeros(())
+            for part, label in zip(parts[: len(facts)], labels, strict=False):
+                total = total + self.fact_weight * F.cross_entropy(part, label)
+            for part, reference in zip(parts[len(facts) :], references, strict=True):
+                divergence = F.kl_div(
+                    part.log_softmax(-1), reference, reduction="batchmean", log_target=True
+                )
+                total = total + self.probe_weight * divergence
+            return total
+
+        rows = self.llm.gradients([*facts, *probes], loss)
+        mended = self.correct(rows, layers)
+        return tuple(
+            None if one is None or two is None else _joined(one, two)
+            for one, two in zip(updates, mended, strict=True)
+        )
+
+    def _draw(self, prompts: Sequence[EncodedPrompt], count: int) -> list[EncodedPrompt]:
+        chosen = self._rng.choice(len(prompts), min(count, len(prompts)), replace=False)
+        return [prompts[i] for i in chosen]
+
+    def _reference(self, probe: EncodedPrompt) -> Tensor:
+        """The unedited model's log-probabilities at a probe's answer, float32."""
+        known = self._references.get(probe)
+        if known is None:
+            with torch.inference_mode(False), self.llm.unedited(), torch.no_grad():
+                known = self.llm.answer_logits(self.llm.batch([probe])).float().log_softmax(-1)
+            self._references.put(probe, known)
+        return known
+
+
+def _joined(one: LowRankUpdate, two: LowRankUpdate) -> LowRankUpdate:
+    """The sum of two updates of one layer."""
+    return LowRankUpdate(torch.cat((one.left, two.left)), torch.cat((one.right, two.right)))
