@@ -1,0 +1,268 @@
+"""Rehearsal: gradients of several prompts at once, what is drawn, and what it does for memory."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from agents.hypernetwork import Hypernetwork
+from agents.rehearsal import Rehearsal
+from agents.settings import TrainSettings
+from benchmarks.train import TrainingRun, train, without
+from hiedit_env.capture import Capture, GradientRows
+from hiedit_env.envs.base import EditingEnv
+from hiedit_env.errors import SettingsError
+from hiedit_env.rules import OuterProductRule
+from hiedit_env.tokenization import PromptBatch
+from tests.lives import SELECTION, L, make, roll
+
+ALL = np.ones(L, bool)
+PROMPTS = 8
+
+
+def mean_losses(logits: Tensor, batch: PromptBatch) -> Tensor:
+    sizes = [len(prompt.answer_ids) for prompt in batch.prompts]
+    pairs = zip(torch.split(logits, sizes), torch.split(batch.labels, sizes), strict=True)
+    return torch.stack([F.cross_entropy(x, y) for x, y in pairs]).sum()
+
+
+def probes(env: EditingEnv, count: int = PROMPTS) -> list[Capture]:
+    """Captures of unrelated prompts at the unedited weights."""
+    found = [p for request in env.requests for p in request.locality][:count]
+    return [env.llm.read(env.llm.encode(p.prompt, p.answer)).capture() for p in found]
+
+
+def rehearsing(env: EditingEnv, **settings: Any) -> Rehearsal:
+    low = Rehearsal(env.llm, **{"rank": 2, "step_size": 1e-3, "ridge": 0.5, **settings})
+    low.calibrate(probes(env))
+    return low
+
+
+# -- gradients of several prompts ---------------------------------------------------------------
+
+
+def test_rows_of_a_batch_are_those_of_its_prompts_one_by_one() -> None:
+    env = make(SELECTION)
+    env.reset(seed=0)
+    env.step(np.ones(L, np.int8))
+    requests = [env.llm.encode(r.prompt, r.answer) for r in env.requests[:3]]
+    assert len({len(p.input_ids) for p in requests}) > 1
+    rows = env.llm.gradients(requests, mean_losses)
+    captures = [env.llm.read(prompt).capture() for prompt in requests]
+    for layer in range(L):
+        keys = torch.cat([capture.keys[layer] for capture in captures])
+        gradients = torch.cat([capture.value_gradients[layer] for capture in captures])
+        torch.testing.assert_close(rows.keys[layer], keys, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(rows.value_gradients[layer], gradients, rtol=1e-3, atol=1e-6)
+
+
+def test_corrections_by_hand() -> None:
+    """One layer: ũ standardised, v over its deviation alone, minus the step size."""
+    rule = OuterProductRule([(1, 1)], torch.device("cpu"), step_size=0.5, tokens="all")
+    rule._moments[0].update(torch.tensor([[[0.0, 1.0], [2.0, 5.0]]]))  # means 1, 3; sd √2, √8
+    rows = GradientRows((torch.tensor([[3.0]]),), (torch.tensor([[4.0]]),))
+    (update,) = rule.correct(rows, np.array([True]))
+    assert update is not None
+    wanted = -0.5 * ((3 - 1) / 2**0.5) * (4 / 8**0.5)
+    assert update.dense().item() == pytest.approx(wanted, rel=1e-5)
+    # What costs nothing changes nothing, though 0 is not the mean of the gradients.
+    (nothing,) = rule.correct(GradientRows(rows.keys, (torch.zeros(1, 1),)), np.array([True]))
+    assert nothing is not None
+    assert nothing.dense().item() == 0
+    assert rule.correct(rows, np.array([False])) == (None,)
+
+
+# -- what is rehearsed --------------------------------------------------------------------------
+
+
+def test_without_prompts_it_is_the_hypernetwork() -> None:
+    env = make(SELECTION)
+    env.reset(seed=0)
+    one = rehearsing(env, facts=0, probes=0)
+    two = Hypernetwork(
+        env.llm.shapes, env.llm.device, form="decorrelated", rank=2, step_size=1e-3, ridge=0.5
+    )
+    two.calibrate(probes(env))
+    for rule in (one, two):
+        rule.observe(env.capture)
+    for a, b in zip(one.propose(env.capture, ALL), two.propose(env.capture, ALL), strict=True):
+        assert a is not None
+        assert b is not None
+        assert torch.equal(a.dense(), b.dense())
+
+
+def test_a_rehearsed_step_goes_down_the_rehearsed_loss() -> None:
+    env = make(SELECTION, num_edits=4)
+    low = rehearsing(env, facts=3, probes=0, step_size=1e-5)
+    env.use_low_level(low)
+    env.reset(seed=0)
+    earlier = [fact.prompt for fact in env.life.facts[1:]]
+    for prompt in earlier:
+        low.observe(env.llm.read(prompt).capture())
+    capture = env.life.observe()
+    whole = low.propose(capture, ALL)
+    alone = Hypernetwork.compute(low, capture, ALL)
+    mended = []
+    for a, b in zip(whole, alone, strict=True):
+        assert a is not None
+        assert b is not None
+        rank = b.left.shape[0]
+        torch.testing.assert_close(a.left[:rank], b.left)
+        mended.append(type(a)(a.left[rank:], a.right[rank:]).detach())
+
+    def loss() -> float:
+        with torch.no_grad():
+            batch = env.llm.batch(earlier)
+            return mean_losses(env.llm.answer_logits(batch).float(), batch).item()
+
+    before = loss()
+    env.llm.commit(mended)
+    assert loss() < before
+
+
+def test_the_present_fact_is_not_rehearsed_and_memory_is_of_this_life() -> None:
+    env = make(SELECTION, num_edits=3)
+    low = rehearsing(env, facts=5, probes=0)
+    env.use_low_level(low)
+    env.reset(seed=0)
+    seen: list[list[str]] = []
+    own = env.llm.gradients
+
+    def noted(prompts: Any, loss: Any) -> GradientRows:
+        seen.append([p.prompt for p in prompts])
+        return own(prompts, loss)
+
+    env.llm.gradients = noted  # type: ignore[method-assign]
+    texts = [fact.prompt.prompt for fact in env.life.facts]
+    for _ in range(3):
+        env.step(np.ones(L, np.int8))
+    drawn = {tuple(sorted(group)) for group in seen}
+    assert drawn == {(texts[0],), tuple(sorted(texts[:2]))}
+    env.reset(seed=1)
+    seen.clear()
+    env.step(np.ones(L, np.int8))
+    assert seen == []
+
+
+def test_unrelated_prompts_are_pulled_back_to_the_unedited_model() -> None:
+    """With nothing but probes rehearsed, their divergence from the unedited model is smaller."""
+    found = []
+    for count in (0, PROMPTS):
+        env = make(SELECTION, num_edits=6, retention_window=0)
+        low = rehearsing(env, facts=0, probes=count)
+        env.use_low_level(low)
+        env.reset(seed=2)
+        for _ in range(6):
+            env.step(np.ones(L, np.int8))
+        total = 0.0
+        for probe in low._bank:
+            reference = low._reference(probe)
+            with torch.no_grad():
+                now = env.llm.answer_logits(env.llm.batch([probe])).float().log_softmax(-1)
+            total += F.kl_div(now, reference, log_target=True, reduction="batchmean").item()
+        found.append(total / PROMPTS)
+    assert found[1] < 0.7 * found[0]
+
+
+def test_rehearsal_keeps_earlier_facts() -> None:
+    retention = []
+    for facts in (0, 4):
+        env = make(SELECTION, num_edits=12, retention_window=12)
+        env.use_low_level(rehearsing(env, facts=facts, probes=0))
+        env.reset(seed=3)
+        for _ in range(12):
+            *_, info = env.step(np.ones(L, np.int8))
+        retention.append(info["metrics"]["retention"])
+    assert retention[1] > retention[0]
+
+
+# -- state --------------------------------------------------------------------------------------
+
+
+def test_a_restored_life_goes_on_as_before() -> None:
+    env = make(SELECTION, num_edits=5)
+    env.use_low_level(rehearsing(env))
+    env.reset(seed=0)
+    actions = [np.ones(L, np.int8)] * 5
+    roll(env, actions[:2])
+    state = env.save_state()
+    first = roll(env, actions)
+    env.restore_state(state)
+    assert roll(env, actions) == first
+    env.reset(seed=0)
+    roll(env, actions[:2])
+    assert roll(env, actions) == first
+
+
+def test_what_is_rehearsed_is_saved(tmp_path: Path) -> None:
+    env = make(SELECTION, num_edits=3)
+    one = rehearsing(env)
+    two = Rehearsal(env.llm, rank=2, step_size=1e-3, ridge=0.5)
+    two.load_state(one.state())
+    assert two._bank == one._bank
+    assert [len(p.answer_ids) for p in one._bank] != []
+    trajectories = []
+    for low in (one, two):
+        env.use_low_level(low)
+        env.reset(seed=0)
+        trajectories.append(roll(env, [np.ones(L, np.int8)] * 3))
+    assert trajectories[0] == trajectories[1]
+
+
+def test_gradients_reach_the_parameters_through_both_parts() -> None:
+    env = make(SELECTION, num_edits=3)
+    low = rehearsing(env)
+    env.use_low_level(low)
+    env.reset(seed=0)
+    env.step(np.ones(L, np.int8))
+    loss = env.loss(low.compute(env.life.observe(), ALL))
+    gradients = torch.autograd.grad(loss, low.parameters(), allow_unused=True)
+    names = [name for name, _ in low.net.named_parameters()]
+    for name, gradient in zip(names, gradients, strict=True):
+        # B = 0: A has no slope yet, and scale none either.
+        if name.rpartition(".")[2] in ("log_step", "log_prior", "log_ridge", "shift"):
+            assert gradient is not None, name
+            assert float(gradient.norm()) > 0, name
+
+
+def test_bad_settings_are_refused() -> None:
+    env = make(SELECTION)
+    with pytest.raises(SettingsError, match="facts and probes must be"):
+        Rehearsal(env.llm, facts=-1)
+
+
+def test_what_is_kept_for_an_evaluation_is_left_out(tmp_path: Path) -> None:
+    env = make(SELECTION)
+    requests = env.requests
+    import json
+
+    file = tmp_path / "kept.json"
+    rows = [
+        {
+            "prompt": r.prompt,
+            "answer": r.answer,
+            "subject": r.subject,
+            "locality": [{"prompt": p.prompt, "answer": p.answer} for p in r.locality],
+        }
+        for r in requests[:30]
+    ]
+    file.write_text(json.dumps(rows))
+    left = without(requests, str(file))
+    subjects = {r.subject.casefold() for r in requests[:30]}
+    kept_probes = {p.prompt for r in requests[:30] for p in r.locality}
+    assert [r.prompt for r in left] == [
+        r.prompt for r in requests if r.subject.casefold() not in subjects
+    ]
+    assert not kept_probes & {p.prompt for r in left for p in r.locality}
+    assert without(requests, None) == requests
+    run = TrainingRun("random-layers+rehearsal", model="tiny", exclude=str(file))
+    settings = TrainSettings(
+        trajectories=1, edits_per_trajectory=2, evaluation_edits=0, calibration=5, held_out=0.0
+    )
+    train(run, settings, tmp_path / "out", progress=False)
