@@ -23,6 +23,7 @@ from hiedit_env.requests import Request
 __all__ = [
     "BUILT_IN",
     "FORMATS",
+    "SPLITS",
     "fingerprint",
     "load_requests",
     "split_by_subject",
@@ -31,6 +32,10 @@ __all__ = [
 
 BUILT_IN: Mapping[str, str] = MappingProxyType(
     {"world-facts": "world_facts.json", "tiny-facts": "tiny_facts.json"}
+)
+#: Halves of a built-in data set by subject, to train on and to evaluate on: name → (whole, side).
+SPLITS: Mapping[str, tuple[str, int]] = MappingProxyType(
+    {"world-facts-train": ("world-facts", 0), "world-facts-test": ("world-facts", 1)}
 )
 """Names of the data sets that come with the package -> file in ``hiedit_env/data``."""
 
@@ -43,7 +48,7 @@ def load_requests(
     """Read a data set.
 
     Args:
-        name_or_path: A name of :data:`BUILT_IN`, or the path of a ``.json`` file (a list of rows,
+        name_or_path: A name of :data:`BUILT_IN` or :data:`SPLITS`, or the path of a ``.json`` file (a list of rows,
             an object holding one list, or a single row) or a ``.jsonl`` file (one row a line). A
             ``.json`` file with one row a line is read too: UltraEdit's README writes UltraEditBench
             that way.
@@ -57,6 +62,10 @@ def load_requests(
         DatasetError: unknown name or format, a file that cannot be read or is not JSON (with line
             and column), no rows, or a malformed row (with file, row counted from 0, and field).
     """
+    split = SPLITS.get(os.fspath(name_or_path))
+    if split is not None:
+        whole, side = split
+        return split_by_subject(load_requests(whole, format=format), held_out=0.5, seed=0)[side]
     chosen = None
     if format is not None:
         chosen = FORMATS.get(format)
@@ -85,7 +94,8 @@ def _read(name_or_path: str | os.PathLike[str]) -> tuple[str, str, bool]:
         path = Path(label)
         if not path.exists():
             raise DatasetError(
-                f"no data set {label!r}: neither a built-in name ({', '.join(sorted(BUILT_IN))}) "
+                f"no data set {label!r}: neither a built-in name "
+                f"({', '.join(sorted((*BUILT_IN, *SPLITS)))}) "
                 "nor the path of an existing .json or .jsonl file"
             )
         if path.suffix.lower() not in _ENDINGS:

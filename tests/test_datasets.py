@@ -374,3 +374,13 @@ def test_real_relations_have_one_fact_per_prompt_in_a_stream() -> None:
     prompts = {r["prompt"].replace("{}", r["subject"]) for r in rewrites}
     got = stream(load_requests(path), None, np.random.default_rng(0))
     assert len(got) == len(prompts) < len(rows)
+
+
+def test_built_in_halves_share_no_subject_and_make_the_whole() -> None:
+    whole = load_requests("world-facts")
+    train, test = load_requests("world-facts-train"), load_requests("world-facts-test")
+    assert len(train) + len(test) == len(whole)
+    assert min(len(train), len(test)) > 0.4 * len(whole)
+    subjects = [{request.subject.casefold() for request in half} for half in (train, test)]
+    assert not subjects[0] & subjects[1]
+    assert {r.prompt for r in train} | {r.prompt for r in test} == {r.prompt for r in whole}
