@@ -8,11 +8,15 @@
                           that level is taken
 ``module:Class``          an agent of your own
 ========================  =====================================================================
+
+``?name=value&name=value`` after a named agent, a DIR or a LOW changes arguments of the low level:
+``hiedit?facts=0`` does not rehearse facts, ``all-layers+decorrelated?ridge=0.1`` is another rule.
 """
 
 from __future__ import annotations
 
 import importlib
+import json
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -208,18 +212,39 @@ def shipped(name: str, model: str) -> Path | None:
 
 
 def _whole(name: str) -> tuple[AgentSpec, Path | None] | None:
-    if name in PRESETS:
-        return PRESETS[name], None
-    if _is_folder(name):
-        folder = Path(name)
-        return AgentSpec.from_json(read_record(folder)), folder
-    return None
+    base, mark, query = name.partition("?")
+    if base in PRESETS:
+        spec, folder = PRESETS[base], None
+    elif _is_folder(base):
+        folder = Path(base)
+        spec = AgentSpec.from_json(read_record(folder))
+    else:
+        return None
+    return (_with_query(spec, query) if mark else spec), folder
+
+
+def _with_query(spec: AgentSpec, query: str) -> AgentSpec:
+    """The spec with other arguments of its low level, given as ``name=value&name=value``."""
+    settings = dict(spec.low_settings)
+    for item in query.split("&"):
+        key, equals, text = item.partition("=")
+        if not (key and equals):
+            raise SettingsError(f"{query!r} must be name=value pairs joined by '&'")
+        try:
+            settings[key] = json.loads(text)
+        except ValueError:
+            settings[key] = text
+    return replace(spec, low_settings=settings)
 
 
 def _part(name: str, kind: str) -> tuple[AgentSpec, Path | None]:
     whole = _whole(name)
     if whole is not None:
         return whole
+    name, mark, query = name.partition("?")
+    if kind == "low" and mark:
+        spec, folder = _part(name, kind)
+        return _with_query(spec, query), folder
     if kind == "high":
         return AgentSpec(name, name), None
     if name not in LOW_LEVELS and ":" not in name:

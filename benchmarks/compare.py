@@ -154,7 +154,8 @@ def with_candidates(settings: CompareSettings, agents: Sequence[Agent]) -> Compa
 
 def _labelled(agent: str) -> tuple[str, str]:
     label, equals, name = agent.partition("=")
-    return (label, name) if equals else (agent, agent)
+    # The "=" of arguments comes after a "?".
+    return (label, name) if equals and "?" not in label else (agent, agent)
 
 
 def make_env(settings: CompareSettings, progress: bool, **overrides: Any) -> gym.Env[Any, Any]:

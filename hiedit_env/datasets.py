@@ -48,10 +48,10 @@ def load_requests(
     """Read a data set.
 
     Args:
-        name_or_path: A name of :data:`BUILT_IN` or :data:`SPLITS`, or the path of a ``.json`` file (a list of rows,
-            an object holding one list, or a single row) or a ``.jsonl`` file (one row a line). A
-            ``.json`` file with one row a line is read too: UltraEdit's README writes UltraEditBench
-            that way.
+        name_or_path: A name of :data:`BUILT_IN` or :data:`SPLITS`, or the path of a ``.json`` file
+            (a list of rows, an object holding one list, or a single row) or a ``.jsonl`` file (one
+            row a line). A ``.json`` file with one row a line is read too: UltraEdit's README writes
+            UltraEditBench that way.
         format: A name of :data:`FORMATS`; by default recognised from the fields of the first row.
 
     Returns:

@@ -14,7 +14,7 @@ from agents.settings import TrainSettings
 from benchmarks.compare import CompareSettings, compare
 from benchmarks.train import TrainingRun, train
 from hiedit_env.errors import SettingsError
-from hiedit_env.rules import RidgeRule
+from hiedit_env.rules import DecorrelatedRule, RidgeRule
 from tests.lives import SELECTION, make
 
 QUICK = TrainSettings(trajectories=1, edits_per_trajectory=2, evaluation_edits=0)
@@ -113,3 +113,23 @@ def test_a_spec_goes_to_json_and_back() -> None:
         text = json.dumps(spec.to_json())
         again = type(spec).from_json(json.loads(text))
         assert again == replace(spec, train={})
+
+
+def test_arguments_of_the_low_level_can_be_given_with_the_name(
+    trained: tuple[Path, Path], tmp_path: Path
+) -> None:
+    env = make(SELECTION)
+    rule = spec_agent("all-layers+decorrelated?ridge=0.25&step_size=0.5").build(env.llm).low
+    assert isinstance(rule, DecorrelatedRule)
+    assert (rule.ridge, rule.step_size) == (0.25, 0.5)
+    again = spec_agent(f"{trained[1]}?step_size=0.125").build(env.llm).low
+    assert again is not None
+    assert again.step_size == 0.125
+    with pytest.raises(SettingsError, match="name=value"):
+        spec_agent("all-layers+ridge?ridge")
+    with pytest.raises(SettingsError, match="colour"):
+        spec_agent("all-layers+ridge?colour=red").build(env.llm)
+    settings = CompareSettings(model="tiny", num_edits=1, generation=())
+    names = ["all-layers+ridge?ridge=2", "mine=all-layers+ridge?ridge=3"]
+    rows = compare(settings, names, [0], tmp_path / "out", progress=False).rows
+    assert [row["agent"] for row in rows] == ["no-edit", names[0], "mine"]

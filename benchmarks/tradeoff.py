@@ -1,0 +1,118 @@
+"""Efficacy against agreement: ``python -m benchmarks.tradeoff DIR … --out FILE.png``.
+
+Reads folders that ``hiedit compare`` wrote, all with the same facts, and draws one point per agent:
+how much of what was edited is answered at the end, against how much of what was not edited is still
+answered as by the unedited model. Agents called ``NAME@anything`` are joined to one curve ``NAME``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import io
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+
+from benchmarks.results import Row
+from hiedit_env.errors import SettingsError
+from hiedit_env.files import write_bytes
+
+
+@dataclass(frozen=True, slots=True)
+class Point:
+    """Means over seeds of one agent, percent.
+
+    Args:
+        agent: Its name.
+        agreement: With the unedited model's own answers to unrelated prompts.
+        efficacy: Token accuracy on the edited facts at the end.
+        seeds: How many.
+    """
+
+    agent: str
+    agreement: float
+    efficacy: float
+    seeds: int
+
+
+def points(folders: Sequence[Path]) -> list[Point]:
+    """One point per agent, in the order they are met.
+
+    Raises:
+        SettingsError: a folder without results, or seeds that saw different facts.
+    """
+    rows: dict[str, dict[int, Row]] = {}
+    streams: dict[int, str] = {}
+    for folder in folders:
+        try:
+            text = (folder / "results.jsonl").read_text(encoding="utf-8")
+        except OSError as error:
+            raise SettingsError(f"{folder} holds no results: {error}") from error
+        for row in map(json.loads, text.splitlines()):
+            stream = streams.setdefault(row["seed"], row["stream_fingerprint"])
+            if stream != row["stream_fingerprint"]:
+                raise SettingsError(f"{folder}: seed {row['seed']} saw other facts than before")
+            rows.setdefault(row["agent"], {})[row["seed"]] = row
+    return [
+        Point(
+            agent,
+            float(np.mean([r["metrics"]["specificity"]["agreement"] for r in by_seed.values()])),
+            float(np.mean([r["metrics"]["efficacy"]["token_accuracy"] for r in by_seed.values()])),
+            len(by_seed),
+        )
+        for agent, by_seed in rows.items()
+    ]
+
+
+def draw(found: Sequence[Point]) -> bytes:
+    """The picture as PNG."""
+    figure = Figure(figsize=(7.5, 5), dpi=110, layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.add_subplot()
+    curves: dict[str, list[Point]] = {}
+    for point in found:
+        curves.setdefault(point.agent.partition("@")[0], []).append(point)
+    for name, curve in curves.items():
+        ordered = sorted(curve, key=lambda point: point.agreement)
+        x, y = [p.agreement for p in ordered], [p.efficacy for p in ordered]
+        axes.plot(x, y, marker="o", label=name)
+        for point in ordered:
+            if "@" in point.agent:
+                axes.annotate(
+                    point.agent.partition("@")[2],
+                    (point.agreement, point.efficacy),
+                    textcoords="offset points",
+                    xytext=(5, 5),
+                    fontsize=8,
+                )
+    axes.set_xlabel("agreement with the unedited model on unrelated prompts, %")
+    axes.set_ylabel("efficacy at the end, %")
+    axes.grid(alpha=0.3)
+    axes.legend(fontsize=8)
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png")
+    return buffer.getvalue()
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Prints the points and writes the picture."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.tradeoff", description=__doc__)
+    parser.add_argument("folders", nargs="+", type=Path, metavar="DIR")
+    parser.add_argument("--out", required=True, type=Path, metavar="FILE.png")
+    given = parser.parse_args(arguments)
+    found = points(given.folders)
+    for point in found:
+        print(
+            f"{point.agent}: agreement {point.agreement:.1f}, efficacy {point.efficacy:.1f} "
+            f"({point.seeds} seeds)"
+        )
+    write_bytes(given.out, draw(found))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,51 @@
+"""Efficacy against agreement from results files."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from benchmarks.tradeoff import Point, main, points
+from hiedit_env.errors import SettingsError
+
+
+def results(folder: Path, rows: list[tuple[str, int, float, float]], stream: str = "s") -> Path:
+    folder.mkdir()
+    lines = [
+        {
+            "agent": agent,
+            "seed": seed,
+            "stream_fingerprint": f"{stream}{seed}",
+            "metrics": {
+                "specificity": {"agreement": agreement},
+                "efficacy": {"token_accuracy": efficacy},
+            },
+        }
+        for agent, seed, agreement, efficacy in rows
+    ]
+    (folder / "results.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return folder
+
+
+def test_points_are_means_over_seeds_of_all_folders(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    one = results(tmp_path / "one", [("a@1", 0, 10.0, 90.0), ("a@1", 1, 30.0, 80.0)])
+    two = results(tmp_path / "two", [("a@2", 0, 50.0, 60.0)])
+    wanted = [Point("a@1", 20.0, 85.0, 2), Point("a@2", 50.0, 60.0, 1)]
+    assert points([one, two]) == wanted
+    picture = tmp_path / "curve.png"
+    main([str(one), str(two), "--out", str(picture)])
+    assert picture.read_bytes().startswith(b"\x89PNG")
+    assert "a@1: agreement 20.0, efficacy 85.0 (2 seeds)" in capsys.readouterr().out
+
+
+def test_other_facts_are_not_mixed(tmp_path: Path) -> None:
+    one = results(tmp_path / "one", [("a", 0, 10.0, 90.0)])
+    two = results(tmp_path / "two", [("b", 0, 10.0, 90.0)], stream="other")
+    with pytest.raises(SettingsError, match="other facts"):
+        points([one, two])
+    with pytest.raises(SettingsError, match="no results"):
+        points([tmp_path])
