@@ -25,8 +25,7 @@ from agents.protocol import Observation
 from hiedit_env.capture import Capture
 from hiedit_env.envs.base import EditingEnv
 from hiedit_env.errors import SettingsError
-from hiedit_env.layer_choice import CHOICES, make_choice
-from hiedit_env.resident import ResidentLLM
+from hiedit_env.layer_choice import make_choice
 from hiedit_env.rules import UpdateRule
 from hiedit_env.updates import Updates
 
@@ -200,14 +199,3 @@ def layer_selection(env: gym.Env[Any, Any], name: str) -> EditingEnv:
             f"this environment's are {env.action_space}"
         )
     return inner
-
-
-def make_untrained(name: str, llm: ResidentLLM, layers_per_edit: int | None) -> UntrainedChoice:
-    """A simple layer choice for a model.
-
-    Raises:
-        SettingsError: unknown name, or ``layers_per_edit`` outside 1 … L.
-    """
-    if name not in CHOICES:
-        raise SettingsError(f"unknown layer choice {name!r}; choose one of {', '.join(CHOICES)}")
-    return UntrainedChoice(name, len(llm.layers), layers_per_edit)

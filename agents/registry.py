@@ -211,6 +211,11 @@ def shipped(name: str, model: str) -> Path | None:
     return folder if model and _is_folder(str(folder)) else None
 
 
+def default_agent(model: str) -> str:
+    """``hiedit`` where a trained one ships for the model, else ``all-layers``."""
+    return "hiedit" if shipped("hiedit", model) else "all-layers"
+
+
 def _whole(name: str) -> tuple[AgentSpec, Path | None] | None:
     base, mark, query = name.partition("?")
     if base in PRESETS:

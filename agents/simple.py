@@ -5,17 +5,16 @@ from __future__ import annotations
 from typing import Any
 
 import gymnasium as gym
-import numpy as np
-from gymnasium import spaces
-from numpy.typing import NDArray
 
-from agents.protocol import Observation
+from agents.options import HierarchicalAgent, UntrainedChoice, layer_selection
 from hiedit_env.errors import SettingsError
-from hiedit_env.layer_choice import CHOICES, LayerChoice, make_choice
+from hiedit_env.layer_choice import CHOICES
 
 
-class LayerChoiceAgent:
+class LayerChoiceAgent(HierarchicalAgent):
     """Chooses layers on ``hiedit/LayerSelection-v0`` by an untrained rule.
+
+    The low level is the environment's own update rule.
 
     Args:
         name: A name of :data:`hiedit_env.layer_choice.CHOICES`.
@@ -38,11 +37,9 @@ class LayerChoiceAgent:
             raise SettingsError(
                 f"unknown layer choice {name!r}; choose one of {', '.join(CHOICES)}"
             )
-        self.name = name
+        # Made for as many layers as there are when an environment is met.
+        super().__init__(name, UntrainedChoice(name, 1, 1))
         self.layers_per_edit = layers_per_edit
-        self._env: Any = None
-        self._choice: LayerChoice | None = None
-        self._generator = np.random.default_rng(0)
 
     def reset(self, env: gym.Env[Any, Any], seed: int) -> None:
         """Makes the choice for the environment's number of layers and seeds it.
@@ -50,32 +47,6 @@ class LayerChoiceAgent:
         Raises:
             SettingsError: not a LayerSelection environment, or ``layers_per_edit`` outside 1 … L.
         """
-        space = env.action_space
-        if not isinstance(space, spaces.MultiBinary):
-            raise SettingsError(
-                f"agent {self.name!r} acts on hiedit/LayerSelection-v0, whose actions are "
-                f"MultiBinary; this environment's are {space}"
-            )
-        self._choice = make_choice(self.name, int(space.shape[0]), self.layers_per_edit)
-        self._env = env.unwrapped
-        # Not from the seed alone: the environment's generator, which draws the stream, is seeded
-        # with it too, and both would give the same numbers.
-        self._generator = np.random.default_rng([seed, 1])
-
-    def select_action(self, observation: Observation, info: dict[str, Any]) -> NDArray[np.int8]:
-        """L int8, the layers for the present fact."""
-        if self._choice is None:
-            raise SettingsError(f"agent {self.name!r} must be reset before it can act")
-        return self._choice(self._env.capture, self._generator).astype(np.int8)
-
-    def update(
-        self,
-        observation: Observation,
-        action: Any,
-        reward: float,
-        terminated: bool,
-        truncated: bool,
-        next_observation: Observation,
-        info: dict[str, Any],
-    ) -> None:
-        """Learns nothing."""
+        num_layers = len(layer_selection(env, self.name).llm.layers)
+        self.high = UntrainedChoice(self.name, num_layers, self.layers_per_edit)
+        super().reset(env, seed)

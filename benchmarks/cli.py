@@ -67,7 +67,10 @@ def _add_edit(commands: Any) -> None:
         "rows), or a built-in name: world-facts, tiny-facts",
     )
     _add_out(parser, "folder of the edited model; must not exist or be empty")
-    parser.add_argument("--agent", default="all-layers", help="who chooses the layers")
+    parser.add_argument(
+        "--agent",
+        help="who edits; by default hiedit if a trained one ships for the model, else all-layers",
+    )
     _add_model(parser)
     _add_rule(parser)
     parser.set_defaults(run=_edit)
@@ -138,8 +141,11 @@ def _add_train(commands: Any) -> None:
         description="Trains an agent on a model and a data set. Some agents have defaults of "
         "their own for the options below 'training'.",
     )
+    parser.add_argument("--name", help="of the trained agent; by default AGENT")
     parser.add_argument(
-        "agent", metavar="AGENT", help="hiedit, hiedit-paper, rledit, mend, malmen, or HIGH+LOW"
+        "agent",
+        metavar="AGENT",
+        help="hiedit, hiedit-paper, rledit, mend, malmen, HIGH+LOW, or the folder of a trained one",
     )
     _add_out(parser, "folder of the trained agent")
     parser.add_argument("--dataset", metavar="NAME_OR_FILE", help="training facts")
@@ -243,9 +249,11 @@ def _add_rule(parser: argparse.ArgumentParser) -> None:
 
 
 def _edit(given: argparse.Namespace) -> None:
+    from agents.registry import default_agent
     from benchmarks import edit
 
-    edit.main(_settings(given, dataset=given.facts), given.agent, given.out)
+    agent = given.agent or default_agent(given.model)
+    edit.main(_settings(given, dataset=given.facts), agent, given.out)
 
 
 def _compare(given: argparse.Namespace) -> None:
@@ -272,6 +280,7 @@ def _train(given: argparse.Namespace) -> None:
     named = {name: value for name, value in named.items() if value is not None}
     run = train.TrainingRun(
         agent=given.agent,
+        name=given.name,
         model=given.model,
         dataset=given.dataset,
         layers=None if given.layers is None else tuple(given.layers),

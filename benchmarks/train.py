@@ -44,6 +44,7 @@ class TrainingRun:
 
     Args:
         agent: Name for :func:`agents.registry.spec_agent`.
+        name: Of the trained agent; None for ``agent``.
         model, dataset, layers, device, dtype, trust_remote_code: As for ``LifelongEdit``.
         layers_per_edit: K of the high level; None for its default.
         max_steps_per_edit: Horizon of the options; None for the agent's own, or 5.
@@ -53,6 +54,7 @@ class TrainingRun:
     """
 
     agent: str
+    name: str | None = None
     model: str = "smollm2-135m"
     dataset: str | None = None
     layers: tuple[str, ...] | None = None
@@ -185,7 +187,7 @@ def build(
         low_settings["step_size"] = agent.low.step_size
     return agent, replace(
         spec,
-        name=run.agent,
+        name=run.name or run.agent,
         low_settings=low_settings,
         max_steps_per_edit=agent.max_steps_per_edit,
     )

@@ -89,7 +89,7 @@ def test_random_layers_do_not_follow_the_generator_that_draws_the_stream() -> No
         # All 64-bit numbers that the environment may draw first, and the agent's first ones.
         theirs = np.random.default_rng(seed).integers(2**63, size=1000)
         assert env.unwrapped.np_random.integers(2**63) in theirs
-        assert not np.isin(agent._generator.integers(2**63, size=1000), theirs).any()
+        assert not np.isin(agent.high._generator.integers(2**63, size=1000), theirs).any()
 
 
 def test_gradient_norm_takes_the_largest_dense_gradients(env: gym.Env[Any, Any]) -> None:
