@@ -108,6 +108,11 @@ def _add_compare(commands: Any) -> None:
         metavar="S",
         help="one stream each, the same for every agent",
     )
+    parser.add_argument(
+        "--baseline",
+        metavar="AGENT",
+        help="whom the others are compared with in pairs; by default the first of --agents",
+    )
     parser.add_argument("--resume", action="store_true", help="skip runs that --out already holds")
     parser.add_argument(
         "--reward",
@@ -268,7 +273,7 @@ def _compare(given: argparse.Namespace) -> None:
         retention_window=given.retention_window,
         generation=() if given.no_generation else METRICS,
     )
-    compare.main(settings, given.agents, given.seeds, given.out, given.resume)
+    compare.main(settings, given.agents, given.seeds, given.out, given.resume, given.baseline)
 
 
 def _train(given: argparse.Namespace) -> None:

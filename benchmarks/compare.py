@@ -77,6 +77,7 @@ def compare(
     seeds: Sequence[int],
     out: Path,
     *,
+    baseline: str | None = None,
     resume: bool = False,
     progress: bool = True,
 ) -> Comparison:
@@ -91,6 +92,8 @@ def compare(
             to carry another name.
         seeds: Each draws one stream, the same for every agent, and seeds the agents.
         out: The folder.
+        baseline: Agent (by the name of its rows) that the others are compared with in pairs; None
+            for the first that is not the unedited model.
         resume: Whether to skip runs that ``out`` holds already.
         progress: Whether to show progress on standard error.
 
@@ -100,6 +103,8 @@ def compare(
     """
     labelled = dict(_labelled(agent) for agent in (UNEDITED, *agents))
     names = list(labelled)
+    if baseline is not None and baseline not in names:
+        raise SettingsError(f"baseline {baseline!r} is none of the agents: {', '.join(names)}")
     if not seeds or any(seed < 0 for seed in seeds):
         raise SettingsError(f"seeds must be whole numbers ≥ 0, at least one, got {list(seeds)}")
     seeds = list(dict.fromkeys(seeds))
@@ -127,7 +132,7 @@ def compare(
                 _row(name, seed, episode, evaluation, recorded), _details(env, episode, evaluation)
             )
     env.close()
-    return _report(folder, names, seeds, fixed["candidate_layers"])
+    return _report(folder, names, seeds, fixed["candidate_layers"], baseline or baseline_of(names))
 
 
 def with_candidates(settings: CompareSettings, agents: Sequence[Agent]) -> CompareSettings:
@@ -243,7 +248,11 @@ def _details(env: gym.Env[Any, Any], episode: Episode, evaluation: Evaluation) -
 
 
 def _report(
-    folder: ResultsFolder, names: Sequence[str], seeds: Sequence[int], layers: Sequence[str]
+    folder: ResultsFolder,
+    names: Sequence[str],
+    seeds: Sequence[int],
+    layers: Sequence[str],
+    baseline: str | None,
 ) -> Comparison:
     """Summary, table and picture of the runs asked for."""
     rows = [row for name in names for seed in seeds if (row := folder.find(name, seed)) is not None]
@@ -253,7 +262,6 @@ def _report(
             raise SettingsError(f"the rows of seed {seed} in {folder.file} saw different facts")
     details = {(r["agent"], r["seed"]): folder.details(r["agent"], r["seed"]) for r in rows}
     summary = summarise(rows)
-    baseline = baseline_of(names)
     runs = {name: [details[name, seed]["per_fact"] for seed in seeds] for name in names}
     paired = {
         name: paired_differences(runs[name], runs[baseline])
@@ -290,9 +298,14 @@ def _difference_line(name: str, baseline: str, found: Mapping[str, Mapping[str, 
 
 
 def main(
-    settings: CompareSettings, agents: Sequence[str], seeds: Sequence[int], out: Path, resume: bool
+    settings: CompareSettings,
+    agents: Sequence[str],
+    seeds: Sequence[int],
+    out: Path,
+    resume: bool,
+    baseline: str | None,
 ) -> None:
     """``hiedit compare``: runs a comparison and prints it."""
-    result = compare(settings, agents, seeds, out, resume=resume)
+    result = compare(settings, agents, seeds, out, baseline=baseline, resume=resume)
     print(result.text)
     print(f"rows: {out / 'results.jsonl'}, picture: {result.picture}", file=sys.stderr)

@@ -366,3 +366,16 @@ def test_a_model_that_is_not_there_leaves_no_folder_behind(tmp_path: Path) -> No
     with pytest.raises(ModelError, match="nowhere"):
         compare(CompareSettings(model=str(tmp_path / "nowhere")), ["all-layers"], [0], out)
     assert not out.exists()
+
+
+def test_the_baseline_of_the_pairs_can_be_chosen(tmp_path: Path) -> None:
+    settings = CompareSettings(model="tiny", num_edits=2, generation=())
+    agents = ["all-layers", "random-layers"]
+    result = compare(
+        settings, agents, [0], tmp_path / "out", baseline="random-layers", progress=False
+    )
+    assert "all-layers − random-layers, paired" in result.text
+    summary = json.loads((tmp_path / "out" / "summary.json").read_text())
+    assert summary["baseline"] == "random-layers"
+    with pytest.raises(SettingsError, match="none of the agents"):
+        compare(settings, agents, [0], tmp_path / "no", baseline="nobody", progress=False)
