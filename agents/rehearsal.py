@@ -14,7 +14,7 @@ that is edited; HiEdit's and RLEdit's memory of the last k edits acts in trainin
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -24,7 +24,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from agents.hypernetwork import Hypernetwork
-from hiedit_env.capture import Capture
+from hiedit_env.capture import Capture, GradientRows
 from hiedit_env.errors import SettingsError
 from hiedit_env.evaluation import UneditedAnswers
 from hiedit_env.resident import ResidentLLM
@@ -72,6 +72,10 @@ class Rehearsal(Hypernetwork):
         self._bank: tuple[EncodedPrompt, ...] = ()
         self._references = TensorCache(cache_bytes)
         self._past: tuple[EncodedPrompt, ...] = ()
+        #: Accumulated changes of the weights (never written in place), prompts, and their rows.
+        self._latest: tuple[tuple[Tensor | None, ...], list[EncodedPrompt], GradientRows] | None = (
+            None
+        )
         super().__init__(llm.shapes, llm.device, **{"form": "decorrelated", **settings}, seed=seed)
 
     # -- what is rehearsed ----------------------------------------------------------------------
@@ -157,12 +161,29 @@ class Rehearsal(Hypernetwork):
                 total = total + self.probe_weight * divergence
             return total
 
-        rows = self.llm.gradients([*facts, *probes], loss)
+        rows = self._rows_at_present([*facts, *probes], loss)
         mended = self.correct(rows, layers)
         return tuple(
             None if one is None or two is None else _joined(one, two)
             for one, two in zip(updates, mended, strict=True)
         )
+
+    def _rows_at_present(
+        self, prompts: list[EncodedPrompt], loss: Callable[[Tensor, PromptBatch], Tensor]
+    ) -> GradientRows:
+        """Gradients at the present weights; not computed again where both are as the last time.
+
+        Options that are tried from one saved state all begin with the same rehearsal.
+        """
+        weights = tuple(self.llm.snapshot().changes.values())
+        if self._latest is not None:
+            old_weights, old_prompts, rows = self._latest
+            same = all(a is b for a, b in zip(weights, old_weights, strict=True))
+            if same and prompts == old_prompts:
+                return rows
+        rows = self.llm.gradients(prompts, loss)
+        self._latest = weights, prompts, rows
+        return rows
 
     def _draw(self, prompts: Sequence[EncodedPrompt], count: int) -> list[EncodedPrompt]:
         chosen = self._rng.choice(len(prompts), min(count, len(prompts)), replace=False)

@@ -111,7 +111,7 @@ def _add_compare(commands: Any) -> None:
     parser.add_argument(
         "--baseline",
         metavar="AGENT",
-        help="whom the others are compared with in pairs; by default the first of --agents",
+        help="whom the others are compared with in pairs; by default all-layers, or the first",
     )
     parser.add_argument("--resume", action="store_true", help="skip runs that --out already holds")
     parser.add_argument(

@@ -93,7 +93,7 @@ def compare(
         seeds: Each draws one stream, the same for every agent, and seeds the agents.
         out: The folder.
         baseline: Agent (by the name of its rows) that the others are compared with in pairs; None
-            for the first that is not the unedited model.
+            for ``all-layers``, or the first that edits if that is not among them.
         resume: Whether to skip runs that ``out`` holds already.
         progress: Whether to show progress on standard error.
 

@@ -266,3 +266,32 @@ def test_what_is_kept_for_an_evaluation_is_left_out(tmp_path: Path) -> None:
         trajectories=1, edits_per_trajectory=2, evaluation_edits=0, calibration=5, held_out=0.0
     )
     train(run, settings, tmp_path / "out", progress=False)
+
+
+def test_options_tried_from_one_state_share_their_first_rehearsal() -> None:
+    env = make(SELECTION, num_edits=3, max_steps_per_edit=1)
+    low = rehearsing(env)
+    env.use_low_level(low)
+    env.reset(seed=0)
+    calls = []
+    own = env.llm.gradients
+
+    def counted(prompts: Any, loss: Any) -> GradientRows:
+        calls.append(len(prompts))
+        return own(prompts, loss)
+
+    env.llm.gradients = counted  # type: ignore[method-assign]
+    env.step(np.ones(L, np.int8))
+    state = env.save_state()
+    masks = [np.eye(L, dtype=np.int8)[i] for i in range(3)]
+    shared = []
+    for mask in masks:
+        env.restore_state(state)
+        shared.append(roll(env, [mask]))
+    assert len(calls) == 2
+    for mask, wanted in zip(masks, shared, strict=True):
+        env.restore_state(state)
+        low._latest = None
+        assert roll(env, [mask]) == wanted
+    # Other weights, same prompts: computed again.
+    assert len(calls) == 5
