@@ -15,6 +15,7 @@ that is edited; HiEdit's and RLEdit's memory of the last k edits acts in trainin
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -41,6 +42,8 @@ class Rehearsal(Hypernetwork):
         facts: Earlier requests per primitive step.
         probes: Unrelated prompts per primitive step; there are none before calibration.
         fact_weight, probe_weight: Weights of the two sums.
+        end_answers: Whether a rehearsed answer is followed by the tokenizer's end token, and the
+            present request is rehearsed too: the model learns to give the answer and stop.
         seed: Of the initial values and of what is rehearsed when.
         cache_bytes: Bound of the memory for the unedited model's log-probabilities.
         **settings: As for :class:`~agents.hypernetwork.Hypernetwork`.
@@ -59,6 +62,7 @@ class Rehearsal(Hypernetwork):
         probes: int = 4,
         fact_weight: float = 1.0,
         probe_weight: float = 1.0,
+        end_answers: bool = False,
         seed: int = 0,
         cache_bytes: int = 256 * 2**20,
         **settings: Any,
@@ -68,6 +72,8 @@ class Rehearsal(Hypernetwork):
         self.llm = llm
         self.facts, self.probes = facts, probes
         self.fact_weight, self.probe_weight = fact_weight, probe_weight
+        end = llm.tokenizer.eos_token_id
+        self._end: tuple[int, ...] = (end,) if end_answers and end is not None else ()
         self._seed = seed
         self._bank: tuple[EncodedPrompt, ...] = ()
         self._references = TensorCache(cache_bytes)
@@ -144,6 +150,8 @@ class Rehearsal(Hypernetwork):
         updates = super().compute(capture, layers, multipliers)
         earlier = [prompt for prompt in self._past if prompt != capture.prompt]
         facts, probes = self._draw(earlier, self.facts), self._draw(self._bank, self.probes)
+        if self._end:
+            facts = [self._ended(prompt) for prompt in (capture.prompt, *facts)]
         if not (facts or probes) or not layers.any():
             return updates
         references = [self._reference(probe) for probe in probes]
@@ -188,6 +196,13 @@ class Rehearsal(Hypernetwork):
     def _draw(self, prompts: Sequence[EncodedPrompt], count: int) -> list[EncodedPrompt]:
         chosen = self._rng.choice(len(prompts), min(count, len(prompts)), replace=False)
         return [prompts[i] for i in chosen]
+
+    def _ended(self, prompt: EncodedPrompt) -> EncodedPrompt:
+        """The same request with the end token after its answer, if there is room for it."""
+        limit = self.llm.encoder.max_length
+        if limit is not None and prompt.length >= limit:
+            return prompt
+        return replace(prompt, answer_ids=(*prompt.answer_ids, *self._end))
 
     def _reference(self, probe: EncodedPrompt) -> Tensor:
         """The unedited model's log-probabilities at a probe's answer, float32."""

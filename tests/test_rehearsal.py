@@ -295,3 +295,30 @@ def test_options_tried_from_one_state_share_their_first_rehearsal() -> None:
         assert roll(env, [mask]) == wanted
     # Other weights, same prompts: computed again.
     assert len(calls) == 5
+
+
+def test_rehearsed_answers_can_end() -> None:
+    env = make(SELECTION, num_edits=3)
+    low = rehearsing(env, facts=1, probes=1, end_answers=True)
+    env.use_low_level(low)
+    env.reset(seed=0)
+    seen: list[Any] = []
+    own = env.llm.gradients
+
+    def noted(prompts: Any, loss: Any) -> GradientRows:
+        seen.append(prompts)
+        return own(prompts, loss)
+
+    env.llm.gradients = noted  # type: ignore[method-assign]
+    facts = [fact.prompt for fact in env.life.facts]
+    env.step(np.ones(L, np.int8))
+    env.step(np.ones(L, np.int8))
+    end = env.llm.tokenizer.eos_token_id
+    first, last = seen[0], seen[-1]
+    assert [p.answer_ids for p in first[:-1]] == [(*facts[0].answer_ids, end)]
+    assert [p.answer_ids for p in last[:-1]] == [
+        (*facts[1].answer_ids, end),
+        (*facts[0].answer_ids, end),
+    ]
+    assert first[-1] in low._bank
+    assert facts[0].answer_ids[-1] != end
