@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -18,6 +19,7 @@ from hiedit_env.files import write_bytes
 from hiedit_env.resident import ResidentLLM
 
 FORMAT = 1
+_PANGRAM = "The quick brown fox jumps over 13 lazy dogs."
 JSON_FILE = "agent.json"
 TENSOR_FILE = "agent.safetensors"
 
@@ -45,6 +47,8 @@ def describe_model(llm: ResidentLLM) -> dict[str, Any]:
         "model_type": llm.model.config.model_type,
         "layers": list(llm.names),
         "shapes": [list(shape) for shape in llm.shapes],
+        # Token ids are kept, of prompts that are rehearsed.
+        "tokenizer": [len(llm.tokenizer), *llm.encoder.encode_prompt(_PANGRAM)],
     }
 
 
@@ -106,6 +110,18 @@ def read_state(folder: Path, record: Mapping[str, Any], device: torch.device) ->
     return {path: t.to(device) for path, t in tensors.items()} | dict(record["values"])
 
 
+def file_digest(file: Path) -> str:
+    """16 hexadecimal digits that say whether two files are the same.
+
+    Raises:
+        CheckpointError: it cannot be read.
+    """
+    try:
+        return hashlib.blake2b(file.read_bytes(), digest_size=8).hexdigest()
+    except OSError as error:
+        raise CheckpointError(f"{file} cannot be read: {error}") from error
+
+
 def part(state: Mapping[str, Any], prefix: str) -> dict[str, Any]:
     """Entries of a flat state below a path, with the path taken off.
 
@@ -127,6 +143,7 @@ def check_fits(folder: Path, record: Mapping[str, Any], llm: ResidentLLM) -> Non
         ("model_type", "model type"),
         ("layers", "candidate layers"),
         ("shapes", "layer shapes (d_in, d_out)"),
+        ("tokenizer", "a tokenizer that has so many tokens and reads a text as"),
     ):
         if trained[name] != present[name]:
             raise CheckpointError(

@@ -12,8 +12,8 @@ from types import MappingProxyType
 
 from agents.spec import AgentSpec
 
-_MEND_LOSS = {"locality_weight": 1.0, "l2": 1e-2}
-_MALMEN_LOSS = {"locality_weight": 0.6, "l2": 1e-4}
+_MEND_LOSS = {"locality_weight": 1.0, "l2": 1e-2, "locality_reference": "previous"}
+_MALMEN_LOSS = {"locality_weight": 0.6, "l2": 1e-4, "locality_reference": "previous"}
 _ONE_EDIT = {"retention_window": 0, "retention_weight": 0.0}
 
 HIEDIT = AgentSpec(

@@ -9,8 +9,9 @@
 ``module:Class``          an agent of your own
 ========================  =====================================================================
 
-``?name=value&name=value`` after a named agent, a DIR or a LOW changes arguments of the low level:
-``hiedit?facts=0`` does not rehearse facts, ``all-layers+decorrelated?ridge=0.1`` is another rule.
+``?name=value&name=value`` changes arguments: of the level itself after a HIGH or a LOW, of the low
+level after a named agent or a DIR, where ``high.name=value`` reaches the high one.
+``hiedit?facts=0`` does not rehearse facts, ``policy?size=learned+ridge`` learns how many layers.
 """
 
 from __future__ import annotations
@@ -26,18 +27,29 @@ from typing import Any
 import gymnasium as gym
 from numpy.typing import NDArray
 
-from agents.checkpoints import JSON_FILE, check_fits, part, read_record, read_state
+from agents.checkpoints import (
+    JSON_FILE,
+    TENSOR_FILE,
+    check_fits,
+    file_digest,
+    part,
+    read_record,
+    read_state,
+)
 from agents.options import HierarchicalAgent, layer_selection
 from agents.presets import PRESETS
 from agents.protocol import Agent, Observation, Trainable
 from agents.simple import LayerChoiceAgent
 from agents.spec import HIGH_LEVELS, LOW_LEVELS, AgentSpec
-from hiedit_env.errors import SettingsError
+from hiedit_env.errors import CheckpointError, SettingsError
 from hiedit_env.layer_choice import CHOICES
 from hiedit_env.resident import ResidentLLM
 
 #: Where the trained agents that ship with hiedit are: a folder per agent and model.
 SHIPPED = Path(__file__).parent / "trained"
+
+#: Arguments that parameters were trained for.
+_STRUCTURE = frozenset({"form", "rank", "blocks", "hidden", "embedding", "rule", "size"})
 
 #: Names of the agents that come with hiedit, in the order they are listed.
 AGENTS: Mapping[str, str] = MappingProxyType(
@@ -88,6 +100,14 @@ class SpecAgent:
             source=self._high.source if self._high is self._low else "",
         )
 
+    @property
+    def identity(self) -> dict[str, Any]:
+        """What makes two agents of one name different: their settings and trained weights."""
+        folders = dict.fromkeys(f for f in (self._high_folder, self._low_folder) if f is not None)
+        weights = [file_digest(folder / TENSOR_FILE) for folder in folders]
+        spec = self.spec.to_json()
+        return {"high": spec["high"], "low": spec["low"], "weights": weights}
+
     def candidate_layers(self, model: str) -> list[str] | None:
         """The layers it was trained for on a model of this name; None if it takes any."""
         for spec, folder in ((self._high, self._high_folder), (self._low, self._low_folder)):
@@ -129,7 +149,12 @@ class SpecAgent:
             if found is not None:
                 record = read_record(found)
                 check_fits(found, record, llm)
-                level.load_state(part(read_state(found, record, llm.device), kind))
+                try:
+                    level.load_state(part(read_state(found, record, llm.device), kind))
+                except (RuntimeError, KeyError, TypeError) as error:
+                    raise CheckpointError(
+                        f"the {kind} level in {found} does not fit its own settings: {error}"
+                    ) from error
             elif named and trained:
                 raise SettingsError(
                     f"agent {self.name!r} has to be trained, and no trained one ships for model "
@@ -173,7 +198,7 @@ def make_agent(name: str, *, layers_per_edit: int | None = None) -> Agent:
     """
     if name in CHOICES:
         return LayerChoiceAgent(name, layers_per_edit=layers_per_edit)
-    if ":" in name and "+" not in name:
+    if ":" in name and "+" not in name and not is_trained(name.partition("?")[0]):
         agent = _import(name)(layers_per_edit=layers_per_edit)
         if not isinstance(agent, Agent):
             raise SettingsError(
@@ -187,28 +212,39 @@ def spec_agent(name: str, layers_per_edit: int | None = None) -> SpecAgent:
     """An agent that has a spec: a named one, a trained one, or ``HIGH+LOW``.
 
     Raises:
-        SettingsError: unknown name.
+        SettingsError: unknown name, or arguments that are none.
         CheckpointError: a folder that is no trained agent.
     """
-    if "+" in name and not _is_folder(name):
-        high, _, low = name.partition("+")
-        return SpecAgent(name, _part(high, "high"), _part(low, "low"), layers_per_edit)
-    if name in HIGH_LEVELS:
-        part_of = AgentSpec(name, name), None
-        return SpecAgent(name, part_of, part_of, layers_per_edit)
-    whole = _whole(name)
-    if whole is None:
+    # A folder or a number may have a "+" in it: the first one between two known parts counts.
+    pluses = [] if is_trained(name) else [i for i, sign in enumerate(name) if sign == "+"]
+    for place in pluses:
+        high, low = _part(name[:place]), _low_part(name[place + 1 :])
+        if high is not None and low is not None:
+            return SpecAgent(name, high, low, layers_per_edit)
+    whole = _part(name)
+    if whole is not None:
+        return SpecAgent(name, whole, whole, layers_per_edit)
+    if not pluses:
         raise SettingsError(
             f"unknown agent {name!r}; choose one of {', '.join(AGENTS)}, give the folder of a "
             "trained agent, HIGH+LOW for any two levels, or 'module:Class'"
         )
-    return SpecAgent(name, whole, whole, layers_per_edit)
+    first, second = name[: pluses[0]], name[pluses[0] + 1 :]
+    if _part(first) is None:
+        raise SettingsError(
+            f"unknown high level {first!r}; choose one of {', '.join(HIGH_LEVELS)}, a named agent, "
+            "or the folder of a trained one"
+        )
+    raise SettingsError(
+        f"unknown low level {second!r}; choose one of {', '.join(LOW_LEVELS)}, a named agent, the "
+        "folder of a trained one, or 'module:Class'"
+    )
 
 
 def shipped(name: str, model: str) -> Path | None:
     """Folder of the trained agent that ships for a model; None if there is none."""
     folder = SHIPPED / f"{name}-{model}"
-    return folder if model and _is_folder(str(folder)) else None
+    return folder if model and is_trained(str(folder)) else None
 
 
 def default_agent(model: str) -> str:
@@ -216,52 +252,54 @@ def default_agent(model: str) -> str:
     return "hiedit" if shipped("hiedit", model) else "all-layers"
 
 
-def _whole(name: str) -> tuple[AgentSpec, Path | None] | None:
-    base, mark, query = name.partition("?")
-    if base in PRESETS:
-        spec, folder = PRESETS[base], None
-    elif _is_folder(base):
-        folder = Path(base)
-        spec = AgentSpec.from_json(read_record(folder))
-    else:
-        return None
-    return (_with_query(spec, query) if mark else spec), folder
-
-
-def _with_query(spec: AgentSpec, query: str) -> AgentSpec:
-    """The spec with other arguments of its low level, given as ``name=value&name=value``."""
-    settings = dict(spec.low_settings)
-    for item in query.split("&"):
-        key, equals, text = item.partition("=")
-        if not (key and equals):
-            raise SettingsError(f"{query!r} must be name=value pairs joined by '&'")
-        try:
-            settings[key] = json.loads(text)
-        except ValueError:
-            settings[key] = text
-    return replace(spec, low_settings=settings)
-
-
-def _part(name: str, kind: str) -> tuple[AgentSpec, Path | None]:
-    whole = _whole(name)
-    if whole is not None:
-        return whole
-    name, mark, query = name.partition("?")
-    if kind == "low" and mark:
-        spec, folder = _part(name, kind)
-        return _with_query(spec, query), folder
-    if kind == "high":
-        return AgentSpec(name, name), None
-    if name not in LOW_LEVELS and ":" not in name:
-        raise SettingsError(
-            f"unknown low level {name!r}; choose one of {', '.join(LOW_LEVELS)}, give the folder "
-            "of a trained agent, or 'module:Class'"
-        )
-    return AgentSpec(name, "all-layers", name), None
-
-
-def _is_folder(name: str) -> bool:
+def is_trained(name: str) -> bool:
+    """Whether a name is the folder of a trained agent."""
     return (Path(name) / JSON_FILE).is_file()
+
+
+def _part(name: str) -> tuple[AgentSpec, Path | None] | None:
+    """A named agent, a trained one or a high level, with its arguments; None if it is none."""
+    base, _, query = (name, "", "") if is_trained(name) else name.partition("?")
+    if base in PRESETS:
+        return _with_query(PRESETS[base], query, "low"), None
+    if is_trained(base):
+        folder = Path(base)
+        return _with_query(AgentSpec.from_json(read_record(folder)), query, "low", folder), folder
+    if base in HIGH_LEVELS:
+        return _with_query(AgentSpec(base, base), query, "high"), None
+    return None
+
+
+def _low_part(name: str) -> tuple[AgentSpec, Path | None] | None:
+    base, _, query = (name, "", "") if is_trained(name) else name.partition("?")
+    if base in HIGH_LEVELS:
+        return None
+    if base in LOW_LEVELS or (":" in base and not is_trained(base)):
+        return _with_query(AgentSpec(base, "all-layers", base), query, "low"), None
+    return _part(name)
+
+
+def _with_query(spec: AgentSpec, query: str, level: str, folder: Path | None = None) -> AgentSpec:
+    """The spec with other arguments, given as ``name=value&high.name=value&low.name=value``."""
+    if not query:
+        return spec
+    settings = {"high": dict(spec.high_settings), "low": dict(spec.low_settings)}
+    for item in query.split("&"):
+        path, equals, text = item.partition("=")
+        owner, dot, key = path.partition(".")
+        owner, key = (owner, key) if dot else (level, path)
+        if not (key and equals) or owner not in settings:
+            raise SettingsError(
+                f"{query!r} must be name=value pairs joined by '&', with names such as 'ridge', "
+                "'low.ridge' or 'high.size'"
+            )
+        if folder is not None and key in _STRUCTURE:
+            raise SettingsError(f"{key!r} of {folder} was fixed when it was trained")
+        try:
+            settings[owner][key] = json.loads(text)
+        except ValueError:
+            settings[owner][key] = text
+    return replace(spec, high_settings=settings["high"], low_settings=settings["low"])
 
 
 def _import(name: str) -> Callable[..., Any]:

@@ -6,10 +6,11 @@ present weights, and the loss
     Σ −log p(y_i | x_i)  +  Σ KL[p_unedited ‖ p]
 
 (mean over each one's tokens) gives a second low-rank update of the same layers, by the same
-decorrelated rule. The earlier requests are those the agent itself was given in this life, without
-their paraphrases; the unrelated prompts are from training, answered by the unedited model. Nothing
-that an evaluation asks is looked at. It is experience replay (Lin 1992) on the weights of the model
-that is edited; HiEdit's and RLEdit's memory of the last k edits acts in training only.
+decorrelated rule. The earlier requests are those the agent itself edited in this life, without
+their paraphrases (what was answered when it came, or had no layer chosen, was not edited).
+The unrelated prompts are from training, answered by the unedited model. Nothing that an evaluation
+asks is looked at. It is experience replay (Lin 1992) on the weights of the model that is edited;
+HiEdit's and RLEdit's memory of the last k edits acts in training only.
 """
 
 from __future__ import annotations
@@ -67,8 +68,11 @@ class Rehearsal(Hypernetwork):
         cache_bytes: int = 256 * 2**20,
         **settings: Any,
     ) -> None:
-        if facts < 0 or probes < 0:
-            raise SettingsError(f"facts and probes must be ≥ 0, got {facts!r} and {probes!r}")
+        for count in (facts, probes):
+            if not isinstance(count, int) or count < 0:
+                raise SettingsError(
+                    f"facts and probes must be whole numbers ≥ 0, got {facts!r} and {probes!r}"
+                )
         self.llm = llm
         self.facts, self.probes = facts, probes
         self.fact_weight, self.probe_weight = fact_weight, probe_weight
@@ -170,7 +174,7 @@ class Rehearsal(Hypernetwork):
             return total
 
         rows = self._rows_at_present([*facts, *probes], loss)
-        mended = self.correct(rows, layers)
+        mended = self.correct(rows, layers, multipliers)
         return tuple(
             None if one is None or two is None else _joined(one, two)
             for one, two in zip(updates, mended, strict=True)

@@ -65,15 +65,20 @@ def run_option(
     if not option.can_begin(life.capture) or not option.layers.any():
         # Nothing is written: the environment judges the fact as it is.
         observation, paid, ended, _, info = env.step(np.zeros(len(option.layers), np.int8))
+        paid = 0.0 if judge == "never" else paid
         return Outcome(paid, discount, steps, observation, ended, info)
     while True:
         capture = life.observe()
         updates = (policy or option.updates)(capture)
-        observation, paid, ended, _, info = env.apply(updates, judge=judge)
+        steps += 1
+        # An option may end before the environment's own horizon: it is paid for what it did.
+        horizon = judge == "fact" and steps >= option.max_steps
+        observation, paid, ended, _, info = env.apply(
+            updates, judge="step" if horizon else judge, rule_made=True
+        )
         reward += discount * paid
         discount *= gamma
-        steps += 1
-        if ended or info["edit_over"]:
+        if ended or info["edit_over"] or option.is_over(life.capture, steps):
             return Outcome(reward, discount, steps, observation, ended, info)
 
 

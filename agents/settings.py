@@ -39,6 +39,9 @@ class TrainSettings:
     sparsity_weight: float = _option(0.1, "weight of the share of layers left alone (high level)")
     retention_window: int = _option(10, "k, how many past edits are remembered")
     retention_decay: float = _option(0.95, "μ, weight of a remembered edit per edit of age")
+    locality_reference: str = _option(
+        "unedited", "what unrelated prompts are compared with: the unedited model, or the previous"
+    )
     samples_per_fact: int = _option(2, "options a policy router tries per fact")
     intrinsic: bool = _option(
         False, "compare sampled options with all layers, and not with each other"

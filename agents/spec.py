@@ -12,7 +12,7 @@ from agents.rehearsal import Rehearsal
 from agents.routers import PolicyRouter, StraightThroughRouter
 from agents.step_sizes import StepSizePolicy
 from hiedit_env.envs.settings import MODEL_STEP_SIZES
-from hiedit_env.errors import SettingsError
+from hiedit_env.errors import HieditError, SettingsError
 from hiedit_env.layer_choice import CHOICES
 from hiedit_env.resident import ResidentLLM
 from hiedit_env.rules import RULES, UpdateRule, make_rule
@@ -86,7 +86,9 @@ class AgentSpec:
             if self.high == PolicyRouter.name:
                 return PolicyRouter(len(llm.layers), llm.device, **settings)
             return UntrainedChoice(self.high, len(llm.layers), **settings)
-        except TypeError as error:
+        except HieditError:
+            raise
+        except (TypeError, ValueError) as error:
             raise SettingsError(f"high level {self.high!r}: {error}") from error
 
     def make_low(self, llm: ResidentLLM, model: str = "") -> UpdateRule | None:
@@ -112,7 +114,9 @@ class AgentSpec:
                 return Rehearsal(llm, **settings)
             if self.low == StepSizePolicy.name:
                 return StepSizePolicy(llm.shapes, llm.device, **settings)
-        except TypeError as error:
+        except HieditError:
+            raise
+        except (TypeError, ValueError) as error:
             raise SettingsError(f"low level {self.low!r}: {error}") from error
         name = self._rule()
         return make_rule(name, llm.shapes, llm.device, settings)
@@ -120,7 +124,7 @@ class AgentSpec:
     def _rule(self) -> str:
         """The closed-form rule that the low level is or begins as."""
         if self.low == Hypernetwork.name:
-            return RULE_OF_FORM[self.low_settings.get("form", "outer")]
+            return RULE_OF_FORM.get(self.low_settings.get("form", "outer"), "")
         if self.low == Rehearsal.name:
             return RULE_OF_FORM["decorrelated"]
         if self.low == StepSizePolicy.name:
@@ -134,6 +138,7 @@ class AgentSpec:
             "high": {"name": self.high, "settings": dict(self.high_settings)},
             "low": {"name": self.low, "settings": dict(self.low_settings)},
             "max_steps_per_edit": self.max_steps_per_edit,
+            "train": dict(self.train),
             "source": self.source,
         }
 
@@ -147,5 +152,6 @@ class AgentSpec:
             high_settings=record["high"]["settings"],
             low_settings=record["low"]["settings"],
             max_steps_per_edit=record["max_steps_per_edit"],
+            train=record["train"],
             source=record["source"],
         )

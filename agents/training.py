@@ -33,7 +33,7 @@ from agents.settings import TrainSettings
 from hiedit_env.capture import Capture
 from hiedit_env.datasets import stream
 from hiedit_env.envs.base import EditingEnv, Judge
-from hiedit_env.errors import SettingsError
+from hiedit_env.errors import NonFiniteUpdateError, SettingsError
 from hiedit_env.requests import Request
 from hiedit_env.updates import Updates
 
@@ -92,10 +92,10 @@ class Trainer:
     def calibrate(self, on_prompt: Callable[[], None] | None = None) -> None:
         """Shows the low level unrelated prompts of training facts at the unedited weights, once.
 
-        Does nothing for a low level that takes none, or is calibrated already.
+        Only the decorrelated form takes any; nothing happens if it is calibrated already.
         """
         low, llm = self.low, self.env.llm
-        if not isinstance(low, Hypernetwork) or low.is_calibrated:
+        if not isinstance(low, Hypernetwork) or low.form != "decorrelated" or low.is_calibrated:
             return
         rng = np.random.default_rng([self.settings.seed, 2])
         probes = list(dict.fromkeys(p for request in self.requests for p in request.locality))
@@ -198,10 +198,15 @@ class Trainer:
             gates = choice.gates if self._gated else None
             layers = np.ones_like(choice.layers) if gates is not None else choice.layers
             updates = option.policy.compute(capture, layers, gates)
-            loss = self.env.loss(updates, l2=self.settings.l2)
-            # The graph of the gates is shared by the option's primitive steps.
-            _backward(loss, retain_graph=gates is not None)
-            tally.losses.append(float(loss.detach()))
+            try:
+                loss = self.env.loss(updates, l2=self.settings.l2)
+            except NonFiniteUpdateError:
+                loss = torch.full((), torch.nan)
+            # An update that wrecks the model teaches nothing; the environment ends the life.
+            if torch.isfinite(loss):
+                # The graph of the gates is shared by the option's primitive steps.
+                _backward(loss, retain_graph=gates is not None)
+                tally.losses.append(float(loss.detach()))
             chosen = zip(updates, choice.layers, strict=True)
             return tuple(
                 update.detach() if update is not None and used else None for update, used in chosen
@@ -229,9 +234,13 @@ class Trainer:
             return
         returns = discounted_returns(outcomes, self.settings.credit_horizon)
         share = self.settings.samples_per_fact
+        # The options tried for a fact share its own reward; what follows belongs to the one the
+        # life went on with alone.
         terms = [
-            -log_probability * (found - baseline) / share
-            for (log_probability, baseline), found in zip(surrogates, returns, strict=True)
+            -log_probability * ((own.reward - baseline) / share + (found - own.reward))
+            for (log_probability, baseline), own, found in zip(
+                surrogates, outcomes, returns, strict=True
+            )
         ]
         _backward(torch.stack(terms).sum())
 

@@ -13,10 +13,10 @@ import numpy as np
 
 import hiedit_env  # noqa: F401 - registers the environments
 from agents.protocol import Agent
-from agents.registry import make_agent
+from agents.registry import is_trained, make_agent
 from benchmarks.compare_figure import draw
 from benchmarks.episode import Episode, play, stage_bars, unwrapped
-from benchmarks.results import ResultsFolder, Row, versions, write_json
+from benchmarks.results import ResultsFolder, Row, plain, versions, write_json
 from benchmarks.summary import LEGEND, baseline_of, paired_differences, summarise, table
 from hiedit_env.datasets import fingerprint
 from hiedit_env.errors import SettingsError
@@ -101,7 +101,7 @@ def compare(
         ResultsExistError: ``out`` holds results and ``resume`` is False.
         SettingsError: unknown agents, negative seeds, or results made with other settings.
     """
-    labelled = dict(_labelled(agent) for agent in (UNEDITED, *agents))
+    labelled = _labels((UNEDITED, *agents))
     names = list(labelled)
     if baseline is not None and baseline not in names:
         raise SettingsError(f"baseline {baseline!r} is none of the agents: {', '.join(names)}")
@@ -122,7 +122,16 @@ def compare(
         agent.reset(env, seeds[0])
     folder.create()
     reference = UneditedAnswers(unwrapped(env).llm)
-    recorded = {**fixed, "agents": labelled, "seeds": seeds}
+    identities = plain({name: _identity(made[name], labelled[name]) for name in names})
+    recorded = {**fixed, "agents": identities, "seeds": seeds}
+    for seed in seeds:
+        for name in names:
+            row = folder.find(name, seed)
+            if row is not None and row["settings"]["agents"].get(name) != identities[name]:
+                raise SettingsError(
+                    f"cannot resume {out}: its row of {name!r}, seed {seed}, is of another agent "
+                    f"({row['settings']['agents'].get(name)}); give another folder or label"
+                )
     for seed in seeds:
         for name, agent in made.items():
             if folder.find(name, seed) is not None:
@@ -159,8 +168,31 @@ def with_candidates(settings: CompareSettings, agents: Sequence[Agent]) -> Compa
 
 def _labelled(agent: str) -> tuple[str, str]:
     label, equals, name = agent.partition("=")
-    # The "=" of arguments comes after a "?".
-    return (label, name) if equals and "?" not in label else (agent, agent)
+    # The "=" of arguments comes after a "?", and a folder may be called anything.
+    if not equals or "?" in label or is_trained(agent.partition("?")[0]):
+        return agent, agent
+    return label, name
+
+
+def _labels(agents: Sequence[str]) -> dict[str, str]:
+    """Label → name.
+
+    Raises:
+        SettingsError: one label for two agents.
+    """
+    found: dict[str, str] = {}
+    for label, name in map(_labelled, agents):
+        if found.setdefault(label, name) != name:
+            raise SettingsError(
+                f"two agents are called {label!r}: {found[label]!r} and {name!r}; give each a "
+                "label of its own"
+            )
+    return found
+
+
+def _identity(agent: Agent, name: str) -> dict[str, Any]:
+    """What a finished row has to have been made with to be kept."""
+    return {"agent": name, **getattr(agent, "identity", {})}
 
 
 def make_env(settings: CompareSettings, progress: bool, **overrides: Any) -> gym.Env[Any, Any]:

@@ -31,7 +31,7 @@ from agents.spec import AgentSpec
 from agents.training import LogRow, Tally, Trainer
 from benchmarks.episode import bar, play, stage_bars, unwrapped
 from benchmarks.results import plain, versions, write_json
-from hiedit_env.datasets import fingerprint, load_requests, split_by_subject
+from hiedit_env.datasets import fingerprint, load_requests, split_by_subject, without
 from hiedit_env.envs.base import EditingEnv
 from hiedit_env.errors import ResultsExistError, SettingsError
 from hiedit_env.evaluation import UneditedAnswers, evaluate
@@ -49,8 +49,8 @@ class TrainingRun:
         layers_per_edit: K of the high level; None for its default.
         max_steps_per_edit: Horizon of the options; None for the agent's own, or 5.
         step_size: Nominal step size of the low level; None for its default.
-        exclude: A data set kept for an evaluation: its subjects are not trained on, and its
-            unrelated prompts are not shown.
+        exclude: A data set kept for an evaluation: its subjects are not trained on, and nothing
+            that it asks is shown.
     """
 
     agent: str
@@ -102,12 +102,16 @@ def train(
     if not editor.spec.learns:
         raise SettingsError(f"agent {run.agent!r} has nothing to train")
     folder = _Checkpoints(out, {"run": asdict(run), "settings": asdict(settings)}, resume)
+    # What the files of facts hold is compared too, once they are read.
     with closing(make_env(run, settings, editor, progress)) as env:
         inner = unwrapped(env)
+        excluded = [] if run.exclude is None else load_requests(run.exclude)
         training, held_out = split_by_subject(
-            without(inner.requests, run.exclude), held_out=settings.held_out, seed=settings.seed
+            without(inner.requests, excluded), held_out=settings.held_out, seed=settings.seed
         )
+        training = without(training, held_out)
         agent, spec = build(editor, inner, run)
+        folder.settings["facts"] = {"training": fingerprint(training), "number": len(training)}
         trainer = Trainer(inner, agent, training, settings)
         folder.create()
         rows = folder.load(trainer, inner) if resume else []
@@ -116,8 +120,6 @@ def train(
             "model": describe_model(inner.llm),
             "training": {
                 **folder.settings,
-                "dataset_fingerprint": fingerprint(inner.requests),
-                "facts": len(training),
                 "versions": versions(),
             },
         }
@@ -128,26 +130,13 @@ def train(
             for number in range(len(rows), settings.trajectories):
                 log.add(trainer.trajectory(number, log.fact))
                 folder.save(trainer, spec, about, log.rows)
-        save_agent(out, spec, _parameters(trainer), {**about, "log": log.rows[-1]})
         result = _evaluate(env, agent, held_out, settings, progress)
         if result:
             write_json(out / "evaluation.json", result)
+        # Last: with it the run is finished, and until then it can be resumed.
+        save_agent(out, spec, _parameters(trainer), {**about, "log": log.rows[-1]})
     folder.clear()
     return result
-
-
-def without(requests: Sequence[Request], dataset: str | None) -> list[Request]:
-    """The requests that share no subject with a data set, without the unrelated prompts it has."""
-    if dataset is None:
-        return list(requests)
-    kept = load_requests(dataset)
-    subjects = {request.subject.casefold() for request in kept}
-    probes = {probe.prompt for request in kept for probe in request.locality}
-    return [
-        replace(r, locality=tuple(p for p in r.locality if p.prompt not in probes))
-        for r in requests
-        if r.subject.casefold() not in subjects
-    ]
 
 
 def make_env(
@@ -170,6 +159,7 @@ def make_env(
         reward_weights=settings.reward_weights(),
         retention_window=settings.retention_window,
         retention_decay=settings.retention_decay,
+        locality_reference=settings.locality_reference,
     )
 
 

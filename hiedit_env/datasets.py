@@ -9,6 +9,7 @@ import hashlib
 import json
 import os
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from importlib.resources import files
 from importlib.resources.abc import Traversable
 from pathlib import Path
@@ -28,12 +29,14 @@ __all__ = [
     "load_requests",
     "split_by_subject",
     "stream",
+    "without",
 ]
 
 BUILT_IN: Mapping[str, str] = MappingProxyType(
     {"world-facts": "world_facts.json", "tiny-facts": "tiny_facts.json"}
 )
 #: Halves of a built-in data set by subject, to train on and to evaluate on: name → (whole, side).
+#: Nothing that the second half asks is in the first.
 SPLITS: Mapping[str, tuple[str, int]] = MappingProxyType(
     {"world-facts-train": ("world-facts", 0), "world-facts-test": ("world-facts", 1)}
 )
@@ -65,7 +68,8 @@ def load_requests(
     split = SPLITS.get(os.fspath(name_or_path))
     if split is not None:
         whole, side = split
-        return split_by_subject(load_requests(whole, format=format), held_out=0.5, seed=0)[side]
+        halves = split_by_subject(load_requests(whole, format=format), held_out=0.5, seed=0)
+        return halves[1] if side else without(*halves)
     chosen = None
     if format is not None:
         chosen = FORMATS.get(format)
@@ -172,6 +176,47 @@ def _recognised(fields: Mapping[str, object], label: str) -> Format:
             f"known formats and the fields that mark them: {known}"
         )
     return found
+
+
+def without(requests: Sequence[Request], kept: Sequence[Request]) -> list[Request]:
+    """Requests to train on, where others are kept for an evaluation.
+
+    Requests about a kept subject go, and so does every text that the kept ones ask (prompt,
+    paraphrase or unrelated prompt, compared without regard to case and white space), wherever it
+    stands: requests whose prompt it is, paraphrases and unrelated prompts.
+
+    Args:
+        requests: To choose from; their order stays.
+        kept: For the evaluation.
+
+    >>> fact = Request("Rome is in", "Peru", "Rome", paraphrases=("Rome lies in",))
+    >>> without([fact], [Request("Oslo is in", "Chad", "Oslo", paraphrases=("ROME lies  in",))])
+    [Request(prompt='Rome is in', answer='Peru', subject='Rome', paraphrases=(), locality=(), \
+old_answer=None, relation=None, source='request')]
+    """
+
+    def plain(text: str) -> str:
+        return " ".join(text.casefold().split())
+
+    subjects = {plain(request.subject) for request in kept}
+    asked = {
+        plain(text)
+        for request in kept
+        for text in (
+            request.prompt,
+            *request.paraphrases,
+            *(probe.prompt for probe in request.locality),
+        )
+    }
+    return [
+        replace(
+            request,
+            paraphrases=tuple(t for t in request.paraphrases if plain(t) not in asked),
+            locality=tuple(p for p in request.locality if plain(p.prompt) not in asked),
+        )
+        for request in requests
+        if plain(request.subject) not in subjects and plain(request.prompt) not in asked
+    ]
 
 
 def split_by_subject(

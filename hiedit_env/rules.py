@@ -119,11 +119,7 @@ class UpdateRule(ABC):
             chosen = [group[place] for place in places]
             left, right = self._factors(number, places, *self._rows(capture, chosen))
             for place, layer in enumerate(chosen):
-                scaled = right[place] * -self.step_size
-                if isinstance(multipliers, Tensor):
-                    scaled = scaled * multipliers[layer]
-                elif multipliers is not None:
-                    scaled = scaled * float(multipliers[layer])
+                scaled = _scaled(right[place] * -self.step_size, layer, multipliers)
                 updates[layer] = LowRankUpdate(left[place], scaled)
         return tuple(updates)
 
@@ -197,7 +193,10 @@ class LifelongRule(UpdateRule):
         return 1.0
 
     def correct(
-        self, rows: GradientRows, layers: NDArray[np.bool_]
+        self,
+        rows: GradientRows,
+        layers: NDArray[np.bool_],
+        multipliers: NDArray[np.float32] | Tensor | None = None,
     ) -> tuple[LowRankUpdate | None, ...]:
         """Updates down another loss than the present fact's: Δ_l = −step ũ_lᵀ (v_l / σ_l).
 
@@ -207,6 +206,7 @@ class LifelongRule(UpdateRule):
         Args:
             rows: Keys and value gradients of that loss.
             layers: L bool.
+            multipliers: As for :meth:`compute`.
 
         Returns:
             L entries, None for a layer not chosen; differentiable in the rule's parameters.
@@ -224,7 +224,9 @@ class LifelongRule(UpdateRule):
             left = self._left(number, places, normalised[..., :d_in])
             right = moments.scale(gradients, places, d_in) * self._steps(number, places)
             for place, index in enumerate(places):
-                updates[group[index]] = LowRankUpdate(left[place], right[place] * -self.step_size)
+                layer = group[index]
+                scaled = _scaled(right[place] * -self.step_size, layer, multipliers)
+                updates[layer] = LowRankUpdate(left[place], scaled)
         return tuple(updates)
 
 
@@ -366,6 +368,13 @@ class RidgeRule(LifelongRule):
         gram = keys @ keys.mT
         gram.diagonal(dim1=1, dim2=2).add_(self.ridge)
         return keys, torch.linalg.solve(gram, wanted)
+
+
+def _scaled(right: Tensor, layer: int, multipliers: NDArray[np.float32] | Tensor | None) -> Tensor:
+    if multipliers is None:
+        return right
+    factor = multipliers[layer]
+    return right * (factor if isinstance(factor, Tensor) else float(factor))
 
 
 def _positive(value: object, name: str) -> float:

@@ -22,6 +22,7 @@ from hiedit_env.datasets import (
     load_requests,
     split_by_subject,
     stream,
+    without,
 )
 from hiedit_env.errors import DatasetError, SettingsError
 from hiedit_env.requests import Probe, Request
@@ -376,11 +377,34 @@ def test_real_relations_have_one_fact_per_prompt_in_a_stream() -> None:
     assert len(got) == len(prompts) < len(rows)
 
 
-def test_built_in_halves_share_no_subject_and_make_the_whole() -> None:
+def test_built_in_halves_share_nothing_that_is_asked() -> None:
     whole = load_requests("world-facts")
     train, test = load_requests("world-facts-train"), load_requests("world-facts-test")
-    assert len(train) + len(test) == len(whole)
+    assert 0.9 * len(whole) < len(train) + len(test) <= len(whole)
     assert min(len(train), len(test)) > 0.4 * len(whole)
     subjects = [{request.subject.casefold() for request in half} for half in (train, test)]
     assert not subjects[0] & subjects[1]
-    assert {r.prompt for r in train} | {r.prompt for r in test} == {r.prompt for r in whole}
+
+    def asked(requests: list[Request]) -> set[str]:
+        texts = [(r.prompt, *r.paraphrases, *(p.prompt for p in r.locality)) for r in requests]
+        return {" ".join(text.casefold().split()) for group in texts for text in group}
+
+    assert not asked(train) & asked(test)
+    assert len(asked(train)) > 500
+
+
+def test_nothing_that_is_kept_is_left() -> None:
+    def fact(prompt: str, subject: str, paraphrases: tuple[str, ...], probe: str) -> Request:
+        return Request(prompt, "X", subject, paraphrases, (Probe(probe, "Y"),))
+
+    kept = [fact("Oslo is in", "Oslo", ("Oslo lies in",), "Rome is in")]
+    requests = [
+        fact("OSLO has", "oslo", (), "Bern is in"),  # its subject is kept
+        fact("Rome  is in", "Rome", (), "Bern is in"),  # its prompt is asked
+        fact("Kyiv is in", "Kyiv", ("oslo lies in", "Kyiv lies in"), "Oslo is in"),
+    ]
+    (left,) = without(requests, kept)
+    assert left.prompt == "Kyiv is in"
+    assert left.paraphrases == ("Kyiv lies in",)
+    assert left.locality == ()
+    assert without(requests, []) == requests

@@ -156,3 +156,27 @@ def test_nothing_is_paid_where_nothing_is_judged() -> None:
         assert found.info["weights_fingerprint"] == judged.info["weights_fingerprint"]
         np.testing.assert_array_equal(found.observation, judged.observation)
     assert found.ended
+
+
+def test_an_option_may_end_before_the_environments_horizon() -> None:
+    env = make(SELECTION, step_size=1e-9, max_steps_per_edit=5)
+    env.reset(seed=0)
+    short = Option(HALF, env.life.rule, max_steps=2)
+    outcome = run_option(env, short)
+    assert outcome.steps == 2
+    assert not outcome.info["edit_over"]
+    assert outcome.reward != 0.0
+    # What is left of the fact is paid when it is over: the levels sum up.
+    rest = run_option(env, option(env))
+    assert rest.steps == 3
+    assert rest.info["edit_over"]
+
+
+def test_updates_that_are_not_finite_end_the_life_as_in_a_step() -> None:
+    one, two = (make(SELECTION, step_size=1e36) for _ in range(2))
+    for env in (one, two):
+        env.reset(seed=0)
+    _, reward, ended, _, info = one.step(np.ones(L, np.int8))
+    found = run_option(two, option(two, np.ones(L, bool)))
+    assert (found.reward, found.ended) == (reward, ended) == (-10.0, True)
+    assert found.info["error_type"] == info["error_type"] == "non_finite_update"

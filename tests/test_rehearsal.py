@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from torch.nn import functional as F
 from agents.hypernetwork import Hypernetwork
 from agents.rehearsal import Rehearsal
 from agents.settings import TrainSettings
-from benchmarks.train import TrainingRun, train, without
+from benchmarks.train import TrainingRun, train
 from hiedit_env.capture import Capture, GradientRows
 from hiedit_env.envs.base import EditingEnv
 from hiedit_env.errors import SettingsError
@@ -237,35 +238,50 @@ def test_bad_settings_are_refused() -> None:
         Rehearsal(env.llm, facts=-1)
 
 
-def test_what_is_kept_for_an_evaluation_is_left_out(tmp_path: Path) -> None:
-    env = make(SELECTION)
-    requests = env.requests
-    import json
+def test_no_multiplier_no_update() -> None:
+    env = make(SELECTION, num_edits=3)
+    low = rehearsing(env)
+    env.use_low_level(low)
+    env.reset(seed=0)
+    env.step(np.ones(L, np.int8))
+    gates = torch.zeros(L)
+    gates[2] = 1.0
+    capture = env.life.observe()
+    random = low._rng.bit_generator.state
+    gated = low.compute(capture, ALL, gates)
+    low._rng.bit_generator.state = random
+    plain = low.compute(capture, ALL)
+    for layer, (one, two) in enumerate(zip(gated, plain, strict=True)):
+        assert one is not None
+        assert two is not None
+        wanted = two.dense() if layer == 2 else torch.zeros_like(two.dense())
+        torch.testing.assert_close(one.dense(), wanted)
 
-    file = tmp_path / "kept.json"
+
+def test_training_leaves_out_what_an_evaluation_asks(tmp_path: Path) -> None:
+    kept = tmp_path / "kept.json"
     rows = [
-        {
-            "prompt": r.prompt,
-            "answer": r.answer,
-            "subject": r.subject,
-            "locality": [{"prompt": p.prompt, "answer": p.answer} for p in r.locality],
-        }
-        for r in requests[:30]
+        {"prompt": r.prompt, "answer": r.answer, "subject": r.subject}
+        for r in make(SELECTION).requests[:30]
     ]
-    file.write_text(json.dumps(rows))
-    left = without(requests, str(file))
-    subjects = {r.subject.casefold() for r in requests[:30]}
-    kept_probes = {p.prompt for r in requests[:30] for p in r.locality}
-    assert [r.prompt for r in left] == [
-        r.prompt for r in requests if r.subject.casefold() not in subjects
-    ]
-    assert not kept_probes & {p.prompt for r in left for p in r.locality}
-    assert without(requests, None) == requests
-    run = TrainingRun("random-layers+rehearsal", model="tiny", exclude=str(file))
+    kept.write_text(json.dumps(rows))
+    seen: list[str] = []
+    own = Rehearsal.calibrate
+
+    def noted(self: Rehearsal, captures: Any) -> None:
+        found = list(captures)
+        seen.extend(capture.prompt.prompt for capture in found)
+        own(self, found)
+
+    run = TrainingRun("random-layers+rehearsal", model="tiny", exclude=str(kept))
     settings = TrainSettings(
-        trajectories=1, edits_per_trajectory=2, evaluation_edits=0, calibration=5, held_out=0.0
+        trajectories=1, edits_per_trajectory=2, evaluation_edits=0, calibration=500, held_out=0.0
     )
-    train(run, settings, tmp_path / "out", progress=False)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Rehearsal, "calibrate", noted)
+        train(run, settings, tmp_path / "out", progress=False)
+    assert seen
+    assert not {row["prompt"] for row in rows} & set(seen)
 
 
 def test_options_tried_from_one_state_share_their_first_rehearsal() -> None:

@@ -14,6 +14,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from agents.hypernetwork import Hypernetwork
 from agents.options import Choice, HierarchicalAgent, UntrainedChoice
 from agents.registry import make_agent, spec_agent
 from agents.routers import PolicyRouter
@@ -97,6 +98,40 @@ def test_policy_gradient_is_exact_on_average(samples: int, intrinsic: bool) -> N
         # The loss goes down where the reward goes up.
         total -= weight * router.bias.grad
     assert total.tolist() == pytest.approx(exact.tolist(), abs=1e-5)
+
+
+@pytest.mark.parametrize("samples", [1, 2, 3])
+def test_later_rewards_count_whole_however_many_options_are_tried(samples: int) -> None:
+    env = make(SELECTION)
+    observation, _ = env.reset(seed=0)
+    router = Forced(L, env.llm.device, layers_per_edit=1, hidden=3)
+    settings = replace(SHORT, samples_per_fact=samples, credit_horizon=1)
+    trainer = Tabled(env, HierarchicalAgent("x", router), env.requests, settings)
+    empty = np.zeros(0, np.float32)
+    outcomes = [Outcome(r, 1.0, 1, empty, False, {}) for r in (2.0, 7.0)]
+    found = []
+    for order in ((1,), (4,)):
+        found.append((router.log_probability(observation, order), 0.5))
+    trainer._reinforce(found, outcomes)
+    assert router.bias.grad is not None
+    score = torch.zeros(L, requires_grad=True)
+    one = score[1] - score.logsumexp(0)
+    two = score[4] - score.logsumexp(0)
+    by_hand = -(one * ((2.0 - 0.5) / samples + 7.0) + two * (7.0 - 0.5) / samples)
+    (wanted,) = torch.autograd.grad(by_hand, score)
+    assert router.bias.grad.tolist() == pytest.approx(wanted.tolist(), abs=1e-5)
+
+
+@pytest.mark.parametrize("agent", ["policy+outer-product", "policy+hypernetwork"])
+def test_a_wrecked_model_ends_the_trajectory_and_not_the_training(agent: str) -> None:
+    env = make(SELECTION, num_edits=None)
+    built = spec_agent(agent).with_low_settings(step_size=1e36).build(env.llm)
+    trainer = Trainer(env, built, env.requests, SHORT)
+    row = trainer.trajectory(0)
+    assert row["reward"] < -5
+    assert all(math.isfinite(value) for value in row.values())
+    for level in trainer.levels().values():
+        assert all(torch.isfinite(p).all() for p in level.parameters())
 
 
 class OnlyOneHelps(OuterProductRule):
@@ -203,6 +238,11 @@ def test_a_resumed_run_equals_an_uninterrupted_one(
         train(run, settings, parted, progress=False)
     with pytest.raises(SettingsError, match="seed was 0 and is now 1"):
         train(run, replace(settings, seed=1), parted, resume=True, progress=False)
+    # Cut off once more, in the evaluation at the end.
+    with monkeypatch.context() as patch:
+        patch.setattr("benchmarks.train._evaluate", lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            train(run, settings, parted, resume=True, progress=False)
     train(run, settings, parted, resume=True, progress=False)
     assert files(parted) == files(whole)
     assert not list(parted.glob("checkpoint-*"))
@@ -228,6 +268,35 @@ def test_a_trained_agent_is_made_again_from_its_folder(tmp_path: Path) -> None:
         mixed.reset(env, 0)
         observation, info = env.reset(seed=0)
         assert mixed.select_action(observation, info).sum() == count
+
+
+def test_resuming_on_other_facts_is_refused(tmp_path: Path) -> None:
+    facts = [
+        {"prompt": r.prompt, "answer": r.answer, "subject": r.subject}
+        for r in make(SELECTION).requests[:12]
+    ]
+    file, out = tmp_path / "facts.json", tmp_path / "out"
+    file.write_text(json.dumps(facts))
+    run = replace(RUN, dataset=str(file))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("benchmarks.train._evaluate", lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            train(run, SHORT, out, progress=False)
+    file.write_text(json.dumps(facts[::-1]))
+    with pytest.raises(SettingsError, match="training was"):
+        train(run, SHORT, out, resume=True, progress=False)
+
+
+def test_the_papers_objectives_and_statistics_are_theirs() -> None:
+    env = make(SELECTION)
+    for name in ("rledit", "mend", "malmen", "hiedit-paper"):
+        spec = spec_agent(name).spec
+        assert spec.train["locality_reference"] == "previous"
+        built = spec_agent(name).build(env.llm, trained=False)
+        trainer = Trainer(env, built, env.requests, replace(SHORT, **spec.train))
+        trainer.calibrate()
+        assert isinstance(built.low, Hypernetwork)
+        assert not built.low.is_calibrated
 
 
 def test_a_model_it_does_not_fit_is_refused(tmp_path: Path) -> None:

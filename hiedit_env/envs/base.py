@@ -182,7 +182,7 @@ class EditingEnv(gym.Env[NDArray[np.float32], Any], gym.utils.EzPickle):
         life = self.life
         return life.evaluator.loss(life.fact, life.remembered, updates, self.weights_of_terms, l2)
 
-    def apply(self, updates: Updates, *, judge: Judge = "step") -> Step:
+    def apply(self, updates: Updates, *, judge: Judge = "step", rule_made: bool = False) -> Step:
         """Writes the given updates as one primitive step of the present fact.
 
         Args:
@@ -192,6 +192,8 @@ class EditingEnv(gym.Env[NDArray[np.float32], Any], gym.utils.EzPickle):
                 end of the ``"fact"`` (what the levels rose by until then is paid there), or
                 ``"never"``. A step without judgement is paid 0, and its ``metrics`` hold only what
                 the fact's own reading tells. With ``intrinsic`` every step is judged.
+            rule_made: Whether updates that are not finite end the life, as they do in ``step``,
+                and are not an error of the caller's.
 
         Returns:
             The same five-tuple as :meth:`step`.
@@ -203,7 +205,7 @@ class EditingEnv(gym.Env[NDArray[np.float32], Any], gym.utils.EzPickle):
         return self._pay(
             lambda: self.life.primitive(updates),
             lambda: self.life.primitive(self.life.propose(np.ones(len(self.llm.layers), bool))),
-            rule_made=False,
+            rule_made=rule_made,
             judge=judge,
         )
 
