@@ -23,6 +23,10 @@ from hiedit_env.errors import SettingsError
 from hiedit_env.files import write_bytes
 
 
+#: Settings that points of one picture have in common.
+_ALIKE = ("model", "dtype", "candidate_layers", "num_edits")
+
+
 @dataclass(frozen=True, slots=True)
 class Point:
     """Means over seeds of one agent, percent.
@@ -44,10 +48,12 @@ def points(folders: Sequence[Path]) -> list[Point]:
     """One point per agent, in the order they are met.
 
     Raises:
-        SettingsError: a folder without results, or seeds that saw different facts.
+        SettingsError: a folder without results, seeds that saw different facts, other models or
+            layers, an agent that is there twice, or agents measured with different seeds.
     """
     rows: dict[str, dict[int, Row]] = {}
     streams: dict[int, str] = {}
+    common: dict[str, object] = {}
     for folder in folders:
         try:
             text = (folder / "results.jsonl").read_text(encoding="utf-8")
@@ -57,7 +63,15 @@ def points(folders: Sequence[Path]) -> list[Point]:
             stream = streams.setdefault(row["seed"], row["stream_fingerprint"])
             if stream != row["stream_fingerprint"]:
                 raise SettingsError(f"{folder}: seed {row['seed']} saw other facts than before")
-            rows.setdefault(row["agent"], {})[row["seed"]] = row
+            alike = {name: row["settings"][name] for name in _ALIKE}
+            common = common or alike
+            if alike != common:
+                raise SettingsError(f"{folder} was measured with {alike}, the others with {common}")
+            if rows.setdefault(row["agent"], {}).setdefault(row["seed"], row) is not row:
+                raise SettingsError(f"{folder}: {row['agent']}, seed {row['seed']}, is there twice")
+    seeds = {tuple(sorted(by_seed)) for by_seed in rows.values()}
+    if len(seeds) > 1:
+        raise SettingsError(f"agents were measured with different seeds: {sorted(seeds)}")
     return [
         Point(
             agent,

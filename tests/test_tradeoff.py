@@ -11,13 +11,24 @@ from benchmarks.tradeoff import Point, main, points
 from hiedit_env.errors import SettingsError
 
 
-def results(folder: Path, rows: list[tuple[str, int, float, float]], stream: str = "s") -> Path:
+def results(
+    folder: Path,
+    rows: list[tuple[str, int, float, float]],
+    stream: str = "s",
+    dtype: str = "float32",
+) -> Path:
     folder.mkdir()
     lines = [
         {
             "agent": agent,
             "seed": seed,
             "stream_fingerprint": f"{stream}{seed}",
+            "settings": {
+                "model": "tiny",
+                "dtype": dtype,
+                "candidate_layers": ["a"],
+                "num_edits": 2,
+            },
             "metrics": {
                 "specificity": {"agreement": agreement},
                 "efficacy": {"token_accuracy": efficacy},
@@ -33,8 +44,8 @@ def test_points_are_means_over_seeds_of_all_folders(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     one = results(tmp_path / "one", [("a@1", 0, 10.0, 90.0), ("a@1", 1, 30.0, 80.0)])
-    two = results(tmp_path / "two", [("a@2", 0, 50.0, 60.0)])
-    wanted = [Point("a@1", 20.0, 85.0, 2), Point("a@2", 50.0, 60.0, 1)]
+    two = results(tmp_path / "two", [("a@2", 0, 50.0, 60.0), ("a@2", 1, 60.0, 60.0)])
+    wanted = [Point("a@1", 20.0, 85.0, 2), Point("a@2", 55.0, 60.0, 2)]
     assert points([one, two]) == wanted
     picture = tmp_path / "curve.png"
     main([str(one), str(two), "--out", str(picture)])
@@ -49,3 +60,11 @@ def test_other_facts_are_not_mixed(tmp_path: Path) -> None:
         points([one, two])
     with pytest.raises(SettingsError, match="no results"):
         points([tmp_path])
+    half = results(tmp_path / "half", [("c", 0, 10.0, 90.0)], dtype="bfloat16")
+    with pytest.raises(SettingsError, match="was measured with"):
+        points([one, half])
+    with pytest.raises(SettingsError, match="there twice"):
+        points([one, one])
+    more = results(tmp_path / "more", [("d", 0, 10.0, 90.0), ("d", 1, 10.0, 90.0)])
+    with pytest.raises(SettingsError, match="different seeds"):
+        points([one, more])
