@@ -22,7 +22,6 @@ from benchmarks.results import Row
 from hiedit_env.errors import SettingsError
 from hiedit_env.files import write_bytes
 
-
 #: Settings that points of one picture have in common.
 _ALIKE = ("model", "dtype", "candidate_layers", "num_edits")
 
