@@ -20,8 +20,22 @@ HIEDIT = AgentSpec(
     name="hiedit",
     high="policy",
     low="rehearsal",
-    low_settings={"rank": 64, "blocks": 1, "ridge": 0.1, "facts": 4, "probes": 4},
+    low_settings={
+        "rank": 64,
+        "blocks": 1,
+        "ridge": 0.1,
+        "facts": 4,
+        "probes": 4,
+        "end_answers": True,
+    },
     max_steps_per_edit=5,
+    train={
+        "window": 6,
+        "low_learning_rate": 5e-4,
+        "high_learning_rate": 0.03,
+        "retention_window": 4,
+        "samples_per_fact": 3,
+    },
     source="ours: options of several steps, a policy-gradient router over the observation, a "
     "hypernetwork over decorrelated keys that rehearses earlier facts and unrelated prompts",
 )
