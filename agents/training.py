@@ -34,7 +34,7 @@ from hiedit_env.capture import Capture
 from hiedit_env.datasets import stream
 from hiedit_env.envs.base import EditingEnv, Judge
 from hiedit_env.errors import NonFiniteUpdateError, SettingsError
-from hiedit_env.requests import Request
+from hiedit_env.requests import Probe, Request
 from hiedit_env.updates import Updates
 
 #: Learning rate of vectors over that of matrices.
@@ -89,18 +89,23 @@ class Trainer:
         self._differentiated = "low" in self.optimizers or self._gated
         self._generator = torch.Generator()
 
-    def calibrate(self, on_prompt: Callable[[], None] | None = None) -> None:
-        """Shows the low level unrelated prompts of training facts at the unedited weights, once.
+    def calibration_prompts(self) -> list[Probe]:
+        """Unrelated prompts of training facts that the low level is to be shown.
 
-        Only the decorrelated form takes any; nothing happens if it is calibrated already.
+        Empty for a low level that takes none (all but the decorrelated form) or had them already.
         """
-        low, llm = self.low, self.env.llm
+        low = self.low
         if not isinstance(low, Hypernetwork) or low.form != "decorrelated" or low.is_calibrated:
-            return
+            return []
         rng = np.random.default_rng([self.settings.seed, 2])
         probes = list(dict.fromkeys(p for request in self.requests for p in request.locality))
-        chosen = [probes[i] for i in rng.permutation(len(probes))[: self.settings.calibration]]
-        if not chosen:
+        return [probes[i] for i in rng.permutation(len(probes))[: self.settings.calibration]]
+
+    def calibrate(self, on_prompt: Callable[[], None] | None = None) -> None:
+        """Shows the low level its :meth:`calibration_prompts` at the unedited weights, once."""
+        low, llm = self.low, self.env.llm
+        chosen = self.calibration_prompts()
+        if not chosen or not isinstance(low, Hypernetwork):
             return
         llm.restore_unedited()
 

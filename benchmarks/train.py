@@ -24,6 +24,7 @@ from agents.checkpoints import (
     read_state,
     save_agent,
 )
+from agents.hypernetwork import Hypernetwork
 from agents.options import HierarchicalAgent
 from agents.registry import SpecAgent, spec_agent
 from agents.settings import TrainSettings
@@ -123,9 +124,7 @@ def train(
                 "versions": versions(),
             },
         }
-        wanted = min(settings.calibration, sum(len(r.locality) for r in training))
-        with bar("calibrating", wanted, progress) as shown:
-            trainer.calibrate(shown.update)
+        _calibrate(trainer, progress)
         with _Log(out, rows, progress, tensorboard, settings) as log:
             for number in range(len(rows), settings.trajectories):
                 log.add(trainer.trajectory(number, log.fact))
@@ -181,6 +180,20 @@ def build(
         low_settings=low_settings,
         max_steps_per_edit=agent.max_steps_per_edit,
     )
+
+
+def _calibrate(trainer: Trainer, progress: bool) -> None:
+    wanted = trainer.calibration_prompts()
+    if wanted:
+        with bar("calibrating", len(wanted), progress) as shown:
+            trainer.calibrate(shown.update)
+    low = trainer.agent.low
+    if isinstance(low, Hypernetwork) and low.form == "decorrelated" and not low.is_calibrated:
+        print(
+            "hiedit: warning: the training facts have no unrelated prompts that the evaluation "
+            "does not ask; nothing will protect unrelated answers",
+            file=sys.stderr,
+        )
 
 
 def _parameters(trainer: Trainer) -> dict[str, Any]:
