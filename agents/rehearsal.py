@@ -43,6 +43,8 @@ class Rehearsal(Hypernetwork):
         facts: Earlier requests per primitive step.
         probes: Unrelated prompts per primitive step; there are none before calibration.
         fact_weight, probe_weight: Weights of the two sums.
+        largest: Bound of the size (Frobenius norm) of what is rehearsed, as a multiple of the
+            fact's own update, layer by layer.
         end_answers: Whether a rehearsed answer is followed by the tokenizer's end token, and the
             present request is rehearsed too: the model learns to give the answer and stop.
         seed: Of the initial values and of what is rehearsed when.
@@ -63,6 +65,7 @@ class Rehearsal(Hypernetwork):
         probes: int = 4,
         fact_weight: float = 1.0,
         probe_weight: float = 1.0,
+        largest: float = 2.0,
         end_answers: bool = False,
         seed: int = 0,
         cache_bytes: int = 256 * 2**20,
@@ -76,6 +79,7 @@ class Rehearsal(Hypernetwork):
         self.llm = llm
         self.facts, self.probes = facts, probes
         self.fact_weight, self.probe_weight = fact_weight, probe_weight
+        self.largest = largest
         end = llm.tokenizer.eos_token_id
         self._end: tuple[int, ...] = (end,) if end_answers and end is not None else ()
         self._seed = seed
@@ -176,9 +180,16 @@ class Rehearsal(Hypernetwork):
         rows = self._rows_at_present([*facts, *probes], loss)
         mended = self.correct(rows, layers, multipliers)
         return tuple(
-            None if one is None or two is None else _joined(one, two)
+            None if one is None or two is None else _joined(one, self._bounded(two, one))
             for one, two in zip(updates, mended, strict=True)
         )
+
+    def _bounded(self, update: LowRankUpdate, other: LowRankUpdate) -> LowRankUpdate:
+        """An update no larger than ``largest`` times another one."""
+        with torch.no_grad():
+            sizes = [u.squared_norm().clamp_min(0).sqrt() for u in (update, other)]
+            factor = (self.largest * sizes[1] / sizes[0].clamp_min(1e-30)).clamp_max(1.0)
+        return LowRankUpdate(update.left, update.right * factor)
 
     def _rows_at_present(
         self, prompts: list[EncodedPrompt], loss: Callable[[Tensor, PromptBatch], Tensor]

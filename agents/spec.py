@@ -12,7 +12,7 @@ from agents.rehearsal import Rehearsal
 from agents.routers import PolicyRouter, StraightThroughRouter
 from agents.step_sizes import StepSizePolicy
 from hiedit_env.envs.settings import MODEL_STEP_SIZES
-from hiedit_env.errors import HieditError, SettingsError
+from hiedit_env.errors import CheckpointError, HieditError, SettingsError
 from hiedit_env.layer_choice import CHOICES
 from hiedit_env.resident import ResidentLLM
 from hiedit_env.rules import RULES, UpdateRule, make_rule
@@ -144,14 +144,23 @@ class AgentSpec:
 
     @classmethod
     def from_json(cls, record: Mapping[str, Any]) -> AgentSpec:
-        """The spec of a trained agent's record."""
-        return cls(
-            name=record["name"],
-            high=record["high"]["name"],
-            low=record["low"]["name"],
-            high_settings=record["high"]["settings"],
-            low_settings=record["low"]["settings"],
-            max_steps_per_edit=record["max_steps_per_edit"],
-            train=record["train"],
-            source=record["source"],
-        )
+        """The spec of a trained agent's record.
+
+        Raises:
+            CheckpointError: an entry is missing.
+        """
+        try:
+            return cls(
+                name=record["name"],
+                high=record["high"]["name"],
+                low=record["low"]["name"],
+                high_settings=record["high"]["settings"],
+                low_settings=record["low"]["settings"],
+                max_steps_per_edit=record["max_steps_per_edit"],
+                train=record["train"],
+                source=record["source"],
+            )
+        except (KeyError, TypeError) as error:
+            raise CheckpointError(
+                f"the record of a trained agent is incomplete: {error}"
+            ) from error

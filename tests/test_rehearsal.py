@@ -248,6 +248,8 @@ def test_no_multiplier_no_update() -> None:
     gates[2] = 1.0
     capture = env.life.observe()
     random = low._rng.bit_generator.state
+    # Otherwise what is not written of the fact would bound what is rehearsed.
+    low.largest = 1e9
     gated = low.compute(capture, ALL, gates)
     low._rng.bit_generator.state = random
     plain = low.compute(capture, ALL)
@@ -338,3 +340,23 @@ def test_rehearsed_answers_can_end() -> None:
     ]
     assert first[-1] in low._bank
     assert facts[0].answer_ids[-1] != end
+
+
+def test_what_is_rehearsed_is_never_much_larger_than_the_fact() -> None:
+    """Ends of answers are far from what the tiny model gives: a bound keeps it in one piece."""
+    env = make(SELECTION, num_edits=6)
+    low = rehearsing(env, end_answers=True, ridge=0.1)
+    env.use_low_level(low)
+    env.reset(seed=0)
+    for _ in range(6):
+        capture = env.life.observe()
+        whole = low.propose(capture, ALL)
+        alone = Hypernetwork.compute(low, capture, ALL)
+        for a, b in zip(whole, alone, strict=True):
+            assert a is not None
+            assert b is not None
+            rest = (a.dense() - b.dense()).detach()
+            assert float(rest.norm()) <= 2.001 * float(b.dense().detach().norm())
+        *_, info = env.step(np.ones(L, np.int8))
+    assert info["metrics"]["efficacy"] == 1.0
+    assert info["metrics"]["agreement"] > 0.5
