@@ -37,7 +37,8 @@ from hiedit_env.errors import NonFiniteUpdateError, SettingsError
 from hiedit_env.requests import Probe, Request
 from hiedit_env.updates import Updates
 
-#: Learning rate of vectors over that of matrices.
+#: Learning rate of a low level's vectors over that of its matrices: one number per layer (step
+#: size, ridge, weight of the prior) has to go further than an entry of a matrix.
 VECTOR_FACTOR = 10.0
 #: A row of the training log: one per trajectory.
 LogRow = dict[str, float]
@@ -74,9 +75,9 @@ class Trainer:
         self.low = agent.low if isinstance(agent.low, Trainable) else None
         self.optimizers: dict[str, torch.optim.Adam] = {}
         if settings.train_low and self.low is not None:
-            self.optimizers["low"] = _adam(self.low, settings.low_learning_rate)
+            self.optimizers["low"] = _adam(self.low, settings.low_learning_rate, VECTOR_FACTOR)
         if settings.train_high and isinstance(self.high, Trainable):
-            self.optimizers["high"] = _adam(self.high, settings.high_learning_rate)
+            self.optimizers["high"] = _adam(self.high, settings.high_learning_rate, 1.0)
         if not self.optimizers:
             raise SettingsError(
                 f"agent {agent.name!r} has nothing to train: its high level is {self.high.name!r} "
@@ -330,10 +331,9 @@ def _backward(loss: Tensor, retain_graph: bool = False) -> None:
         torch.autograd.backward(loss, retain_graph=retain_graph)
 
 
-def _adam(level: Trainable, learning_rate: float) -> torch.optim.Adam:
+def _adam(level: Trainable, learning_rate: float, vector_factor: float) -> torch.optim.Adam:
     parameters = cast(list[nn.Parameter], list(level.parameters()))
-    # One number per layer (step sizes, ridges, offsets) has to go further than a matrix entry.
     few = [p for p in parameters if p.ndim == 1]
     many = [p for p in parameters if p.ndim > 1]
-    groups = [(many, learning_rate), (few, VECTOR_FACTOR * learning_rate)]
+    groups = [(many, learning_rate), (few, vector_factor * learning_rate)]
     return torch.optim.Adam([{"params": part, "lr": lr} for part, lr in groups if part])
