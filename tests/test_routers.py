@@ -191,7 +191,7 @@ def test_best_choices() -> None:
 
 def test_a_learned_size_begins_at_the_wanted_one() -> None:
     router = PolicyRouter(8, CPU, size="learned", layers_per_edit=2)
-    assert float(router.scores(observation(8)).sigmoid().sum()) == pytest.approx(2, rel=1e-5)
+    assert router.scores(observation(8)).sigmoid().sum().item() == pytest.approx(2, rel=1e-5)
 
 
 def test_history_can_be_hidden() -> None:
