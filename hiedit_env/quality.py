@@ -161,18 +161,19 @@ class Evaluator:
         weights = self.llm.unedited() if unedited else nullcontext()
         # Never inference tensors, wherever this is called from: they later enter autograd graphs.
         with torch.inference_mode(False), torch.no_grad(), weights:
-            # One at a time: a reference never depends on what it was computed together with.
-            for probe in wanted:
-                known = old_log_probs.get(probe)
-                if known is None and unedited:
-                    known = self._unedited.get(probe)
-                if known is None:
-                    known = self.llm.answer_logits(self.llm.batch([probe])).float().log_softmax(-1)
-                    if unedited:
-                        self._unedited.put(probe, known)
-                log_probs[probe] = known
-                if self.kind == "generation":
-                    texts[probe] = old_texts.get(probe) or self._generate([probe])[0]
+            # A fact's probes are always run together, and with nothing else, so that a reference
+            # depends on the stream alone and not on what was known before it.
+            rest = [probe for probe in wanted if probe not in fact.probes]
+            if unedited:
+                log_probs |= self._log_probs(fact.probes, remember=True)
+                for probe in rest:
+                    known = old_log_probs.get(probe)
+                    found = self._log_probs((probe,), remember=True) if known is None else {}
+                    log_probs |= found or {probe: old_log_probs[probe]}
+            else:
+                log_probs |= self._log_probs(tuple(wanted), remember=False)
+            for probe in wanted if self.kind == "generation" else ():
+                texts[probe] = old_texts.get(probe) or self._generate([probe])[0]
 
     def evaluate(
         self, fact: EncodedFact, remembered: Sequence[EncodedFact], reading: Reading | None = None
@@ -267,6 +268,26 @@ class Evaluator:
         return total
 
     # -- inside -------------------------------------------------------------------------------
+
+    def _log_probs(
+        self, probes: tuple[EncodedPrompt, ...], *, remember: bool
+    ) -> dict[EncodedPrompt, Tensor]:
+        """Log-probabilities at the present weights of probes that are run together."""
+        known = self._unedited.get(probes) if remember else None
+        if known is None:
+            rows: dict[EncodedPrompt, Tensor] = {}
+            for bucket in self.llm.buckets(probes):
+                batch = self.llm.batch([probes[i] for i in bucket])
+                found = self.llm.answer_logits(batch).float().log_softmax(-1)
+                sizes = [len(prompt.answer_ids) for prompt in batch.prompts]
+                rows |= dict(zip(batch.prompts, torch.split(found, sizes), strict=True))
+            if not probes:
+                return {}
+            known = torch.cat([rows[probe] for probe in probes])
+            if remember:
+                self._unedited.put(probes, known)
+        sizes = [len(probe.answer_ids) for probe in probes]
+        return dict(zip(probes, torch.split(known, sizes), strict=True))
 
     @staticmethod
     def _prompts(
