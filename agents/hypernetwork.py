@@ -134,6 +134,8 @@ class Hypernetwork(DecorrelatedRule):
         if rank < 1 or blocks < 0:
             raise SettingsError(f"rank must be ≥ 1 and blocks ≥ 0, got {rank!r} and {blocks!r}")
         self.form: Form = form
+        #: Which statistics are kept: the decorrelated form alone needs the products of keys.
+        self._kind = DecorrelatedRule if form == "decorrelated" else LifelongRule
         self.prior = prior
         #: Statistics of unrelated prompts, as of :meth:`state_dict`; None before calibration.
         self._calibration: dict[str, Any] | None = None
@@ -196,6 +198,11 @@ class Hypernetwork(DecorrelatedRule):
         """Whether :meth:`calibrate` was called, now or before the parameters were saved."""
         return self._calibration is not None
 
+    @property
+    def wants_calibration(self) -> bool:
+        """Whether its form uses a calibration that it does not have yet."""
+        return self.form == "decorrelated" and not self.is_calibrated
+
     def state(self) -> dict[str, Any]:
         """The parameters, and the calibration if there is one, by dotted path."""
         calibration = self._calibration or {}
@@ -213,10 +220,7 @@ class Hypernetwork(DecorrelatedRule):
 
     def reset(self) -> None:
         """Forgets the lifelong statistics; parameters and calibration stay."""
-        if self.form == "decorrelated":
-            super().reset()
-        else:
-            LifelongRule.reset(self)
+        self._kind.reset(self)
         if self._calibration is not None:
             # The products of keys are added when they are used, with their learned weight.
             for i, moments in enumerate(self._moments):
@@ -226,20 +230,15 @@ class Hypernetwork(DecorrelatedRule):
 
     def observe(self, capture: Capture) -> None:
         """Takes one capture into the statistics the form needs."""
-        if self.form == "decorrelated":
-            super().observe(capture)
-        else:
-            LifelongRule.observe(self, capture)
+        self._kind.observe(self, capture)
 
     def state_dict(self) -> dict[str, Any]:
         """The lifelong statistics, not the parameters."""
-        rule = DecorrelatedRule if self.form == "decorrelated" else LifelongRule
-        return rule.state_dict(self)
+        return self._kind.state_dict(self)
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Puts saved statistics back, bit for bit."""
-        rule = DecorrelatedRule if self.form == "decorrelated" else LifelongRule
-        rule.load_state_dict(self, state)
+        self._kind.load_state_dict(self, state)
 
     def _second_moment(self, group: int, places: list[int]) -> Tensor:
         own = super()._second_moment(group, places)
@@ -251,7 +250,7 @@ class Hypernetwork(DecorrelatedRule):
         return own + weight[:, None, None] * self._calibrated_products[group][places]
 
     def _left(self, group: int, places: list[int], keys: Tensor) -> Tensor:
-        return super()._left(group, places, keys) if self.form == "decorrelated" else keys
+        return self._kind._left(self, group, places, keys)
 
     def _steps(self, group: int, places: list[int]) -> Tensor:
         net = self.net[group]

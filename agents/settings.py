@@ -74,9 +74,6 @@ class TrainSettings:
                 raise SettingsError(f"{name} must be positive, got {getattr(self, name)!r}")
         if not 0 < self.gamma <= 1:
             raise SettingsError(f"gamma must be in (0, 1], got {self.gamma!r}")
-        if not self.intrinsic and self.samples_per_fact == 1:
-            # Without anything to compare with, only the reward itself is left: allowed, but noisy.
-            return
 
     def reward_weights(self) -> dict[str, float]:
         """The environment's ``reward_weights``."""

@@ -95,8 +95,7 @@ class Trainer:
 
         Empty for a low level that takes none (all but the decorrelated form) or had them already.
         """
-        low = self.low
-        if not isinstance(low, Hypernetwork) or low.form != "decorrelated" or low.is_calibrated:
+        if not (isinstance(self.low, Hypernetwork) and self.low.wants_calibration):
             return []
         rng = np.random.default_rng([self.settings.seed, 2])
         probes = list(dict.fromkeys(p for request in self.requests for p in request.locality))

@@ -103,7 +103,6 @@ def train(
     if not editor.spec.learns:
         raise SettingsError(f"agent {run.agent!r} has nothing to train")
     folder = _Checkpoints(out, {"run": asdict(run), "settings": asdict(settings)}, resume)
-    # What the files of facts hold is compared too, once they are read.
     with closing(make_env(run, settings, editor, progress)) as env:
         inner = unwrapped(env)
         excluded = [] if run.exclude is None else load_requests(run.exclude)
@@ -112,6 +111,7 @@ def train(
         )
         training = without(training, held_out)
         agent, spec = build(editor, inner, run)
+        # What the files of facts hold has to be the same too when a run is resumed.
         folder.settings["facts"] = {"training": fingerprint(training), "number": len(training)}
         trainer = Trainer(inner, agent, training, settings)
         folder.create()
@@ -119,10 +119,7 @@ def train(
         about = {
             "model_name": run.model,
             "model": describe_model(inner.llm),
-            "training": {
-                **folder.settings,
-                "versions": versions(),
-            },
+            "training": {**folder.settings, "versions": versions()},
         }
         _calibrate(trainer, progress)
         with _Log(out, rows, progress, tensorboard, settings) as log:
@@ -188,7 +185,7 @@ def _calibrate(trainer: Trainer, progress: bool) -> None:
         with bar("calibrating", len(wanted), progress) as shown:
             trainer.calibrate(shown.update)
     low = trainer.agent.low
-    if isinstance(low, Hypernetwork) and low.form == "decorrelated" and not low.is_calibrated:
+    if isinstance(low, Hypernetwork) and low.wants_calibration:
         print(
             "hiedit: warning: the training facts have no unrelated prompts that the evaluation "
             "does not ask; nothing will protect unrelated answers",

@@ -167,9 +167,10 @@ class Evaluator:
             if unedited:
                 log_probs |= self._log_probs(fact.probes, remember=True)
                 for probe in rest:
-                    known = old_log_probs.get(probe)
-                    found = self._log_probs((probe,), remember=True) if known is None else {}
-                    log_probs |= found or {probe: old_log_probs[probe]}
+                    if probe in old_log_probs:
+                        log_probs[probe] = old_log_probs[probe]
+                    else:
+                        log_probs |= self._log_probs((probe,), remember=True)
             else:
                 log_probs |= self._log_probs(tuple(wanted), remember=False)
             for probe in wanted if self.kind == "generation" else ():
