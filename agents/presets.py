@@ -20,7 +20,9 @@ HIEDIT = AgentSpec(
     name="hiedit",
     high="policy",
     low="rehearsal",
+    high_settings={"share": 0.25},
     low_settings={
+        "step_size": 5e-4,
         "rank": 64,
         "blocks": 1,
         "ridge": 0.1,
@@ -37,7 +39,8 @@ HIEDIT = AgentSpec(
         "samples_per_fact": 3,
     },
     source="ours: options of several steps, a policy-gradient router over the observation, a "
-    "hypernetwork over decorrelated keys that rehearses earlier facts and unrelated prompts",
+    "hypernetwork over decorrelated keys that rehearses earlier facts and unrelated prompts; "
+    "tuned on SmolLM2-135M",
 )
 HIEDIT_PAPER = AgentSpec(
     name="hiedit-paper",

@@ -10,7 +10,8 @@
 ========================  =====================================================================
 
 ``?name=value&name=value`` changes arguments: of the level itself after a HIGH or a LOW, of the low
-level after a named agent or a DIR, where ``high.name=value`` reaches the high one.
+level after a named agent or a DIR, where ``high.name=value`` reaches the high one; after a part of
+HIGH+LOW only that level's.
 ``hiedit?facts=0`` does not rehearse facts, ``policy?size=learned+ridge`` learns how many layers.
 """
 
@@ -220,6 +221,8 @@ def spec_agent(name: str, layers_per_edit: int | None = None) -> SpecAgent:
     for place in pluses:
         high, low = _part(name[:place]), _low_part(name[place + 1 :])
         if high is not None and low is not None:
+            _refuse_unused(name[:place], "high")
+            _refuse_unused(name[place + 1 :], "low")
             return SpecAgent(name, high, low, layers_per_edit)
     whole = _part(name)
     if whole is not None:
@@ -277,6 +280,21 @@ def _low_part(name: str) -> tuple[AgentSpec, Path | None] | None:
     if base in LOW_LEVELS or (":" in base and not is_trained(base)):
         return _with_query(AgentSpec(base, "all-layers", base), query, "low"), None
     return _part(name)
+
+
+def _refuse_unused(part: str, used: str) -> None:
+    """Refuses arguments of the level that is not taken from a part of ``HIGH+LOW``."""
+    base, _, query = part.partition("?")
+    if not query or is_trained(part):
+        return
+    own = used if base in (*HIGH_LEVELS, *LOW_LEVELS) or ":" in base else "low"
+    for item in query.split("&"):
+        owner, dot, _ = item.partition("=")[0].partition(".")
+        if (owner if dot else own) != used:
+            raise SettingsError(
+                f"{item!r} changes the other level of {part!r}, of which only the {used} level is "
+                f"taken; '{used}.name=value' reaches that one"
+            )
 
 
 def _with_query(spec: AgentSpec, query: str, level: str, folder: Path | None = None) -> AgentSpec:

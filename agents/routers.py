@@ -139,14 +139,15 @@ class PolicyRouter(nn.Module):
         device: Where the parameters live.
         size: Whether K is fixed or follows from the scores.
         layers_per_edit: K, and where ``size="learned"`` the expected number of layers at the
-            beginning; half of the layers where None.
+            beginning.
+        share: K as a share of the layers, where ``layers_per_edit`` is None; at least one.
         history: Whether it sees what earlier edits did to the layers.
         hidden: Hidden units.
         embedding: Columns of the layer embedding.
         seed: Of the random initial values.
 
     Raises:
-        SettingsError: K outside 1 … L, or an unknown size.
+        SettingsError: K outside 1 … L, a share outside (0, 1], or an unknown size.
     """
 
     name = "policy"
@@ -158,6 +159,7 @@ class PolicyRouter(nn.Module):
         *,
         size: Size = "fixed",
         layers_per_edit: int | None = None,
+        share: float = 0.5,
         history: bool = True,
         hidden: int = 64,
         embedding: int = 8,
@@ -167,6 +169,10 @@ class PolicyRouter(nn.Module):
         if size not in get_args(Size):
             raise SettingsError(f"size must be one of {get_args(Size)}, got {size!r}")
         self.size: Size = size
+        if not 0 < share <= 1:
+            raise SettingsError(f"share must be in (0, 1], got {share!r}")
+        if layers_per_edit is None:
+            layers_per_edit = max(1, int(share * num_layers))
         self.layers_per_edit = _checked_size(layers_per_edit, num_layers)
         self.history = history
         generator = torch.Generator().manual_seed(seed)
@@ -177,12 +183,12 @@ class PolicyRouter(nn.Module):
         self.score = _linear(hidden, 1, generator)
         #: What a layer is worth whatever the fact.
         self.bias = nn.Parameter(torch.zeros(num_layers))
-        share = min(max(self.layers_per_edit / num_layers, 0.01), 0.99)
+        begin = min(max(self.layers_per_edit / num_layers, 0.01), 0.99)
         with torch.no_grad():
             self.score.weight.zero_()
             self.score.bias.zero_()
             if size == "learned":
-                self.bias.fill_(float(np.log(share / (1 - share))))
+                self.bias.fill_(float(np.log(begin / (1 - begin))))
         self.to(device)
 
     def reset(self, seed: int) -> None:

@@ -81,7 +81,9 @@ class Trainer:
         if not self.optimizers:
             raise SettingsError(
                 f"agent {agent.name!r} has nothing to train: its high level is {self.high.name!r} "
-                f"and its low level {getattr(agent.low, 'name', 'the update rule')!r}"
+                f"and its low level {getattr(agent.low, 'name', 'the update rule')!r}; one of them "
+                "must be learned (policy, straight-through; hypernetwork, rehearsal, step-sizes) "
+                "and its training not switched off"
             )
         env.use_low_level(agent.low, max_steps_per_edit=agent.max_steps_per_edit)
         self._gated = "high" in self.optimizers and isinstance(self.high, StraightThroughRouter)

@@ -101,7 +101,10 @@ def train(
     """
     editor = spec_agent(run.agent, run.layers_per_edit)
     if not editor.spec.learns:
-        raise SettingsError(f"agent {run.agent!r} has nothing to train")
+        raise SettingsError(
+            f"agent {run.agent!r} has nothing to train; give a learned high level (policy, "
+            "straight-through) or low level (hypernetwork, rehearsal, step-sizes)"
+        )
     folder = _Checkpoints(out, {"run": asdict(run), "settings": asdict(settings)}, resume)
     with closing(make_env(run, settings, editor, progress)) as env:
         inner = unwrapped(env)

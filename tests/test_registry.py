@@ -181,3 +181,23 @@ def test_folders_may_be_called_anything(trained: tuple[Path, Path], tmp_path: Pa
     (folder / "agent.safetensors").write_bytes((trained[0] / "agent.safetensors").read_bytes())
     with pytest.raises(CheckpointError, match="does not fit its own settings"):
         make_agent(str(folder)).reset(make(SELECTION), 0)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "hiedit?history=false+ridge",
+        "hiedit?low.facts=0+ridge",
+        "random-layers+hiedit?high.layers_per_edit=4",
+        "policy?low.ridge=1+ridge",
+    ],
+)
+def test_arguments_of_a_level_that_is_not_taken_are_refused(name: str) -> None:
+    with pytest.raises(SettingsError, match="changes the other level"):
+        spec_agent(name)
+
+
+def test_arguments_reach_the_level_that_is_taken() -> None:
+    spec = spec_agent("hiedit?high.history=false+hiedit?facts=0").spec
+    assert spec.high_settings["history"] is False
+    assert spec.low_settings["facts"] == 0

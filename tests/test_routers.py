@@ -217,3 +217,15 @@ def test_nothing_is_drawn_from_the_global_generator() -> None:
     PolicyRouter(4, CPU)
     StraightThroughRouter([(2, 3)], CPU)
     assert torch.equal(torch.get_rng_state(), before)
+
+
+@pytest.mark.parametrize(("share", "expected"), [(0.25, 2), (0.01, 1), (1.0, 8), (0.5, 4)])
+def test_a_share_of_the_layers_is_picked(share: float, expected: int) -> None:
+    assert PolicyRouter(8, CPU, share=share).layers_per_edit == expected
+    assert PolicyRouter(8, CPU, share=share, layers_per_edit=3).layers_per_edit == 3
+
+
+@pytest.mark.parametrize("share", [0.0, -1.0, 1.5, float("nan")])
+def test_a_share_out_of_range_is_refused(share: float) -> None:
+    with pytest.raises(SettingsError, match="share"):
+        PolicyRouter(8, CPU, share=share)
