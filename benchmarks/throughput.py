@@ -41,7 +41,7 @@ from agents.settings import TrainSettings
 from agents.training import Trainer
 from hiedit_env.capture import Capture
 from hiedit_env.envs.base import EditingEnv
-from hiedit_env.quality import EncodedFact
+from hiedit_env.levels import EncodedFact
 from hiedit_env.resident import ResidentLLM
 from hiedit_env.tokenization import EncodedPrompt
 

@@ -13,6 +13,13 @@ from gymnasium.envs.registration import register
 
 __version__ = "0.1.0"
 
-register("hiedit/LifelongEdit-v0", entry_point="hiedit_env.envs.lifelong_edit:LifelongEdit")
-register("hiedit/LayerSelection-v0", entry_point="hiedit_env.envs.layer_selection:LayerSelection")
-register("hiedit/StepSize-v0", entry_point="hiedit_env.envs.step_size:StepSize")
+for _name, _module in (
+    ("LifelongEdit", "lifelong_edit"),
+    ("LayerSelection", "layer_selection"),
+    ("StepSize", "step_size"),
+):
+    register(
+        f"hiedit/{_name}-v0",
+        entry_point=f"hiedit_env.envs.{_module}:{_name}",
+        vector_entry_point=f"hiedit_env.envs.vector:Vector{_name}",
+    )

@@ -52,8 +52,9 @@ class GradientRows:
     """Keys and value gradients of a loss over several prompts.
 
     Args:
-        keys: Per layer N × d_in, the layer's input at the N tokens read, prompt after prompt.
-        value_gradients: Per layer N × d_out, gradient of the loss at the layer's output.
+        keys: Per layer N × d_in, the layer's input at the N tokens read, prompt after prompt; or
+            prompts × tokens × d_in with the padding left in.
+        value_gradients: The same with d_out, gradient of the loss at the layer's output.
 
     Detached, on the model's device, in the model's dtype.
     """
@@ -62,19 +63,59 @@ class GradientRows:
     value_gradients: tuple[Tensor, ...]
 
 
-class Reading:
-    """A forward pass over one request whose backward pass is done only if it is asked for."""
+class PassGraph:
+    """One forward pass over one request or several, whose backward pass runs when it is asked for.
 
-    def __init__(self, prompt: EncodedPrompt, loss: Tensor, logits: Tensor, labels: Tensor) -> None:
-        self.prompt = prompt
+    Args:
+        losses: N, one per request, each depending on its own row only.
+        inputs: Per layer N × T × d_in.
+        outputs: Per layer N × T × d_out.
+    """
+
+    def __init__(self, losses: Tensor, inputs: list[Tensor], outputs: list[Tensor]) -> None:
+        self._losses: Tensor | None = losses
+        self._inputs, self._outputs = inputs, outputs
+        self._rows: GradientRows | None = None
+
+    @torch.inference_mode(False)
+    def rows(self) -> GradientRows:
+        """Keys and value gradients, N × T × size per layer; runs once, then frees the graph."""
+        if self._rows is None:
+            assert self._losses is not None
+            gradients = torch.autograd.grad(self._losses.sum(), self._outputs)
+            self._rows = GradientRows(tuple(u.detach() for u in self._inputs), gradients)
+            self._losses, self._inputs, self._outputs = None, [], []
+        return self._rows
+
+
+class Reading:
+    """A request as the model reads it; the backward pass is done only if it is asked for.
+
+    Args:
+        prompt: The request.
+        loss: −log p(answer | prompt), mean over answer tokens, in nats.
+        logits: A × vocabulary, at the answer positions.
+        labels: A int64, the answer.
+        graph: The pass it was read in.
+        row: Its place there.
+    """
+
+    def __init__(
+        self,
+        prompt: EncodedPrompt,
+        loss: float,
+        logits: Tensor,
+        labels: Tensor,
+        graph: PassGraph,
+        row: int = 0,
+    ) -> None:
+        self.prompt, self.loss = prompt, loss
         self.logits = logits.detach()
-        self.loss = float(loss.detach())
         self.predictions = self.logits.argmax(-1)
         self.correct = self.predictions == labels
         self.answered = bool(self.correct.all())
-        self._loss: Tensor | None = loss
-        self._inputs: list[Tensor] = []
-        self._outputs: list[Tensor] = []
+        self._graph: PassGraph | None = graph
+        self._row = row
         self._capture: Capture | None = None
 
     @property
@@ -82,16 +123,15 @@ class Reading:
         """``efficacy``, the share of answer tokens that are predicted, and ``answered``."""
         return {"efficacy": float(self.correct.float().mean()), "answered": self.answered}
 
-    @torch.inference_mode(False)
     def capture(self) -> Capture:
         """Keys and value gradients; the first call runs the backward pass and frees the graph."""
         if self._capture is None:
-            assert self._loss is not None
-            gradients = torch.autograd.grad(self._loss, self._outputs)
+            assert self._graph is not None
+            rows, row, length = self._graph.rows(), self._row, self.prompt.length
             self._capture = Capture(
                 prompt=self.prompt,
-                keys=tuple(u.detach()[0] for u in self._inputs),
-                value_gradients=tuple(v[0] for v in gradients),
+                keys=tuple(u[row, :length] for u in rows.keys),
+                value_gradients=tuple(v[row, :length] for v in rows.value_gradients),
                 loss=self.loss,
                 predictions=self.predictions,
                 correct=self.correct,
@@ -101,5 +141,4 @@ class Reading:
 
     def release(self) -> None:
         """Frees the graph of a reading whose backward pass is not wanted."""
-        self._loss = None
-        self._inputs, self._outputs = [], []
+        self._graph = None

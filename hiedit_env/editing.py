@@ -15,11 +15,14 @@ from numpy.typing import NDArray
 
 from hiedit_env.capture import Capture, Reading
 from hiedit_env.errors import SettingsError
-from hiedit_env.quality import EncodedFact, Evaluator, Quality, References
+from hiedit_env.levels import EncodedFact, Quality
+from hiedit_env.passes import Judge, Passes, Read
+from hiedit_env.quality import Evaluator, References
 from hiedit_env.requests import Request
-from hiedit_env.resident import ResidentLLM, WeightSnapshot
+from hiedit_env.resident import ResidentLLM
 from hiedit_env.rules import UpdateRule
 from hiedit_env.updates import Updates
+from hiedit_env.weights import WeightSnapshot
 
 #: Terms of the reward that measure a state and are paid as differences within a fact.
 LEVELS = ("edit", "locality", "sparsity", "retention")
@@ -81,7 +84,8 @@ def whole_number(value: object, name: str, least: int) -> int:
 class EditingLife:
     """The state machine behind every environment.
 
-    ``start`` → (``primitive`` … → ``judge``) … → ``advance`` to the next fact → … → ended.
+    ``start`` → (``primitive`` … → ``judge``) … → ``advance`` to the next fact → … → ended. These
+    four are generators that yield the passes they need: :func:`.passes.run` drives them.
 
     Args:
         llm: The resident model.
@@ -155,7 +159,7 @@ class EditingLife:
 
     # -- the way forward ------------------------------------------------------------------------
 
-    def start(self, requests: Sequence[Request]) -> None:
+    def start(self, requests: Sequence[Request]) -> Passes[None]:
         """Begins a new life: unedited weights, fresh statistics, the first fact.
 
         Raises:
@@ -169,7 +173,7 @@ class EditingLife:
         self.evaluator.forget_references()
         self.facts, self.position, self.ended = facts, 0, False
         self.written_counts = np.zeros(len(self.llm.layers), np.int64)
-        self._begin_fact()
+        yield from self._begin_fact()
 
     def propose(
         self, layers: NDArray[np.bool_], multipliers: NDArray[np.float32] | None = None
@@ -185,7 +189,7 @@ class EditingLife:
             self._observed = capture
         return capture
 
-    def primitive(self, updates: Updates) -> NDArray[np.bool_]:
+    def primitive(self, updates: Updates) -> Passes[NDArray[np.bool_]]:
         """Writes updates and reads the fact again: one primitive step.
 
         Returns:
@@ -204,11 +208,14 @@ class EditingLife:
         last = self.steps >= self.max_steps_per_edit
         if last or layers.any():
             self._reading = None
-        if not last and not np.isfinite(self.reading.loss):
-            raise NumericalCollapse
+        if not last:
+            if self._reading is None:
+                self._reading = yield Read(self.llm, self.fact.prompt)
+            if not np.isfinite(self._reading.loss):
+                raise NumericalCollapse
         return layers
 
-    def judge(self) -> tuple[dict[str, float], Quality]:
+    def judge(self) -> Passes[tuple[dict[str, float], Quality]]:
         """Levels of the present fact, and what they rose by since they were last paid.
 
         Returns:
@@ -218,7 +225,7 @@ class EditingLife:
         Raises:
             NumericalCollapse: the quality is not finite; the caller rolls back.
         """
-        quality = self.quality()
+        quality: Quality = yield Judge(self.evaluator, self.fact, self.remembered, self._reading)
         if not quality.finite:
             raise NumericalCollapse
         levels = {**quality.levels, "sparsity": self.sparsity}
@@ -235,14 +242,14 @@ class EditingLife:
         """Share of the candidate layers left alone for the present fact."""
         return 1.0 - float(self.written.mean())
 
-    def advance(self) -> None:
+    def advance(self) -> Passes[None]:
         """Ends the present fact and begins the next, or ends the life."""
         self.written_counts = self.written_counts + self.written
         self.position += 1
         if self.position == len(self.facts):
             self.ended = True
         else:
-            self._begin_fact()
+            yield from self._begin_fact()
 
     # -- the way back ---------------------------------------------------------------------------
 
@@ -298,10 +305,11 @@ class EditingLife:
         self._reading = None
         self._observed = None
 
-    def _begin_fact(self) -> None:
+    def _begin_fact(self) -> Passes[None]:
         self.steps = 0
         self.written = np.zeros(len(self.llm.layers), bool)
         self.paid = dict.fromkeys(LEVELS, 0.0)
         self._reading = None
         self._observed = None
         self.evaluator.begin(self.fact, self.remembered)
+        self._reading = yield Read(self.llm, self.fact.prompt)

@@ -47,10 +47,11 @@ class RunningMoments:
             places: Which of the layers kept here the rows belong to.
         """
         tiny = torch.finfo(torch.float32).eps
+        mean = picked(self.mean, places)
         if self.count == 1:
-            return rows.float() / (self.mean[places].abs() + tiny)
-        deviation = (self.squares[places] / max(self.count - 1, 1)).sqrt()
-        return (rows.float() - self.mean[places]) / (deviation + tiny)
+            return rows.float() / (mean.abs() + tiny)
+        deviation = (picked(self.squares, places) / max(self.count - 1, 1)).sqrt()
+        return (rows.float() - mean) / (deviation + tiny)
 
     def scale(self, rows: Tensor, places: list[int], start: int) -> Tensor:
         """Rows over the standard deviation of the columns from ``start`` on; no mean is taken away.
@@ -60,7 +61,7 @@ class RunningMoments:
             places: Which of the layers kept here the rows belong to.
             start: First column.
         """
-        variance = self.squares[places][..., start:] / max(self.count - 1, 1)
+        variance = picked(self.squares, places)[..., start:] / max(self.count - 1, 1)
         return rows.float() / (variance.sqrt() + torch.finfo(torch.float32).eps)
 
     def state_dict(self) -> dict[str, Any]:
@@ -71,3 +72,8 @@ class RunningMoments:
         """Puts saved statistics back, bit for bit."""
         self.count = int(state["count"])
         self.mean, self.squares = state["mean"], state["squares"]
+
+
+def picked(rows: Tensor, places: list[int]) -> Tensor:
+    """Some of the layers kept side by side; the tensor itself, not copied, where it is all."""
+    return rows if len(places) == len(rows) else rows[places]

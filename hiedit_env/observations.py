@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import dataclass
+
 import numpy as np
 import torch
 from numpy.typing import NDArray
@@ -19,6 +22,26 @@ LAYER_FEATURES = 6 + 2 * PROJECTIONS
 GLOBAL_FEATURES = 5
 
 _TINY = 1e-30
+
+
+@dataclass(frozen=True, slots=True)
+class View:
+    """What one life shows: the arguments of :meth:`Observer.__call__`, and its model."""
+
+    llm: ResidentLLM
+    capture: Capture
+    written_share: NDArray[np.float32]
+    steps_share: float
+    stream_share: float
+
+    def summary(self) -> Tensor:
+        """The ``GLOBAL_FEATURES`` numbers at the end, float32."""
+        capture = self.capture
+        accuracy = float(capture.correct.float().mean())
+        loss = min(capture.loss / 10, 1.0)
+        return torch.tensor(
+            [loss, accuracy, float(capture.answered), self.steps_share, self.stream_share]
+        )
 
 
 class Observer:
@@ -60,7 +83,8 @@ class Observer:
             self._signs[size] = signs.float().to(llm.device)
         # Layers of one shape are stacked, so that a step costs a few kernels and not L times that.
         self._groups = layer_groups(llm.shapes)
-        self._order = np.argsort([i for group in self._groups for i in group])
+        order = np.argsort([i for group in self._groups for i in group])
+        self._order = torch.from_numpy(order).to(llm.device)
 
     def __call__(
         self,
@@ -80,51 +104,90 @@ class Observer:
         Returns:
             ``size`` float32 numbers in [−1, 1].
         """
-        parts: list[Tensor] = []
+        view = View(self.llm, capture, written_share, steps_share, stream_share)
+        observation: NDArray[np.float32] = self.batch([view])[0].cpu().numpy()
+        return observation
+
+    def batch(self, views: Sequence[View]) -> Tensor:
+        """Observations of several lives of one model, in few kernels.
+
+        Args:
+            views: N of them; their models are forks of one, or there is one life.
+
+        Returns:
+            N × ``size`` float32 in [−1, 1], on the model's device.
+        """
+        count, num_layers = len(views), len(self.llm.layers)
+        lengths = torch.tensor([len(v.capture.keys[0]) for v in views], device=self.llm.device)
         with torch.no_grad():
+            parts: list[Tensor] = []
             for group in self._groups:
-                keys = torch.stack([capture.keys[i] for i in group]).float()
-                gradients = torch.stack([capture.value_gradients[i] for i in group]).float()
+                # Zeros in the place of missing tokens add nothing to any sum below.
+                keys = _padded([[v.capture.keys[i] for i in group] for v in views])
+                gradients = _padded([[v.capture.value_gradients[i] for i in group] for v in views])
                 grams = (keys @ keys.mT) * (gradients @ gradients.mT)
-                norms = grams.sum((1, 2)).clamp_min(0).sqrt()
-                sizes, conflicts = self._changes(group, keys, gradients)
+                norms = grams.sum((2, 3)).clamp_min(0).sqrt()
+                sizes, conflicts = self._changes(group, views, keys, gradients)
                 columns = (
-                    _log_rms(keys) / 6,
-                    _log_rms(gradients) / 12,
+                    _log_rms(keys, lengths) / 6,
+                    _log_rms(gradients, lengths) / 12,
                     norms,
                     sizes / self._base_norms[group],
                     conflicts / (norms * sizes + _TINY),
                 )
                 projections = (self._project(keys), self._project(gradients))
-                parts.append(torch.cat((torch.stack(columns, 1), *projections), 1))
-            rows = torch.cat(parts).cpu().numpy()[self._order]
-        with np.errstate(over="ignore", invalid="ignore"):  # what is not finite becomes 0 below
-            rows[:, 2] /= rows[:, 2].sum() + _TINY
-        table = np.concatenate((rows[:, :5], written_share[:, None], rows[:, 5:]), axis=1)
-        loss = min(capture.loss / 10, 1.0)
-        accuracy = float(capture.correct.float().mean())
-        last = [loss, accuracy, float(capture.answered), steps_share, stream_share]
-        vector = np.nan_to_num(np.concatenate((table.ravel(), np.array(last, np.float32))))
-        bounded: NDArray[np.float32] = np.clip(vector, -1.0, 1.0).astype(np.float32)
-        return bounded
+                parts.append(torch.cat((torch.stack(columns, 2), *projections), 2))
+            rows = torch.cat(parts, 1)
+            if len(parts) > 1:
+                rows = rows[:, self._order]
+            share = rows[..., 2:3] / (rows[..., 2:3].sum(1, keepdim=True) + _TINY)
+            written = torch.from_numpy(np.stack([v.written_share for v in views])).to(rows)
+            table = torch.cat(
+                (rows[..., :2], share, rows[..., 3:5], written[..., None], rows[..., 5:]), 2
+            )
+            last = torch.stack([v.summary() for v in views]).to(rows)
+            flat = torch.cat((table.reshape(count, num_layers * LAYER_FEATURES), last), 1)
+            # What is not finite, after numerical collapse, becomes 0 or a bound.
+            return flat.nan_to_num().clamp(-1.0, 1.0)
 
-    def _changes(self, group: list[int], keys: Tensor, gradients: Tensor) -> tuple[Tensor, Tensor]:
-        """Norm of every layer's accumulated change, and its inner product with the gradient."""
-        sizes = [torch.zeros((), device=keys.device)] * len(group)
-        inner = list(sizes)
+    def _changes(
+        self, group: list[int], views: Sequence[View], keys: Tensor, gradients: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Norm of every layer's accumulated change, and its inner product with the gradient.
+
+        N × G each.
+        """
+        sizes, inner = [], []
+        nothing = keys.new_zeros(len(views))
         for place, i in enumerate(group):
-            change = self.llm.change(i)
-            if change is not None:
-                sizes[place] = torch.linalg.vector_norm(change)
-                inner[place] = torch.sum((keys[place] @ change) * gradients[place])
-        return torch.stack(sizes), torch.stack(inner)
+            changes = [view.llm.change(i) for view in views]
+            known = next((change for change in changes if change is not None), None)
+            if known is None:
+                sizes.append(nothing)
+                inner.append(nothing)
+                continue
+            stacked = torch.stack([torch.zeros_like(known) if c is None else c for c in changes])
+            sizes.append(torch.linalg.vector_norm(stacked, dim=(1, 2)))
+            inner.append(((keys[:, place] @ stacked) * gradients[:, place]).sum((1, 2)))
+        return torch.stack(sizes, 1), torch.stack(inner, 1)
 
     def _project(self, rows: Tensor) -> Tensor:
-        mean = rows.mean(1)
-        unit = mean / (torch.linalg.vector_norm(mean, dim=1, keepdim=True) + _TINY)
-        projected: Tensor = unit @ self._signs[rows.shape[2]]
+        """Of N × G × T × size: the direction of the mean row, N × G × projections."""
+        total = rows.sum(2)
+        unit = total / (torch.linalg.vector_norm(total, dim=2, keepdim=True) + _TINY)
+        projected: Tensor = unit @ self._signs[rows.shape[3]]
         return projected / 3
 
 
-def _log_rms(rows: Tensor) -> Tensor:
-    return (rows.square().mean((1, 2)).sqrt() + 1e-12).log10()
+def _padded(tensors: Sequence[Sequence[Tensor]]) -> Tensor:
+    """N lives × G layers of T_n × size as one N × G × T × size, float32, with zeros at the end."""
+    flat = [tensor for row in tensors for tensor in row]
+    if len(tensors) == 1:
+        return torch.stack(flat).float()[None]
+    padded = torch.nn.utils.rnn.pad_sequence(flat, batch_first=True).float()
+    return padded.view(len(tensors), len(tensors[0]), *padded.shape[1:])
+
+
+def _log_rms(rows: Tensor, lengths: Tensor) -> Tensor:
+    mean = rows.square().sum((2, 3)) / (lengths[:, None] * rows.shape[3])
+    return (mean.sqrt() + 1e-12).log10()

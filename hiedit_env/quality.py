@@ -4,22 +4,22 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
-from itertools import pairwise
 from numbers import Real
 from typing import Literal, get_args
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
-from torch.nn import functional as F
 
 from hiedit_env.capture import Reading
 from hiedit_env.errors import PromptError, SettingsError
+from hiedit_env.levels import EncodedFact, Means, Quality, first_probes
 from hiedit_env.matching import EXTRA_TOKENS, generated_answer, is_match, normalise
 from hiedit_env.requests import Request
 from hiedit_env.resident import ResidentLLM
 from hiedit_env.tensor_cache import TensorCache
+from hiedit_env.together import scores_together
 from hiedit_env.tokenization import EncodedPrompt
 from hiedit_env.updates import Updates
 
@@ -46,36 +46,6 @@ def check_judging(kind: object, decay: object, reference: object) -> None:
         )
 
 
-@dataclass(frozen=True, slots=True)
-class EncodedFact:
-    """A request and everything that judges it, as tokens."""
-
-    request: Request
-    prompt: EncodedPrompt
-    paraphrases: tuple[EncodedPrompt, ...]
-    probes: tuple[EncodedPrompt, ...]
-
-
-@dataclass(frozen=True, slots=True)
-class Quality:
-    """The state of the edited model as seen from one fact.
-
-    Args:
-        levels: ``edit``, ``locality`` and ``retention`` in the unit of the reward kind, higher is
-            better, unweighted. Nothing to measure counts as perfect: 0 nats, or accuracy 1.
-        metrics: Token accuracies whatever the reward kind: ``efficacy``, ``generalization``,
-            ``agreement`` (with the reference model's own predictions on unrelated prompts),
-            ``retention``; NaN where there is nothing to measure.
-        finite: Whether the losses of all prompts and the divergences of the unrelated ones are.
-            False after numerical collapse: then all levels are NaN and there are no metrics, since
-            accuracies do not show it (the argmax of NaN is a token like any other).
-    """
-
-    levels: dict[str, float]
-    metrics: dict[str, float]
-    finite: bool
-
-
 class Evaluator:
     """Judges an edit by the fact, its paraphrases, unrelated prompts and remembered edits.
 
@@ -97,7 +67,8 @@ class Evaluator:
         decay: μ in (0, 1].
         reference: What unrelated prompts are compared with: the unedited model, or the model as it
             was before the present fact (as in the papers).
-        cache_bytes: Bound of the memory for the unedited model's log-probabilities.
+        cache: Where the unedited model's log-probabilities are kept; forks of one model share it.
+            64 MB of its own where None.
     """
 
     def __init__(
@@ -107,11 +78,11 @@ class Evaluator:
         kind: RewardKind = "loss",
         decay: float = 0.95,
         reference: LocalityReference = "unedited",
-        cache_bytes: int = 64 * 2**20,
+        cache: TensorCache | None = None,
     ) -> None:
         check_judging(kind, decay, reference)
         self.llm, self.kind, self.decay, self.reference = llm, kind, decay, reference
-        self._unedited = TensorCache(cache_bytes)
+        self.cache = TensorCache(64 * 2**20) if cache is None else cache
         self.forget_references()
 
     def encode(self, request: Request) -> EncodedFact:
@@ -157,7 +128,7 @@ class Evaluator:
         log_probs: dict[EncodedPrompt, Tensor] = {}
         texts: dict[EncodedPrompt, str] = {}
         self.references = (log_probs, texts)
-        wanted = dict.fromkeys((*fact.probes, *_first_probes(remembered)))
+        wanted = dict.fromkeys((*fact.probes, *first_probes(remembered)))
         weights = self.llm.unedited() if unedited else nullcontext()
         # Never inference tensors, wherever this is called from: they later enter autograd graphs.
         with torch.inference_mode(False), torch.no_grad(), weights:
@@ -186,20 +157,27 @@ class Evaluator:
             remembered: Facts edited before, latest first.
             reading: The fact's own reading at the present weights, if there is one already.
         """
-        with torch.inference_mode():
-            prompts = self._prompts(fact, remembered, with_fact=reading is None)
-            scores = self._forward(prompts, None)
-            if reading is not None:
-                own = (-reading.loss, float(reading.correct.float().mean()), 0.0, 0.0)
-                scores = [
-                    torch.cat((scores[0].new_tensor([v]), s))
-                    for v, s in zip(own, scores, strict=True)
-                ]
-                prompts = [fact.prompt, *prompts]
-            losses, correct, kl, agree = (values.cpu().double().numpy() for values in scores)
+        return evaluate_together([(self, fact, remembered, reading)])[0]
+
+    def summarise(
+        self,
+        fact: EncodedFact,
+        remembered: Sequence[EncodedFact],
+        prompts: Sequence[EncodedPrompt],
+        scores: Sequence[NDArray[np.float64]],
+    ) -> Quality:
+        """The quality from the scores of single prompts.
+
+        Args:
+            fact: The fact being edited.
+            remembered: Facts edited before, latest first.
+            prompts: P, in the order of :meth:`prompts`.
+            scores: P each: −nats, token accuracy, KL from the reference, agreement with it.
+        """
+        losses, correct, kl, agree = scores
         if not (np.isfinite(losses).all() and np.isfinite(kl).all()):
             return Quality(dict.fromkeys(("edit", "locality", "retention"), np.nan), {}, False)
-        means = _Means(fact, remembered, self.decay)
+        means = Means(fact, remembered, self.decay)
         accuracy = means.split(correct)
         agreement = means.locality(agree)
         metrics = {
@@ -248,9 +226,11 @@ class Evaluator:
         Returns:
             Scalar tensor with gradients into the factors of ``updates``.
         """
-        prompts = self._prompts(fact, remembered, with_fact=True)
-        losses, _, kl, _ = self._forward(prompts, updates)
-        means = _Means(fact, remembered, self.decay)
+        prompts = self.prompts(fact, remembered, with_fact=True)
+        losses, _, kl, _ = scores_together(
+            [(self.llm, prompts, self._reference_log_probs)], updates
+        )[0].unbind(1)
+        means = Means(fact, remembered, self.decay)
         coefficients = means.coefficients()
         device = losses.device
 
@@ -274,7 +254,7 @@ class Evaluator:
         self, probes: tuple[EncodedPrompt, ...], *, remember: bool
     ) -> dict[EncodedPrompt, Tensor]:
         """Log-probabilities at the present weights of probes that are run together."""
-        known = self._unedited.get(probes) if remember else None
+        known = self.cache.get(probes) if remember else None
         if known is None:
             rows: dict[EncodedPrompt, Tensor] = {}
             for bucket in self.llm.buckets(probes):
@@ -286,12 +266,12 @@ class Evaluator:
                 return {}
             known = torch.cat([rows[probe] for probe in probes])
             if remember:
-                self._unedited.put(probes, known)
+                self.cache.put(probes, known)
         sizes = [len(probe.answer_ids) for probe in probes]
         return dict(zip(probes, torch.split(known, sizes), strict=True))
 
     @staticmethod
-    def _prompts(
+    def prompts(
         fact: EncodedFact, remembered: Sequence[EncodedFact], with_fact: bool
     ) -> list[EncodedPrompt]:
         """Fact, paraphrases, probes, remembered prompts, remembered probes: in this order."""
@@ -300,54 +280,8 @@ class Evaluator:
             *fact.paraphrases,
             *fact.probes,
             *(old.prompt for old in remembered),
-            *_first_probes(remembered),
+            *first_probes(remembered),
         ]
-
-    def _forward(self, prompts: Sequence[EncodedPrompt], updates: Updates | None) -> list[Tensor]:
-        """Per prompt: −nats, token accuracy, KL from the reference, argmax agreement with it.
-
-        The last two are 0 for prompts without a reference. Same prompt twice is run once.
-        """
-        unique = list(dict.fromkeys(prompts))
-        parts: list[Tensor] = []
-        order: list[int] = []
-        for bucket in self.llm.buckets(unique):
-            batch = self.llm.batch([unique[i] for i in bucket])
-            logits = self.llm.answer_logits(batch, updates).float()
-            values = self._scores(batch.prompts, logits, batch.labels)
-            parts.append(batch.column_means(torch.stack(values, 1)))
-            order += bucket
-        if not order:
-            return [torch.zeros(0, device=self.llm.device)] * 4
-        place = {unique[i]: k for k, i in enumerate(order)}
-        index = torch.tensor([place[p] for p in prompts], device=self.llm.device)
-        return list(torch.cat(parts)[index].unbind(1))
-
-    def _scores(
-        self, prompts: Sequence[EncodedPrompt], logits: Tensor, labels: Tensor
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        predictions = logits.argmax(-1)
-        losses = -F.cross_entropy(logits, labels, reduction="none")
-        correct = (predictions == labels).float()
-        kl, agree = torch.zeros_like(losses), torch.zeros_like(losses)
-        sizes = [len(prompt.answer_ids) for prompt in prompts]
-        starts = np.cumsum([0, *sizes[:-1]]).tolist()
-        rows: list[int] = []
-        references: list[Tensor] = []
-        for prompt, start, size in zip(prompts, starts, sizes, strict=True):
-            known = self._reference_log_probs.get(prompt)
-            if known is not None:
-                rows += range(start, start + size)
-                references.append(known)
-        if rows:
-            index = torch.tensor(rows, device=logits.device)
-            reference = torch.cat(references)
-            now = logits[index].log_softmax(-1)
-            divergence = F.kl_div(now, reference, reduction="none", log_target=True).sum(-1)
-            kl = kl.index_put((index,), divergence)
-            equal = (predictions[index] == reference.argmax(-1)).float()
-            agree = agree.index_put((index,), equal)
-        return losses, correct, kl, agree
 
     def _generate(self, prompts: Sequence[EncodedPrompt]) -> list[str]:
         budgets = [len(prompt.answer_ids) + EXTRA_TOKENS for prompt in prompts]
@@ -360,54 +294,30 @@ class Evaluator:
         )
 
 
-def _first_probes(remembered: Sequence[EncodedFact]) -> list[EncodedPrompt]:
-    return [old.probes[0] for old in remembered if old.probes]
+def evaluate_together(
+    asked: Sequence[tuple[Evaluator, EncodedFact, Sequence[EncodedFact], Reading | None]],
+) -> list[Quality]:
+    """What :meth:`Evaluator.evaluate` gives for each of several lives, by few passes.
 
-
-class _Means:
-    """Which prompt counts how much in which level; order as in :meth:`Evaluator._prompts`."""
-
-    def __init__(self, fact: EncodedFact, remembered: Sequence[EncodedFact], decay: float) -> None:
-        sizes = (1, len(fact.paraphrases), len(fact.probes), len(remembered))
-        ends = np.cumsum([0, *sizes])
-        self._fact, self._paraphrases, self._probes, self._retention = (
-            slice(int(a), int(b)) for a, b in pairwise(ends)
-        )
-        ages = decay ** np.arange(1, len(remembered) + 1)
-        total = int(ends[-1]) + len(_first_probes(remembered))
-        self.has_probes = bool(fact.probes) or any(old.probes for old in remembered)
-        self._edit = np.zeros(total)
-        self._edit[self._fact] = 0.5 if fact.paraphrases else 1.0
-        if fact.paraphrases:
-            self._edit[self._paraphrases] = 0.5 / len(fact.paraphrases)
-        self._remember = np.zeros(total)
-        if remembered:
-            self._remember[self._retention] = ages / ages.sum()
-        self._local = np.zeros(total)
-        if fact.probes:
-            self._local[self._probes] = 1.0 / len(fact.probes)
-        place = int(ends[-1])
-        for age, old in zip(ages, remembered, strict=True):
-            if old.probes:
-                self._local[place] = age
-                place += 1
-        if self.has_probes:
-            self._local /= self._local.sum()
-
-    def coefficients(self) -> dict[str, np.ndarray]:
-        """Coefficient of every prompt in the edit, locality and retention levels."""
-        return {"edit": self._edit, "locality": self._local, "retention": self._remember}
-
-    def locality(self, values: np.ndarray) -> float:
-        """Weighted mean over unrelated prompts; NaN where there are none."""
-        return float(values @ self._local) if self.has_probes else float("nan")
-
-    def split(self, values: np.ndarray) -> dict[str, float]:
-        """Means over the fact, its paraphrases and the remembered prompts; NaN where none."""
-        paraphrases = values[self._paraphrases]
-        has_memory = self._remember.any()
-        return {
-            "fact": float(values[self._fact][0]),
-            "paraphrases": float(paraphrases.mean()) if len(paraphrases) else float("nan"),
-            "retention": float(values @ self._remember) if has_memory else float("nan"),
-        }
+    Args:
+        asked: Its arguments, for every life; the models are forks of one, or there is one life.
+    """
+    with torch.inference_mode():
+        prompts = [
+            evaluator.prompts(fact, remembered, with_fact=reading is None)
+            for evaluator, fact, remembered, reading in asked
+        ]
+        evaluators = [evaluator for evaluator, *_ in asked]
+        pairs = zip(evaluators, prompts, strict=True)
+        found = scores_together([(e.llm, wanted, e.references[0]) for e, wanted in pairs])
+        tables = [scores.T.cpu().double().numpy() for scores in found]
+    qualities: list[Quality] = []
+    for (evaluator, fact, remembered, reading), wanted, table in zip(
+        asked, prompts, tables, strict=True
+    ):
+        if reading is not None:
+            own = (-reading.loss, float(reading.correct.float().mean()), 0.0, 0.0)
+            table = np.concatenate((np.array(own)[:, None], table), axis=1)
+            wanted = [fact.prompt, *wanted]
+        qualities.append(evaluator.summarise(fact, remembered, wanted, list(table)))
+    return qualities

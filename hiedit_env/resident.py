@@ -1,15 +1,13 @@
 """The resident LLM: the one model that is read, probed and edited.
 
-Everything that touches the network's weights or activations is here, and weights are written in
-two methods only: :meth:`ResidentLLM.commit` and :meth:`ResidentLLM.restore`.
+Everything that touches the network's activations is here; its weights are in :mod:`.weights`.
 """
 
 from __future__ import annotations
 
-import hashlib
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+import copy
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
@@ -18,8 +16,8 @@ from torch.nn import functional as F
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from hiedit_env.architectures import CandidateLayer, block_list
-from hiedit_env.capture import GradientRows, Reading
-from hiedit_env.errors import ModelError
+from hiedit_env.capture import GradientRows, PassGraph, Reading
+from hiedit_env.errors import ModelError, SettingsError
 from hiedit_env.generation import end_ids, generate
 from hiedit_env.suffix import SplitModel
 from hiedit_env.tensor_cache import TensorCache
@@ -30,29 +28,15 @@ from hiedit_env.tokenization import (
     length_buckets,
     make_batch,
 )
-from hiedit_env.updates import Updates, check_updates
+from hiedit_env.updates import Updates
+from hiedit_env.weights import EditableWeights
 
 
-@dataclass(frozen=True, slots=True)
-class WeightSnapshot:
-    """Bit-exact state of candidate weights, by layer index.
-
-    Args:
-        changes: The accumulated changes, float32 in the weight's own layout; None for a layer
-            that was never edited. They are never written in place.
-    """
-
-    changes: Mapping[int, Tensor | None]
-
-
-class ResidentLLM:
+class ResidentLLM(EditableWeights):
     """A causal LM in memory, its candidate layers, and the cheapest exact way to run it.
 
     Only the blocks from the first candidate on are run (what is below is cached per prompt), only
     answer positions meet the vocabulary projection, and prompts are batched by length.
-
-    An edited weight is always the unedited one plus an accumulated float32 change, so that small
-    updates add up in half precision too, and the way back is exact.
 
     Args:
         model: Causal LM in eval mode; its parameters stop requiring gradients.
@@ -75,13 +59,9 @@ class ResidentLLM:
         max_batch_tokens: int = 1024,
     ) -> None:
         self.model = model.train(False).requires_grad_(False)
+        super().__init__(layers)
         self.tokenizer = tokenizer
-        self.layers = tuple(layers)
         self.max_batch_tokens = max_batch_tokens
-        self.names = tuple(layer.name for layer in self.layers)
-        self.shapes = tuple((layer.d_in, layer.d_out) for layer in self.layers)
-        weight = self._weight(0)
-        self.device, self.dtype = weight.device, weight.dtype
         limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
         self.encoder = PromptEncoder(tokenizer, limit)
         self.cache = TensorCache(cache_bytes)
@@ -90,10 +70,26 @@ class ResidentLLM:
         self._split = SplitModel(model.base_model, blocks_name, self.first_block)
         self._head = cast(torch.nn.Module, cast(Any, model).get_output_embeddings())
         self._softcap = getattr(model.config.get_text_config(), "final_logit_softcapping", None)
-        self._base = tuple(self._weight(i).detach().clone() for i in range(len(self.layers)))
-        self._changes: list[Tensor | None] = [None] * len(self.layers)
-        self._digests: dict[int, tuple[tuple[int, int], bytes]] = {}
         self._check_split()
+
+    def fork(self) -> ResidentLLM:
+        """Another life's view of the same model: shared base weights, changes of its own.
+
+        What is committed to it is never written into the model but added to the layers' outputs as
+        it runs (in the model's dtype), so any number of forks live beside each other.
+        Caches are shared.
+
+        Raises:
+            SettingsError: this one has been edited; its forks would begin with its edits.
+        """
+        if any(change is not None for change in self._changes) and self.is_resident:
+            raise SettingsError(
+                "only an unedited model can be forked; call restore_unedited() first"
+            )
+        twin = copy.copy(self)
+        twin.is_resident = False
+        twin._forget()
+        return twin
 
     # -- running ------------------------------------------------------------------------------
 
@@ -110,7 +106,12 @@ class ResidentLLM:
         return length_buckets(prompts, self.max_batch_tokens)
 
     def answer_logits(
-        self, batch: PromptBatch, updates: Updates | None = None, *, remember: bool = True
+        self,
+        batch: PromptBatch,
+        updates: Updates | None = None,
+        *,
+        remember: bool = True,
+        lives: Sequence[ResidentLLM] = (),
     ) -> Tensor:
         """Logits at the answer positions of a batch.
 
@@ -119,29 +120,48 @@ class ResidentLLM:
             updates: Overlay to apply for this pass only; gradients flow into its factors.
             remember: Whether to use the prefix cache; without it the lower blocks run on the
                 batch as a whole, which is quicker for prompts met only once.
+            lives: Forks of one model that share the pass, the first with the first rows and so
+                on, each with equally many; none for this one alone.
 
         Returns:
             N × vocabulary, in the model's dtype.
         """
         hidden = self._prefix(batch) if remember else self._split.prefix(batch.input_ids)
-        if updates is None:
-            return self._logits(self._split.suffix(hidden), batch)
-        with self._overlay(updates):
+        with self._edited(lives or (self,)), self._overlay(updates):
             return self._logits(self._split.suffix(hidden), batch)
 
-    @torch.inference_mode(False)
     def read(self, prompt: EncodedPrompt) -> Reading:
         """Runs one request forward, recording what a later backward pass needs.
 
         Works in every gradient mode of the caller.
         """
-        batch = self.batch([prompt])
-        logits, inputs, outputs = self._record(batch)
+        return self.read_lives([prompt], [self])[0]
+
+    @torch.inference_mode(False)
+    def read_lives(
+        self, prompts: Sequence[EncodedPrompt], lives: Sequence[ResidentLLM]
+    ) -> list[Reading]:
+        """One request of each of several lives, in one pass; see :meth:`read`.
+
+        Args:
+            prompts: One per life.
+            lives: Forks of one model, or this one alone.
+        """
+        batch = self.batch(prompts)
+        logits, inputs, outputs = self._record(batch, lives)
         with torch.enable_grad():
-            loss = F.cross_entropy(logits.float(), batch.labels)
-        reading = Reading(prompt, loss, logits, batch.labels)
-        reading._inputs, reading._outputs = inputs, outputs
-        return reading
+            losses = F.cross_entropy(logits.float(), batch.labels, reduction="none")
+            losses = batch.column_means(losses[:, None])[:, 0]
+        graph = PassGraph(losses, inputs, outputs)
+        sizes = [len(prompt.answer_ids) for prompt in prompts]
+        parts = zip(
+            prompts,
+            losses.tolist(),
+            torch.split(logits.detach(), sizes),
+            torch.split(batch.labels, sizes),
+            strict=True,
+        )
+        return [Reading(*part, graph, row) for row, part in enumerate(parts)]
 
     @torch.inference_mode(False)
     def gradients(
@@ -158,7 +178,7 @@ class ResidentLLM:
             Rows of the tokens that were read, padding left out.
         """
         batch = self.batch(prompts)
-        logits, inputs, outputs = self._record(batch)
+        logits, inputs, outputs = self._record(batch, (self,))
         with torch.enable_grad():
             gradients = torch.autograd.grad(loss(logits.float(), batch), outputs)
         places = torch.arange(batch.input_ids.shape[1], device=self.device)
@@ -168,7 +188,9 @@ class ResidentLLM:
             value_gradients=tuple(v[real] for v in gradients),
         )
 
-    def _record(self, batch: PromptBatch) -> tuple[Tensor, list[Tensor], list[Tensor]]:
+    def _record(
+        self, batch: PromptBatch, lives: Sequence[ResidentLLM]
+    ) -> tuple[Tensor, list[Tensor], list[Tensor]]:
         """Logits of a batch, and every layer's input and output, ready for a backward pass."""
         hidden = self._prefix(batch)
         inputs: list[Tensor | None] = [None] * len(self.layers)
@@ -182,7 +204,8 @@ class ResidentLLM:
 
             return hook
 
-        with torch.enable_grad(), self._hooks({i: record(i) for i in range(len(self.layers))}):
+        records = {i: record(i) for i in range(len(self.layers))}
+        with torch.enable_grad(), self._edited(lives), self._hooks(records):
             logits = self._logits(self._split.suffix(hidden), batch)
         return logits, cast(list[Tensor], inputs), cast(list[Tensor], outputs)
 
@@ -199,127 +222,10 @@ class ResidentLLM:
             max_new_tokens: Budget of each.
         """
         size = max(1, self.max_batch_tokens // 64)
-        return generate(self.model, self.encoder, prompts, max_new_tokens, size)
-
-    # -- weights ------------------------------------------------------------------------------
-
-    # Never inference tensors, wherever this is called from: a change outlives the caller's mode.
-    @torch.inference_mode(False)
-    def commit(self, updates: Updates) -> WeightSnapshot:
-        """Writes updates into the weights: all of them, or none if anything fails on the way.
-
-        Args:
-            updates: One per layer; None leaves a layer alone.
-
-        Returns:
-            The weights of the changed layers as they were, for :meth:`restore`.
-
-        Raises:
-            NonFiniteUpdateError, UpdateShapeError: before anything is written.
-        """
-        self._check(updates)
-        changed = {i: update for i, update in enumerate(updates) if update is not None}
-        before = self.snapshot(changed)
-        try:
-            with torch.no_grad():
-                for i, update in changed.items():
-                    left, right = update.left.detach().float(), update.right.detach().float()
-                    if self.layers[i].is_transposed:
-                        left, right = right, left
-                    change = self._changes[i]
-                    # A new tensor: snapshots hold the old one.
-                    self._changes[i] = (
-                        left.mT @ right if change is None else torch.addmm(change, left.mT, right)
-                    )
-                    self._write(i)
-        except BaseException:
-            self.restore(before)
-            raise
-        return before
-
-    def snapshot(self, indices: Iterable[int] | None = None) -> WeightSnapshot:
-        """Bit-exact state of the weights of some layers (all by default); copies nothing."""
-        chosen = range(len(self.layers)) if indices is None else indices
-        return WeightSnapshot({i: self._changes[i] for i in chosen})
-
-    def restore(self, snapshot: WeightSnapshot) -> None:
-        """Puts the weights of a snapshot back, bit for bit."""
-        for i, change in snapshot.changes.items():
-            if change is not self._changes[i]:
-                self._changes[i] = change
-                self._write(i)
-
-    def restore_unedited(self) -> None:
-        """Puts the weights of the unedited model back, bit for bit."""
-        for i, change in enumerate(self._changes):
-            if change is not None:
-                self._changes[i] = None
-                self._write(i)
-
-    @contextmanager
-    def unedited(self) -> Iterator[None]:
-        """Runs the body with the unedited weights; copies nothing and always switches back."""
-        edited = {i: self._weight(i).data for i, c in enumerate(self._changes) if c is not None}
-        try:
-            for i in edited:
-                self._weight(i).data = self._base[i]
-            yield
-        finally:
-            for i, weight in edited.items():
-                self._weight(i).data = weight
-
-    def change(self, index: int) -> Tensor | None:
-        """Edited minus unedited weight of one layer, d_in × d_out float32; None if never edited."""
-        change = self._changes[index]
-        if change is None:
-            return None
-        return change.mT if self.layers[index].is_transposed else change
-
-    def base_norm(self, index: int) -> float:
-        """Frobenius norm of one layer's unedited weight."""
-        return float(torch.linalg.vector_norm(self._base[index].float()))
-
-    def weights_fingerprint(self) -> str:
-        """16 hexadecimal digits that change when any single bit of a candidate weight changes.
-
-        Row and column sums of the weights' bits as integers, hashed: equal weights give equal
-        fingerprints on every machine, and a layer is read again only after it was written.
-        """
-        digest = hashlib.blake2b(digest_size=8)
-        for i in range(len(self.layers)):
-            weight = self._weight(i)
-            known = self._digests.get(i)
-            # The version alone does not tell the unedited weights of :meth:`unedited` apart.
-            version = (weight.data_ptr(), weight._version)
-            if known is None or known[0] != version:
-                bits = weight.detach().view(_BITS[weight.element_size()])
-                sums = torch.cat([bits.sum(0, dtype=torch.int64), bits.sum(1, dtype=torch.int64)])
-                known = (version, hashlib.blake2b(sums.cpu().numpy().tobytes()).digest())
-                self._digests[i] = known
-            digest.update(known[1])
-        return digest.hexdigest()
+        with self._edited((self,)):
+            return generate(self.model, self.encoder, prompts, max_new_tokens, size)
 
     # -- inside -------------------------------------------------------------------------------
-
-    def _check(self, updates: Updates) -> None:
-        check_updates(updates, self.shapes, self.names, self.device, torch.finfo(self.dtype).max)
-
-    def _weight(self, index: int) -> Tensor:
-        return cast(Tensor, self.layers[index].module.weight)
-
-    def _write(self, index: int) -> None:
-        """Makes one weight the unedited one plus its accumulated change."""
-        weight, base, change = self._weight(index), self._base[index], self._changes[index]
-        if weight.data_ptr() == base.data_ptr():
-            raise RuntimeError("weights cannot be written inside ResidentLLM.unedited()")
-        with torch.inference_mode(False), torch.no_grad():
-            if change is None:
-                weight.copy_(base)
-            elif weight.dtype == torch.float32:
-                torch.add(base, change, out=weight)
-            else:
-                # In float32, or in float64 for float64 weights.
-                weight.copy_(base + change)
 
     def _prefix(self, batch: PromptBatch) -> Tensor:
         """Hidden states entering the first candidate block, B × T × hidden size.
@@ -357,7 +263,37 @@ class ResidentLLM:
                 handle.remove()
 
     @contextmanager
-    def _overlay(self, updates: Updates) -> Iterator[None]:
+    def _edited(self, lives: Sequence[ResidentLLM]) -> Iterator[None]:
+        """Adds the changes of forks; those of the resident model are in its weights."""
+
+        def add(changes: Sequence[Tensor | None]) -> Any:
+            known = next(change for change in changes if change is not None)
+
+            def hook(_module: torch.nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
+                # Stacked here and not before: one layer's copies at a time.
+                stacked = [torch.zeros_like(known) if c is None else c for c in changes]
+                change = torch.stack(stacked) if len(stacked) > 1 else stacked[0][None]
+                rows = args[0].reshape(len(changes), -1, change.shape[1])
+                return output + (rows @ change.to(rows.dtype)).reshape(output.shape)
+
+            return hook
+
+        hooks: dict[int, Any] = {}
+        for i, layer in enumerate(self.layers):
+            changes = [life._added(i) for life in lives]
+            if layer.is_transposed:
+                changes = [None if change is None else change.mT for change in changes]
+            if any(change is not None for change in changes):
+                hooks[i] = add(changes)
+        with self._hooks(hooks):
+            yield
+
+    @contextmanager
+    def _overlay(self, updates: Updates | None) -> Iterator[None]:
+        if updates is None:
+            yield
+            return
+
         def add(index: int) -> Any:
             update = updates[index]
             assert update is not None
@@ -388,6 +324,3 @@ class ResidentLLM:
                 f"relative {error:.2g}; this architecture computes its logits in a way hiedit does "
                 "not know"
             )
-
-
-_BITS = {2: torch.int16, 4: torch.int32, 8: torch.int64}

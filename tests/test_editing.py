@@ -15,6 +15,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from hiedit_env.capture import Capture
 from hiedit_env.errors import NonFiniteUpdateError, SettingsError
+from hiedit_env.passes import run
 from hiedit_env.requests import Request
 from hiedit_env.rules import OuterProductRule
 from tests.factories import normal, random_updates, tokenizer
@@ -289,7 +290,7 @@ def test_a_capture_is_taken_in_once_however_often_it_is_used() -> None:
 def test_a_life_needs_a_request() -> None:
     env = make(LIFELONG)
     with pytest.raises(SettingsError, match="at least one"):
-        env.life.start([])
+        run(env.life.start([]))
 
 
 def test_the_window_of_memory() -> None:

@@ -13,6 +13,7 @@ from agents.registry import make_agent
 from agents.runner import Outcome, discounted_returns, run_option
 from hiedit_env.envs.base import EditingEnv
 from hiedit_env.errors import SettingsError
+from hiedit_env.passes import run
 from hiedit_env.rules import OuterProductRule
 from tests.lives import LIFELONG, SELECTION, L, make
 
@@ -47,7 +48,7 @@ def test_an_option_cannot_begin_on_an_answered_fact() -> None:
     env.reset(seed=0)
     assert option(env).can_begin(env.capture)
     while not env.life.reading.answered:
-        env.life.primitive(env.life.propose(np.ones(L, bool)))
+        run(env.life.primitive(env.life.propose(np.ones(L, bool))))
     assert not option(env).can_begin(env.capture)
     assert option(env).is_over(env.capture, 1)
     before = env.llm.weights_fingerprint()

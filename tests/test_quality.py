@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
+from hiedit_env import together
 from hiedit_env.envs.base import EditingEnv
 from hiedit_env.errors import PromptError
-from hiedit_env.quality import EncodedFact, Evaluator
+from hiedit_env.levels import EncodedFact
+from hiedit_env.quality import Evaluator
 from hiedit_env.requests import Probe, Request
+from hiedit_env.tokenization import PromptBatch
 from hiedit_env.updates import LowRankUpdate, Updates
 from tests import factories
 from tests.factories import random_updates
@@ -210,15 +213,15 @@ def test_a_quality_that_is_not_finite_says_so(
     old = [EncodedFact(request, prompts[3], (), (prompts[4],))]
     evaluator.begin(fact, old)
     assert evaluator.evaluate(fact, old).finite
-    inner = evaluator._scores
+    inner = together._scores
 
-    def spoiled(given: Sequence[Any], logits: Tensor, labels: Tensor) -> tuple[Tensor, ...]:
-        losses, correct, kl, agree = inner(given, logits, labels)
-        row = [p for p in given for _ in p.answer_ids].index(prompts[place])
+    def spoiled(batch: PromptBatch, references: Any, logits: Tensor) -> tuple[Tensor, ...]:
+        losses, correct, kl, agree = inner(batch, references, logits)
+        row = [p for p in batch.prompts for _ in p.answer_ids].index(prompts[place])
         (kl if place in (2, 4) else losses)[row] = value
         return losses, correct, kl, agree
 
-    monkeypatch.setattr(evaluator, "_scores", spoiled)
+    monkeypatch.setattr(together, "_scores", spoiled)
     assert not evaluator.evaluate(fact, old).finite
 
 
@@ -240,7 +243,7 @@ def test_float64_is_used_on_the_cpu_only(monkeypatch: pytest.MonkeyPatch) -> Non
     monkeypatch.setattr(Tensor, "cpu", noted)
     monkeypatch.setattr(Tensor, "double", checked)
     env.life.quality()
-    assert len(moved) == 4
+    assert len(moved) == 1
 
 
 # The differentiable loss

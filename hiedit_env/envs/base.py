@@ -6,7 +6,7 @@ import copy
 import os
 from abc import abstractmethod
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
 import gymnasium as gym
 import numpy as np
@@ -26,17 +26,21 @@ from hiedit_env.envs.state import EnvState
 from hiedit_env.errors import HieditError, NonFiniteUpdateError, SettingsError
 from hiedit_env.history import EditRecord, History
 from hiedit_env.loading import load_model
-from hiedit_env.observations import Observer
+from hiedit_env.observations import Observer, View
+from hiedit_env.passes import Passes, run
 from hiedit_env.quality import Evaluator, LocalityReference, RewardKind
 from hiedit_env.resident import ResidentLLM
 from hiedit_env.rules import UpdateRule, make_rule
+from hiedit_env.tensor_cache import TensorCache
 from hiedit_env.updates import Updates
 
 Step = tuple[NDArray[np.float32], float, bool, bool, dict[str, Any]]
 #: When updates that were handed in are judged.
 Judge = Literal["step", "fact", "never"]
-#: Runs one or more primitive steps; returns L bool, the layers written.
-Body = Callable[[], NDArray[np.bool_]]
+#: Runs one or more primitive steps; gives L bool, the layers written.
+Body = Callable[[], Passes[NDArray[np.bool_]]]
+#: A step without its observation: reward, whether the episode has ended, information.
+Paid = tuple[float, bool, dict[str, Any]]
 
 
 class EditingEnv(gym.Env[NDArray[np.float32], Any], gym.utils.EzPickle):
@@ -90,25 +94,56 @@ class EditingEnv(gym.Env[NDArray[np.float32], Any], gym.utils.EzPickle):
             progress=progress,
         )
         candidates = find_candidates(loaded.model, layers, model)
-        self.llm = llm = ResidentLLM(loaded.model, loaded.tokenizer, candidates)
-        evaluator = Evaluator(llm, kind=reward, decay=retention_decay, reference=locality_reference)
-        self._own_low_level = make_rule(
-            update_rule, llm.shapes, llm.device, rule_settings(settings)
+        self._settings = settings
+        self._settle(ResidentLLM(loaded.model, loaded.tokenizer, candidates))
+
+    def _settle(self, llm: ResidentLLM, cache: TensorCache | None = None) -> None:
+        """Builds on a model everything that belongs to one life.
+
+        Args:
+            llm: The model.
+            cache: Of what the unedited model says, see :class:`.quality.Evaluator`.
+        """
+        settings = self._settings
+        self.llm = llm
+        evaluator = Evaluator(
+            llm,
+            kind=settings["reward"],
+            decay=settings["retention_decay"],
+            reference=settings["locality_reference"],
+            cache=cache,
         )
-        self._own_max_steps = max_steps_per_edit
+        self._own_low_level = make_rule(
+            settings["update_rule"], llm.shapes, llm.device, rule_settings(settings)
+        )
+        self._own_max_steps = settings["max_steps_per_edit"]
         self.life = EditingLife(
-            self.llm,
+            llm,
             self._own_low_level,
             evaluator,
-            max_steps_per_edit=max_steps_per_edit,
-            stop_when_answered=stop_when_answered,
-            retention_window=retention_window,
+            max_steps_per_edit=self._own_max_steps,
+            stop_when_answered=settings["stop_when_answered"],
+            retention_window=settings["retention_window"],
         )
-        self._observer = Observer(self.llm)
-        self.observation_space = spaces.Box(-1.0, 1.0, (self._observer.size,), np.float32)
-        self.history = History(self.llm.names, 0)
+        self.observer = Observer(llm)
+        self.observation_space = spaces.Box(-1.0, 1.0, (self.observer.size,), np.float32)
+        self.history = History(llm.names, 0)
         self._edit_reward = 0.0
-        self.action_space = self._make_action_space(len(self.llm.layers))
+        self.action_space = self._make_action_space(len(llm.layers))
+
+    def fork(self) -> Self:
+        """Another environment of the same settings on the same resident base weights.
+
+        Its edits are its own and are never written into the shared model. It has a random state of
+        its own, to be seeded by its first ``reset``.
+
+        Raises:
+            SettingsError: this environment's model is edited; reset a new one and fork that.
+        """
+        twin = copy.copy(self)
+        twin._np_random, twin._np_random_seed = None, None
+        twin._settle(self.llm.fork(), self.life.evaluator.cache)
+        return twin
 
     # -- Gymnasium ------------------------------------------------------------------------------
 
@@ -125,11 +160,19 @@ class EditingEnv(gym.Env[NDArray[np.float32], Any], gym.utils.EzPickle):
             PromptError: a request of the stream cannot be tokenised; nothing has changed.
             SettingsError: unknown option, or requests that are none; nothing has changed.
         """
+        info = run(self.begin(seed=seed, options=options))
+        return self.observe(), info
+
+    def begin(
+        self, *, seed: int | None = None, options: dict[str, Any] | None = None
+    ) -> Passes[dict[str, Any]]:
+        """:meth:`reset` as passes, without the observation."""
         random = copy.deepcopy((self._np_random, self._np_random_seed))
         try:
             super().reset(seed=seed)
             generator = self.np_random if self.shuffle else None
-            self.life.start(draw_stream(options, self.requests, self.num_edits, generator))
+            facts = draw_stream(options, self.requests, self.num_edits, generator)
+            yield from self.life.start(facts)
         except HieditError:
             self._np_random, self._np_random_seed = random
             raise
@@ -138,10 +181,15 @@ class EditingEnv(gym.Env[NDArray[np.float32], Any], gym.utils.EzPickle):
         self._begin_fact()
         nothing = dict.fromkeys((*LEVELS, "collapse"), 0.0)
         none = np.zeros(len(self.llm.layers), bool)
-        return self._observe(), self._info(nothing, self.life.reading.metrics, none, 0)
+        return self._info(nothing, self.life.reading.metrics, none, 0)
 
     def step(self, action: Any) -> Step:
         """One step; what it means depends on the id, see the class docstring."""
+        reward, ended, info = run(self.act(action))
+        return self.observe(), reward, ended, False, info
+
+    def act(self, action: Any) -> Passes[Paid]:
+        """:meth:`step` as passes, without the observation."""
         chosen = self._check_action(action)
         self._require_running()
         return self._pay(lambda: self._run(*chosen), lambda: self._run_all(*chosen))
@@ -154,6 +202,23 @@ class EditingEnv(gym.Env[NDArray[np.float32], Any], gym.utils.EzPickle):
             return rendering.render_rgb(self.history)
         gym.logger.warn("render() was called without a render_mode; pass it to gym.make")
         return None
+
+    def observe(self) -> NDArray[np.float32]:
+        """The present observation, float32."""
+        observation: NDArray[np.float32] = self.observer.batch([self.view()])[0].cpu().numpy()
+        return observation
+
+    def view(self) -> View:
+        """What the present observation is made of."""
+        life = self.life
+        share = life.written_counts / max(life.position, 1)
+        return View(
+            llm=self.llm,
+            capture=life.capture,
+            written_share=share.astype(np.float32),
+            steps_share=min(life.steps / life.max_steps_per_edit, 1.0),
+            stream_share=life.position / len(life.facts),
+        )
 
     # -- for torch agents -------------------------------------------------------------------------
 
@@ -202,12 +267,16 @@ class EditingEnv(gym.Env[NDArray[np.float32], Any], gym.utils.EzPickle):
             UpdateShapeError, NonFiniteUpdateError: nothing has changed.
         """
         self._require_running()
-        return self._pay(
-            lambda: self.life.primitive(updates),
-            lambda: self.life.primitive(self.life.propose(np.ones(len(self.llm.layers), bool))),
-            rule_made=rule_made,
-            judge=judge,
+        everything = np.ones(len(self.llm.layers), bool)
+        reward, ended, info = run(
+            self._pay(
+                lambda: self.life.primitive(updates),
+                lambda: self.life.primitive(self.life.propose(everything)),
+                rule_made=rule_made,
+                judge=judge,
+            )
         )
+        return self.observe(), reward, ended, False, info
 
     def use_low_level(
         self, low_level: UpdateRule | None, *, max_steps_per_edit: int | None = None
@@ -243,6 +312,23 @@ class EditingEnv(gym.Env[NDArray[np.float32], Any], gym.utils.EzPickle):
             edit_reward=self._edit_reward,
         )
 
+    def return_point(self) -> Callable[[], None]:
+        """A function that brings this environment back to where it is now, begun or not."""
+        generator, seed = self._np_random, self._np_random_seed
+        random = None if generator is None else generator.bit_generator.state
+        state = self.save_state() if self.life.facts else None
+
+        def back() -> None:
+            if state is None:
+                self.life.use(self.life.rule, self.life.max_steps_per_edit)
+            else:
+                self.restore_state(state)
+            self._np_random, self._np_random_seed = generator, seed
+            if generator is not None and random is not None:
+                generator.bit_generator.state = random
+
+        return back
+
     def restore_state(self, state: EnvState) -> None:
         """Goes back (or forward) to a saved state of this environment, bit for bit."""
         self.life.restore(state.life)
@@ -260,11 +346,11 @@ class EditingEnv(gym.Env[NDArray[np.float32], Any], gym.utils.EzPickle):
         """The action's parts, checked; raises ActionError."""
 
     @abstractmethod
-    def _run(self, *chosen: Any) -> NDArray[np.bool_]:
-        """Runs a checked action; returns L bool, the layers written."""
+    def _run(self, *chosen: Any) -> Passes[NDArray[np.bool_]]:
+        """Runs a checked action; gives L bool, the layers written."""
 
     @abstractmethod
-    def _run_all(self, *chosen: Any) -> NDArray[np.bool_]:
+    def _run_all(self, *chosen: Any) -> Passes[NDArray[np.bool_]]:
         """The same with all layers, for the intrinsic reward."""
 
     def _begin_fact(self) -> None:
@@ -274,7 +360,7 @@ class EditingEnv(gym.Env[NDArray[np.float32], Any], gym.utils.EzPickle):
 
     def _primitive(
         self, layers: NDArray[np.bool_], multipliers: NDArray[np.float32] | None = None
-    ) -> NDArray[np.bool_]:
+    ) -> Passes[NDArray[np.bool_]]:
         """One primitive step by the update rule; an answered fact is left alone."""
         if self.life.edit_over or not layers.any():
             return self.life.primitive((None,) * len(self.llm.layers))
@@ -282,13 +368,13 @@ class EditingEnv(gym.Env[NDArray[np.float32], Any], gym.utils.EzPickle):
 
     def _pay(
         self, body: Body, body_all: Body, *, rule_made: bool = True, judge: Judge = "step"
-    ) -> Step:
+    ) -> Passes[Paid]:
         baseline: dict[str, float] = {}
         if self.intrinsic:
             state = self.life.save()
-            baseline, *_ = self._attempt(body_all, rule_made=True)
+            baseline, *_ = yield from self._attempt(body_all, rule_made=True)
             self.life.restore(state)
-        terms, metrics, layers, error = self._attempt(
+        terms, metrics, layers, error = yield from self._attempt(
             body, rule_made=rule_made, judge="step" if self.intrinsic else judge
         )
         terms = {term: value - baseline.get(term, 0.0) for term, value in terms.items()}
@@ -307,14 +393,14 @@ class EditingEnv(gym.Env[NDArray[np.float32], Any], gym.utils.EzPickle):
             info["error_type"] = error
         if edit_over:
             self._record(dict(metrics))
-            self.life.advance()
+            yield from self.life.advance()
             if not self.life.ended:
                 self._begin_fact()
-        return self._observe(), reward, self.life.ended, False, info
+        return reward, self.life.ended, info
 
     def _attempt(
         self, body: Body, *, rule_made: bool, judge: Judge = "step"
-    ) -> tuple[dict[str, float], dict[str, float | bool], NDArray[np.bool_], str | None]:
+    ) -> Passes[tuple[dict[str, float], dict[str, float | bool], NDArray[np.bool_], str | None]]:
         """Runs and judges a body: terms, metrics, layers, error.
 
         After a collapse, which the error names, everything is as before.
@@ -323,13 +409,13 @@ class EditingEnv(gym.Env[NDArray[np.float32], Any], gym.utils.EzPickle):
         error = "numerical_collapse"
         try:
             with self.life.transaction():
-                layers = body()
+                layers = yield from body()
                 if judge == "never" or (judge == "fact" and not self.life.edit_over):
                     if not np.isfinite(self.life.reading.loss):
                         raise NumericalCollapse
                     nothing = dict.fromkeys((*LEVELS, "collapse"), 0.0)
                     return nothing, self.life.reading.metrics, layers, None
-                rises, quality = self.life.judge()
+                rises, quality = yield from self.life.judge()
         except NumericalCollapse:
             pass
         except NonFiniteUpdateError:
@@ -344,16 +430,6 @@ class EditingEnv(gym.Env[NDArray[np.float32], Any], gym.utils.EzPickle):
             return {**terms, "collapse": 0.0}, found, layers, None
         terms = {**dict.fromkeys(LEVELS, 0.0), "collapse": -weights["collapse"]}
         return terms, {}, np.zeros(len(self.llm.layers), bool), error
-
-    def _observe(self) -> NDArray[np.float32]:
-        life = self.life
-        share = life.written_counts / max(life.position, 1)
-        return self._observer(
-            life.capture,
-            share.astype(np.float32),
-            min(life.steps / life.max_steps_per_edit, 1.0),
-            life.position / len(life.facts),
-        )
 
     def _info(
         self,

@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 
 from hiedit_env.envs.actions import check_layers
 from hiedit_env.envs.base import EditingEnv
+from hiedit_env.passes import Passes
 
 
 class LayerSelection(EditingEnv):
@@ -50,15 +51,15 @@ class LayerSelection(EditingEnv):
     def _check_action(self, action: Any) -> tuple[Any, ...]:
         return (check_layers(action, len(self.llm.layers)),)
 
-    def _run(self, *chosen: Any) -> NDArray[np.bool_]:
+    def _run(self, *chosen: Any) -> Passes[NDArray[np.bool_]]:
         layers: NDArray[np.bool_] = chosen[0]
         written = np.zeros_like(layers)
         while not self.life.edit_over:
-            written |= self._primitive(layers)
+            written |= yield from self._primitive(layers)
             if not layers.any():
                 # Nothing will change any more: the option's remaining steps are spent at once.
                 self.life.steps = self.life.max_steps_per_edit
         return written
 
-    def _run_all(self, *chosen: Any) -> NDArray[np.bool_]:
+    def _run_all(self, *chosen: Any) -> Passes[NDArray[np.bool_]]:
         return self._run(np.ones_like(chosen[0]))

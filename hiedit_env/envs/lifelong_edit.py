@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 
 from hiedit_env.envs.actions import check_layers, check_step_sizes, split_dict
 from hiedit_env.envs.base import EditingEnv
+from hiedit_env.passes import Passes
 
 
 class LifelongEdit(EditingEnv):
@@ -112,10 +113,10 @@ class LifelongEdit(EditingEnv):
         count = len(self.llm.layers)
         return check_layers(layers, count), check_step_sizes(sizes, count)
 
-    def _run(self, *chosen: Any) -> NDArray[np.bool_]:
+    def _run(self, *chosen: Any) -> Passes[NDArray[np.bool_]]:
         layers, multipliers = chosen
         return self._primitive(layers, multipliers)
 
-    def _run_all(self, *chosen: Any) -> NDArray[np.bool_]:
+    def _run_all(self, *chosen: Any) -> Passes[NDArray[np.bool_]]:
         layers, multipliers = chosen
         return self._primitive(np.ones_like(layers), multipliers)

@@ -13,6 +13,7 @@ from hiedit_env.envs.actions import check_step_sizes
 from hiedit_env.envs.base import EditingEnv
 from hiedit_env.envs.state import EnvState
 from hiedit_env.layer_choice import make_choice
+from hiedit_env.passes import Passes
 
 
 class StepSize(EditingEnv):
@@ -82,8 +83,8 @@ class StepSize(EditingEnv):
     def _check_action(self, action: Any) -> tuple[Any, ...]:
         return (check_step_sizes(action, len(self.llm.layers)),)
 
-    def _run(self, *chosen: Any) -> NDArray[np.bool_]:
+    def _run(self, *chosen: Any) -> Passes[NDArray[np.bool_]]:
         return self._primitive(self.option, chosen[0])
 
-    def _run_all(self, *chosen: Any) -> NDArray[np.bool_]:
+    def _run_all(self, *chosen: Any) -> Passes[NDArray[np.bool_]]:
         return self._primitive(np.ones_like(self.option), chosen[0])

@@ -1,0 +1,290 @@
+"""Many editing lives on one resident model, advanced together: the vector environments."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any, ClassVar, Generic, TypeVar
+
+import numpy as np
+from gymnasium.vector import AutoresetMode, VectorEnv
+from gymnasium.vector.utils import batch_space
+from numpy.typing import NDArray
+
+from hiedit_env.editing import whole_number
+from hiedit_env.envs.base import EditingEnv, Paid
+from hiedit_env.envs.layer_selection import LayerSelection
+from hiedit_env.envs.lifelong_edit import LifelongEdit
+from hiedit_env.envs.step_size import StepSize
+from hiedit_env.errors import ActionError, SettingsError
+from hiedit_env.passes import Passes, run_together
+
+T = TypeVar("T")
+E = TypeVar("E", bound=EditingEnv)
+Observations = NDArray[np.float32]
+Batch = tuple[
+    Observations, NDArray[np.float64], NDArray[np.bool_], NDArray[np.bool_], dict[str, Any]
+]
+
+
+class VectorEditing(VectorEnv[Observations, Any, NDArray[Any]], Generic[E]):
+    """N independent editing lives over one set of resident base weights.
+
+    Every life is an environment of the id, with its own stream, statistics, accumulated updates and
+    random state; none is written into the shared model. ``reset`` and ``step`` advance all lives
+    together, so that what they ask of the model at the same time is answered by one pass. Seeds,
+    spaces, rewards and information are those of N single environments, up to rounding: an edited
+    layer computes x W + x Δ here and x (W + Δ) there.
+
+    ## Arguments
+    - ``num_envs``: N.
+    - ``autoreset_mode``: what happens to a life whose episode has ended. ``"NextStep"`` (default):
+      the next ``step`` begins a new one in the place of an action and pays 0. ``"SameStep"``: it
+      begins within the step; the last observation and information are in ``info["final_obs"]`` and
+      ``info["final_info"]``. ``"Disabled"``: ``reset(options={"reset_mask": mask})`` begins new
+      episodes where ``mask`` (N bool) is True, and stepping an ended life is an error.
+    - ``max_batch_tokens``: bound of prompts × longest prompt in one pass over all lives.
+    - everything else: as for the id.
+
+    ## Starting State
+    ``reset(seed=s)`` seeds life i with s + i; a list gives one seed each. The option ``requests``
+    goes to every life.
+
+    An error leaves all lives as they were.
+
+    >>> import gymnasium, hiedit_env, numpy as np
+    >>> envs = gymnasium.make_vec(
+    ...     "hiedit/LayerSelection-v0", 3, vectorization_mode="vector_entry_point", num_edits=2
+    ... )
+    >>> observations, info = envs.reset(seed=0)
+    >>> observations, rewards, terminated, truncated, info = envs.step(np.ones((3, 6), np.int8))
+    >>> rewards.shape, info["layers"].shape
+    ((3,), (3, 6))
+    """
+
+    env_class: ClassVar[type[EditingEnv]]
+
+    def __init__(
+        self,
+        num_envs: int = 1,
+        *,
+        autoreset_mode: str | AutoresetMode = AutoresetMode.NEXT_STEP,
+        max_batch_tokens: int | None = None,
+        **settings: Any,
+    ) -> None:
+        super().__init__()
+        self.num_envs = whole_number(num_envs, "num_envs", 1)
+        try:
+            self.autoreset_mode = AutoresetMode(autoreset_mode)
+        except ValueError as error:
+            known = [mode.value for mode in AutoresetMode]
+            raise SettingsError(
+                f"autoreset_mode must be one of {known}, got {autoreset_mode!r}"
+            ) from error
+        if max_batch_tokens is not None:
+            whole_number(max_batch_tokens, "max_batch_tokens", 1)
+        # Holds the model, and is never reset or edited itself.
+        first = self.env_class(**settings)
+        if max_batch_tokens is not None:
+            first.llm.max_batch_tokens = max_batch_tokens
+        #: The lives; each is an environment that can be looked into, but not stepped on its own.
+        self.envs: tuple[EditingEnv, ...] = tuple(first.fork() for _ in range(num_envs))
+        self.metadata = {**first.metadata, "autoreset_mode": self.autoreset_mode}
+        self.render_mode = first.render_mode
+        self.single_observation_space = first.observation_space
+        self.single_action_space = first.action_space
+        self.observation_space = batch_space(first.observation_space, num_envs)
+        self.action_space = batch_space(first.action_space, num_envs)
+        self._observations = np.zeros((num_envs, first.observer.size), np.float32)
+        self._ended = np.zeros(num_envs, bool)
+
+    # -- Gymnasium ------------------------------------------------------------------------------
+
+    def reset(
+        self,
+        *,
+        seed: int | Sequence[int | None] | None = None,
+        options: dict[str, Any] | None = None,
+    ) -> tuple[Observations, dict[str, Any]]:
+        """Begins new lives: all of them, or those of ``options["reset_mask"]``.
+
+        Args:
+            seed: One for all (life i gets seed + i) or one each.
+            options: ``reset_mask`` (N bool), and the options of the single environment.
+
+        Raises:
+            SettingsError: a wrong number of seeds, or a mask that is none; nothing has changed.
+            PromptError: a request cannot be tokenised; nothing has changed.
+        """
+        rest = dict(options or {})
+        mask = self._mask(rest.pop("reset_mask", None))
+        seeds = self._seeds(seed)
+        chosen = [i for i in range(self.num_envs) if mask[i]]
+        with self._all_or_nothing():
+            infos = self._run([self.envs[i].begin(seed=seeds[i], options=rest) for i in chosen])
+        self._ended[mask] = False
+        self._look(chosen)
+        return self._observations.copy(), self._collect(dict(zip(chosen, infos, strict=True)))
+
+    def step(self, actions: Any) -> Batch:
+        """One step of every life; see the class docstring for lives that have ended.
+
+        Raises:
+            ActionError: actions of another shape, or one that its life refuses.
+            SettingsError: an ended life is stepped although ``autoreset_mode`` is ``"Disabled"``.
+        """
+        rows = self._rows(actions)
+        fresh = [i for i in range(self.num_envs) if self._ended[i]]
+        if fresh and self.autoreset_mode is AutoresetMode.DISABLED:
+            raise SettingsError(
+                f"the episodes of lives {fresh} have ended; begin new ones with "
+                "reset(options={'reset_mask': mask})"
+            )
+        going = [i for i in range(self.num_envs) if not self._ended[i]]
+        rewards = np.zeros(self.num_envs)
+        ended = np.zeros(self.num_envs, bool)
+        # Every action is checked before anything happens.
+        steps: list[Passes[Any]] = [self._act(i, rows[i]) for i in going]
+        steps += [self.envs[i].begin() for i in fresh]
+        infos: dict[int, dict[str, Any]] = {}
+        with self._all_or_nothing():
+            results = self._run(steps)
+            for i, result in zip([*going, *fresh], results, strict=True):
+                if i in fresh:
+                    infos[i] = result
+                else:
+                    paid: Paid = result
+                    rewards[i], ended[i], infos[i] = paid
+            self._look(range(self.num_envs))
+            over = [i for i in range(self.num_envs) if ended[i]]
+            if over and self.autoreset_mode is AutoresetMode.SAME_STEP:
+                finals = {i: (self._observations[i].copy(), infos[i]) for i in over}
+                begun = self._run([self.envs[i].begin() for i in over])
+                self._look(over)
+                for i, info in zip(over, begun, strict=True):
+                    final_obs, final_info = finals[i]
+                    infos[i] = {"final_obs": final_obs, "final_info": final_info, **info}
+        self._ended = ended & (self.autoreset_mode is not AutoresetMode.SAME_STEP)
+        truncated = np.zeros(self.num_envs, bool)
+        return self._observations.copy(), rewards, ended, truncated, self._collect(infos)
+
+    def render(self) -> tuple[Any, ...] | None:
+        """The pictures or texts of all lives; see the single environment."""
+        return tuple(env.render() for env in self.envs)
+
+    def call(self, name: str, *arguments: Any, **named: Any) -> tuple[Any, ...]:
+        """A method's results, or an attribute's values, life by life."""
+        found = [getattr(env, name) for env in self.envs]
+        return tuple(f(*arguments, **named) if callable(f) else f for f in found)
+
+    def get_attr(self, name: str) -> tuple[Any, ...]:
+        """An attribute of every life."""
+        return tuple(getattr(env, name) for env in self.envs)
+
+    def set_attr(self, name: str, values: Any) -> None:
+        """Sets an attribute of every life: one value each, or the same for all."""
+        each = values if isinstance(values, list | tuple) else [values] * self.num_envs
+        if len(each) != self.num_envs:
+            raise SettingsError(f"{name!r} needs {self.num_envs} values, got {len(each)}")
+        for env, value in zip(self.envs, each, strict=True):
+            setattr(env, name, value)
+
+    # -- inside -----------------------------------------------------------------------------------
+
+    def _act(self, i: int, action: Any) -> Passes[Paid]:
+        try:
+            return self.envs[i].act(action)
+        except ActionError as error:
+            raise ActionError(f"action of life {i}: {error}") from error
+
+    def _run(self, lives: Sequence[Passes[T]]) -> list[T]:
+        results: list[T] = []
+        for result in run_together(lives):
+            if isinstance(result, BaseException):
+                raise result
+            results.append(result)
+        return results
+
+    @contextmanager
+    def _all_or_nothing(self) -> Iterator[None]:
+        """Puts every life back if one of them fails."""
+        before: list[Callable[[], None]] = [env.return_point() for env in self.envs]
+        observations, ended = self._observations.copy(), self._ended.copy()
+        try:
+            yield
+        except BaseException:
+            for back in before:
+                back()
+            self._observations, self._ended = observations, ended
+            raise
+
+    def _look(self, lives: Sequence[int]) -> None:
+        """Observes some lives again."""
+        if lives:
+            views = [self.envs[i].view() for i in lives]
+            found = self.envs[0].observer.batch(views).cpu().numpy()
+            self._observations = self._observations.copy()
+            self._observations[list(lives)] = found
+
+    def _collect(self, infos: Mapping[int, dict[str, Any]]) -> dict[str, Any]:
+        collected: dict[str, Any] = {}
+        for i in sorted(infos):
+            collected = self._add_info(collected, copy.copy(infos[i]), i)
+        return collected
+
+    def _rows(self, actions: Any) -> list[Any]:
+        """One action per life."""
+        if isinstance(actions, Mapping):
+            parts = {name: self._rows(part) for name, part in actions.items()}
+            return [{name: part[i] for name, part in parts.items()} for i in range(self.num_envs)]
+        try:
+            count = len(actions)
+        except TypeError:
+            count = -1
+        if count != self.num_envs:
+            got = getattr(actions, "shape", None)
+            raise ActionError(
+                f"actions must hold one action per life, {self.num_envs} of them, as in "
+                f"{self.action_space}; got "
+                + (f"shape {tuple(got)}" if got is not None else f"{actions!r:.100}")
+            )
+        return [actions[i] for i in range(self.num_envs)]
+
+    def _seeds(self, seed: int | Sequence[int | None] | None) -> list[int | None]:
+        if seed is None:
+            return [None] * self.num_envs
+        if isinstance(seed, int | np.integer):
+            return [int(seed) + i for i in range(self.num_envs)]
+        if len(seed) != self.num_envs:
+            raise SettingsError(f"there must be {self.num_envs} seeds, got {len(seed)}")
+        return list(seed)
+
+    def _mask(self, mask: Any) -> NDArray[np.bool_]:
+        if mask is None:
+            return np.ones(self.num_envs, bool)
+        found = np.asarray(mask)
+        if found.shape != (self.num_envs,) or found.dtype != np.bool_ or not found.any():
+            raise SettingsError(
+                f"reset_mask must be {self.num_envs} booleans, at least one of them True, got "
+                f"{mask!r:.200}"
+            )
+        return found
+
+
+class VectorLifelongEdit(VectorEditing[LifelongEdit]):
+    """N lives of :class:`~hiedit_env.envs.lifelong_edit.LifelongEdit`."""
+
+    env_class = LifelongEdit
+
+
+class VectorLayerSelection(VectorEditing[LayerSelection]):
+    """N lives of :class:`~hiedit_env.envs.layer_selection.LayerSelection`."""
+
+    env_class = LayerSelection
+
+
+class VectorStepSize(VectorEditing[StepSize]):
+    """N lives of :class:`~hiedit_env.envs.step_size.StepSize`."""
+
+    env_class = StepSize
