@@ -11,7 +11,8 @@ import numpy as np
 from agents.options import Option
 from agents.protocol import Observation
 from hiedit_env.capture import Capture
-from hiedit_env.envs.base import EditingEnv, Judge
+from hiedit_env.envs.base import EditingEnv
+from hiedit_env.envs.semantics import Judge
 from hiedit_env.updates import Updates
 
 #: Called before every primitive step with the capture; returns the updates to write.

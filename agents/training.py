@@ -32,7 +32,8 @@ from agents.runner import Outcome, discounted_returns, run_option
 from agents.settings import TrainSettings
 from hiedit_env.capture import Capture
 from hiedit_env.datasets import stream
-from hiedit_env.envs.base import EditingEnv, Judge
+from hiedit_env.envs.base import EditingEnv
+from hiedit_env.envs.semantics import Judge
 from hiedit_env.errors import NonFiniteUpdateError, SettingsError
 from hiedit_env.requests import Probe, Request
 from hiedit_env.updates import Updates

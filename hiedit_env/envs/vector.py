@@ -13,9 +13,10 @@ from gymnasium.vector.utils import batch_space
 from numpy.typing import NDArray
 
 from hiedit_env.editing import whole_number
-from hiedit_env.envs.base import EditingEnv, Paid
+from hiedit_env.envs.base import EditingEnv
 from hiedit_env.envs.layer_selection import LayerSelection
 from hiedit_env.envs.lifelong_edit import LifelongEdit
+from hiedit_env.envs.semantics import Paid
 from hiedit_env.envs.step_size import StepSize
 from hiedit_env.errors import ActionError, SettingsError
 from hiedit_env.passes import Passes, run_together
