@@ -21,6 +21,8 @@ class Capture:
         loss: −log p(answer | prompt), mean over answer tokens, in nats.
         predictions: A int64, the argmax at each of the A answer positions.
         correct: A bool, whether the prediction is the answer's token.
+        summary: ``loss`` and the share of correct answer tokens as a float32 tensor; computed from
+            them where None.
 
     All tensors are detached and live on the model's device in the model's dtype. The plain gradient
     of layer l is ``keys[l].T @ value_gradients[l]`` (d_in × d_out).
@@ -32,11 +34,19 @@ class Capture:
     loss: float
     predictions: Tensor
     correct: Tensor
+    summary: Tensor | None = None
 
     @property
     def answered(self) -> bool:
         """Whether every answer token is the argmax under teacher forcing."""
         return bool(self.correct.all())
+
+    def numbers(self) -> Tensor:
+        """Loss and share of correct answer tokens, float32, on the model's device."""
+        if self.summary is not None:
+            return self.summary
+        accuracy = self.correct.float().mean()
+        return torch.stack((torch.full_like(accuracy, self.loss), accuracy))
 
     def gradient_norms(self) -> Tensor:
         """‖u_lᵀ v_l‖_F per layer, L float32, from T × T Gram matrices."""
@@ -94,8 +104,11 @@ class Reading:
     Args:
         prompt: The request.
         loss: −log p(answer | prompt), mean over answer tokens, in nats.
+        accuracy: Share of answer tokens that are predicted.
+        summary: The two again, as a float32 tensor on the model's device.
         logits: A × vocabulary, at the answer positions.
-        labels: A int64, the answer.
+        predictions: A int64, their argmax.
+        correct: A bool, whether that is the answer's token.
         graph: The pass it was read in.
         row: Its place there.
     """
@@ -104,16 +117,17 @@ class Reading:
         self,
         prompt: EncodedPrompt,
         loss: float,
+        accuracy: float,
+        summary: Tensor,
         logits: Tensor,
-        labels: Tensor,
+        predictions: Tensor,
+        correct: Tensor,
         graph: PassGraph,
-        row: int = 0,
+        row: int,
     ) -> None:
-        self.prompt, self.loss = prompt, loss
-        self.logits = logits.detach()
-        self.predictions = self.logits.argmax(-1)
-        self.correct = self.predictions == labels
-        self.answered = bool(self.correct.all())
+        self.prompt, self.loss, self.accuracy, self.summary = prompt, loss, accuracy, summary
+        self.logits, self.predictions, self.correct = logits, predictions, correct
+        self.answered = accuracy == 1.0
         self._graph: PassGraph | None = graph
         self._row = row
         self._capture: Capture | None = None
@@ -121,7 +135,7 @@ class Reading:
     @property
     def metrics(self) -> dict[str, float | bool]:
         """``efficacy``, the share of answer tokens that are predicted, and ``answered``."""
-        return {"efficacy": float(self.correct.float().mean()), "answered": self.answered}
+        return {"efficacy": self.accuracy, "answered": self.answered}
 
     def capture(self) -> Capture:
         """Keys and value gradients; the first call runs the backward pass and frees the graph."""
@@ -135,6 +149,7 @@ class Reading:
                 loss=self.loss,
                 predictions=self.predictions,
                 correct=self.correct,
+                summary=self.summary,
             )
             self.release()
         return self._capture

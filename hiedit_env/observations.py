@@ -34,15 +34,6 @@ class View:
     steps_share: float
     stream_share: float
 
-    def summary(self) -> Tensor:
-        """The ``GLOBAL_FEATURES`` numbers at the end, float32."""
-        capture = self.capture
-        accuracy = float(capture.correct.float().mean())
-        loss = min(capture.loss / 10, 1.0)
-        return torch.tensor(
-            [loss, accuracy, float(capture.answered), self.steps_share, self.stream_share]
-        )
-
 
 class Observer:
     """Turns a capture and the state of the weights into an observation in [−1, 1].
@@ -145,8 +136,11 @@ class Observer:
             table = torch.cat(
                 (rows[..., :2], share, rows[..., 3:5], written[..., None], rows[..., 5:]), 2
             )
-            last = torch.stack([v.summary() for v in views]).to(rows)
-            flat = torch.cat((table.reshape(count, num_layers * LAYER_FEATURES), last), 1)
+            facts = torch.stack([v.capture.numbers() for v in views])
+            answered = (facts[:, 1:] == 1).float()
+            shares = torch.tensor([(v.steps_share, v.stream_share) for v in views]).to(rows)
+            last = (facts[:, :1] / 10, facts[:, 1:], answered, shares)
+            flat = torch.cat((table.reshape(count, num_layers * LAYER_FEATURES), *last), 1)
             # What is not finite, after numerical collapse, becomes 0 or a bound.
             return flat.nan_to_num().clamp(-1.0, 1.0)
 

@@ -316,7 +316,7 @@ def evaluate_together(
         asked, prompts, tables, strict=True
     ):
         if reading is not None:
-            own = (-reading.loss, float(reading.correct.float().mean()), 0.0, 0.0)
+            own = (-reading.loss, reading.accuracy, 0.0, 0.0)
             table = np.concatenate((np.array(own)[:, None], table), axis=1)
             wanted = [fact.prompt, *wanted]
         qualities.append(evaluator.summarise(fact, remembered, wanted, list(table)))

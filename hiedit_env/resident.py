@@ -149,19 +149,30 @@ class ResidentLLM(EditableWeights):
         """
         batch = self.batch(prompts)
         logits, inputs, outputs = self._record(batch, lives)
+        predictions = logits.detach().argmax(-1)
+        correct = predictions == batch.labels
         with torch.enable_grad():
             losses = F.cross_entropy(logits.float(), batch.labels, reduction="none")
-            losses = batch.column_means(losses[:, None])[:, 0]
-        graph = PassGraph(losses, inputs, outputs)
+            summaries = batch.column_means(torch.stack((losses, correct.float()), 1))
+        graph = PassGraph(summaries[:, 0], inputs, outputs)
+        summaries = summaries.detach()
         sizes = [len(prompt.answer_ids) for prompt in prompts]
-        parts = zip(
-            prompts,
-            losses.tolist(),
-            torch.split(logits.detach(), sizes),
-            torch.split(batch.labels, sizes),
-            strict=True,
-        )
-        return [Reading(*part, graph, row) for row, part in enumerate(parts)]
+        parts = [torch.split(part, sizes) for part in (logits.detach(), predictions, correct)]
+        numbers = summaries.tolist()
+        return [
+            Reading(
+                prompt=prompt,
+                loss=numbers[i][0],
+                accuracy=numbers[i][1],
+                summary=summaries[i],
+                logits=parts[0][i],
+                predictions=parts[1][i],
+                correct=parts[2][i],
+                graph=graph,
+                row=i,
+            )
+            for i, prompt in enumerate(prompts)
+        ]
 
     @torch.inference_mode(False)
     def gradients(
