@@ -13,6 +13,7 @@ from hiedit_env.envs.base import EditingEnv
 from hiedit_env.errors import PromptError
 from hiedit_env.quality import EncodedFact, Evaluator
 from hiedit_env.requests import Probe, Request
+from hiedit_env.testing import assert_no_hooks_left
 from hiedit_env.updates import LowRankUpdate, Updates
 from tests import factories
 from tests.factories import random_updates
@@ -23,7 +24,6 @@ from tests.lives import (
     PlainModel,
     act,
     bits,
-    hooks,
     make,
     plain_levels,
     same_bits,
@@ -313,7 +313,7 @@ def test_the_loss_is_that_of_the_written_updates(weighted: EditingEnv, plain: Pl
     squares = sum(float(u.detach().dense().square().sum()) for u in updates if u)
     assert float(penalised - loss) == pytest.approx(0.5 * squares, rel=1e-3)
     assert same_bits(bits(weighted), before)
-    assert hooks(weighted) == 0
+    assert_no_hooks_left(weighted)
 
 
 def test_the_gradient_is_that_of_finite_differences(
