@@ -35,13 +35,13 @@ Wrap = Callable[[Any], Any]
 #: Every wrapper around what it is for, and one around another.
 WRAPPED: dict[str, tuple[str, Wrap]] = {
     "flat": (LIFELONG, FlattenAction),
-    "fixed layers": (LIFELONG, lambda env: FixedLayers(env, [0, 3])),
-    "fixed step size": (LIFELONG, lambda env: FixedStepSize(env, 0.5)),
+    "fixed layers": (LIFELONG, lambda env: FixedLayers(env, np.array([0, 3]))),
+    "fixed step size": (LIFELONG, lambda env: FixedStepSize(env, np.float32(0.5))),
     "box": (SELECTION, BoxLayers),
-    "subsets": (SELECTION, lambda env: DiscreteSubsets(env, 2, limit=20)),
+    "subsets": (SELECTION, lambda env: DiscreteSubsets(env, np.int64(2), limit=20)),
     "sequence": (
         SELECTION,
-        lambda env: SequentialSelection(env, 4),
+        lambda env: SequentialSelection(env, np.int64(4)),
     ),
     "box of fixed": (LIFELONG, lambda env: BoxLayers(FixedStepSize(env, [0.0] * L))),
     "frozen statistics": (

@@ -170,6 +170,11 @@ def test_statistics_are_part_of_the_state() -> None:
     before = outer.obs_rms.mean.copy()
     assert_restores_bit_exact(outer, [1, 3, 0])
     assert outer.obs_rms.mean.tobytes() == before.tobytes()
+    state = outer.save_state()
+    for _ in range(2):  # A state stays good whatever is done with what was restored.
+        outer.restore_state(state)
+        assert outer.obs_rms.mean.tobytes() == before.tobytes()
+        outer.obs_rms.mean[:] = 7
 
 
 @pytest.mark.parametrize(

@@ -47,16 +47,17 @@ class DiscreteSubsets(
     def __init__(
         self, env: gym.Env[NDArray[np.float32], Any], size: int, *, limit: int = 4096
     ) -> None:
-        gym.utils.RecordConstructorArgs.__init__(self, size=size, limit=limit)
         gym.ActionWrapper.__init__(self, env)
         self._num_layers = layers = chosen_layers(env, "DiscreteSubsets")
         self.size = whole_number(size, "size", 1)
+        limit = whole_number(limit, "limit", 1)
+        gym.utils.RecordConstructorArgs.__init__(self, size=self.size, limit=limit)
         if self.size > layers:
             raise SettingsError(
                 f"size must be from 1 to {layers}, the number of layers, got {size}"
             )
         count = comb(layers, self.size)
-        if count > whole_number(limit, "limit", 1):
+        if count > limit:
             raise SettingsError(
                 f"there are {count} subsets of {self.size} out of {layers} layers, more than "
                 f"limit={limit}; SequentialSelection picks them one after another with "

@@ -39,7 +39,6 @@ class FixedLayers(
     """
 
     def __init__(self, env: gym.Env[NDArray[np.float32], Any], layers: Sequence[int]) -> None:
-        gym.utils.RecordConstructorArgs.__init__(self, layers=layers)
         gym.ActionWrapper.__init__(self, env)
         self._num_layers = count = layers_and_sizes(env, "FixedLayers")
         self._mask = np.zeros(count, np.int8)
@@ -55,6 +54,7 @@ class FixedLayers(
         if len(set(indices.tolist())) < len(indices):
             raise SettingsError(f"layers must be different indices, got {layers!r}")
         self._mask[indices] = 1
+        gym.utils.RecordConstructorArgs.__init__(self, layers=indices.tolist())
         self.action_space = spaces.Box(-1.0, 1.0, (count,), np.float32)
 
     def action(self, action: ArrayLike) -> dict[str, NDArray[Any]]:
@@ -103,7 +103,6 @@ class FixedStepSize(
     def __init__(
         self, env: gym.Env[NDArray[np.float32], Any], step_size: float | Sequence[float] = 0.0
     ) -> None:
-        gym.utils.RecordConstructorArgs.__init__(self, step_size=step_size)
         gym.ActionWrapper.__init__(self, env)
         self._num_layers = count = layers_and_sizes(env, "FixedStepSize")
         sizes = step_size if isinstance(step_size, Sequence | np.ndarray) else [step_size] * count
@@ -112,6 +111,7 @@ class FixedStepSize(
         except ActionError as error:
             raise SettingsError(f"{error}; one number stands for all layers") from error
         self._sizes = np.array(sizes, np.float32)
+        gym.utils.RecordConstructorArgs.__init__(self, step_size=self._sizes.tolist())
         self.action_space = spaces.MultiBinary(count)
 
     def action(self, action: ArrayLike) -> dict[str, NDArray[Any]]:

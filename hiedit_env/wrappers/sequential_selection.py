@@ -95,9 +95,6 @@ class SequentialSelection(
         allow_empty: bool = False,
         stop_at_max: bool = False,
     ) -> None:
-        gym.utils.RecordConstructorArgs.__init__(
-            self, max_layers=max_layers, allow_empty=allow_empty, stop_at_max=stop_at_max
-        )
         gym.Wrapper.__init__(self, env)
         self.stop = layers = chosen_layers(env, "SequentialSelection")
         self.max_layers = whole_number(
@@ -113,7 +110,13 @@ class SequentialSelection(
                 "SequentialSelection needs a one-dimensional Box as observation space, to add "
                 f"{layers} numbers to; got {inner}"
             )
-        self.allow_empty, self.stop_at_max = allow_empty, stop_at_max
+        self.allow_empty, self.stop_at_max = bool(allow_empty), bool(stop_at_max)
+        gym.utils.RecordConstructorArgs.__init__(
+            self,
+            max_layers=self.max_layers,
+            allow_empty=self.allow_empty,
+            stop_at_max=self.stop_at_max,
+        )
         self.action_space = spaces.Discrete(layers + 1)
         self.observation_space = spaces.Box(
             np.concatenate((inner.low, np.zeros(layers))).astype(np.float32),
