@@ -4,7 +4,7 @@ Importing this package registers the environments and imports neither torch nor 
 
 >>> import gymnasium, hiedit_env
 >>> sorted(id for id in gymnasium.registry if id.startswith("hiedit/"))
-['hiedit/LayerSelection-v0', 'hiedit/LifelongEdit-v0', 'hiedit/StepSize-v0']
+['hiedit/LayerSelection-v0', 'hiedit/LifelongEdit-v0', 'hiedit/StepSize-v0', 'hiedit/Toy-v0']
 """
 
 from __future__ import annotations
@@ -23,3 +23,4 @@ for _name, _module in (
         entry_point=f"hiedit_env.envs.{_module}:{_name}",
         vector_entry_point=f"hiedit_env.envs.vector:Vector{_name}",
     )
+register("hiedit/Toy-v0", entry_point="hiedit_env.testing.toy:ToyEditing")

@@ -14,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from hiedit_env.capture import Capture, Reading
+from hiedit_env.checks import whole_number
 from hiedit_env.errors import SettingsError
 from hiedit_env.levels import EncodedFact, Quality
 from hiedit_env.passes import Judge, Passes, Read
@@ -65,20 +66,6 @@ class LifeState:
     references: References
     reading: Reading | None
     observed: Capture | None
-
-
-def whole_number(value: object, name: str, least: int) -> int:
-    """A setting that counts something.
-
-    Raises:
-        SettingsError: not a whole number, or below ``least``.
-
-    >>> whole_number(3, "max_steps_per_edit", 1)
-    3
-    """
-    if isinstance(value, bool) or not isinstance(value, int | np.integer) or value < least:
-        raise SettingsError(f"{name} must be ≥ {least} and a whole number, got {value!r}")
-    return int(value)
 
 
 class EditingLife:

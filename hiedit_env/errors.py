@@ -55,4 +55,4 @@ class ResultsExistError(HieditError, FileExistsError):
 
 
 class CheckpointError(HieditError, ValueError):
-    """A trained agent that cannot be read, or that was trained for another model or layers."""
+    """A trained agent or kept statistics that cannot be read, or made for another model."""

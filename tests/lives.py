@@ -82,23 +82,6 @@ def same_bits(one: Mapping[str, Tensor], other: Mapping[str, Tensor]) -> bool:
     return one.keys() == other.keys() and all(torch.equal(one[k], other[k]) for k in one)
 
 
-def changed_layers(env: EditingEnv, before: Mapping[str, Tensor]) -> list[int]:
-    """Indices of the candidate layers that differ; fails if anything else differs."""
-    after = env.llm.model.state_dict()
-    names = {name for name in before if not torch.equal(before[name], after[name])}
-    candidates = [f"{name}.weight" for name in env.llm.names]
-    assert names <= set(candidates)
-    return [i for i, name in enumerate(candidates) if name in names]
-
-
-def hooks(env: EditingEnv) -> int:
-    """Number of hooks anywhere on the model."""
-    return sum(
-        len(m._forward_hooks) + len(m._forward_pre_hooks) + len(m._backward_hooks)
-        for m in env.llm.model.modules()
-    )
-
-
 class PlainModel:
     """The tiny model in float64 with given weights (its own by default), run whole."""
 

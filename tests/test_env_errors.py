@@ -58,6 +58,37 @@ BAD_DICTS: list[tuple[Any, str]] = [
 ]
 
 
+BOTH = {"layers": MASK, "step_size": SIZES}
+#: Actions of another kind → the wrapper or id that takes them.
+ADVICE: list[tuple[str, Any, str]] = [
+    (SELECTION, np.zeros(L, np.float32), "BoxLayers takes L numbers"),
+    (SELECTION, 3, "DiscreteSubsets and SequentialSelection take one whole number"),
+    (SELECTION, np.int64(3), "DiscreteSubsets and SequentialSelection take one whole number"),
+    (SELECTION, BOTH, "hiedit/LifelongEdit-v0 takes layers and step sizes"),
+    (SELECTION, np.zeros(2 * L, np.float32), "under hiedit_env.wrappers.FlattenAction"),
+    (LIFELONG, MASK, "FixedStepSize takes the layers alone"),
+    (LIFELONG, SIZES, "FixedLayers takes the step sizes alone"),
+    (LIFELONG, 3, "FixedStepSize, and then DiscreteSubsets or SequentialSelection"),
+    (LIFELONG, np.zeros(2 * L, np.float32), "FlattenAction takes one flat array"),
+    (STEP_SIZE, BOTH, "hiedit/LifelongEdit-v0 takes layers and step sizes"),
+    (STEP_SIZE, MASK.astype(bool), "hiedit/LayerSelection-v0 takes layers"),
+    (STEP_SIZE, np.zeros(2 * L, np.float32), "under hiedit_env.wrappers.FlattenAction"),
+]
+
+
+@pytest.mark.parametrize("name", IDS)
+def test_an_action_of_another_kind_is_told_where_it_fits(name: str) -> None:
+    env = make(name)
+    env.reset(seed=0)
+    for _, action, words in (case for case in ADVICE if case[0] == name):
+        with pytest.raises(ActionError, match=words):
+            env.step(action)
+    # An action that is merely wrong is not sent elsewhere.
+    with pytest.raises(ActionError) as caught:
+        env.step(np.ones((1, L), np.int8) if name != LIFELONG else {**BOTH, "layers": [1]})
+    assert "wrappers" not in str(caught.value)
+
+
 @pytest.mark.parametrize("name", IDS)
 def test_bad_actions_are_refused_and_change_nothing(name: str) -> None:
     env = make(name)

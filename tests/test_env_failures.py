@@ -15,6 +15,7 @@ from hiedit_env.capture import Capture
 from hiedit_env.envs.base import EditingEnv
 from hiedit_env.errors import NonFiniteUpdateError, UpdateShapeError
 from hiedit_env.rules import OuterProductRule
+from hiedit_env.testing import assert_no_hooks_left
 from hiedit_env.updates import LowRankUpdate, Updates
 from tests.factories import random_updates
 from tests.lives import (
@@ -25,7 +26,6 @@ from tests.lives import (
     L,
     act,
     bits,
-    hooks,
     make,
     roll,
     same_bits,
@@ -85,7 +85,7 @@ def test_unfit_updates_are_refused(
         with pytest.raises(error, match=words):
             door(broken)
     assert same_bits(bits(env), before)
-    assert hooks(env) == 0
+    assert_no_hooks_left(env)
     assert roll(env, [act(LIFELONG)]) == roll(twin, [act(LIFELONG)])
 
 
@@ -160,7 +160,7 @@ def test_a_rule_that_gives_nan_ends_the_life(name: str) -> None:
     assert env.observation_space.contains(result[0])
     assert same_bits(bits(env), before)
     assert repr(env.life.rule.state_dict()) == state
-    assert hooks(env) == 0
+    assert_no_hooks_left(env)
     with pytest.raises(ResetNeeded, match="ended"):
         env.step(act(name))
     env.reset(seed=0)
@@ -234,7 +234,7 @@ def test_an_exception_in_a_rule_leaves_everything_as_it_was(name: str, intrinsic
     assert same_bits(bits(env), before)
     after = env.life.save()
     assert (after.steps, after.position, dict(after.paid)) == (0, 0, dict(state.paid))
-    assert hooks(env) == 0
+    assert_no_hooks_left(env)
     env.life.rule.good = 100  # type: ignore[attr-defined]
     assert roll(env, [act(name)] * 2) == roll(twin, [act(name)] * 2)
 
@@ -244,7 +244,7 @@ def test_no_hooks_stay_on_the_model(monkeypatch: pytest.MonkeyPatch) -> None:
     env.reset(seed=0)
     env.step(act(LIFELONG))
     assert torch.isfinite(env.loss(random_updates(env.llm)))
-    assert hooks(env) == 0
+    assert_no_hooks_left(env)
 
     def broken(hidden: torch.Tensor) -> torch.Tensor:
         raise RuntimeError("out of memory")
@@ -255,6 +255,6 @@ def test_no_hooks_stay_on_the_model(monkeypatch: pytest.MonkeyPatch) -> None:
         for door in (lambda: env.step(act(LIFELONG)), lambda: env.loss(random_updates(env.llm))):
             with pytest.raises(RuntimeError, match="out of memory"):
                 door()
-    assert hooks(env) == 0
+    assert_no_hooks_left(env)
     assert same_bits(bits(env), before)
     env.step(act(LIFELONG))

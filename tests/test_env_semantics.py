@@ -12,6 +12,7 @@ import torch
 from hiedit_env.envs.base import EditingEnv
 from hiedit_env.envs.step_size import StepSize
 from hiedit_env.requests import Request
+from hiedit_env.testing import assert_only_layers_changed, assert_reward_terms_sum
 from tests.lives import (
     IDS,
     KINDS,
@@ -24,7 +25,6 @@ from tests.lives import (
     act,
     actions,
     bits,
-    changed_layers,
     make,
     plain_levels,
     same_bits,
@@ -57,9 +57,9 @@ def test_the_reward_is_the_sum_of_its_terms(name: str, kind: str, intrinsic: boo
     env.reset(seed=0)
     rewards = []
     for action in actions(env, 4, 0):
-        _, reward, ended, _, info = env.step(action)
-        assert type(reward) is float
-        assert reward == pytest.approx(sum(info["reward_terms"].values()), abs=1e-12)
+        step = env.step(action)
+        assert_reward_terms_sum(step)
+        _, reward, ended, _, _ = step
         rewards.append(reward)
         if ended:
             break
@@ -213,9 +213,7 @@ def test_an_option_goes_on_after_a_primitive_step_by_hand() -> None:
 def test_only_chosen_layers_change(name: str, mask: list[int]) -> None:
     env = make(name)
     env.reset(seed=0)
-    before = bits(env)
-    info = env.step(act(name, mask))[4]
-    assert changed_layers(env, before) == np.flatnonzero(mask).tolist()
+    info = assert_only_layers_changed(env, act(name, mask))[4]
     assert info["layers"].tolist() == mask
 
 
@@ -276,9 +274,8 @@ def test_without_stopping_every_fact_takes_all_steps(step_size: float) -> None:
     env.reset(seed=0)
     indices, answered, ended = [], [], False
     while not ended:
-        before = bits(env)
-        _, _, ended, _, info = env.step(act(LIFELONG))
-        assert changed_layers(env, before) == list(range(L))
+        _, _, ended, _, info = assert_only_layers_changed(env, act(LIFELONG))
+        assert info["layers"].tolist() == [1] * L
         indices.append(info["edit_index"])
         answered.append(info["metrics"]["answered"])
         assert info["edit_over"] == (info["edit_steps"] == 3)
@@ -297,10 +294,8 @@ def masks_of(high_level: str, seed: int = 0, **settings: Any) -> list[list[int]]
     for _ in range(6):
         assert isinstance(env, StepSize)
         masks.append(env.option.astype(int).tolist())
-        before = bits(env)
-        info = env.step(act(STEP_SIZE))[4]
+        info = assert_only_layers_changed(env, act(STEP_SIZE))[4]
         assert info["layers"].tolist() == masks[-1]
-        assert changed_layers(env, before) == np.flatnonzero(masks[-1]).tolist()
     return masks
 
 

@@ -15,6 +15,7 @@ from hiedit_env.errors import PromptError
 from hiedit_env.levels import EncodedFact
 from hiedit_env.quality import Evaluator
 from hiedit_env.requests import Probe, Request
+from hiedit_env.testing import assert_no_hooks_left
 from hiedit_env.tokenization import PromptBatch
 from hiedit_env.updates import LowRankUpdate, Updates
 from tests import factories
@@ -26,7 +27,6 @@ from tests.lives import (
     PlainModel,
     act,
     bits,
-    hooks,
     make,
     plain_levels,
     same_bits,
@@ -316,7 +316,7 @@ def test_the_loss_is_that_of_the_written_updates(weighted: EditingEnv, plain: Pl
     squares = sum(float(u.detach().dense().square().sum()) for u in updates if u)
     assert float(penalised - loss) == pytest.approx(0.5 * squares, rel=1e-3)
     assert same_bits(bits(weighted), before)
-    assert hooks(weighted) == 0
+    assert_no_hooks_left(weighted)
 
 
 def test_the_gradient_is_that_of_finite_differences(

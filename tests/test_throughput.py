@@ -19,7 +19,8 @@ from benchmarks.throughput import (
     peak_device_memory,
 )
 from hiedit_env.envs.base import EditingEnv
-from tests.lives import SELECTION, L, PlainModel, act, bits, hooks, make, plain_likeness, same_bits
+from hiedit_env.testing import assert_no_hooks_left
+from tests.lives import SELECTION, L, PlainModel, act, bits, make, plain_likeness, same_bits
 
 CUDA = torch.device("cuda")
 
@@ -66,7 +67,7 @@ def test_the_plain_loop_computes_what_it_says(edited: EditingEnv) -> None:
     # Unrelated prompts twice, the fact before and after, the rest after: nothing runs needlessly.
     assert len(runs) == 2 * len(probes) + 1 + len(learned)
     assert same_bits(bits(edited), before)
-    assert hooks(edited) == 0
+    assert_no_hooks_left(edited)
 
 
 def test_the_clock_waits_for_the_gpu(monkeypatch: pytest.MonkeyPatch, edited: EditingEnv) -> None:

@@ -8,7 +8,7 @@ import numpy as np
 from gymnasium import spaces
 from numpy.typing import NDArray
 
-from hiedit_env.envs.actions import check_layers
+from hiedit_env.envs.actions import check_selection
 from hiedit_env.envs.base import EditingEnv
 from hiedit_env.passes import Passes
 
@@ -49,7 +49,7 @@ class LayerSelection(EditingEnv):
         return spaces.MultiBinary(num_layers)
 
     def _check_action(self, action: Any) -> tuple[Any, ...]:
-        return (check_layers(action, len(self.llm.layers)),)
+        return (check_selection(action, len(self.llm.layers)),)
 
     def _run(self, *chosen: Any) -> Passes[NDArray[np.bool_]]:
         layers: NDArray[np.bool_] = chosen[0]

@@ -109,8 +109,8 @@ class LifelongEdit(EditingEnv):
         )
 
     def _check_action(self, action: Any) -> tuple[Any, ...]:
-        layers, sizes = split_dict(action)
         count = len(self.llm.layers)
+        layers, sizes = split_dict(action, count)
         return check_layers(layers, count), check_step_sizes(sizes, count)
 
     def _run(self, *chosen: Any) -> Passes[NDArray[np.bool_]]:

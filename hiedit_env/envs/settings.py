@@ -11,8 +11,8 @@ from typing import Any
 import numpy as np
 import torch
 
+from hiedit_env.checks import whole_number
 from hiedit_env.datasets import stream
-from hiedit_env.editing import whole_number
 from hiedit_env.errors import SettingsError
 from hiedit_env.quality import check_judging
 from hiedit_env.requests import Request

@@ -9,7 +9,7 @@ import numpy as np
 from gymnasium import spaces
 from numpy.typing import NDArray
 
-from hiedit_env.envs.actions import check_step_sizes
+from hiedit_env.envs.actions import check_only_step_sizes
 from hiedit_env.envs.base import EditingEnv
 from hiedit_env.envs.state import EnvState
 from hiedit_env.layer_choice import make_choice
@@ -81,7 +81,7 @@ class StepSize(EditingEnv):
         return spaces.Box(-1.0, 1.0, (num_layers,), np.float32)
 
     def _check_action(self, action: Any) -> tuple[Any, ...]:
-        return (check_step_sizes(action, len(self.llm.layers)),)
+        return (check_only_step_sizes(action, len(self.llm.layers)),)
 
     def _run(self, *chosen: Any) -> Passes[NDArray[np.bool_]]:
         return self._primitive(self.option, chosen[0])

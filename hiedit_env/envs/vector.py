@@ -12,7 +12,7 @@ from gymnasium.vector import AutoresetMode, VectorEnv
 from gymnasium.vector.utils import batch_space
 from numpy.typing import NDArray
 
-from hiedit_env.editing import whole_number
+from hiedit_env.checks import whole_number
 from hiedit_env.envs.base import EditingEnv
 from hiedit_env.envs.layer_selection import LayerSelection
 from hiedit_env.envs.lifelong_edit import LifelongEdit

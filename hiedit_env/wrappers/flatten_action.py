@@ -1,4 +1,4 @@
-"""Wrappers around the environments, one thing each."""
+"""One flat vector for layers and step sizes."""
 
 from __future__ import annotations
 
@@ -10,7 +10,8 @@ from gymnasium import spaces
 from numpy.typing import ArrayLike, NDArray
 
 from hiedit_env.envs.actions import as_array, check_layers, check_step_sizes, split_dict
-from hiedit_env.errors import ActionError, SettingsError
+from hiedit_env.errors import ActionError
+from hiedit_env.wrappers.spaces import layers_and_sizes
 
 
 class FlattenAction(
@@ -40,7 +41,7 @@ class FlattenAction(
     def __init__(self, env: gym.Env[NDArray[np.float32], Any]) -> None:
         gym.utils.RecordConstructorArgs.__init__(self)
         gym.ActionWrapper.__init__(self, env)
-        self._num_layers = _count_layers(env.action_space)
+        self._num_layers = layers_and_sizes(env, "FlattenAction")
         self.action_space = spaces.Box(-1.0, 1.0, (2 * self._num_layers,), np.float32)
 
     def action(self, action: ArrayLike) -> dict[str, NDArray[Any]]:
@@ -81,23 +82,7 @@ class FlattenAction(
         Raises:
             ActionError: not an action of the wrapped environment.
         """
-        layers, sizes = split_dict(action)
+        layers, sizes = split_dict(action, self._num_layers)
         chosen = check_layers(layers, self._num_layers)
         check_step_sizes(sizes, self._num_layers)
         return np.concatenate((np.where(chosen, 1, -1), sizes), dtype=np.float32)
-
-
-def _count_layers(space: spaces.Space[Any]) -> int:
-    """L of ``Dict(layers=MultiBinary(L), step_size=Box(-1, 1, (L,)))``."""
-    if isinstance(space, spaces.Dict) and set(space) == {"layers", "step_size"}:
-        layers, sizes = space["layers"], space["step_size"]
-        if (
-            isinstance(layers, spaces.MultiBinary)
-            and isinstance(layers.n, int)
-            and sizes == spaces.Box(-1.0, 1.0, (layers.n,), np.float32)
-        ):
-            return layers.n
-    raise SettingsError(
-        "FlattenAction needs an action space Dict(layers=MultiBinary(L), step_size=Box(-1, 1, "
-        f"(L,))), that is hiedit/LifelongEdit-v0; got {space}"
-    )
