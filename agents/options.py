@@ -67,12 +67,14 @@ class Choice:
         layers: L bool.
         log_probability: Scalar tensor of a sampled choice, differentiable in the policy's
             parameters; None if nothing was sampled.
+        entropy: Scalar tensor, of what a sampled choice was drawn from, differentiable likewise.
         gates: L float32, equal to ``layers`` going forward and differentiable going back
             (straight-through estimator); None if there is no such gradient.
     """
 
     layers: NDArray[np.bool_]
     log_probability: Tensor | None = None
+    entropy: Tensor | None = None
     gates: Tensor | None = None
 
 

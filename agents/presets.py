@@ -34,7 +34,8 @@ HIEDIT = AgentSpec(
     train={
         "window": 6,
         "low_learning_rate": 5e-4,
-        "high_learning_rate": 0.03,
+        "high_learning_rate": 0.01,
+        "entropy_weight": 0.01,
         "retention_window": 4,
         "samples_per_fact": 3,
     },

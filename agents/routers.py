@@ -129,10 +129,11 @@ class PolicyRouter(nn.Module):
 
     * ``size="fixed"``: K layers are drawn one after another without replacement, each with
       probability softmax(score) among those left (Plackett and Luce). ``log_probability`` is that
-      of the drawn order. The best choice is the top K.
+      of the drawn order, ``entropy`` that of the first draw. The best choice is the top K.
     * ``size="learned"``: every layer is drawn on its own with probability sigmoid(score), so that
-      the number of layers follows from what they bring and what the sparsity bonus pays. The best
-      choice is every layer above one half, and the best one if there is none.
+      the number of layers follows from what they bring and what the sparsity bonus pays;
+      ``entropy`` is the mean over layers. The best choice is every layer above one half, and the
+      best one if there is none.
 
     Args:
         num_layers: L.
@@ -245,7 +246,9 @@ def _plackett_luce(scores: Tensor, count: int, generator: torch.Generator | None
     order = (scores.detach() - (-uniform.log()).log()).topk(count).indices
     mask = torch.zeros_like(scores)
     mask[order] = 1.0
-    return Choice(_as_mask(mask), _order_log_probability(scores, order))
+    logarithms = scores.log_softmax(0)
+    entropy = -(logarithms.exp() * logarithms).sum()
+    return Choice(_as_mask(mask), _order_log_probability(scores, order), entropy)
 
 
 def _order_log_probability(scores: Tensor, order: Tensor) -> Tensor:
@@ -267,7 +270,9 @@ def _independent(scores: Tensor, generator: torch.Generator | None) -> Choice:
     uniform = torch.rand(len(scores), generator=generator).to(scores.device)
     mask = (uniform < scores.detach().sigmoid()).float()
     loss = nn.functional.binary_cross_entropy_with_logits(scores, mask, reduction="sum")
-    return Choice(_as_mask(mask), -loss)
+    # p log p + (1 − p) log(1 − p), where log(1 − p) = log p − score.
+    entropy = (scores * (1 - scores.sigmoid()) - nn.functional.logsigmoid(scores)).mean()
+    return Choice(_as_mask(mask), -loss, entropy)
 
 
 def _as_mask(mask: Tensor) -> NDArray[np.bool_]:

@@ -46,6 +46,9 @@ class TrainSettings:
     intrinsic: bool = _option(
         False, "compare sampled options with all layers, and not with each other"
     )
+    entropy_weight: float = _option(
+        0.0, "weight of the entropy of a policy router's choice, which keeps it from settling early"
+    )
     gamma: float = _option(1.0, "γ, discount per primitive step")
     credit_horizon: int = _option(0, "later facts whose rewards an option is credited with")
     calibration: int = _option(
@@ -72,6 +75,8 @@ class TrainSettings:
         for name in ("low_learning_rate", "high_learning_rate", "max_grad_norm"):
             if not getattr(self, name) > 0:
                 raise SettingsError(f"{name} must be positive, got {getattr(self, name)!r}")
+        if not self.entropy_weight >= 0:
+            raise SettingsError(f"entropy_weight must be ≥ 0, got {self.entropy_weight!r}")
         if not 0 < self.gamma <= 1:
             raise SettingsError(f"gamma must be in (0, 1], got {self.gamma!r}")
 

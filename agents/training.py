@@ -197,6 +197,9 @@ class Trainer:
             # Each of M samples counts a share; the one the life goes on with waits for its return.
             assert other.log_probability is not None
             _backward(-other.log_probability * float(advantage) / settings.samples_per_fact)
+        if settings.entropy_weight and choice.entropy is not None:
+            # Not freed: the choice's log-probability has the same graph, and waits.
+            _backward(-settings.entropy_weight * choice.entropy, retain_graph=True)
         return outcome, choice, baseline
 
     def _run(self, choice: Choice, tally: Tally) -> Outcome:

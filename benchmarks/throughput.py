@@ -11,6 +11,8 @@ Everything is measured in one run on one machine and reported as ratios.
   prompts again at every step. Steps of the two are interleaved, on the same facts.
 * ``training``: one training step of the agent ``rledit`` with 10 remembered edits.
 * ``tiny``: ``hiedit/LayerSelection-v0`` with its defaults, on one thread.
+* ``vector``: eight of its lives as a vector environment, against eight single environments stepped
+  in turn, on the same facts with the same actions; on one thread, episodes of the two interleaved.
 """
 
 from __future__ import annotations
@@ -286,6 +288,56 @@ def measure_tiny(steps: int) -> dict[str, Any]:
     return result
 
 
+def measure_vector(lives: int, steps: int) -> dict[str, Any]:
+    """Tiny ``LayerSelection-v0``: N lives together against N single environments, all layers.
+
+    Args:
+        lives: N.
+        steps: Steps of every life per episode.
+    """
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    name = "hiedit/LayerSelection-v0"
+    apart = [gymnasium.make(name, disable_env_checker=True, num_edits=steps) for _ in range(lives)]
+    together = gymnasium.make_vec(
+        name,
+        lives,
+        vectorization_mode="vector_entry_point",
+        autoreset_mode="Disabled",
+        num_edits=steps,
+    )
+    size = apart[0].action_space.shape
+    assert size is not None
+    one, all_of_them = np.ones(size, np.int8), np.ones((lives, *size), np.int8)
+    seconds: dict[str, list[float]] = {"apart": [], "together": []}
+    largest = 0.0
+    for episode in range(5):
+        for i, env in enumerate(apart):
+            env.reset(seed=episode + i)
+        together.reset(seed=episode)
+        found: dict[str, list[Any]] = {"apart": [], "together": []}
+        for kind in ("apart", "together"):
+            start = time.perf_counter()
+            for _ in range(steps):
+                if kind == "apart":
+                    found[kind].append([env.step(one)[1] for env in apart])
+                else:
+                    found[kind].append(together.step(all_of_them)[1])
+            seconds[kind].append(time.perf_counter() - start)
+        difference = np.array(found["apart"]) - np.array(found["together"])
+        largest = max(largest, float(np.abs(difference).max()))
+    torch.set_num_threads(threads)
+    # The first episode fills the caches of both.
+    ratios = [a / b for a, b in zip(seconds["apart"][1:], seconds["together"][1:], strict=True)]
+    return {
+        "lives": lives,
+        "apart_steps_per_second": lives * steps / min(seconds["apart"][1:]),
+        "together_steps_per_second": lives * steps / min(seconds["together"][1:]),
+        "times_faster": statistics.median(ratios),
+        "largest_difference_of_rewards": largest,
+    }
+
+
 def main(arguments: list[str] | None = None) -> None:
     """Runs the measurements and prints them as JSON."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.throughput", description=__doc__)
@@ -298,6 +350,7 @@ def main(arguments: list[str] | None = None) -> None:
     given = parser.parse_args(arguments)
     result = {
         "tiny": measure_tiny(given.tiny_steps),
+        "vector": measure_vector(8, 20),
         "model": measure_model(given.model, given.dataset, given.edits, given.device),
         "training": measure_training(given.model, given.dataset, given.edits, given.device),
         "peak_memory_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,

@@ -134,6 +134,22 @@ def test_samples_follow_the_probabilities() -> None:
         assert count / draws == pytest.approx(wanted, abs=4 * math.sqrt(wanted / draws))
 
 
+@pytest.mark.parametrize("size", ["fixed", "learned"])
+def test_entropy_by_enumeration(size: str) -> None:
+    router, seen = policy(3, layers_per_edit=1, size=size), observation(3)
+    choice = router.choose(seen, None, torch.Generator().manual_seed(0))  # type: ignore[arg-type]
+    sets = (
+        orders(3, 1)
+        if size == "fixed"
+        else [c for n in range(4) for c in itertools.combinations(range(3), n)]
+    )
+    logarithms = [router.log_probability(seen, drawn).item() for drawn in sets]
+    wanted = -sum(math.exp(value) * value for value in logarithms)
+    assert choice.entropy is not None
+    # Of independent draws entropies add up; the mean over layers is kept.
+    assert choice.entropy.item() * (1 if size == "fixed" else 3) == pytest.approx(wanted, rel=1e-4)
+
+
 def exact_gradient(
     router: PolicyRouter, seen: np.ndarray, outcomes: Sequence[tuple[Sequence[int], float]]
 ) -> Tensor:

@@ -16,6 +16,7 @@ from benchmarks.throughput import (
     clock,
     measure_model,
     measure_training,
+    measure_vector,
     peak_device_memory,
 )
 from hiedit_env.envs.base import EditingEnv
@@ -109,3 +110,10 @@ def test_training_steps_are_timed_with_a_full_memory() -> None:
     found = measure_training("tiny", None, 2, "cpu")
     assert found["remembered_edits"] == 10
     assert 0 < found["step_seconds"] <= found["longest_step_seconds"]
+
+
+def test_lives_together_are_timed_against_lives_apart() -> None:
+    found = measure_vector(lives=2, steps=2)
+    assert found["lives"] == 2
+    assert found["times_faster"] > 0
+    assert found["largest_difference_of_rewards"] < 1e-3

@@ -100,6 +100,26 @@ def test_policy_gradient_is_exact_on_average(samples: int, intrinsic: bool) -> N
     assert total.tolist() == pytest.approx(exact.tolist(), abs=1e-5)
 
 
+def test_entropy_pulls_towards_choosing_evenly() -> None:
+    """All rewards equal: what is left is the gradient of −weight × entropy, by hand."""
+    env = make(SELECTION, layers=[f"model.layers.{i}.mlp.up_proj" for i in (0, 1, 2)])
+    router = PolicyRouter(3, torch.device("cpu"), layers_per_edit=1, hidden=3)
+    with torch.no_grad():
+        router.bias.copy_(torch.tensor([0.3, -0.4, 0.1]))
+    settings = replace(SHORT, samples_per_fact=2, entropy_weight=0.5)
+    trainer = Tabled(env, HierarchicalAgent("x", router), env.requests, settings)
+    trainer.table = {(0,): 1.0, (1,): 1.0, (2,): 1.0}
+    observation, _ = env.reset(seed=0)
+    outcome, choice, baseline = trainer._fact(observation, None)  # type: ignore[arg-type]
+    assert choice.log_probability is not None
+    trainer._reinforce([(choice.log_probability, baseline)], [outcome])
+    score = torch.tensor([0.3, -0.4, 0.1], requires_grad=True)
+    shares = score.exp() / score.exp().sum()
+    (wanted,) = torch.autograd.grad(0.5 * (shares * shares.log()).sum(), score)
+    assert router.bias.grad is not None
+    assert router.bias.grad.tolist() == pytest.approx(wanted.tolist(), abs=1e-6)
+
+
 @pytest.mark.parametrize("samples", [1, 2, 3])
 def test_later_rewards_count_whole_however_many_options_are_tried(samples: int) -> None:
     env = make(SELECTION)
