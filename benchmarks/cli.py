@@ -193,9 +193,10 @@ def _add_demo(commands: Any) -> None:
     parser.add_argument(
         "--agents",
         nargs="+",
-        default=["all-layers", "random-layers", "gradient-norm"],
+        default=None,
         metavar="AGENT",
-        help="agents to compare, besides the unedited model",
+        help="agents to compare, besides the unedited model; by default the trained hiedit where "
+        "one ships for the model, and simple agents",
     )
     parser.add_argument(
         "--model", default="smollm2-135m", help="smollm2-135m, tiny (a toy, offline), folder or id"

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from agents.registry import default_agent
 from benchmarks.compare import UNEDITED, CompareSettings, compare
 from benchmarks.edit import before_and_after
 from benchmarks.summary import baseline_of
@@ -14,14 +15,22 @@ from hiedit_env.errors import ModelError
 
 #: Facts whose answers are printed.
 SHOWN = 8
+#: Simple agents, for a model that no trained agent ships for.
+CONTROLS = ["all-layers", "random-layers", "gradient-norm"]
 
 
-def main(model: str, agents: Sequence[str], num_edits: int, out: Path) -> None:
+def default_agents(model: str) -> list[str]:
+    """What is shown for a model: the trained agent where one ships, and controls."""
+    first = default_agent(model)
+    return [first, "all-layers", "random-layers"] if first != "all-layers" else CONTROLS
+
+
+def main(model: str, agents: Sequence[str] | None, num_edits: int, out: Path) -> None:
     """``hiedit demo``: edits a model, shows its answers before and after, compares agents.
 
     Args:
         model: ``"smollm2-135m"``, or anything else that ``load_model`` knows.
-        agents: Agents to compare, besides the unedited model.
+        agents: Agents to compare, besides the unedited model; None for :func:`default_agents`.
         num_edits: Facts per agent.
         out: Folder for the results.
 
@@ -30,8 +39,15 @@ def main(model: str, agents: Sequence[str], num_edits: int, out: Path) -> None:
         ResultsExistError: ``out`` holds results.
     """
     start = time.perf_counter()
-    # Generating for the requests only saves time.
-    settings = CompareSettings(model=model, num_edits=num_edits, generation=("efficacy",))
+    agents = default_agents(model) if agents is None else agents
+    settings = CompareSettings(
+        model=model,
+        # The half that no shipped agent was trained on.
+        dataset=None if model == "tiny" else "world-facts-test",
+        num_edits=num_edits,
+        # Generating for the requests only saves time.
+        generation=("efficacy",),
+    )
     print(
         f"Stage 1 of 3: load {model}, then give it {num_edits} facts that contradict what it "
         f"knows,\none after another, once per agent: {', '.join(agents)}; and, to compare with, "
@@ -44,7 +60,7 @@ def main(model: str, agents: Sequence[str], num_edits: int, out: Path) -> None:
         raise ModelError(
             f"{error}\nThe demo also runs offline on a toy model: hiedit demo --model tiny"
         ) from error
-    shown = baseline_of(list(agents))
+    shown = default_agent(model) if default_agent(model) in agents else baseline_of(list(agents))
     if shown is not None:
         print(
             f"\nStage 2 of 3: what the model says, before any edit and after all {num_edits} by "

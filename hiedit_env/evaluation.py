@@ -239,7 +239,7 @@ def _teacher_forced(
     exact: dict[EncodedPrompt, float] = {}
     for bucket in llm.buckets(unique):
         batch = llm.batch([unique[i] for i in bucket])
-        correct = llm.answer_logits(batch, remember=False).argmax(-1) == batch.labels
+        correct = llm.answer_logits(batch).argmax(-1) == batch.labels
         # Without float64, which not every device has: counts are exact, and divided here.
         counts = batch.to_rows(correct, fill=False).sum(1).tolist()
         for prompt, count in zip(batch.prompts, counts, strict=True):
