@@ -213,11 +213,12 @@ def test_nothing_is_run_twice_and_no_weight_changes(
     damage(llm, 0.05)
     fingerprint = llm.weights_fingerprint()
     rows: list[Any] = []
+    remembered: list[bool] = []
     generated: list[str] = []
     inner_logits, inner_generate = llm.answer_logits, llm.generate
 
     def logits(batch: Any, *args: Any, **settings: Any) -> Any:
-        assert not settings  # activations below the first candidate are remembered
+        remembered.append(not settings)
         rows.extend(batch.prompts)
         return inner_logits(batch, *args, **settings)
 
@@ -243,6 +244,9 @@ def test_nothing_is_run_twice_and_no_weight_changes(
     prompts = {p.prompt for p in rows[first:]}
     assert len(rows) - first == len(set(rows[first:]))
     assert prompts == {p.prompt for p in rows[:first]}
+    # Activations below the first candidate are taken from memory where they come again.
+    assert remembered[-1]
+    assert not remembered[0]
     assert llm.weights_fingerprint() == fingerprint
 
 
