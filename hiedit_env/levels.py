@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
+from typing import Any
 
 import numpy as np
 
@@ -28,7 +29,8 @@ class Quality:
 
     Args:
         levels: ``edit``, ``locality`` and ``retention`` in the unit of the reward kind, higher is
-            better, unweighted. Nothing to measure counts as perfect: 0 nats, or accuracy 1.
+            better, unweighted. Nothing to measure counts as perfect: 0 nats, or accuracy 1. Floats,
+            or scalar float32 tensors where the evaluator keeps them on the device.
         metrics: Token accuracies whatever the reward kind: ``efficacy``, ``generalization``,
             ``agreement`` (with the reference model's own predictions on unrelated prompts),
             ``retention``; NaN where there is nothing to measure.
@@ -37,7 +39,7 @@ class Quality:
             accuracies do not show it (the argmax of NaN is a token like any other).
     """
 
-    levels: dict[str, float]
+    levels: dict[str, Any]
     metrics: dict[str, float]
     finite: bool
 

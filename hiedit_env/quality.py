@@ -69,6 +69,10 @@ class Evaluator:
             was before the present fact (as in the papers).
         cache: Where the unedited model's log-probabilities are kept; forks of one model share it.
             64 MB of its own where None.
+
+    Attributes:
+        on_device: Whether levels are scalar tensors that were never on the host. False unless set;
+            without effect on levels by generation, which are judged as text.
     """
 
     def __init__(
@@ -82,6 +86,7 @@ class Evaluator:
     ) -> None:
         check_judging(kind, decay, reference)
         self.llm, self.kind, self.decay, self.reference = llm, kind, decay, reference
+        self.on_device = False
         self.cache = TensorCache(64 * 2**20) if cache is None else cache
         self.forget_references()
 
@@ -165,6 +170,7 @@ class Evaluator:
         remembered: Sequence[EncodedFact],
         prompts: Sequence[EncodedPrompt],
         scores: Sequence[NDArray[np.float64]],
+        table: Tensor,
     ) -> Quality:
         """The quality from the scores of single prompts.
 
@@ -173,6 +179,7 @@ class Evaluator:
             remembered: Facts edited before, latest first.
             prompts: P, in the order of :meth:`prompts`.
             scores: P each: −nats, token accuracy, KL from the reference, agreement with it.
+            table: The same, P × 4 float32 on the model's device.
         """
         losses, correct, kl, agree = scores
         if not (np.isfinite(losses).all() and np.isfinite(kl).all()):
@@ -208,6 +215,13 @@ class Evaluator:
             "locality": perfect if np.isnan(local) and not means.has_probes else local,
             "retention": parts["retention"] if remembered else perfect,
         }
+        if self.on_device and self.kind != "generation":
+            own, other = (table[:, 0], -table[:, 2]) if self.kind == "loss" else table[:, 1::2].T
+            for level, coefficients in means.coefficients().items():
+                factors = torch.from_numpy(coefficients).to(table.dtype).to(table.device)
+                value = (other if level == "locality" else own) @ factors
+                # A level without prompts is not measured but perfect.
+                levels[level] = value if coefficients.any() else torch.full_like(value, perfect)
         return Quality(levels, metrics, True)
 
     def loss(
@@ -310,14 +324,15 @@ def evaluate_together(
         evaluators = [evaluator for evaluator, *_ in asked]
         pairs = zip(evaluators, prompts, strict=True)
         found = scores_together([(e.llm, wanted, e.references[0]) for e, wanted in pairs])
-        tables = [scores.T.cpu().double().numpy() for scores in found]
-    qualities: list[Quality] = []
-    for (evaluator, fact, remembered, reading), wanted, table in zip(
-        asked, prompts, tables, strict=True
-    ):
-        if reading is not None:
-            own = (-reading.loss, reading.accuracy, 0.0, 0.0)
-            table = np.concatenate((np.array(own)[:, None], table), axis=1)
-            wanted = [fact.prompt, *wanted]
-        qualities.append(evaluator.summarise(fact, remembered, wanted, list(table)))
+        qualities: list[Quality] = []
+        for (evaluator, fact, remembered, reading), wanted, table in zip(
+            asked, prompts, found, strict=True
+        ):
+            if reading is not None:
+                loss, accuracy = reading.summary
+                own = torch.stack((-loss, accuracy, torch.zeros_like(loss), torch.zeros_like(loss)))
+                table = torch.cat((own[None], table))
+                wanted = [fact.prompt, *wanted]
+            scores = list(table.T.cpu().double().numpy())
+            qualities.append(evaluator.summarise(fact, remembered, wanted, scores, table))
     return qualities

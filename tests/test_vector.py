@@ -275,3 +275,54 @@ def test_every_id_has_a_vector_form() -> None:
     for name in (LIFELONG, SELECTION, STEP_SIZE):
         assert name in names
         assert gym.spec(name).vector_entry_point is not None
+
+
+# -- tensors --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("settings", [{}, {"reward": "token_accuracy", "intrinsic": True}])
+@pytest.mark.parametrize("mode", ["NextStep", "SameStep"])
+def test_tensors_are_the_same_numbers(settings: dict[str, Any], mode: str) -> None:
+    settings = {"autoreset_mode": mode, "retention_window": 1, **settings}
+    ours, plain = together(tensors=True, **settings), together(**settings)
+    one, other = ours.reset(seed=6)[0], plain.reset(seed=6)[0]
+    assert isinstance(one, torch.Tensor)
+    torch.testing.assert_close(one, torch.from_numpy(other))
+    for _ in range(4):
+        action = np.array([[1, 0, 0, 1, 0, 0]] * 3, np.int8)
+        one, other = ours.step(torch.from_numpy(action)), plain.step(action)
+        for tensor, array in zip(one[:4], other[:4], strict=True):
+            assert isinstance(tensor, torch.Tensor)
+            assert tensor.device == ours.envs[0].llm.device
+            assert tensor.dtype == (torch.bool if array.dtype == bool else torch.float32)
+            np.testing.assert_allclose(tensor.numpy(), array, atol=1e-4)
+        # They may enter a loss.
+        weight = torch.ones(3, requires_grad=True)
+        torch.autograd.backward((weight * one[1]).sum() + one[0].sum() * weight.sum())
+
+
+def test_what_was_handed_out_stays_as_it_was() -> None:
+    for tensors in (False, True):
+        envs = together(tensors=tensors)
+        first, _ = envs.reset(seed=0)
+        kept = first.copy() if isinstance(first, np.ndarray) else first.clone()
+        first[:] = 7
+        second = envs.step(np.ones((3, L), np.int8))[0]
+        third = envs.step(np.ones((3, L), np.int8))[0]
+        assert not np.array_equal(np.asarray(second), np.asarray(third))
+        again, _ = envs.reset(seed=0)
+        assert np.array_equal(np.asarray(again), np.asarray(kept))
+
+
+def test_collapse_pays_the_same_in_tensors() -> None:
+    settings = {"step_size": 1e30, "num_edits": 2}
+    rewards = []
+    for tensors in (False, True):
+        envs = together(tensors=tensors, **settings)
+        envs.reset(seed=0)
+        *_, info = result = envs.step(np.ones((3, L), np.int8))
+        rewards.append(np.asarray(result[1], np.float64))
+        assert np.asarray(result[2]).all()
+        assert set(info["error_type"]) == {"non_finite_update"}
+    np.testing.assert_allclose(rewards[0], rewards[1])
+    assert (rewards[0] == -10).all()

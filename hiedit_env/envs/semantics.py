@@ -8,6 +8,7 @@ from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
+from torch import Tensor
 
 from hiedit_env.editing import LEVELS, EditingLife, NumericalCollapse
 from hiedit_env.errors import NonFiniteUpdateError
@@ -19,8 +20,9 @@ from hiedit_env.resident import ResidentLLM
 Judge = Literal["step", "fact", "never"]
 #: Runs one or more primitive steps; gives L bool, the layers written.
 Body = Callable[[], Passes[NDArray[np.bool_]]]
-#: A step without its observation: reward, whether the episode has ended, information.
-Paid = tuple[float, bool, dict[str, Any]]
+#: A step without its observation: reward (a float, or a scalar tensor where levels are kept on the
+#: device), whether the episode has ended, information.
+Paid = tuple[Any, bool, dict[str, Any]]
 
 
 class StepSemantics:
@@ -31,7 +33,7 @@ class StepSemantics:
     history: History
     weights_of_terms: dict[str, float]
     intrinsic: bool
-    _edit_reward: float
+    _edit_reward: Any
 
     @abstractmethod
     def _begin_fact(self) -> None:
@@ -49,8 +51,10 @@ class StepSemantics:
             body, rule_made=rule_made, judge="step" if self.intrinsic else judge
         )
         terms = {term: value - baseline.get(term, 0.0) for term, value in terms.items()}
-        reward = float(sum(terms.values()))
-        self._edit_reward += reward
+        reward: Any = sum(terms.values())
+        # A tensor where the evaluator keeps levels on the device.
+        reward = reward if isinstance(reward, Tensor) else float(reward)
+        self._edit_reward = self._edit_reward + reward
         edit_index, steps = self.life.position, self.life.steps
         edit_over = False
         if error is not None:
@@ -130,7 +134,7 @@ class StepSemantics:
                 answer=fact.answer,
                 layers=self.life.written.copy(),
                 steps=self.life.steps,
-                reward=self._edit_reward,
+                reward=float(self._edit_reward),
                 metrics=metrics,
             )
         )

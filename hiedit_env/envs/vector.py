@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from typing import Any, ClassVar, Generic, TypeVar
 
 import numpy as np
+import torch
 from gymnasium.vector import AutoresetMode, VectorEnv
 from gymnasium.vector.utils import batch_space
 from numpy.typing import NDArray
@@ -24,9 +25,8 @@ from hiedit_env.passes import Passes, run_together
 T = TypeVar("T")
 E = TypeVar("E", bound=EditingEnv)
 Observations = NDArray[np.float32]
-Batch = tuple[
-    Observations, NDArray[np.float64], NDArray[np.bool_], NDArray[np.bool_], dict[str, Any]
-]
+#: Observations, rewards, whether episodes ended and were cut off, information.
+Batch = tuple[Any, Any, Any, Any, dict[str, Any]]
 
 
 class VectorEditing(VectorEnv[Observations, Any, NDArray[Any]], Generic[E]):
@@ -45,6 +45,9 @@ class VectorEditing(VectorEnv[Observations, Any, NDArray[Any]], Generic[E]):
       begins within the step; the last observation and information are in ``info["final_obs"]`` and
       ``info["final_info"]``. ``"Disabled"``: ``reset(options={"reset_mask": mask})`` begins new
       episodes where ``mask`` (N bool) is True, and stepping an ended life is an error.
+    - ``tensors``: if True, observations and rewards are float32 tensors on the model's device that
+      were never on the host (rewards by generation excepted), and ended episodes are bool tensors
+      there; ``info["reward_terms"]`` holds scalar tensors. Actions may be tensors in any case.
     - ``max_batch_tokens``: bound of prompts × longest prompt in one pass over all lives.
     - everything else: as for the id.
 
@@ -71,6 +74,7 @@ class VectorEditing(VectorEnv[Observations, Any, NDArray[Any]], Generic[E]):
         num_envs: int = 1,
         *,
         autoreset_mode: str | AutoresetMode = AutoresetMode.NEXT_STEP,
+        tensors: bool = False,
         max_batch_tokens: int | None = None,
         **settings: Any,
     ) -> None:
@@ -91,13 +95,16 @@ class VectorEditing(VectorEnv[Observations, Any, NDArray[Any]], Generic[E]):
             first.llm.max_batch_tokens = max_batch_tokens
         #: The lives; each is an environment that can be looked into, but not stepped on its own.
         self.envs: tuple[EditingEnv, ...] = tuple(first.fork() for _ in range(num_envs))
+        self.tensors = tensors
+        for env in self.envs:
+            env.life.evaluator.on_device = tensors
         self.metadata = {**first.metadata, "autoreset_mode": self.autoreset_mode}
         self.render_mode = first.render_mode
         self.single_observation_space = first.observation_space
         self.single_action_space = first.action_space
         self.observation_space = batch_space(first.observation_space, num_envs)
         self.action_space = batch_space(first.action_space, num_envs)
-        self._observations = np.zeros((num_envs, first.observer.size), np.float32)
+        self._observations = torch.zeros(num_envs, first.observer.size, device=first.llm.device)
         self._ended = np.zeros(num_envs, bool)
 
     # -- Gymnasium ------------------------------------------------------------------------------
@@ -107,7 +114,7 @@ class VectorEditing(VectorEnv[Observations, Any, NDArray[Any]], Generic[E]):
         *,
         seed: int | Sequence[int | None] | None = None,
         options: dict[str, Any] | None = None,
-    ) -> tuple[Observations, dict[str, Any]]:
+    ) -> tuple[Any, dict[str, Any]]:
         """Begins new lives: all of them, or those of ``options["reset_mask"]``.
 
         Args:
@@ -124,9 +131,9 @@ class VectorEditing(VectorEnv[Observations, Any, NDArray[Any]], Generic[E]):
         chosen = [i for i in range(self.num_envs) if mask[i]]
         with self._all_or_nothing():
             infos = self._run([self.envs[i].begin(seed=seeds[i], options=rest) for i in chosen])
-        self._ended[mask] = False
+        self._ended = self._ended & ~mask
         self._look(chosen)
-        return self._observations.copy(), self._collect(dict(zip(chosen, infos, strict=True)))
+        return self._shown(), self._collect(dict(zip(chosen, infos, strict=True)))
 
     def step(self, actions: Any) -> Batch:
         """One step of every life; see the class docstring for lives that have ended.
@@ -143,7 +150,7 @@ class VectorEditing(VectorEnv[Observations, Any, NDArray[Any]], Generic[E]):
                 "reset(options={'reset_mask': mask})"
             )
         going = [i for i in range(self.num_envs) if not self._ended[i]]
-        rewards = np.zeros(self.num_envs)
+        rewards: list[Any] = [0.0] * self.num_envs
         ended = np.zeros(self.num_envs, bool)
         # Every action is checked before anything happens.
         steps: list[Passes[Any]] = [self._act(i, rows[i]) for i in going]
@@ -155,12 +162,13 @@ class VectorEditing(VectorEnv[Observations, Any, NDArray[Any]], Generic[E]):
                 if i in fresh:
                     infos[i] = result
                 else:
-                    paid: Paid = result
-                    rewards[i], ended[i], infos[i] = paid
+                    one: Paid = result
+                    rewards[i], ended[i], infos[i] = one
             self._look(range(self.num_envs))
             over = [i for i in range(self.num_envs) if ended[i]]
             if over and self.autoreset_mode is AutoresetMode.SAME_STEP:
-                finals = {i: (self._observations[i].copy(), infos[i]) for i in over}
+                seen = self._shown()
+                finals = {i: (seen[i], infos[i]) for i in over}
                 begun = self._run([self.envs[i].begin() for i in over])
                 self._look(over)
                 for i, info in zip(over, begun, strict=True):
@@ -168,7 +176,13 @@ class VectorEditing(VectorEnv[Observations, Any, NDArray[Any]], Generic[E]):
                     infos[i] = {"final_obs": final_obs, "final_info": final_info, **info}
         self._ended = ended & (self.autoreset_mode is not AutoresetMode.SAME_STEP)
         truncated = np.zeros(self.num_envs, bool)
-        return self._observations.copy(), rewards, ended, truncated, self._collect(infos)
+        rest = self._collect(infos)
+        if not self.tensors:
+            return self._shown(), np.array(rewards, np.float64), ended, truncated, rest
+        device = self._observations.device
+        paid = torch.stack([torch.as_tensor(r, dtype=torch.float32).to(device) for r in rewards])
+        over_now, cut_now = (torch.from_numpy(x).to(device) for x in (ended, truncated))
+        return self._shown(), paid, over_now, cut_now, rest
 
     def render(self) -> tuple[Any, ...] | None:
         """The pictures or texts of all lives; see the single environment."""
@@ -211,7 +225,8 @@ class VectorEditing(VectorEnv[Observations, Any, NDArray[Any]], Generic[E]):
     def _all_or_nothing(self) -> Iterator[None]:
         """Puts every life back if one of them fails."""
         before: list[Callable[[], None]] = [env.return_point() for env in self.envs]
-        observations, ended = self._observations.copy(), self._ended.copy()
+        # Never written in place: the old ones are still whole.
+        observations, ended = self._observations, self._ended
         try:
             yield
         except BaseException:
@@ -224,9 +239,15 @@ class VectorEditing(VectorEnv[Observations, Any, NDArray[Any]], Generic[E]):
         """Observes some lives again."""
         if lives:
             views = [self.envs[i].view() for i in lives]
-            found = self.envs[0].observer.batch(views).cpu().numpy()
-            self._observations = self._observations.copy()
-            self._observations[list(lives)] = found
+            found = self.envs[0].observer.batch(views)
+            index = torch.tensor(list(lives), device=found.device)
+            self._observations = self._observations.index_copy(0, index, found)
+
+    def _shown(self) -> Any:
+        """The observations as they are handed out, the caller's to keep."""
+        return (
+            self._observations.clone() if self.tensors else self._observations.cpu().numpy().copy()
+        )
 
     def _collect(self, infos: Mapping[int, dict[str, Any]]) -> dict[str, Any]:
         collected: dict[str, Any] = {}
@@ -240,6 +261,8 @@ class VectorEditing(VectorEnv[Observations, Any, NDArray[Any]], Generic[E]):
             parts = {name: self._rows(part) for name, part in actions.items()}
             return [{name: part[i] for name, part in parts.items()} for i in range(self.num_envs)]
         try:
+            if isinstance(actions, torch.Tensor):
+                actions = actions.detach().cpu().numpy()
             count = len(actions)
         except TypeError:
             count = -1
