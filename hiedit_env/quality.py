@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from numbers import Real
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import numpy as np
 import torch
@@ -210,7 +210,7 @@ class Evaluator:
         edit = parts["fact"]
         if fact.paraphrases:
             edit = (edit + parts["paraphrases"]) / 2
-        levels = {
+        levels: dict[str, Any] = {
             "edit": edit,
             "locality": perfect if np.isnan(local) and not means.has_probes else local,
             "retention": parts["retention"] if remembered else perfect,

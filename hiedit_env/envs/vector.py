@@ -245,9 +245,8 @@ class VectorEditing(VectorEnv[Observations, Any, NDArray[Any]], Generic[E]):
 
     def _shown(self) -> Any:
         """The observations as they are handed out, the caller's to keep."""
-        return (
-            self._observations.clone() if self.tensors else self._observations.cpu().numpy().copy()
-        )
+        shown = self._observations.clone()
+        return shown if self.tensors else shown.cpu().numpy()
 
     def _collect(self, infos: Mapping[int, dict[str, Any]]) -> dict[str, Any]:
         collected: dict[str, Any] = {}
