@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from benchmarks import edit
 from benchmarks.compare import CompareSettings
 from benchmarks.edit import edit_model
-from hiedit_env.errors import ModelError, ResultsExistError, SettingsError
+from hiedit_env.errors import ModelError, PromptError, ResultsExistError, SettingsError
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -177,3 +177,12 @@ def test_a_difference_is_named_and_nothing_kept(
     with pytest.raises(ModelError, match="differs on 'Belka lives in'; nothing was kept"):
         run(settings, tmp_path / "out")
     assert files(tmp_path) == ["facts.json"]
+
+
+def test_a_prompt_that_is_too_long_is_named_by_its_row(tmp_path: Path) -> None:
+    path = tmp_path / "facts.json"
+    path.write_text(json.dumps([FACT, {**FACT, "prompt": "word " * 200}]))
+    settings = CompareSettings(model="tiny", dataset=str(path))
+    with pytest.raises(PromptError, match=r"facts\.json row 1"):
+        run(settings, tmp_path / "out")
+    assert not (tmp_path / "out").exists()

@@ -247,6 +247,20 @@ def test_bad_high_levels(settings: dict[str, Any]) -> None:
         make(STEP_SIZE, **settings)
 
 
+@pytest.mark.parametrize(
+    "settings", [{"high_level": "magic"}, {"high_level": "random-layers", "layers_per_edit": 0}]
+)
+def test_bad_high_levels_are_found_before_the_model_is_loaded(
+    settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def forbidden(*_: Any, **__: Any) -> None:
+        raise AssertionError("must not be called")
+
+    monkeypatch.setattr("hiedit_env.envs.base.load_model", forbidden)
+    with pytest.raises(SettingsError, match=r"magic|layers_per_edit"):
+        make(STEP_SIZE, **settings)
+
+
 REQUEST = Request("Belka lives in", "Istrand", "Belka")
 
 

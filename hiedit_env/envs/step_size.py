@@ -9,10 +9,12 @@ import numpy as np
 from gymnasium import spaces
 from numpy.typing import NDArray
 
+from hiedit_env.checks import whole_number
 from hiedit_env.envs.actions import check_only_step_sizes
 from hiedit_env.envs.base import EditingEnv
 from hiedit_env.envs.state import EnvState
-from hiedit_env.layer_choice import make_choice
+from hiedit_env.errors import SettingsError
+from hiedit_env.layer_choice import CHOICES, make_choice
 from hiedit_env.passes import Passes
 
 
@@ -53,6 +55,13 @@ class StepSize(EditingEnv):
         layers_per_edit: int | None = None,
         **settings: Any,
     ) -> None:
+        if high_level not in CHOICES:
+            # Before the model is loaded.
+            raise SettingsError(
+                f"unknown high_level {high_level!r}; choose one of {', '.join(CHOICES)}"
+            )
+        if layers_per_edit is not None:
+            whole_number(layers_per_edit, "layers_per_edit", 1)
         super().__init__(*arguments, **settings)
         # EzPickle rebuilds the environment from these.
         self._ezpickle_args = arguments
