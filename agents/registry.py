@@ -6,6 +6,7 @@
 ``DIR``                   a trained agent: a folder that ``hiedit train`` wrote
 ``HIGH+LOW``              any high level over any low level; either may also be a DIR, of which
                           that level is taken
+``ppo:DIR``               a policy that ``python -m agents.ppo`` trained
 ``module:Class``          an agent of your own
 ========================  =====================================================================
 
@@ -48,6 +49,9 @@ from hiedit_env.resident import ResidentLLM
 
 #: Where the trained agents that ship with hiedit are: a folder per agent and model.
 SHIPPED = Path(__file__).parent / "trained"
+
+#: Policies trained in another way: prefix → module whose ``load(folder)`` makes an agent.
+LOADERS: Mapping[str, str] = MappingProxyType({"ppo": "agents.ppo"})
 
 #: Arguments that parameters were trained for.
 _STRUCTURE = frozenset({"form", "rank", "blocks", "hidden", "embedding", "rule", "size"})
@@ -199,13 +203,17 @@ def make_agent(name: str, *, layers_per_edit: int | None = None) -> Agent:
     """
     if name in CHOICES:
         return LayerChoiceAgent(name, layers_per_edit=layers_per_edit)
+    prefix, colon, place = name.partition(":")
+    if colon and prefix in LOADERS and not is_trained(name):
+        agent: Agent = importlib.import_module(LOADERS[prefix]).load(Path(place))
+        return agent
     if ":" in name and "+" not in name and not is_trained(name.partition("?")[0]):
-        agent = _import(name)(layers_per_edit=layers_per_edit)
-        if not isinstance(agent, Agent):
+        made = _import(name)(layers_per_edit=layers_per_edit)
+        if not isinstance(made, Agent):
             raise SettingsError(
                 f"{name!r} is no agent; it needs name, reset, select_action and update"
             )
-        return agent
+        return made
     return spec_agent(name, layers_per_edit)
 
 

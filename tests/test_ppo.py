@@ -1,0 +1,132 @@
+"""The one-file PPO: known answers, a toy it must learn, files."""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import gymnasium as gym
+import numpy as np
+import pytest
+import torch
+
+import hiedit_env
+from agents.ppo import ActorCritic, Args, estimate, main, train
+from agents.registry import make_agent
+from benchmarks.compare import CompareSettings, compare
+from hiedit_env.errors import CheckpointError, ResultsExistError, SettingsError
+
+TOY = Args(
+    env_id="hiedit/Toy-v0",
+    env={"num_layers": 4, "num_edits": 16},
+    total_steps=8192,
+    learning_rate=1e-2,
+)
+SHORT = Args(env={"num_edits": 2}, num_envs=2, num_steps=2, minibatches=2, total_steps=8, hidden=4)
+
+
+def test_advantages_by_hand() -> None:
+    """Two lives of three facts; the second one's first life ends with its second fact."""
+    rewards = torch.tensor([[1.0, 0.0], [2.0, 1.0], [0.0, 3.0]])
+    values = torch.tensor([[0.5, 1.0], [1.0, 0.0], [2.0, 1.0]])
+    ends = torch.tensor([[0.0, 0.0], [0.0, 1.0], [0.0, 0.0]])
+    found = estimate(rewards, values, ends, torch.tensor([4.0, 2.0]), 0.5, 0.8)
+    # First: 0 + 2 − 2 = 0;  2 + 1 − 1 + 0.4 · 0 = 2;  1 + 0.5 − 0.5 + 0.4 · 2 = 1.8.
+    # Second: 3 + 1 − 1 = 3;  1 − 0 = 1;  0 + 0 − 1 + 0.4 · 1 = −0.6.
+    wanted = torch.tensor([[1.8, -0.6], [2.0, 1.0], [0.0, 3.0]])
+    torch.testing.assert_close(found, wanted)
+
+
+def test_probabilities_and_entropy_of_independent_coins() -> None:
+    model = ActorCritic(3, 2, 5, torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        model.actor[-1].bias.copy_(torch.tensor([0.4, -1.2]))  # type: ignore[union-attr, operator]
+    seen = torch.tensor([[0.1, -0.3, 0.8]])
+    p, q = model.actor(seen).sigmoid()[0].tolist()
+    found, entropy = model.log_probability(seen, torch.tensor([[1.0, 0.0]]))
+    assert found.item() == pytest.approx(math.log(p) + math.log(1 - q), rel=1e-5)
+    wanted = -sum(x * math.log(x) + (1 - x) * math.log(1 - x) for x in (p, q)) / 2
+    assert entropy.item() == pytest.approx(wanted, rel=1e-5)
+
+
+def test_learns_the_toy() -> None:
+    model = train(TOY, progress=False)
+    env = gym.make("hiedit/Toy-v0", num_layers=4, num_edits=200)
+    observation, _ = env.reset(seed=99)
+    total, ended = 0.0, False
+    while not ended:
+        with torch.no_grad():
+            chosen = (model.actor(torch.from_numpy(observation)[None])[0] > 0).numpy()
+        observation, reward, ended, _, _ = env.step(chosen.astype(np.int8))
+        total += float(reward)
+    toy: Any = env.unwrapped
+    assert total / 200 > 0.95 * toy.expected_reward("best")
+    assert toy.expected_reward("best") > 5 * toy.expected_reward("random")
+
+
+def test_same_seed_same_parameters() -> None:
+    short = replace(TOY, total_steps=512)
+    one, two = (train(short, progress=False).state_dict() for _ in range(2))
+    other = train(replace(short, seed=1), progress=False).state_dict()
+    assert all(torch.equal(one[name], two[name]) for name in one)
+    assert any(not torch.equal(one[name], other[name]) for name in one)
+
+
+def test_a_trained_policy_is_compared_like_any_agent(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "policy"
+    sizes = {"num-envs": 2, "num-steps": 2, "minibatches": 2, "total-steps": 8, "hidden": 4}
+    options = [text for name, size in sizes.items() for text in (f"--{name}", str(size))]
+        "--num-envs",
+        "2",
+        "--num-steps",
+        "2",
+        "--minibatches",
+        "2",
+        "--total-steps",
+        "8",
+        "--hidden",
+        "4",
+    ]
+    main(["--out", str(out), "--env", "model=tiny", "num_edits=2", *options])
+    assert f"ppo:{out}" in capsys.readouterr().out
+    record = json.loads((out / "ppo.json").read_text())
+    assert record["args"]["env"] == {"model": "tiny", "num_edits": 2}
+    assert len((out / "train.jsonl").read_text().splitlines()) == 2
+    settings = CompareSettings(model="tiny", num_edits=2, generation=())
+    rows = compare(settings, [f"ppo:{out}"], [0], tmp_path / "table", progress=False).rows
+    assert [row["agent"] for row in rows] == ["no-edit", f"ppo:{out}"]
+    with pytest.raises(ResultsExistError, match="another --out"):
+        train(SHORT, out)
+
+
+def test_a_policy_refuses_other_spaces_and_folders(tmp_path: Path) -> None:
+    train(SHORT, tmp_path / "policy", progress=False)
+    agent = make_agent(f"ppo:{tmp_path / 'policy'}")
+    assert hiedit_env.__version__
+    with pytest.raises(CheckpointError, match=r"137 observed numbers and 6 layers.*\(7,\)"):
+        agent.reset(gym.make("hiedit/Toy-v0"), 0)
+    with pytest.raises(CheckpointError, match="holds no policy"):
+        make_agent(f"ppo:{tmp_path}")
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"num_envs": 0}, "num_envs"),
+        ({"total_steps": 3}, "total_steps must be at least"),
+        ({"minibatches": 500}, "minibatches"),
+    ],
+)
+def test_rubbish_settings_are_refused(settings: dict[str, int], message: str) -> None:
+    with pytest.raises(SettingsError, match=message):
+        Args(**settings)  # type: ignore[arg-type]
+
+
+def test_other_actions_are_refused() -> None:
+    with pytest.raises(SettingsError, match="LayerSelection"):
+        train(replace(SHORT, env_id="hiedit/StepSize-v0"))
