@@ -81,17 +81,6 @@ def test_a_trained_policy_is_compared_like_any_agent(
     out = tmp_path / "policy"
     sizes = {"num-envs": 2, "num-steps": 2, "minibatches": 2, "total-steps": 8, "hidden": 4}
     options = [text for name, size in sizes.items() for text in (f"--{name}", str(size))]
-        "--num-envs",
-        "2",
-        "--num-steps",
-        "2",
-        "--minibatches",
-        "2",
-        "--total-steps",
-        "8",
-        "--hidden",
-        "4",
-    ]
     main(["--out", str(out), "--env", "model=tiny", "num_edits=2", *options])
     assert f"ppo:{out}" in capsys.readouterr().out
     record = json.loads((out / "ppo.json").read_text())
