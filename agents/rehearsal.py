@@ -8,8 +8,9 @@ present weights, and the loss
 (mean over each one's tokens) gives a second low-rank update of the same layers, by the same
 decorrelated rule. The earlier requests are those the agent itself edited in this life, without
 their paraphrases (what was answered when it came, or had no layer chosen, was not edited).
-The unrelated prompts are from training, answered by the unedited model. Nothing that an evaluation
-asks is looked at. It is experience replay (Lin 1992) on the weights of the model that is edited;
+The unrelated prompts are from training, each once with the unedited model's own answer and once
+with the true one; at both, the unedited model's distribution is what is kept. Nothing that an
+evaluation asks is looked at. It is experience replay (Lin 1992) on the weights of the model that is edited;
 HiEdit's and RLEdit's memory of the last k edits acts in training only.
 """
 
@@ -104,7 +105,9 @@ class Rehearsal(Hypernetwork):
                 yield capture
 
         super().calibrate(noted())
-        self._bank = tuple(UneditedAnswers(self.llm).get(prompts))
+        own = UneditedAnswers(self.llm).get(prompts)
+        found = [self._prompt(p.prompt_ids, p.answer_ids) for p in (*own, *prompts)]
+        self._bank = tuple(dict.fromkeys(found))
 
     def state(self) -> dict[str, Any]:
         """Parameters, calibration, and the tokens of the unrelated prompts."""
@@ -114,12 +117,13 @@ class Rehearsal(Hypernetwork):
     def load_state(self, state: Mapping[str, Any]) -> None:
         """Puts a saved :meth:`state` back."""
         rest = dict(state)
-        decode = self.llm.encoder.decode
-        self._bank = tuple(
-            EncodedPrompt(decode(prompt), decode(answer), tuple(prompt), tuple(answer))
-            for prompt, answer in rest.pop("bank")
-        )
+        self._bank = tuple(self._prompt(prompt, answer) for prompt, answer in rest.pop("bank"))
         super().load_state(rest)
+
+    def _prompt(self, prompt: Sequence[int], answer: Sequence[int]) -> EncodedPrompt:
+        """An unrelated prompt that is given by its tokens alone, as it is saved."""
+        decode = self.llm.encoder.decode
+        return EncodedPrompt(decode(prompt), decode(answer), tuple(prompt), tuple(answer))
 
     def reset(self) -> None:
         """Forgets the statistics and the requests of this life."""
