@@ -10,8 +10,8 @@ decorrelated rule. The earlier requests are those the agent itself edited in thi
 their paraphrases (what was answered when it came, or had no layer chosen, was not edited).
 The unrelated prompts are from training, each once with the unedited model's own answer and once
 with the true one; at both, the unedited model's distribution is what is kept. Nothing that an
-evaluation asks is looked at. It is experience replay (Lin 1992) on the weights of the model that is edited;
-HiEdit's and RLEdit's memory of the last k edits acts in training only.
+evaluation asks is looked at. It is experience replay (Lin 1992) on the weights of the model that is
+edited; HiEdit's and RLEdit's memory of the last k edits acts in training only.
 """
 
 from __future__ import annotations
