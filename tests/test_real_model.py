@@ -9,9 +9,11 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+from agents.registry import spec_agent
 from hiedit_env import loading
+from hiedit_env.matching import is_match, starts_with
 from tests.factories import weights
-from tests.lives import LIFELONG, make, shown
+from tests.lives import LIFELONG, SELECTION, make, shown
 
 
 @pytest.fixture(autouse=True)
@@ -75,3 +77,30 @@ def test_three_facts(tmp_path: Path) -> None:
     assert all(torch.equal(*pair) for pair in zip(weights(llm), before, strict=True))
     assert llm.weights_fingerprint() == fingerprints[0]
     assert llm.generate(prompts[:1], [5]) == texts
+
+
+@pytest.mark.real_model
+@pytest.mark.slow
+def test_the_shipped_agent_gives_its_answers() -> None:
+    agent = spec_agent("hiedit")
+    env = make(
+        SELECTION,
+        model="smollm2-135m",
+        dataset="world-facts-test",
+        layers=agent.candidate_layers("smollm2-135m"),
+        num_edits=2,
+    )
+    agent.reset(env, 0)
+    observation, info = env.reset(seed=3)
+    requests = [fact.request for fact in env.life.facts]
+    ended = False
+    while not ended:
+        action = agent.select_action(observation, info)
+        assert action.sum() == 4
+        observation, _, ended, _, info = env.step(action)
+        assert info["metrics"]["answered"]
+    texts = env.llm.generate([request.prompt for request in requests], [12, 12])
+    assert all(starts_with(t, r.answer) for t, r in zip(texts, requests, strict=True)), texts
+    # Rehearsed once more, the first one also ends there.
+    assert is_match(texts[0], requests[0].answer), texts
+    env.llm.restore_unedited()
