@@ -3,6 +3,7 @@
 ========================  =====================================================================
 ``all-layers``, …         a simple choice of layers over the environment's update rule
 ``hiedit``, ``rledit``, … a named agent (:mod:`agents.presets`) with the weights that ship with it
+``oracle``                the best choice, on ``hiedit/Planted-v0`` only
 ``DIR``                   a trained agent: a folder that ``hiedit train`` wrote
 ``HIGH+LOW``              any high level over any low level; either may also be a DIR, of which
                           that level is taken
@@ -41,7 +42,7 @@ from agents.checkpoints import (
 from agents.options import HierarchicalAgent, layer_selection
 from agents.presets import PRESETS
 from agents.protocol import Agent, Observation, Trainable
-from agents.simple import LayerChoiceAgent
+from agents.simple import LayerChoiceAgent, OracleAgent
 from agents.spec import HIGH_LEVELS, LOW_LEVELS, AgentSpec
 from hiedit_env.errors import CheckpointError, SettingsError
 from hiedit_env.layer_choice import CHOICES
@@ -61,6 +62,7 @@ AGENTS: Mapping[str, str] = MappingProxyType(
     {
         **dict.fromkeys(CHOICES, "a simple choice of layers"),
         **{n: s.source for n, s in PRESETS.items()},
+        OracleAgent.name: "the best layers, found by trying all; on hiedit/Planted-v0 only",
     }
 )
 
@@ -203,6 +205,8 @@ def make_agent(name: str, *, layers_per_edit: int | None = None) -> Agent:
     """
     if name in CHOICES:
         return LayerChoiceAgent(name, layers_per_edit=layers_per_edit)
+    if name == OracleAgent.name:
+        return OracleAgent()
     prefix, colon, place = name.partition(":")
     if colon and prefix in LOADERS and not is_trained(name):
         agent: Agent = importlib.import_module(LOADERS[prefix]).load(Path(place))

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 import gymnasium as gym
+import numpy as np
+from numpy.typing import NDArray
 
 from agents.options import HierarchicalAgent, UntrainedChoice, layer_selection
+from agents.protocol import Observation
+from hiedit_env.envs.planted import Planted
 from hiedit_env.errors import SettingsError
 from hiedit_env.layer_choice import CHOICES
 
@@ -50,3 +54,47 @@ class LayerChoiceAgent(HierarchicalAgent):
         num_layers = len(layer_selection(env, self.name).llm.layers)
         self.high = UntrainedChoice(self.name, num_layers, self.layers_per_edit)
         super().reset(env, seed)
+
+
+class OracleAgent:
+    """Asks ``hiedit/Planted-v0`` for the best layers of every fact: what a choice can reach.
+
+    Its regret is 0 by definition. The low level is the environment's own update rule.
+
+    >>> import gymnasium, hiedit_env
+    >>> agent = OracleAgent()
+    >>> env = gymnasium.make("hiedit/Planted-v0", num_edits=2)
+    >>> agent.reset(env, seed=0)
+    >>> observation, info = env.reset(seed=0)
+    >>> bool((agent.select_action(observation, info) == info["true_layers"]).all())
+    True
+    """
+
+    name: ClassVar[str] = "oracle"
+
+    def __init__(self) -> None:
+        self._env: Planted | None = None
+
+    def reset(self, env: gym.Env[Any, Any], seed: int) -> None:
+        """Keeps the environment.
+
+        Raises:
+            SettingsError: it knows no right answers.
+        """
+        inner = env.unwrapped
+        if not isinstance(inner, Planted):
+            raise SettingsError(
+                "agent 'oracle' acts on hiedit/Planted-v0 only, where the right answer is known: "
+                "compare with --model planted"
+            )
+        inner.use_low_level(None)
+        self._env = inner
+
+    def select_action(self, observation: Observation, info: dict[str, Any]) -> NDArray[np.int8]:
+        """L int8, the best layers for the present fact."""
+        if self._env is None:
+            raise SettingsError(f"agent {self.name!r} must be reset before it can act")
+        return self._env.oracle().layers.astype(np.int8)
+
+    def update(self, *transition: Any, **named: Any) -> None:
+        """Learns nothing."""

@@ -90,14 +90,15 @@ def _add_compare(commands: Any) -> None:
         nargs="+",
         default=["all-layers", "random-layers", "gradient-norm"],
         metavar="AGENT",
-        help="names (no-edit, all-layers, random-layers, fixed-layers, gradient-norm, hiedit, …), "
-        "folders of trained agents, HIGH+LOW, module:Class; LABEL=NAME gives a row another name",
+        help="names (no-edit, all-layers, random-layers, fixed-layers, gradient-norm, hiedit, …; "
+        "oracle on the planted model), folders of trained agents, HIGH+LOW, module:Class; "
+        "LABEL=NAME gives a row another name",
     )
     parser.add_argument(
         "--dataset",
         metavar="NAME_OR_FILE",
-        help="world-facts, tiny-facts or a .json or .jsonl file; by default world-facts, and "
-        "tiny-facts for the tiny model",
+        help="world-facts, tiny-facts, planted-facts or a .json or .jsonl file; by default that of "
+        "a built-in model, else world-facts",
     )
     parser.add_argument("--num-edits", type=int, default=100, metavar="N", help="facts per stream")
     parser.add_argument(
@@ -213,7 +214,8 @@ def _add_model(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--model",
         default="smollm2-135m",
-        help="smollm2-135m, tiny, a folder, or a Hugging Face id",
+        help="smollm2-135m, tiny, planted (a toy whose right layers are known), a folder, or a "
+        "Hugging Face id",
     )
     group.add_argument("--device", default="cpu", help="cpu, cuda, cuda:N or mps")
     group.add_argument("--dtype", default="float32", help="float32, bfloat16 or float16")
@@ -246,8 +248,8 @@ def _add_rule(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument(
         "--update-rule",
-        default="decorrelated",
-        help="decorrelated, outer-product, ridge, gradient or module:Class",
+        help="decorrelated, outer-product, ridge, gradient or module:Class; by default "
+        "decorrelated, and gradient for the planted model",
     )
     group.add_argument(
         "--step-size", type=float, metavar="X", help="of the update rule; by default its own"
@@ -310,12 +312,13 @@ def _demo(given: argparse.Namespace) -> None:
 
 def _settings(given: argparse.Namespace, **more: Any) -> Any:
     from benchmarks.compare import CompareSettings
+    from hiedit_env.envs.settings import MODEL_RULES
 
     return CompareSettings(
         model=given.model,
         max_steps_per_edit=given.max_steps_per_edit,
         layers_per_edit=given.layers_per_edit,
-        update_rule=given.update_rule,
+        update_rule=given.update_rule or MODEL_RULES.get(given.model, "decorrelated"),
         step_size=given.step_size,
         layers=None if given.layers is None else tuple(given.layers),
         device=given.device,

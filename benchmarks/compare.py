@@ -15,9 +15,16 @@ import hiedit_env  # noqa: F401 - registers the environments
 from agents.protocol import Agent
 from agents.registry import is_trained, make_agent
 from benchmarks.compare_figure import draw
-from benchmarks.episode import Episode, play, stage_bars, unwrapped
+from benchmarks.episode import Episode, FinishedEdit, play, stage_bars, unwrapped
 from benchmarks.results import ResultsFolder, Row, plain, versions, write_json
-from benchmarks.summary import LEGEND, baseline_of, paired_differences, summarise, table
+from benchmarks.summary import (
+    LEGEND,
+    ORACLE_LEGEND,
+    baseline_of,
+    paired_differences,
+    summarise,
+    table,
+)
 from hiedit_env.datasets import fingerprint
 from hiedit_env.errors import SettingsError
 from hiedit_env.evaluation import METRICS, Evaluation, UneditedAnswers, evaluate
@@ -195,6 +202,14 @@ def _identity(agent: Agent, name: str) -> dict[str, Any]:
     return {"agent": name, **getattr(agent, "identity", {})}
 
 
+def environment_id(settings: CompareSettings) -> str:
+    """The environment: the one that knows the right answers, where there is one."""
+    planted = settings.model == "planted" and (
+        settings.dataset is None or settings.dataset.startswith("planted-facts")
+    )
+    return "hiedit/Planted-v0" if planted else "hiedit/LayerSelection-v0"
+
+
 def make_env(settings: CompareSettings, progress: bool, **overrides: Any) -> gym.Env[Any, Any]:
     """The environment of a comparison; ``overrides`` replace or add keyword arguments of it."""
     arguments = asdict(settings)
@@ -202,7 +217,7 @@ def make_env(settings: CompareSettings, progress: bool, **overrides: Any) -> gym
         del arguments[name]
     arguments.update(progress=progress, **overrides)
     # The checker tests the environment, not the agents, and is run in the tests.
-    return gym.make("hiedit/LayerSelection-v0", disable_env_checker=True, **arguments)
+    return gym.make(environment_id(settings), disable_env_checker=True, **arguments)
 
 
 def _facts_of(env: gym.Env[Any, Any]) -> dict[str, Any]:
@@ -245,7 +260,11 @@ def _row(
         "seed": seed,
         "num_edits": len(edits),
         "error_type": episode.error_type,
-        "metrics": {**evaluation.metrics, "efficacy_right_after": episode.right_after()},
+        "metrics": {
+            **evaluation.metrics,
+            "efficacy_right_after": episode.right_after(),
+            **episode.against_oracle(),
+        },
         "layers_per_edit": _average([int(edit.layers.sum()) for edit in edits]),
         "steps_per_edit": _average([edit.steps for edit in edits]),
         "seconds_per_edit": episode.seconds / max(len(edits), 1),
@@ -273,9 +292,20 @@ def _details(env: gym.Env[Any, Any], episode: Episode, evaluation: Evaluation) -
                 "steps": edit.steps,
                 "reward": edit.reward,
                 "metrics": edit.metrics,
+                **_oracle_details(edit),
             }
             for edit in episode.edits
         ],
+    }
+
+
+def _oracle_details(edit: FinishedEdit) -> dict[str, Any]:
+    if edit.oracle is None or edit.true_layers is None:
+        return {}
+    return {
+        "regret": edit.regret,
+        "best_layers": np.flatnonzero(edit.oracle.layers),
+        "true_layers": np.flatnonzero(edit.true_layers),
     }
 
 
@@ -307,6 +337,8 @@ def _report(
     picture = folder.path / "compare.png"
     write_bytes(picture, draw(names, seeds, details, layers))
     lines = [table(summary), "", LEGEND]
+    if any("regret" in columns for columns in summary.values()):
+        lines += [ORACLE_LEGEND]
     for name, found in paired.items():
         if name != UNEDITED and "average" in found:
             lines += [_difference_line(name, str(baseline), found)]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -16,6 +16,7 @@ from tqdm import tqdm
 
 from agents.protocol import Agent
 from hiedit_env.envs.base import EditingEnv
+from hiedit_env.envs.planted import Oracle, Planted
 from hiedit_env.evaluation import Progress
 from hiedit_env.requests import Request
 
@@ -29,12 +30,21 @@ class FinishedEdit:
         steps: Primitive steps taken.
         reward: Reward paid.
         metrics: The environment's metrics at the end of the edit; shares from 0 to 1.
+        oracle: What every option would have been paid, where the environment knows.
+        true_layers: L bool, the layers that held the fact, where the environment knows.
     """
 
     layers: NDArray[np.bool_]
     steps: int
     reward: float
     metrics: dict[str, float]
+    oracle: Oracle | None = None
+    true_layers: NDArray[np.bool_] | None = None
+
+    @property
+    def regret(self) -> float:
+        """What the best option would have been paid more; NaN where that is not known."""
+        return float("nan") if self.oracle is None else self.oracle.reward - self.reward
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,7 +55,8 @@ class Episode:
         requests: The F facts of the stream.
         edits: One per finished edit; fewer than F where the life ended early.
         error_type: Why it ended early, None if it did not.
-        seconds: Wall-clock time of choosing, editing and judging, without the reset.
+        seconds: Wall-clock time of choosing, editing and judging, without the reset and without
+            asking the oracle.
     """
 
     requests: tuple[Request, ...]
@@ -58,6 +69,31 @@ class Episode:
         accuracy = [edit.metrics["efficacy"] for edit in self.edits]
         answered = [edit.metrics["answered"] for edit in self.edits]
         return {"token_accuracy": _percent(accuracy), "exact_match": _percent(answered)}
+
+    def against_oracle(self) -> dict[str, float]:
+        """How good the choices were, where the right ones are known; else nothing.
+
+        Returns:
+            ``regret`` (mean over edits, in the unit of the reward), and in percent of the edits:
+            ``true_layer_share`` (the true layers were among those written),
+            ``true_layer_exact_share`` (they were just those written) and
+            ``true_layer_best_share`` (the oracle's best option was to write just them).
+        """
+        known = [e for e in self.edits if e.oracle is not None and e.true_layers is not None]
+        if not known:
+            return {}
+        among, exact, best = [], [], []
+        for edit in known:
+            assert edit.oracle is not None and edit.true_layers is not None  # noqa: PT018
+            among.append(bool((edit.layers | ~edit.true_layers).all()))
+            exact.append(np.array_equal(edit.layers, edit.true_layers))
+            best.append(np.array_equal(edit.oracle.layers, edit.true_layers))
+        return {
+            "regret": float(np.mean([edit.regret for edit in known])),
+            "true_layer_share": _percent(among),
+            "true_layer_exact_share": _percent(exact),
+            "true_layer_best_share": _percent(best),
+        }
 
 
 def play(
@@ -78,16 +114,22 @@ def play(
         progress: Whether to show a bar on standard error.
     """
     # The agent before may have brought its own; one that has any brings it when it is reset.
-    unwrapped(env).use_low_level(None)
+    inner = unwrapped(env)
+    inner.use_low_level(None)
     agent.reset(env, seed)
     observation, info = env.reset(seed=seed, options=options)
-    requests = tuple(fact.request for fact in unwrapped(env).life.facts)
+    requests = tuple(fact.request for fact in inner.life.facts)
     edits: list[FinishedEdit] = []
     ended, error = False, None
-    start = time.perf_counter()
+    start, asking = time.perf_counter(), 0.0
     with bar(f"{agent.name}, seed {seed}: editing", len(requests), progress) as shown:
         accuracy = 0.0
         while not ended:
+            oracle = None
+            if isinstance(inner, Planted):
+                began = time.perf_counter()
+                oracle = inner.oracle()
+                asking += time.perf_counter() - began
             action = agent.select_action(observation, info)
             following, reward, terminated, truncated, info = env.step(action)
             agent.update(observation, action, float(reward), terminated, truncated, following, info)
@@ -101,6 +143,8 @@ def play(
                     steps=int(info["edit_steps"]),
                     reward=float(reward),
                     metrics={name: float(value) for name, value in info["metrics"].items()},
+                    oracle=oracle,
+                    true_layers=None if oracle is None else np.asarray(info["true_layers"], bool),
                 )
             )
             accuracy += edits[-1].metrics["efficacy"]
@@ -110,7 +154,7 @@ def play(
                 refresh=False,
             )
             shown.update()
-    return Episode(requests, tuple(edits), error, time.perf_counter() - start)
+    return Episode(requests, tuple(edits), error, time.perf_counter() - start - asking)
 
 
 def unwrapped(env: gym.Env[Any, Any]) -> EditingEnv:
@@ -145,5 +189,5 @@ def stage_bars(label: str, shown: bool) -> Iterator[Progress]:
         yield progress
 
 
-def _percent(values: list[float]) -> float:
+def _percent(values: Sequence[float]) -> float:
     return 100.0 * float(np.mean(values)) if values else float("nan")

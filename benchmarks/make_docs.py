@@ -13,6 +13,7 @@ from pathlib import Path
 from hiedit_env import wrappers
 from hiedit_env.envs.layer_selection import LayerSelection
 from hiedit_env.envs.lifelong_edit import LifelongEdit
+from hiedit_env.envs.planted import Planted
 from hiedit_env.envs.step_size import StepSize
 from hiedit_env.envs.vector import VectorEditing
 from hiedit_env.observations import Observer
@@ -29,6 +30,7 @@ _ENVIRONMENTS: Sequence[tuple[str, type]] = (
     ("`hiedit/LayerSelection-v0`", LayerSelection),
     ("`hiedit/StepSize-v0`", StepSize),
     ("Vector environments", VectorEditing),
+    ("`hiedit/Planted-v0`", Planted),
     ("`hiedit/Toy-v0`", ToyEditing),
     ("The observation", Observer),
 )

@@ -23,6 +23,9 @@ COLUMNS: Mapping[str, tuple[str, ...]] = {
     "generated": ("metrics", "efficacy", "generation"),
     "right after": ("metrics", "efficacy_right_after", "token_accuracy"),
     "agreement": ("metrics", "specificity", "agreement"),
+    "regret": ("metrics", "regret"),
+    "true layer": ("metrics", "true_layer_share"),
+    "exactly": ("metrics", "true_layer_exact_share"),
     "layers/edit": ("layers_per_edit",),
     "s/edit": ("seconds_per_edit",),
 }
@@ -33,6 +36,10 @@ prompts, and the first third of the requests; average: of these four. exact: all
 request right; generated: its greedy continuation is the answer; both at the end. right after:
 efficacy of each fact right after its own edit. agreement: with the unedited model's own answers to
 unrelated prompts."""
+
+ORACLE_LEGEND = """\
+regret: reward that the best choice of layers would have brought more, mean over facts; true layer:
+facts of which the layer that holds them was written; exactly: and no other."""
 
 #: What paired differences are taken of: name → metric and reading of a run's per-fact numbers.
 PAIRED: Mapping[str, tuple[str, str]] = {
@@ -188,7 +195,7 @@ def _value(row: Row, path: Sequence[str]) -> float | None:
 def _cell(heading: str, entry: Mapping[str, float | None] | None) -> str:
     if entry is None or entry["mean"] is None:
         return "–"
-    digits = 2 if heading == "s/edit" else 1
+    digits = {"s/edit": 2, "regret": 3}.get(heading, 1)
     half = entry["half_width"]
     spread = "" if half is None else f"±{half:.{digits}f}"
     return f"{entry['mean']:.{digits}f}{spread}"

@@ -3,8 +3,13 @@
 Importing this package registers the environments and imports neither torch nor transformers:
 
 >>> import gymnasium, hiedit_env
->>> sorted(id for id in gymnasium.registry if id.startswith("hiedit/"))
-['hiedit/LayerSelection-v0', 'hiedit/LifelongEdit-v0', 'hiedit/StepSize-v0', 'hiedit/Toy-v0']
+>>> for name in sorted(id for id in gymnasium.registry if id.startswith("hiedit/")):
+...     print(name)
+hiedit/LayerSelection-v0
+hiedit/LifelongEdit-v0
+hiedit/Planted-v0
+hiedit/StepSize-v0
+hiedit/Toy-v0
 """
 
 from __future__ import annotations
@@ -16,6 +21,7 @@ __version__ = "0.1.0"
 for _name, _module in (
     ("LifelongEdit", "lifelong_edit"),
     ("LayerSelection", "layer_selection"),
+    ("Planted", "planted"),
     ("StepSize", "step_size"),
 ):
     register(

@@ -149,6 +149,12 @@ PRESETS: Mapping[str, Preset] = MappingProxyType(
             _names(("gate_proj", 1, 2), ("up_proj", 1, 2), ("down_proj", 1, 2)),
             "this package: all but the first block of its built-in tiny model",
         ),
+        "planted": Preset(
+            ("llama",),
+            7,
+            _names(("down_proj", 1, 6)),
+            "this package: where the facts of its built-in planted model are",
+        ),
         "smollm2-135m": Preset(
             ("llama",),
             30,

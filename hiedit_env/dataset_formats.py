@@ -298,7 +298,10 @@ def _knowedit_wikibio(row: Row) -> Request:
 
 
 def _hiedit(row: Row) -> Request:
-    """The built-in sets: ``answer`` is true today, ``target`` is what to write instead."""
+    """The built-in sets: ``answer`` is true today, ``target`` is what to write instead.
+
+    ``true_layers`` names the layers that hold the fact, where that is known.
+    """
     prompt = row.text("prompt")
     return Request(
         prompt=prompt,
@@ -309,6 +312,7 @@ def _hiedit(row: Row) -> Request:
         old_answer=row.text("answer"),
         relation=row.optional("relation"),
         source=row.source,
+        true_layers=row.texts("true_layers"),
     )
 
 

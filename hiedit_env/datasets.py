@@ -33,12 +33,21 @@ __all__ = [
 ]
 
 BUILT_IN: Mapping[str, str] = MappingProxyType(
-    {"world-facts": "world_facts.json", "tiny-facts": "tiny_facts.json"}
+    {
+        "world-facts": "world_facts.json",
+        "tiny-facts": "tiny_facts.json",
+        "planted-facts": "planted_facts.json",
+    }
 )
 #: Halves of a built-in data set by subject, to train on and to evaluate on: name → (whole, side).
 #: Nothing that the second half asks is in the first.
 SPLITS: Mapping[str, tuple[str, int]] = MappingProxyType(
-    {"world-facts-train": ("world-facts", 0), "world-facts-test": ("world-facts", 1)}
+    {
+        "world-facts-train": ("world-facts", 0),
+        "world-facts-test": ("world-facts", 1),
+        "planted-facts-train": ("planted-facts", 0),
+        "planted-facts-test": ("planted-facts", 1),
+    }
 )
 """Names of the data sets that come with the package -> file in ``hiedit_env/data``."""
 
@@ -190,9 +199,9 @@ def without(requests: Sequence[Request], kept: Sequence[Request]) -> list[Reques
         kept: For the evaluation.
 
     >>> fact = Request("Rome is in", "Peru", "Rome", paraphrases=("Rome lies in",))
-    >>> without([fact], [Request("Oslo is in", "Chad", "Oslo", paraphrases=("ROME lies  in",))])
-    [Request(prompt='Rome is in', answer='Peru', subject='Rome', paraphrases=(), locality=(), \
-old_answer=None, relation=None, source='request')]
+    >>> asked = [Request("Oslo is in", "Chad", "Oslo", paraphrases=("ROME lies  in",))]
+    >>> without([fact], asked)[0].paraphrases
+    ()
     """
 
     def plain(text: str) -> str:
@@ -328,5 +337,7 @@ def fingerprint(requests: Sequence[Request]) -> str:
             request.old_answer,
             request.relation,
         ]
+        if request.true_layers:
+            content.append(request.true_layers)
         digest.update(json.dumps(content, separators=(",", ":")).encode("ascii") + b"\n")
     return digest.hexdigest()[:16]

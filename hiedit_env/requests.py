@@ -40,6 +40,8 @@ class Request:
         old_answer: What the model was supposed to answer before, if the data says so.
         relation: Name of the relation, if the data says so.
         source: ``file row number`` for error messages.
+        true_layers: Names of the layers that hold the fact, where a model was made so that this is
+            known; empty elsewhere.
 
     Raises:
         DatasetError: if a text is missing or empty; names the source and the field.
@@ -56,6 +58,7 @@ class Request:
     old_answer: str | None = None
     relation: str | None = None
     source: str = "request"
+    true_layers: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         _require_text(self.prompt, "prompt", self.source)
@@ -63,6 +66,8 @@ class Request:
         _require_text(self.subject, "subject", self.source)
         for i, text in enumerate(self.paraphrases):
             _require_text(text, f"paraphrases[{i}]", self.source)
+        for i, name in enumerate(self.true_layers):
+            _require_text(name, f"true_layers[{i}]", self.source)
         for i, probe in enumerate(self.locality):
             _require_text(probe.prompt, f"locality[{i}].prompt", self.source)
             _require_text(probe.answer, f"locality[{i}].answer", self.source)

@@ -135,7 +135,7 @@ def test_other_action_spaces_are_refused() -> None:
 
 
 def test_registry_knows_names_and_imports_classes() -> None:
-    assert set(AGENTS) == {*CHOICES, *PRESETS}
+    assert set(AGENTS) == {*CHOICES, *PRESETS, "oracle"}
     assert all(isinstance(make_agent(name), Agent) for name in AGENTS)
     own = make_agent("tests.test_agents:OwnAgent", layers_per_edit=4)
     assert type(own).__name__ == "OwnAgent"

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
-from benchmarks import make_tiny
+from benchmarks import make_tiny, worlds
 from hiedit_env.errors import ModelError, ResultsExistError
 
 PACKAGE = Path(__file__).parents[1] / "hiedit_env"
@@ -205,15 +205,15 @@ def test_locality_stays_true_under_any_edit_of_the_set(records: list[dict[str, A
 
 @pytest.fixture(scope="module")
 def made() -> tuple[Any, Tensor, Tensor]:
-    tokenizer = make_tiny.make_tokenizer(make_tiny.make_facts(0))
-    return tokenizer, *make_tiny.encode(make_tiny.make_facts(0), tokenizer)
+    tokenizer = worlds.make_tokenizer(make_tiny.make_facts(0), make_tiny.VOCAB_SIZE)
+    return tokenizer, *worlds.encode(make_tiny.make_facts(0), tokenizer)
 
 
 def test_facts_and_tokenizer_are_made_again_byte_for_byte(
     tmp_path: Path, made: tuple[Any, Tensor, Tensor]
 ) -> None:
     records = make_tiny.make_records(make_tiny.make_facts(0), 0)
-    make_tiny.write(tmp_path, make_tiny.make_model(0), made[0], records)
+    worlds.write(tmp_path, "tiny", make_tiny.make_model(0), made[0], records)
     for name in ("data/tiny_facts.json", "assets/tiny/tokenizer.json"):
         assert (tmp_path / name).read_bytes() == (PACKAGE / name).read_bytes()
     name = "assets/tiny/tokenizer_config.json"
@@ -253,11 +253,11 @@ def test_measure_counts_answer_tokens_only() -> None:
     ids = torch.tensor([[3, 4, 5, 6, 2], [3, 5, 6, 2, 0]])
     answers = torch.tensor([[0, 0, 1, 1, 0], [0, 1, 1, 0, 0]]).bool()
     wrong = torch.zeros(2, 5, dtype=torch.bool)
-    assert make_tiny.measure(Oracle(ids, wrong), ids, answers) == (1.0, 1.0)
+    assert worlds.measure(Oracle(ids, wrong), ids, answers) == (1.0, 1.0)
     wrong[0, 1] = wrong[0, 4] = True  # a prompt token and the end of text: not asked for
-    assert make_tiny.measure(Oracle(ids, wrong), ids, answers) == (1.0, 1.0)
+    assert worlds.measure(Oracle(ids, wrong), ids, answers) == (1.0, 1.0)
     wrong[1, 2] = True
-    assert make_tiny.measure(Oracle(ids, wrong), ids, answers) == (0.75, 0.5)
+    assert worlds.measure(Oracle(ids, wrong), ids, answers) == (0.75, 0.5)
 
 
 def short_run(ids: Tensor, seed: int, order_seed: int) -> dict[str, Tensor]:
@@ -289,7 +289,7 @@ def test_training_is_decided_by_the_seed(made: tuple[Any, Tensor, Tensor]) -> No
 def test_settings_of_torch_are_restored() -> None:
     torch.set_num_threads(2)
     try:
-        with make_tiny.deterministic():
+        with worlds.deterministic():
             assert torch.get_num_threads() == 1
             assert torch.are_deterministic_algorithms_enabled()
         assert torch.get_num_threads() == 2
@@ -306,7 +306,7 @@ def test_existing_files_are_not_replaced(
     path.parent.mkdir(parents=True)
     path.write_text("mine", encoding="utf-8")
     with pytest.raises(ResultsExistError, match=path.name):
-        make_tiny.build(tmp_path, seed=0, force=False)
+        make_tiny.build(tmp_path, 0, False)
     assert make_tiny.main(["--out", str(tmp_path)]) == 1
     assert "--force" in capsys.readouterr().err
     assert [p for p in tmp_path.rglob("*") if p.is_file()] == [path]
@@ -318,5 +318,5 @@ def test_a_model_that_learnt_too_little_is_not_written(
 ) -> None:
     monkeypatch.setattr(make_tiny, "STEPS", 1)
     with pytest.raises(ModelError, match="learnt"):
-        make_tiny.build(tmp_path, seed=0, force=False)
+        make_tiny.build(tmp_path, 0, False)
     assert list(tmp_path.iterdir()) == []

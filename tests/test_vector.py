@@ -16,6 +16,7 @@ import hiedit_env
 from hiedit_env.datasets import load_requests
 from hiedit_env.envs.vector import VectorEditing
 from hiedit_env.errors import ActionError, PromptError, SettingsError
+from hiedit_env.loading import load_model
 from hiedit_env.requests import Request
 from tests.lives import IDS, KINDS, LIFELONG, SELECTION, SMALL, STEP_SIZE, L
 
@@ -275,6 +276,19 @@ def test_every_id_has_a_vector_form() -> None:
     for name in (LIFELONG, SELECTION, STEP_SIZE):
         assert name in names
         assert gym.spec(name).vector_entry_point is not None
+
+
+def test_lives_share_one_model(monkeypatch: pytest.MonkeyPatch) -> None:
+    loads = []
+
+    def load(*arguments: Any, **named: Any) -> Any:
+        loads.append(arguments)
+        return load_model(*arguments, **named)
+
+    monkeypatch.setattr("hiedit_env.envs.base.load_model", load)
+    envs = together(count=4)
+    assert len(loads) == 1
+    assert len({id(env.llm.layers[0].module) for env in envs.envs}) == 1
 
 
 # -- tensors --------------------------------------------------------------------------------------

@@ -1,4 +1,4 @@
-"""What the three environments share: construction, reset, information, torch agents' door."""
+"""What the environments share: construction, reset, information, torch agents' door."""
 
 from __future__ import annotations
 
@@ -21,7 +21,13 @@ from hiedit_env.capture import Capture
 from hiedit_env.datasets import load_requests, stream
 from hiedit_env.editing import LEVELS, EditingLife
 from hiedit_env.envs.semantics import Judge, Paid, StepSemantics
-from hiedit_env.envs.settings import RENDER_MODES, check_settings, draw_stream, rule_settings
+from hiedit_env.envs.settings import (
+    MODEL_DATASETS,
+    RENDER_MODES,
+    check_settings,
+    draw_stream,
+    rule_settings,
+)
 from hiedit_env.envs.settings import reward_weights as weights_of_terms
 from hiedit_env.envs.state import EnvState
 from hiedit_env.errors import HieditError, SettingsError
@@ -39,7 +45,7 @@ Step = tuple[NDArray[np.float32], float, bool, bool, dict[str, Any]]
 
 
 class EditingEnv(StepSemantics, gym.Env[NDArray[np.float32], Any], gym.utils.EzPickle):
-    """Base of the three environments; the arguments are described in :class:`LifelongEdit`."""
+    """Base of the environments; the arguments are described in :class:`LifelongEdit`."""
 
     metadata: dict[str, Any] = {"render_modes": list(RENDER_MODES), "render_fps": 4}
 
@@ -78,7 +84,7 @@ class EditingEnv(StepSemantics, gym.Env[NDArray[np.float32], Any], gym.utils.EzP
         self.shuffle = shuffle
         self.num_edits = num_edits
         self.model_name = model
-        self.dataset = dataset or ("tiny-facts" if model == "tiny" else "world-facts")
+        self.dataset = dataset or MODEL_DATASETS.get(model, "world-facts")
         self.requests = load_requests(self.dataset)
         stream(self.requests, num_edits, np.random.default_rng(0))
         loaded = load_model(
@@ -135,7 +141,9 @@ class EditingEnv(StepSemantics, gym.Env[NDArray[np.float32], Any], gym.utils.EzP
         Raises:
             SettingsError: this environment's model is edited; reset a new one and fork that.
         """
-        twin = copy.copy(self)
+        # copy.copy would build a whole environment, since that is how EzPickle is read.
+        twin = type(self).__new__(type(self))
+        twin.__dict__.update(self.__dict__)
         twin._np_random, twin._np_random_seed = None, None
         twin._settle(self.llm.fork(), self.life.evaluator.cache)
         return twin

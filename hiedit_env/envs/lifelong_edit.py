@@ -70,7 +70,8 @@ class LifelongEdit(EditingEnv):
 
     ## Arguments
     - ``model``: a name, folder or hub id for :func:`hiedit_env.loading.load_model`.
-    - ``dataset``: ``"world-facts"``, ``"tiny-facts"`` or a path; None picks the one for the model.
+    - ``dataset``: ``"world-facts"``, ``"tiny-facts"``, ``"planted-facts"`` or a path; None
+      picks the one for the model.
     - ``num_edits``: length of the stream; None for all facts.
     - ``max_steps_per_edit``: most primitive steps per fact; 1 is the papers' setting.
     - ``update_rule``: ``"decorrelated"``, ``"outer-product"``, ``"ridge"``, ``"gradient"`` or

@@ -27,9 +27,16 @@ DEFAULT_WEIGHTS: Mapping[str, float] = {
     "collapse": 10.0,
 }
 
+#: The data set of a built-in model; world-facts for every other model.
+MODEL_DATASETS: Mapping[str, str] = {"tiny": "tiny-facts", "planted": "planted-facts"}
+
+#: The update rule that a built-in model is made for; decorrelated for every other model.
+MODEL_RULES: Mapping[str, str] = {"planted": "gradient"}
+
 #: Nominal step sizes tuned for a built-in model: model → rule → step size.
 MODEL_STEP_SIZES: Mapping[str, Mapping[str, float]] = {
     "tiny": {"decorrelated": 1e-3, "outer-product": 2e-3, "ridge": 5e-4, "gradient": 0.03},
+    "planted": {"decorrelated": 0.01, "outer-product": 0.01, "gradient": 4.0},
 }
 
 RENDER_MODES = ("ansi", "rgb_array")

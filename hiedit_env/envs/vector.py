@@ -17,6 +17,7 @@ from hiedit_env.checks import whole_number
 from hiedit_env.envs.base import EditingEnv
 from hiedit_env.envs.layer_selection import LayerSelection
 from hiedit_env.envs.lifelong_edit import LifelongEdit
+from hiedit_env.envs.planted import Planted
 from hiedit_env.envs.semantics import Paid
 from hiedit_env.envs.step_size import StepSize
 from hiedit_env.errors import ActionError, SettingsError
@@ -305,6 +306,12 @@ class VectorLayerSelection(VectorEditing[LayerSelection]):
     """N lives of :class:`~hiedit_env.envs.layer_selection.LayerSelection`."""
 
     env_class = LayerSelection
+
+
+class VectorPlanted(VectorEditing[Planted]):
+    """N lives of :class:`~hiedit_env.envs.planted.Planted`; ``envs[i].oracle()`` is life i's."""
+
+    env_class = Planted
 
 
 class VectorStepSize(VectorEditing[StepSize]):

@@ -1,0 +1,196 @@
+"""``hiedit/Planted-v0``: layer selection where the right answer is known."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import combinations
+from typing import Any, Self
+
+import numpy as np
+from numpy.typing import NDArray
+
+from hiedit_env.capture import Reading
+from hiedit_env.envs.layer_selection import LayerSelection
+from hiedit_env.errors import SettingsError
+from hiedit_env.passes import Passes, run_together
+
+#: Most layers whose subsets are enumerated.
+MOST_LAYERS = 12
+#: Options tried at a time.
+TWINS = 32
+
+
+@dataclass(frozen=True, slots=True)
+class Oracle:
+    """What every option would be paid for the present fact.
+
+    Args:
+        layers: L bool, the best option; among equals the one of fewest layers, then the first in
+            lexicographic order of their indices.
+        reward: What it is paid.
+        rewards: 2^L float64, what every option is paid; option ``i`` writes layer ``l`` if bit
+            ``l`` of ``i`` is 1, so ``rewards[0]`` is that of writing nothing.
+    """
+
+    layers: NDArray[np.bool_]
+    reward: float
+    rewards: NDArray[np.float64]
+
+    def reward_of(self, layers: NDArray[Any]) -> float:
+        """What an option, L zeros and ones, is paid."""
+        return float(self.rewards[_number(np.flatnonzero(layers))])
+
+
+class Planted(LayerSelection):
+    """Choose the layers of each fact, in a model in which the layer of every fact is known.
+
+    :class:`~hiedit_env.envs.layer_selection.LayerSelection` on the model ``"planted"``, whose
+    facts were trained into one known layer each and into no other (``benchmarks/make_planted.py``
+    says how), and an oracle that finds the best option exactly, by trying all of them. What is not
+    said here is said there and in :class:`~hiedit_env.envs.lifelong_edit.LifelongEdit`.
+
+    ## Description
+    Five relations, six candidate layers, ``mlp.down_proj`` of blocks 1 to 6. The facts of a
+    relation live in one of these layers. The one before it holds which answers the relation can
+    have at all: its gradient is larger, but to write there changes the answers of all subjects. The
+    other four layers do not react to the relation: to write there changes nothing.
+
+    ## Information
+    As there, and ``true_layers`` (L int8): the candidate layers that hold the fact of
+    ``edit_index``; after ``reset`` the first fact's. All zero for a fact that was given to
+    ``reset`` without any.
+
+    ## Oracle
+    ``env.unwrapped.oracle()`` says what each of the 2^L options would be paid for the present fact,
+    from the present state and with the low level in use, and which is best; 32 options are tried at
+    a time, so rewards are those of ``step`` up to rounding. It leaves no trace.
+    *Regret* of an action is ``oracle().reward`` minus the reward paid. The best option looks one
+    fact ahead: it is the best for this fact, not for those that follow.
+
+    ## Arguments
+    As there, but ``model`` is ``"planted"`` and ``update_rule`` is ``"gradient"`` by default, and
+    every fact of ``dataset`` must come with its ``true_layers``. The plain gradient keeps no
+    statistics, so what is best for a fact hardly depends on the facts before it; with rules that
+    standardise keys and gradients the true layer is less often the best one, above all early.
+    ``"planted-facts-train"`` and ``"planted-facts-test"`` are halves of the data set that share
+    relations but no subjects.
+
+    ## Version History
+    - v0: first version.
+
+    >>> import gymnasium, hiedit_env
+    >>> env = gymnasium.make("hiedit/Planted-v0", num_edits=3)
+    >>> observation, info = env.reset(seed=0)
+    >>> best = env.unwrapped.oracle()
+    >>> best.layers.astype(int).tolist() == info["true_layers"].tolist()
+    True
+    >>> observation, reward, terminated, truncated, info = env.step(best.layers.astype("int8"))
+    >>> abs(reward - best.reward) < 1e-4
+    True
+    """
+
+    def __init__(
+        self, model: str = "planted", *, update_rule: str = "gradient", **settings: Any
+    ) -> None:
+        super().__init__(model, update_rule=update_rule, **settings)
+        for request in self.requests:
+            if not request.true_layers:
+                raise SettingsError(
+                    f"{request.source} does not say which layers hold it (true_layers), so nothing "
+                    "is known about it; take dataset='planted-facts' or hiedit/LayerSelection-v0"
+                )
+        self._last: tuple[Reading, Oracle] | None = None
+        self._twins: tuple[Planted, ...] = ()
+
+    def oracle(self) -> Oracle:
+        """What every option would be paid for the present fact; takes 2^L options' time.
+
+        The result is kept until the fact or the weights change.
+
+        Raises:
+            ResetNeeded: there is no present fact.
+            SettingsError: more than 12 candidate layers.
+        """
+        self._require_running()
+        count = len(self.llm.layers)
+        if count > MOST_LAYERS:
+            raise SettingsError(
+                f"the oracle tries all subsets of the candidate layers, at most {MOST_LAYERS}; "
+                f"there are {count}"
+            )
+        # One reading belongs to one fact at one state of the weights.
+        reading = self.life.reading
+        if self._last is None or self._last[0] is not reading:
+            options = list(_subsets(count))
+            worths = self._worths([_mask(layers, count) for layers in options])
+            best = int(np.argmax(worths))
+            rewards = np.empty(2**count)
+            rewards[[_number(layers) for layers in options]] = worths
+            self._last = reading, Oracle(_mask(options[best], count), worths[best], rewards)
+        return self._last[1]
+
+    def _worths(self, options: Sequence[NDArray[np.bool_]]) -> list[float]:
+        """What :meth:`step` would pay for each option; tried by twins that share the model."""
+        before = self.save_state()
+        try:
+            # Every option begins with the same capture, which is taken in once.
+            self.life.observe()
+            start = self.life.save()
+            if not self._twins:
+                self.llm.restore_unedited()
+                self._twins = tuple(self.fork() for _ in range(min(TWINS, len(options))))
+        finally:
+            self.restore_state(before)
+        worths: list[float] = []
+        for first in range(0, len(options), len(self._twins)):
+            chosen = options[first : first + len(self._twins)]
+            twins = self._twins[: len(chosen)]
+            for twin in twins:
+                twin.life.use(copy.deepcopy(self.life.rule), self.life.max_steps_per_edit)
+                twin.life.restore(start)
+            with self.llm.unedited():
+                found = run_together([t._worth(o) for t, o in zip(twins, chosen, strict=True)])
+            for worth in found:
+                if isinstance(worth, BaseException):
+                    raise worth
+                worths.append(worth)
+        return worths
+
+    def _worth(self, layers: NDArray[np.bool_]) -> Passes[float]:
+        """What :meth:`step` would pay; the life is left where that ends."""
+        baseline: Mapping[str, float] = {}
+        if self.intrinsic:
+            state = self.life.save()
+            baseline, *_ = yield from self._attempt(lambda: self._run_all(layers), rule_made=True)
+            self.life.restore(state)
+        terms, *_ = yield from self._attempt(lambda: self._run(layers), rule_made=True)
+        return float(sum(value - baseline.get(term, 0.0) for term, value in terms.items()))
+
+    def fork(self) -> Self:
+        """As in :class:`.base.EditingEnv`."""
+        twin = super().fork()
+        twin._last, twin._twins = None, ()
+        return twin
+
+    def _info(self, *arguments: Any, **named: Any) -> dict[str, Any]:
+        names = self.life.fact.request.true_layers
+        true = np.array([name in names for name in self.llm.names], np.int8)
+        return {**super()._info(*arguments, **named), "true_layers": true}
+
+
+def _subsets(count: int) -> Iterator[tuple[int, ...]]:
+    """All subsets of ``range(count)``: fewest first, then lexicographic."""
+    for size in range(count + 1):
+        yield from combinations(range(count), size)
+
+
+def _number(layers: Any) -> int:
+    return sum(1 << int(layer) for layer in layers)
+
+
+def _mask(layers: tuple[int, ...], count: int) -> NDArray[np.bool_]:
+    mask = np.zeros(count, bool)
+    mask[list(layers)] = True
+    return mask

@@ -1,0 +1,149 @@
+"""``hiedit/Planted-v0``: the oracle against plain trying, and what compare tells of it."""
+
+from __future__ import annotations
+
+import copy
+import json
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+import gymnasium as gym
+import numpy as np
+import pytest
+from gymnasium.utils.env_checker import check_env
+
+import hiedit_env  # noqa: F401
+from agents.registry import make_agent
+from agents.simple import OracleAgent
+from benchmarks.compare import CompareSettings, compare
+from hiedit_env.envs.planted import Planted
+from hiedit_env.errors import SettingsError
+from hiedit_env.testing import assert_only_layers_changed, assert_reward_terms_sum
+
+
+def make(**arguments: Any) -> Planted:
+    env = gym.make("hiedit/Planted-v0", disable_env_checker=True, **{"num_edits": 6, **arguments})
+    inner = env.unwrapped
+    assert isinstance(inner, Planted)
+    return inner
+
+
+def true_layers(env: Planted) -> np.ndarray[Any, Any]:
+    return np.array([n in env.life.fact.request.true_layers for n in env.llm.names], np.int8)
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [{}, {"intrinsic": True}, {"update_rule": "decorrelated"}, {"max_steps_per_edit": 1}],
+    ids=["plain", "intrinsic", "a rule with statistics", "one step"],
+)
+def test_the_oracle_says_what_every_option_is_paid(arguments: dict[str, Any]) -> None:
+    env = make(**arguments)
+    env.reset(seed=0)
+    # From an edited model with statistics, not only from the first fact.
+    for _ in range(2):
+        env.step(np.array([0, 1, 0, 0, 1, 0], np.int8))
+    oracle = env.oracle()
+    state = env.save_state()
+    paid = {}
+    for option in product((0, 1), repeat=6):
+        paid[option] = env.step(np.array(option, np.int8))[1]
+        env.restore_state(state)
+        assert oracle.reward_of(np.array(option)) == pytest.approx(paid[option], abs=1e-4)
+    assert oracle.reward == pytest.approx(max(paid.values()), abs=1e-4)
+    assert oracle.reward_of(oracle.layers) == oracle.reward
+
+
+def test_asking_leaves_no_trace() -> None:
+    runs = []
+    for asked in (False, True):
+        env = make(update_rule="decorrelated")
+        env.reset(seed=1)
+        env.step(np.ones(6, np.int8))
+        before = copy.deepcopy(env.np_random.bit_generator.state), env.llm.weights_fingerprint()
+        if asked:
+            first = env.oracle()
+            assert env.oracle() is first  # kept until the weights change
+        assert before == (env.np_random.bit_generator.state, env.llm.weights_fingerprint())
+        runs.append(env.step(np.array([0, 1, 1, 0, 0, 0], np.int8)))
+        if asked:
+            assert env.oracle() is not first
+    (seen, paid, _, _, told), (seen_asked, paid_asked, _, _, told_asked) = runs
+    assert np.array_equal(seen, seen_asked)
+    assert paid == paid_asked
+    assert told["weights_fingerprint"] == told_asked["weights_fingerprint"]
+
+
+def test_the_true_layer_is_the_best_option_and_others_are_far_worse() -> None:
+    env = make(num_edits=12, dataset="planted-facts-test")
+    _, info = env.reset(seed=2)
+    assert info["true_layers"].tolist() == true_layers(env).tolist()
+    best, lost, random = 0, [], []
+    ended = False
+    while not ended:
+        true, oracle = true_layers(env), env.oracle()
+        best += bool((oracle.layers == true).all())
+        lost.append(oracle.reward - oracle.reward_of(true))
+        singles = [oracle.reward_of(row) for row in np.eye(6)]
+        random.append(oracle.reward - float(np.mean(singles)))
+        step = env.step(true)
+        assert_reward_terms_sum(step)
+        assert step[4]["true_layers"].tolist() == true.tolist()
+        ended = step[2]
+    assert best >= 11
+    assert np.mean(lost) < 0.03 * np.mean(random)
+
+
+def test_steps_mean_what_they_mean_elsewhere() -> None:
+    env = make(num_edits=3)
+    env.reset(seed=0)
+    # Where a layer does not react, what is written is zero.
+    assert_only_layers_changed(env, true_layers(env))
+    check_env(make(num_edits=3), skip_render_check=True)
+
+
+def test_lives_of_the_vector_environment_have_oracles_of_their_own() -> None:
+    envs = gym.make_vec("hiedit/Planted-v0", 2, "vector_entry_point", num_edits=2)
+    envs.reset(seed=3)
+    envs.step(np.array([[0, 1, 0, 0, 0, 0], [1, 1, 1, 1, 1, 1]], np.int8))
+    for i, life in enumerate(envs.unwrapped.envs):
+        alone = make(num_edits=2)
+        alone.reset(seed=3 + i)
+        alone.step(np.array([0, 1, 0, 0, 0, 0] if i == 0 else [1] * 6, np.int8))
+        np.testing.assert_allclose(life.oracle().rewards, alone.oracle().rewards, atol=1e-3)
+
+
+def test_facts_without_a_true_layer_and_too_many_layers_are_refused() -> None:
+    with pytest.raises(SettingsError, match="true_layers"):
+        make(dataset="tiny-facts")
+    env = make(layers="model.layers.*.mlp.*_proj")
+    env.reset(seed=0)
+    with pytest.raises(SettingsError, match="at most 12"):
+        env.oracle()
+
+
+def test_the_oracle_agent_needs_a_world_that_knows() -> None:
+    agent = make_agent("oracle")
+    assert isinstance(agent, OracleAgent)
+    env = gym.make("hiedit/LayerSelection-v0", num_edits=2)
+    with pytest.raises(SettingsError, match="--model planted"):
+        agent.reset(env, seed=0)
+
+
+def test_compare_reports_regret_and_the_true_layer(tmp_path: Path) -> None:
+    settings = CompareSettings(
+        model="planted",
+        dataset="planted-facts-test",
+        num_edits=5,
+        layers_per_edit=1,
+        update_rule="gradient",
+    )
+    compare(settings, ["oracle", "all-layers"], [0], tmp_path / "out", progress=False)
+    rows = [json.loads(x) for x in (tmp_path / "out" / "results.jsonl").read_text().splitlines()]
+    found = {row["agent"]: row["metrics"] for row in rows}
+    assert found["oracle"]["regret"] == pytest.approx(0.0, abs=1e-4)
+    assert found["oracle"]["true_layer_exact_share"] == 100.0
+    assert found["all-layers"]["true_layer_share"] == 100.0
+    assert found["all-layers"]["true_layer_exact_share"] == 0.0
+    assert found["all-layers"]["regret"] > 1.0
