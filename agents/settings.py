@@ -46,6 +46,9 @@ class TrainSettings:
     intrinsic: bool = _option(
         False, "compare sampled options with all layers, and not with each other"
     )
+    normalize_advantage: bool = _option(
+        False, "divide a window's advantages by their root mean square (policy router)"
+    )
     entropy_weight: float = _option(
         0.0, "weight of the entropy of a policy router's choice, which keeps it from settling early"
     )

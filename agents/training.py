@@ -11,6 +11,9 @@ fact the high level chooses, the option runs, and
   mean reward of the *other* options sampled for the same fact from the same state (leave-one-out)
   or, with ``intrinsic``, the reward of the same option with all layers (HiEdit's intrinsic reward).
 
+  ``normalize_advantage`` divides by their root mean square over a window, which makes step size and
+  entropy weight independent of the scale of the rewards.
+
 Gradients are averaged over a window of facts or a whole trajectory, then Adam steps.
 """
 
@@ -18,6 +21,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any, cast
 
 import numpy as np
@@ -143,64 +147,53 @@ class Trainer:
         facts = stream(self.requests, settings.edits_per_trajectory, rng)
         observation, _ = self.env.reset(seed=0, options={"requests": facts})
         tally = Tally()
-        surrogates: list[tuple[Tensor, float]] = []
+        tried: list[list[Tried]] = []
         outcomes: list[Outcome] = []
         window = settings.window or len(facts)
         for place in range(len(facts)):
-            outcome, choice, baseline = self._fact(observation, tally)
+            outcome, options = self._fact(observation, tally)
             observation = outcome.observation
             outcomes.append(outcome)
-            if choice.log_probability is not None and self._sampled:
-                surrogates.append((choice.log_probability, baseline))
+            tried.append(options)
             tally.add(outcome)
             if on_fact is not None:
                 on_fact(tally)
             last = outcome.ended or place + 1 == len(facts)
             if last or (place + 1) % window == 0:
-                self._reinforce(surrogates, outcomes)
+                self._reinforce(tried, outcomes)
                 tally.norms.append(self._step(len(outcomes)))
-                surrogates, outcomes = [], []
+                tried, outcomes = [], []
             if last:
                 break
         return tally.row()
 
     # -- one fact ---------------------------------------------------------------------------------
 
-    def _fact(self, observation: Observation, tally: Tally) -> tuple[Outcome, Choice, float]:
-        """Chooses and runs one option; returns also what to subtract from its return."""
+    def _fact(self, observation: Observation, tally: Tally) -> tuple[Outcome, list[Tried]]:
+        """Chooses and runs one option; a policy router's others are tried first, and undone."""
         settings, env = self.settings, self.env
         if not self._sampled:
             sample = self._generator if self._gated else None
-            choice = self.high.choose(observation, env.capture, sample)
-            return self._run(choice, tally), choice, 0.0
+            return self._run(self.high.choose(observation, env.capture, sample), tally), []
         state = env.save_state()
-        others: list[tuple[Choice, float]] = []
+        choices: list[Choice] = []
+        rewards: list[float] = []
         for _ in range(settings.samples_per_fact - 1):
-            choice = self.high.choose(observation, env.capture, self._generator)
-            others.append((choice, self._reward(choice.layers)))
+            choices.append(self.high.choose(observation, env.capture, self._generator))
+            rewards.append(self._reward(choices[-1].layers))
             env.restore_state(state)
         baseline = 0.0
         if settings.intrinsic:
             baseline = self._reward(np.ones(len(env.llm.layers), bool))
             env.restore_state(state)
-        choice = self.high.choose(observation, env.capture, self._generator)
-        outcome = self._run(choice, tally)
-        if others and not settings.intrinsic:
-            # Leave-one-out: every sample is compared with the mean of the others.
-            rewards = np.array([reward for _, reward in others] + [outcome.reward])
-            means = (rewards.sum() - rewards) / (len(rewards) - 1)
-            baseline = float(means[-1])
-            advantages = rewards[:-1] - means[:-1]
-        else:
-            advantages = np.array([reward - baseline for _, reward in others])
-        for (other, _), advantage in zip(others, advantages, strict=True):
-            # Each of M samples counts a share; the one the life goes on with waits for its return.
-            assert other.log_probability is not None
-            _backward(-other.log_probability * float(advantage) / settings.samples_per_fact)
-        if settings.entropy_weight and choice.entropy is not None:
-            # Not freed: the choice's log-probability has the same graph, and waits.
-            _backward(-settings.entropy_weight * choice.entropy, retain_graph=True)
-        return outcome, choice, baseline
+        choices.append(self.high.choose(observation, env.capture, self._generator))
+        outcome = self._run(choices[-1], tally)
+        advantages = np.array([*rewards, outcome.reward]) - baseline
+        if len(choices) > 1 and not settings.intrinsic:
+            # Leave-one-out: every option is compared with the mean of the others.
+            advantages *= len(choices) / (len(choices) - 1)
+            advantages -= advantages.mean()
+        return outcome, [Tried(c, float(a)) for c, a in zip(choices, advantages, strict=True)]
 
     def _run(self, choice: Choice, tally: Tally) -> Outcome:
         option = self._option(choice)
@@ -239,21 +232,39 @@ class Trainer:
 
     # -- learning -------------------------------------------------------------------------------
 
-    def _reinforce(self, surrogates: list[tuple[Tensor, float]], outcomes: list[Outcome]) -> None:
-        """Gradient of −Σ log π(ω_t) (G_t − baseline_t) for the options the life went on with."""
-        if not surrogates:
+    def _reinforce(self, tried: Sequence[Sequence[Tried]], outcomes: list[Outcome]) -> None:
+        """Gradient of −Σ log π(ω) A(ω) − entropy weight × Σ entropy over a window of facts.
+
+        Args:
+            tried: For each fact the options tried, last the one the life went on with.
+            outcomes: What became of the latter.
+        """
+        settings = self.settings
+        returns = discounted_returns(outcomes, settings.credit_horizon)
+        log_probabilities: list[Tensor] = []
+        advantages: list[float] = []
+        entropies: list[Tensor] = []
+        for options, own, found in zip(tried, outcomes, returns, strict=True):
+            for option in options:
+                assert option.choice.log_probability is not None
+                # Each counts a share, since they tell of one fact ...
+                log_probabilities.append(option.choice.log_probability / len(options))
+                advantages.append(option.advantage)
+            if options:
+                # ... but what follows belongs to the one the life went on with alone.
+                advantages[-1] += len(options) * (found - own.reward)
+                entropy = options[-1].choice.entropy
+                entropies += [] if entropy is None else [entropy]
+        if not advantages:
             return
-        returns = discounted_returns(outcomes, self.settings.credit_horizon)
-        share = self.settings.samples_per_fact
-        # The options tried for a fact share its own reward; what follows belongs to the one the
-        # life went on with alone.
-        terms = [
-            -log_probability * ((own.reward - baseline) / share + (found - own.reward))
-            for (log_probability, baseline), own, found in zip(
-                surrogates, outcomes, returns, strict=True
-            )
-        ]
-        _backward(torch.stack(terms).sum())
+        weights = torch.tensor(advantages)
+        if settings.normalize_advantage:
+            weights = weights / weights.square().mean().sqrt().clamp_min(1e-8)
+        stacked = torch.stack(log_probabilities)
+        loss = -(stacked * weights.to(stacked.device)).sum()
+        if entropies:
+            loss = loss - settings.entropy_weight * torch.stack(entropies).sum()
+        _backward(loss)
 
     def _step(self, facts: int) -> float:
         """One optimiser step on the mean gradient over ``facts``; returns its norm."""
@@ -293,6 +304,19 @@ class Trainer:
                 if level == name:
                     state.setdefault(int(parameter), {})[entry] = tensor
             optimizer.load_state_dict({**optimizer.state_dict(), "state": state})
+
+
+@dataclass(frozen=True, slots=True)
+class Tried:
+    """An option that a policy router tried for a fact.
+
+    Args:
+        choice: With the log-probability it was drawn with.
+        advantage: Its own reward over what it is compared with.
+    """
+
+    choice: Choice
+    advantage: float
 
 
 class Tally:

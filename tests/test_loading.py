@@ -201,7 +201,13 @@ def test_device_is_checked_first(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_unknown_name_with_the_hub_out_of_reach() -> None:
     with pytest.raises(ModelError) as caught:
         load_model("some/model-nobody-has", progress=False)
-    for part in ("existing folder", "tiny, planted, smollm2-135m", "cache", "cannot be reached", "hub id"):
+    for part in (
+        "existing folder",
+        "tiny, planted, smollm2-135m",
+        "cache",
+        "cannot be reached",
+        "hub id",
+    ):
         assert part in str(caught.value)
 
 

@@ -20,7 +20,7 @@ from agents.registry import make_agent, spec_agent
 from agents.routers import PolicyRouter
 from agents.runner import Outcome
 from agents.settings import TrainSettings, describe
-from agents.training import Trainer
+from agents.training import Trainer, Tried
 from benchmarks.cli import main as hiedit
 from benchmarks.train import TrainingRun, train
 from hiedit_env.errors import CheckpointError, ResultsExistError, SettingsError
@@ -90,9 +90,8 @@ def test_policy_gradient_is_exact_on_average(samples: int, intrinsic: bool) -> N
     for draws in itertools.product(orders, repeat=samples):
         router.queue = list(draws)
         router.zero_grad()
-        outcome, choice, baseline = trainer._fact(observation, None)  # type: ignore[arg-type]
-        assert choice.log_probability is not None
-        trainer._reinforce([(choice.log_probability, baseline)], [outcome])
+        outcome, tried = trainer._fact(observation, None)  # type: ignore[arg-type]
+        trainer._reinforce([tried], [outcome])
         assert router.bias.grad is not None
         weight = math.prod(probability(order).item() for order in draws)
         # The loss goes down where the reward goes up.
@@ -110,9 +109,8 @@ def test_entropy_pulls_towards_choosing_evenly() -> None:
     trainer = Tabled(env, HierarchicalAgent("x", router), env.requests, settings)
     trainer.table = {(0,): 1.0, (1,): 1.0, (2,): 1.0}
     observation, _ = env.reset(seed=0)
-    outcome, choice, baseline = trainer._fact(observation, None)  # type: ignore[arg-type]
-    assert choice.log_probability is not None
-    trainer._reinforce([(choice.log_probability, baseline)], [outcome])
+    outcome, tried = trainer._fact(observation, None)  # type: ignore[arg-type]
+    trainer._reinforce([tried], [outcome])
     score = torch.tensor([0.3, -0.4, 0.1], requires_grad=True)
     shares = score.exp() / score.exp().sum()
     (wanted,) = torch.autograd.grad(0.5 * (shares * shares.log()).sum(), score)
@@ -129,10 +127,11 @@ def test_later_rewards_count_whole_however_many_options_are_tried(samples: int) 
     trainer = Tabled(env, HierarchicalAgent("x", router), env.requests, settings)
     empty = np.zeros(0, np.float32)
     outcomes = [Outcome(r, 1.0, 1, empty, False, {}) for r in (2.0, 7.0)]
-    found = []
-    for order in ((1,), (4,)):
-        found.append((router.log_probability(observation, order), 0.5))
-    trainer._reinforce(found, outcomes)
+    tried = []
+    for layer, advantage in ((1, 1.5), (4, 6.5)):
+        choice = Choice(np.arange(L) == layer, router.log_probability(observation, (layer,)))
+        tried.append([Tried(choice, 0.0)] * (samples - 1) + [Tried(choice, advantage)])
+    trainer._reinforce(tried, outcomes)
     assert router.bias.grad is not None
     score = torch.zeros(L, requires_grad=True)
     one = score[1] - score.logsumexp(0)
@@ -140,6 +139,26 @@ def test_later_rewards_count_whole_however_many_options_are_tried(samples: int) 
     by_hand = -(one * ((2.0 - 0.5) / samples + 7.0) + two * (7.0 - 0.5) / samples)
     (wanted,) = torch.autograd.grad(by_hand, score)
     assert router.bias.grad.tolist() == pytest.approx(wanted.tolist(), abs=1e-5)
+
+
+def test_normalised_advantages_do_not_depend_on_the_scale_of_rewards() -> None:
+    env = make(SELECTION)
+    observation, _ = env.reset(seed=0)
+    found = []
+    for scale in (1.0, 1000.0):
+        router = Forced(L, env.llm.device, layers_per_edit=1, hidden=3)
+        settings = replace(SHORT, samples_per_fact=1, normalize_advantage=True)
+        trainer = Tabled(env, HierarchicalAgent("x", router), env.requests, settings)
+        choice = Choice(np.arange(L) == 2, router.log_probability(observation, (2,)))
+        outcome = Outcome(0.0, 1.0, 1, np.zeros(0, np.float32), False, {})
+        tried = [[Tried(choice, advantage * scale)] for advantage in (3.0, -1.0)]
+        trainer._reinforce(tried, [outcome] * 2)
+        assert router.bias.grad is not None
+        found.append(router.bias.grad.tolist())
+    # ∇ log π = one-hot − 1/L; weights 3/√5 and −1/√5, whose sum is 2/√5.
+    wanted = [-(2 / math.sqrt(5)) * ((i == 2) - 1 / L) for i in range(L)]
+    assert found[0] == pytest.approx(wanted, abs=1e-6)
+    assert found[1] == pytest.approx(wanted, abs=1e-6)
 
 
 @pytest.mark.parametrize("agent", ["policy+outer-product", "policy+hypernetwork"])
