@@ -31,6 +31,9 @@ from hiedit_env.tokenization import (
 from hiedit_env.updates import Updates
 from hiedit_env.weights import EditableWeights
 
+#: Numbers in the changes of several lives up to which they are stacked and multiplied as one.
+STACKED_NUMBERS = 2**18
+
 
 class ResidentLLM(EditableWeights):
     """A causal LM in memory, its candidate layers, and the cheapest exact way to run it.
@@ -281,11 +284,21 @@ class ResidentLLM(EditableWeights):
             known = next(change for change in changes if change is not None)
 
             def hook(_module: torch.nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
-                # Stacked here and not before: one layer's copies at a time.
-                stacked = [torch.zeros_like(known) if c is None else c for c in changes]
-                change = torch.stack(stacked) if len(stacked) > 1 else stacked[0][None]
-                rows = args[0].reshape(len(changes), -1, change.shape[1])
-                return output + (rows @ change.to(rows.dtype)).reshape(output.shape)
+                rows = args[0].reshape(len(changes), -1, known.shape[0])
+                if known.numel() * len(changes) <= STACKED_NUMBERS:
+                    whole = [torch.zeros_like(known) if c is None else c for c in changes]
+                    added = rows @ torch.stack(whole).to(rows.dtype)
+                else:
+                    # What is stacked is a copy, and a backward pass would keep those of all layers.
+                    added = torch.stack(
+                        [
+                            row.new_zeros(len(row), known.shape[1])
+                            if change is None
+                            else row @ change.to(row.dtype)
+                            for row, change in zip(rows, changes, strict=True)
+                        ]
+                    )
+                return output + added.reshape(output.shape)
 
             return hook
 

@@ -207,3 +207,23 @@ def test_a_failed_pass_is_raised_inside_every_life_that_waited_for_it() -> None:
     with pytest.raises(IndexError):
         run(life(2, bad))
     assert run(life(3, PROMPTS[0])) == "fine"
+
+
+@pytest.mark.parametrize("kind", ["llama", "gpt2"])
+def test_large_changes_are_not_stacked(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A product per life says what one product over the stack of their changes says."""
+    llm = resident(kind)
+    asked = [(edited(llm, seed), PROMPTS[seed]) for seed in (0, 1)] + [(llm.fork(), PROMPTS[2])]
+    stacked = read_together(asked)
+    monkeypatch.setattr("hiedit_env.resident.STACKED_NUMBERS", 0)
+    real = torch.stack
+    monkeypatch.setattr(torch, "stack", lambda parts, *dim: real(_no_weights(llm, parts), *dim))
+    for one, two in zip(stacked, read_together(asked), strict=True):
+        close(one.logits, two.logits)
+        for a, b in zip(one.capture().keys, two.capture().keys, strict=True):
+            close(a, b)
+
+
+def _no_weights(llm: ResidentLLM, parts: Sequence[Tensor]) -> Sequence[Tensor]:
+    assert not {tuple(part.shape) for part in parts} & set(llm.shapes)
+    return parts
