@@ -11,7 +11,7 @@ from agents.options import HighLevel, UntrainedChoice
 from agents.rehearsal import Rehearsal
 from agents.routers import PolicyRouter, StraightThroughRouter
 from agents.step_sizes import StepSizePolicy
-from hiedit_env.envs.settings import MODEL_STEP_SIZES
+from hiedit_env.envs.settings import MODEL_RULE_SETTINGS
 from hiedit_env.errors import CheckpointError, HieditError, SettingsError
 from hiedit_env.layer_choice import CHOICES
 from hiedit_env.resident import ResidentLLM
@@ -96,17 +96,18 @@ class AgentSpec:
 
         Args:
             llm: The model.
-            model: Its name, which may have nominal step sizes of its own.
+            model: Its name, which may have settings of its own.
 
         Raises:
             SettingsError: settings it does not take.
         """
         if self.low is None:
             return None
-        settings = dict(self.low_settings)
-        known = MODEL_STEP_SIZES.get(model, {}).get(self._rule())
-        if known is not None:
-            settings.setdefault("step_size", known)
+        known = dict(MODEL_RULE_SETTINGS.get(model, {}).get(self._rule(), {}))
+        if self.low in LEARNED_LOW:
+            # They share the rule's nominal step size and have arguments of their own.
+            known = {name: value for name, value in known.items() if name == "step_size"}
+        settings = {**known, **self.low_settings}
         try:
             if self.low == Hypernetwork.name:
                 return Hypernetwork(llm.shapes, llm.device, **settings)

@@ -14,6 +14,7 @@ import numpy as np
 import hiedit_env  # noqa: F401 - registers the environments
 from agents.protocol import Agent
 from agents.registry import is_trained, make_agent
+from agents.simple import OracleAgent
 from benchmarks.compare_figure import draw
 from benchmarks.episode import Episode, FinishedEdit, play, stage_bars, unwrapped
 from benchmarks.results import ResultsFolder, Row, plain, versions, write_json
@@ -26,6 +27,7 @@ from benchmarks.summary import (
     table,
 )
 from hiedit_env.datasets import fingerprint
+from hiedit_env.envs.planted import Planted
 from hiedit_env.errors import SettingsError
 from hiedit_env.evaluation import METRICS, Evaluation, UneditedAnswers, evaluate
 from hiedit_env.files import write_bytes
@@ -140,12 +142,16 @@ def compare(
                     f"({row['settings']['agents'].get(name)}); give another folder or label"
                 )
     for seed in seeds:
+        best: list[float] | None = None
         for name, agent in made.items():
             if folder.find(name, seed) is not None:
                 continue
+            if best is None:
+                best = _best_rewards(env, seed, progress)
             episode, evaluation = _run(env, agent, name, seed, reference, settings, progress)
             folder.add(
-                _row(name, seed, episode, evaluation, recorded), _details(env, episode, evaluation)
+                _row(name, seed, episode, evaluation, best, recorded),
+                _details(env, episode, evaluation),
             )
     env.close()
     return _report(folder, names, seeds, fixed["candidate_layers"], baseline or baseline_of(names))
@@ -251,8 +257,21 @@ def _run(
     return episode, evaluation
 
 
+def _best_rewards(env: gym.Env[Any, Any], seed: int, progress: bool) -> list[float] | None:
+    """What the oracle is paid for each fact of a stream; None where there is no oracle."""
+    if not isinstance(unwrapped(env), Planted):
+        return None
+    episode = play(env, OracleAgent(), seed, progress=progress)
+    return [edit.reward for edit in episode.edits]
+
+
 def _row(
-    name: str, seed: int, episode: Episode, evaluation: Evaluation, settings: Mapping[str, Any]
+    name: str,
+    seed: int,
+    episode: Episode,
+    evaluation: Evaluation,
+    best: Sequence[float] | None,
+    settings: Mapping[str, Any],
 ) -> Row:
     edits = episode.edits
     return {
@@ -263,7 +282,7 @@ def _row(
         "metrics": {
             **evaluation.metrics,
             "efficacy_right_after": episode.right_after(),
-            **episode.against_oracle(),
+            **episode.against_oracle(best),
         },
         "layers_per_edit": _average([int(edit.layers.sum()) for edit in edits]),
         "steps_per_edit": _average([edit.steps for edit in edits]),
@@ -303,7 +322,7 @@ def _oracle_details(edit: FinishedEdit) -> dict[str, Any]:
     if edit.oracle is None or edit.true_layers is None:
         return {}
     return {
-        "regret": edit.regret,
+        "one_step_regret": edit.one_step_regret,
         "best_layers": np.flatnonzero(edit.oracle.layers),
         "true_layers": np.flatnonzero(edit.true_layers),
     }

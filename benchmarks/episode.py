@@ -42,8 +42,8 @@ class FinishedEdit:
     true_layers: NDArray[np.bool_] | None = None
 
     @property
-    def regret(self) -> float:
-        """What the best option would have been paid more; NaN where that is not known."""
+    def one_step_regret(self) -> float:
+        """What the best option would have been paid more there; NaN where that is not known."""
         return float("nan") if self.oracle is None else self.oracle.reward - self.reward
 
 
@@ -70,29 +70,35 @@ class Episode:
         answered = [edit.metrics["answered"] for edit in self.edits]
         return {"token_accuracy": _percent(accuracy), "exact_match": _percent(answered)}
 
-    def against_oracle(self) -> dict[str, float]:
+    def against_oracle(self, best: Sequence[float] | None) -> dict[str, float]:
         """How good the choices were, where the right ones are known; else nothing.
 
+        Args:
+            best: Rewards of the life that the oracle lives on the same stream, fact by fact.
+
         Returns:
-            ``regret`` (mean over edits, in the unit of the reward), and in percent of the edits:
-            ``true_layer_share`` (the true layers were among those written),
-            ``true_layer_exact_share`` (they were just those written) and
+            In the unit of the reward, mean over the finished edits: ``regret``, what the oracle's
+            life was paid more, and ``one_step_regret``, what the best option would have been paid
+            more at the agent's own states; where a life is ruined that is little, since there
+            nothing helps. In percent of the edits: ``true_layer_share`` (the true layers were
+            among those written), ``true_layer_exact_share`` (they were just those written) and
             ``true_layer_best_share`` (the oracle's best option was to write just them).
         """
         known = [e for e in self.edits if e.oracle is not None and e.true_layers is not None]
-        if not known:
+        if not known or best is None:
             return {}
-        among, exact, best = [], [], []
+        among, exact, is_best = [], [], []
         for edit in known:
             assert edit.oracle is not None and edit.true_layers is not None  # noqa: PT018
             among.append(bool((edit.layers | ~edit.true_layers).all()))
             exact.append(np.array_equal(edit.layers, edit.true_layers))
-            best.append(np.array_equal(edit.oracle.layers, edit.true_layers))
+            is_best.append(np.array_equal(edit.oracle.layers, edit.true_layers))
         return {
-            "regret": float(np.mean([edit.regret for edit in known])),
+            "regret": float(np.mean(best[: len(known)]) - np.mean([e.reward for e in known])),
+            "one_step_regret": float(np.mean([edit.one_step_regret for edit in known])),
             "true_layer_share": _percent(among),
             "true_layer_exact_share": _percent(exact),
-            "true_layer_best_share": _percent(best),
+            "true_layer_best_share": _percent(is_best),
         }
 
 

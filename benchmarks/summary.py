@@ -24,6 +24,7 @@ COLUMNS: Mapping[str, tuple[str, ...]] = {
     "right after": ("metrics", "efficacy_right_after", "token_accuracy"),
     "agreement": ("metrics", "specificity", "agreement"),
     "regret": ("metrics", "regret"),
+    "one step": ("metrics", "one_step_regret"),
     "true layer": ("metrics", "true_layer_share"),
     "exactly": ("metrics", "true_layer_exact_share"),
     "layers/edit": ("layers_per_edit",),
@@ -38,8 +39,9 @@ efficacy of each fact right after its own edit. agreement: with the unedited mod
 unrelated prompts."""
 
 ORACLE_LEGEND = """\
-regret: reward that the best choice of layers would have brought more, mean over facts; true layer:
-facts of which the layer that holds them was written; exactly: and no other."""
+regret: reward per fact that the oracle's own life was paid more; one step: that the best choice of
+layers would have been paid more at each of the agent's states (little where all is ruined already);
+true layer: facts of which the layer that holds them was written; exactly: and no other."""
 
 #: What paired differences are taken of: name → metric and reading of a run's per-fact numbers.
 PAIRED: Mapping[str, tuple[str, str]] = {
@@ -195,7 +197,7 @@ def _value(row: Row, path: Sequence[str]) -> float | None:
 def _cell(heading: str, entry: Mapping[str, float | None] | None) -> str:
     if entry is None or entry["mean"] is None:
         return "–"
-    digits = {"s/edit": 2, "regret": 3}.get(heading, 1)
+    digits = {"s/edit": 2, "regret": 3, "one step": 3}.get(heading, 1)
     half = entry["half_width"]
     spread = "" if half is None else f"±{half:.{digits}f}"
     return f"{entry['mean']:.{digits}f}{spread}"

@@ -138,16 +138,40 @@ class UpdateRule(ABC):
 
 
 class GradientRule(UpdateRule):
-    """Plain gradient descent on the request: Δ_l = −step u_lᵀ v_l."""
+    """Plain gradient descent on the request: Δ_l = −step u_lᵀ v_l.
+
+    Args:
+        shapes, device, step_size, tokens: As for :class:`UpdateRule`.
+        max_grad_norm: Frobenius norm that the gradient of each layer is clipped to; None for none.
+    """
 
     name = "gradient"
     default_step_size = 0.1
     default_tokens: ClassVar[Tokens] = "all"
 
+    def __init__(
+        self,
+        shapes: Sequence[tuple[int, int]],
+        device: torch.device,
+        *,
+        step_size: float | None = None,
+        tokens: Tokens | None = None,
+        max_grad_norm: float | None = None,
+    ) -> None:
+        super().__init__(shapes, device, step_size=step_size, tokens=tokens)
+        self.max_grad_norm = (
+            None if max_grad_norm is None else _positive(max_grad_norm, "max_grad_norm")
+        )
+
     def _factors(
         self, group: int, places: list[int], keys: Tensor, gradients: Tensor
     ) -> tuple[Tensor, Tensor]:
-        return keys, gradients
+        if self.max_grad_norm is None:
+            return keys, gradients
+        # ‖uᵀ v‖²_F, without the product.
+        squares = ((keys @ keys.mT) * (gradients @ gradients.mT)).sum((1, 2), keepdim=True)
+        norms = squares.clamp_min(torch.finfo(squares.dtype).tiny).sqrt()
+        return keys, gradients * (self.max_grad_norm / norms).clamp_max(1.0)
 
 
 class LifelongRule(UpdateRule):

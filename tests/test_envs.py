@@ -58,7 +58,7 @@ def test_importing_registers_the_ids_and_imports_no_framework() -> None:
     root = hiedit_env.__path__[0] + "/.."
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=root)
     assert run.returncode == 0, run.stderr
-    assert run.stdout.split() == sorted((*IDS, "hiedit/Toy-v0"))
+    assert run.stdout.split() == sorted((*IDS, "hiedit/Planted-v0", "hiedit/Toy-v0"))
 
 
 @pytest.mark.parametrize("mode", MODES)

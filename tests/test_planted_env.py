@@ -147,3 +147,13 @@ def test_compare_reports_regret_and_the_true_layer(tmp_path: Path) -> None:
     assert found["all-layers"]["true_layer_share"] == 100.0
     assert found["all-layers"]["true_layer_exact_share"] == 0.0
     assert found["all-layers"]["regret"] > 1.0
+    for metrics in found.values():
+        # Nothing is better than the best at one's own states.
+        assert metrics["one_step_regret"] > -1e-4
+    edits = {
+        name: json.loads((tmp_path / "out" / "runs" / f"{name}-seed0.json").read_text())["edits"]
+        for name in found
+    }
+    paid = {name: np.mean([edit["reward"] for edit in rows]) for name, rows in edits.items()}
+    for name, metrics in found.items():
+        assert metrics["regret"] == pytest.approx(paid["oracle"] - paid[name], abs=1e-6)

@@ -157,6 +157,17 @@ def test_gradient_rule_by_hand() -> None:
     np.testing.assert_allclose(propose_one(answer, capture), [[-0.3, -0.4]] * 2, rtol=1e-6)
 
 
+def test_a_clipped_gradient_keeps_its_direction() -> None:
+    capture = capture_of([[1, 0], [1, 1]], [[1, 2], [3, 4]])
+    # uᵀv = [4 6; 3 4], whose squared Frobenius norm is 77.
+    for limit, share in ((10.0, 1.0), (math.sqrt(77) / 2, 0.5)):
+        rule = GradientRule([(2, 2)], CPU, step_size=0.1, max_grad_norm=limit)
+        wanted = -0.1 * share * np.array([[4, 6], [3, 4]])
+        np.testing.assert_allclose(propose_one(rule, capture), wanted, rtol=1e-6)
+    with pytest.raises(SettingsError, match="max_grad_norm"):
+        GradientRule([(2, 2)], CPU, max_grad_norm=0.0)
+
+
 def test_outer_product_rule_by_hand() -> None:
     rule = OuterProductRule([(2, 2)], CPU, step_size=0.5, tokens="all")
     capture = capture_of([[1, 0], [3, 4]], [[2, 1], [6, -1]])

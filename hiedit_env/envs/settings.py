@@ -33,10 +33,19 @@ MODEL_DATASETS: Mapping[str, str] = {"tiny": "tiny-facts", "planted": "planted-f
 #: The update rule that a built-in model is made for; decorrelated for every other model.
 MODEL_RULES: Mapping[str, str] = {"planted": "gradient"}
 
-#: Nominal step sizes tuned for a built-in model: model → rule → step size.
-MODEL_STEP_SIZES: Mapping[str, Mapping[str, float]] = {
-    "tiny": {"decorrelated": 1e-3, "outer-product": 2e-3, "ridge": 5e-4, "gradient": 0.03},
-    "planted": {"decorrelated": 0.01, "outer-product": 0.01, "gradient": 4.0},
+#: Arguments tuned for a built-in model: model → rule → name → value.
+MODEL_RULE_SETTINGS: Mapping[str, Mapping[str, Mapping[str, float]]] = {
+    "tiny": {
+        "decorrelated": {"step_size": 1e-3},
+        "outer-product": {"step_size": 2e-3},
+        "ridge": {"step_size": 5e-4},
+        "gradient": {"step_size": 0.03},
+    },
+    "planted": {
+        "decorrelated": {"step_size": 0.01},
+        "outer-product": {"step_size": 0.01},
+        "gradient": {"step_size": 4.0, "max_grad_norm": 6.0},
+    },
 }
 
 RENDER_MODES = ("ansi", "rgb_array")
@@ -100,7 +109,7 @@ def reward_weights(given: Mapping[str, float] | None) -> dict[str, float]:
 
 
 def rule_settings(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """Arguments of the update rule; a step size tuned for the model only where none was given.
+    """Arguments of the update rule; those tuned for the model only where none were given.
 
     Args:
         settings: All arguments of :class:`.base.EditingEnv` by name.
@@ -113,16 +122,15 @@ def rule_settings(settings: Mapping[str, Any]) -> dict[str, Any]:
     if not (given is None or isinstance(given, Mapping)):
         raise SettingsError(f"update_rule_settings must be a dict or None, got {given!r}")
     chosen = dict(given or {})
-    if "step_size" not in chosen:
-        if step_size is None and isinstance(rule, str):
-            step_size = MODEL_STEP_SIZES.get(model, {}).get(rule)
-        return chosen if step_size is None else {**chosen, "step_size": step_size}
     if step_size is not None:
-        raise SettingsError(
-            f"step_size={step_size!r} and update_rule_settings['step_size']="
-            f"{chosen['step_size']!r} are both given; leave one of them out"
-        )
-    return chosen
+        if "step_size" in chosen:
+            raise SettingsError(
+                f"step_size={step_size!r} and update_rule_settings['step_size']="
+                f"{chosen['step_size']!r} are both given; leave one of them out"
+            )
+        chosen["step_size"] = step_size
+    known = MODEL_RULE_SETTINGS.get(model, {}).get(rule, {}) if isinstance(rule, str) else {}
+    return {**known, **chosen}
 
 
 def draw_stream(
