@@ -25,6 +25,10 @@ Size = Literal["fixed", "learned"]
 HISTORY_FEATURES = (3, 4, 5)
 
 
+#: What normalised features are clipped to.
+_MOST = 5.0
+
+
 def half(num_layers: int) -> int:
     """K where none is given: half of the layers, at least one."""
     return max(1, num_layers // 2)
@@ -143,6 +147,9 @@ class PolicyRouter(nn.Module):
             beginning.
         share: K as a share of the layers, where ``layers_per_edit`` is None; at least one.
         history: Whether it sees what earlier edits did to the layers.
+        normalize: Whether the features are normalised by their running moments over the training
+            facts and all layers, which stay as they are afterwards; what differs little between
+            layers, such as the logarithm of a norm, then counts as much as the rest.
         hidden: Hidden units.
         embedding: Columns of the layer embedding.
         seed: Of the random initial values.
@@ -162,6 +169,7 @@ class PolicyRouter(nn.Module):
         layers_per_edit: int | None = None,
         share: float = 0.5,
         history: bool = True,
+        normalize: bool = False,
         hidden: int = 64,
         embedding: int = 8,
         seed: int = 0,
@@ -176,6 +184,8 @@ class PolicyRouter(nn.Module):
             layers_per_edit = max(1, int(share * num_layers))
         self.layers_per_edit = _checked_size(layers_per_edit, num_layers)
         self.history = history
+        features = LAYER_FEATURES + GLOBAL_FEATURES
+        self.moments = RunningMoments(1, features, device) if normalize else None
         generator = torch.Generator().manual_seed(seed)
         self.embedding = nn.Parameter(torch.randn(num_layers, embedding, generator=generator))
         inputs = LAYER_FEATURES + GLOBAL_FEATURES + embedding
@@ -196,23 +206,38 @@ class PolicyRouter(nn.Module):
         """Randomness comes with every call."""
 
     def state(self) -> dict[str, Any]:
-        """Parameters by dotted path."""
-        return dict(self.state_dict())
+        """Parameters, and moments if there are any, by dotted path."""
+        state: dict[str, Any] = dict(self.state_dict())
+        if self.moments is not None:
+            state |= {f"moments.{k}": v for k, v in self.moments.state_dict().items()}
+        return state
 
     def load_state(self, state: Mapping[str, Any]) -> None:
         """Puts a saved :meth:`state` back."""
-        self.load_state_dict(dict(state))
+        own = self.state_dict()
+        if self.moments is None:
+            self.load_state_dict(dict(state))
+        else:
+            self.load_state_dict({name: state[name] for name in own})
+            names = self.moments.state_dict()
+            self.moments.load_state_dict({name: state[f"moments.{name}"] for name in names})
 
-    def scores(self, observation: Observation) -> Tensor:
-        """L float32 scores."""
-        device = self.bias.device
-        table = torch.from_numpy(np.asarray(observation, np.float32)).to(device)
+    def features(self, observation: Observation) -> Tensor:
+        """L × (features of the layer, then those of fact and stream) float32, not normalised."""
+        table = torch.from_numpy(np.asarray(observation, np.float32)).to(self.bias.device)
         layers = table[:-GLOBAL_FEATURES].view(len(self.bias), LAYER_FEATURES)
         if not self.history:
             layers = layers.clone()
             layers[:, list(HISTORY_FEATURES)] = 0.0
         rest = table[-GLOBAL_FEATURES:].expand(len(self.bias), -1)
-        rows = torch.cat((layers, rest, self.embedding), 1)
+        return torch.cat((layers, rest), 1)
+
+    def scores(self, observation: Observation) -> Tensor:
+        """L float32 scores."""
+        features = self.features(observation)
+        if self.moments is not None and self.moments.count:
+            features = self.moments.normalise(features[None], [0])[0].clamp(-_MOST, _MOST)
+        rows = torch.cat((features, self.embedding), 1)
         hidden = self.second(self.first(rows).tanh()).tanh()
         scores: Tensor = self.score(hidden)[:, 0] + self.bias
         return scores
@@ -220,7 +245,12 @@ class PolicyRouter(nn.Module):
     def choose(
         self, observation: Observation, capture: Capture, generator: torch.Generator | None = None
     ) -> Choice:
-        """A sampled choice with its log-probability; without ``generator`` the best one."""
+        """A sampled choice with its log-probability; without ``generator`` the best one.
+
+        With ``generator`` (training) the moments take the observation in.
+        """
+        if self.moments is not None and generator is not None:
+            self.moments.update(self.features(observation)[None])
         scores = self.scores(observation)
         if self.size == "fixed":
             return _plackett_luce(scores, self.layers_per_edit, generator)

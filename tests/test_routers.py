@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import pytest
@@ -18,6 +19,8 @@ from hiedit_env.rules import OuterProductRule
 from tests.lives import SELECTION, make
 
 CPU = torch.device("cpu")
+#: A policy router looks at the observation only.
+NOTHING: Any = None
 
 
 def observation(layers: int, seed: int = 0) -> np.ndarray:
@@ -245,3 +248,28 @@ def test_a_share_of_the_layers_is_picked(share: float, expected: int) -> None:
 def test_a_share_out_of_range_is_refused(share: float) -> None:
     with pytest.raises(SettingsError, match="share"):
         PolicyRouter(8, CPU, share=share)
+
+
+def test_normalised_features_make_scores_independent_of_their_scale() -> None:
+    layers, size = 3, 3 * LAYER_FEATURES + GLOBAL_FEATURES
+    seen = np.random.default_rng(0).normal(size=(6, size)).astype(np.float32)
+    choices = []
+    for factor, offset in ((1.0, 0.0), (0.01, 0.3)):
+        router = PolicyRouter(layers, CPU, layers_per_edit=1, hidden=5, normalize=True, seed=1)
+        with torch.no_grad():
+            router.score.weight.fill_(0.3)
+        generator = torch.Generator().manual_seed(0)
+        for row in seen[:5] * np.float32(factor) + np.float32(offset):
+            router.choose(row, NOTHING, generator)
+        last = seen[5] * np.float32(factor) + np.float32(offset)
+        before = router.moments.state_dict() if router.moments else {}
+        router.choose(last, NOTHING)
+        # Only training teaches it.
+        assert router.moments is not None
+        assert router.moments.count == before["count"] == 5 * layers
+        choices.append(router.scores(last))
+        again = PolicyRouter(layers, CPU, layers_per_edit=1, hidden=5, normalize=True, seed=7)
+        again.load_state(router.state())
+        assert torch.equal(again.scores(last), choices[-1])
+    torch.testing.assert_close(*choices, rtol=1e-3, atol=1e-4)
+    assert choices[0].std() > 0.01
