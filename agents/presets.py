@@ -20,7 +20,7 @@ HIEDIT = AgentSpec(
     name="hiedit",
     high="policy",
     low="rehearsal",
-    high_settings={"share": 0.25},
+    high_settings={"share": 0.25, "normalize": True},
     low_settings={
         "step_size": 5e-4,
         "rank": 64,
@@ -35,7 +35,8 @@ HIEDIT = AgentSpec(
         "window": 6,
         "low_learning_rate": 5e-4,
         "high_learning_rate": 0.01,
-        "entropy_weight": 0.01,
+        "normalize_advantage": True,
+        "entropy_weight": 0.1,
         "retention_window": 4,
         "samples_per_fact": 3,
     },

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import pickle
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ import gymnasium as gym
 import numpy as np
 import pytest
 from gymnasium.utils.env_checker import check_env
+from stable_baselines3.common.env_checker import check_env as sb3_check_env
 
 import hiedit_env  # noqa: F401
 from agents.registry import make_agent
@@ -101,6 +103,9 @@ def test_steps_mean_what_they_mean_elsewhere() -> None:
     # Where a layer does not react, what is written is zero.
     assert_only_layers_changed(env, true_layers(env))
     check_env(make(num_edits=3), skip_render_check=True)
+    sb3_check_env(make(num_edits=3))
+    again = pickle.loads(pickle.dumps(make(num_edits=2)))
+    assert again.reset(seed=5)[0].tolist() == make(num_edits=2).reset(seed=5)[0].tolist()
 
 
 def test_lives_of_the_vector_environment_have_oracles_of_their_own() -> None:
