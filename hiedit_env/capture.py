@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -35,6 +36,28 @@ class Capture:
     predictions: Tensor
     correct: Tensor
     summary: Tensor | None = None
+    _stacked: dict[tuple[int, ...], tuple[Tensor, Tensor]] = field(
+        default_factory=dict, init=False, repr=False, compare=False
+    )
+
+    def stacked(self, group: Sequence[int]) -> tuple[Tensor, Tensor]:
+        """Keys and value gradients of layers of one shape side by side; made once per group.
+
+        Args:
+            group: G indices of layers, see :func:`.updates.layer_groups`.
+
+        Returns:
+            G × T × d_in and G × T × d_out, float32; not to be written.
+        """
+        name = tuple(group)
+        known = self._stacked.get(name)
+        if known is None:
+            # Never inference tensors, wherever this is called from: they may enter autograd graphs.
+            with torch.inference_mode(False):
+                keys = torch.stack([self.keys[i] for i in name]).float()
+                known = keys, torch.stack([self.value_gradients[i] for i in name]).float()
+            self._stacked[name] = known
+        return known
 
     @property
     def answered(self) -> bool:

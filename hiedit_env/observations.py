@@ -9,9 +9,10 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
+from torch.nn import functional as F
 
 from hiedit_env.capture import Capture
-from hiedit_env.resident import ResidentLLM
+from hiedit_env.resident import ResidentLLM, products
 from hiedit_env.updates import layer_groups
 
 #: Random projections of the pooled key and of the pooled value gradient, this many each.
@@ -22,6 +23,8 @@ LAYER_FEATURES = 6 + 2 * PROJECTIONS
 GLOBAL_FEATURES = 5
 
 _TINY = 1e-30
+#: Widths of the columns of :meth:`Observer._measure`.
+_COLUMNS = (2, 1, 1, 1, 2, 2 * PROJECTIONS)
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,7 +69,9 @@ class Observer:
         self.llm = llm
         self.size = len(llm.layers) * LAYER_FEATURES + GLOBAL_FEATURES
         norms = [max(llm.base_norm(i), _TINY) for i in range(len(llm.layers))]
-        self._base_norms = torch.tensor(norms, device=llm.device)
+        self._base_norms = torch.tensor(norms, device=llm.device)[:, None]
+        self._sizes = torch.tensor(llm.shapes, device=llm.device)
+        self._log_units = torch.tensor([6.0, 12.0], device=llm.device)
         self._signs: dict[int, Tensor] = {}
         for size in sorted({size for shape in llm.shapes for size in shape}):
             generator = torch.Generator().manual_seed(seed)
@@ -108,80 +113,61 @@ class Observer:
         Returns:
             N × ``size`` float32 in [−1, 1], on the model's device.
         """
-        count, num_layers = len(views), len(self.llm.layers)
-        lengths = torch.tensor([len(v.capture.keys[0]) for v in views], device=self.llm.device)
+        lengths = [len(view.capture.keys[0]) for view in views]
         with torch.no_grad():
-            parts: list[Tensor] = []
-            for group in self._groups:
-                # Zeros in the place of missing tokens add nothing to any sum below.
-                keys = _padded([[v.capture.keys[i] for i in group] for v in views])
-                gradients = _padded([[v.capture.value_gradients[i] for i in group] for v in views])
-                grams = (keys @ keys.mT) * (gradients @ gradients.mT)
-                norms = grams.sum((2, 3)).clamp_min(0).sqrt()
-                sizes, conflicts = self._changes(group, views, keys, gradients)
-                columns = (
-                    _log_rms(keys, lengths) / 6,
-                    _log_rms(gradients, lengths) / 12,
-                    norms,
-                    sizes / self._base_norms[group],
-                    conflicts / (norms * sizes + _TINY),
-                )
-                projections = (self._project(keys), self._project(gradients))
-                parts.append(torch.cat((torch.stack(columns, 2), *projections), 2))
-            rows = torch.cat(parts, 1)
-            if len(parts) > 1:
-                rows = rows[:, self._order]
-            share = rows[..., 2:3] / (rows[..., 2:3].sum(1, keepdim=True) + _TINY)
+            parts = [self._measure(group, views, max(lengths)) for group in self._groups]
+            rows = parts[0] if len(parts) == 1 else torch.cat(parts, 1)[:, self._order]
+            sizes, norms, inner, changes, totals, projections = rows.split(_COLUMNS, 2)
+            tokens = torch.tensor(lengths, device=rows.device)[:, None, None]
             written = torch.from_numpy(np.stack([v.written_share for v in views])).to(rows)
-            table = torch.cat(
-                (rows[..., :2], share, rows[..., 3:5], written[..., None], rows[..., 5:]), 2
+            # What is projected has unit length: over 3, hardly any number leaves [−1, 1].
+            directions = projections.unflatten(2, (2, -1)) / (3 * (totals + _TINY)[..., None])
+            columns = (
+                (sizes / (tokens * self._sizes).sqrt() + 1e-12).log10() / self._log_units,
+                norms / (norms.sum(1, keepdim=True) + _TINY),
+                changes / self._base_norms,
+                inner / (norms * changes + _TINY),
+                written[..., None],
+                directions.flatten(2),
             )
             facts = torch.stack([v.capture.numbers() for v in views])
             answered = (facts[:, 1:] == 1).float()
             shares = torch.tensor([(v.steps_share, v.stream_share) for v in views]).to(rows)
             last = (facts[:, :1] / 10, facts[:, 1:], answered, shares)
-            flat = torch.cat((table.reshape(count, num_layers * LAYER_FEATURES), *last), 1)
+            flat = torch.cat((torch.cat(columns, 2).flatten(1), *last), 1)
             # What is not finite, after numerical collapse, becomes 0 or a bound.
             return flat.nan_to_num().clamp(-1.0, 1.0)
 
-    def _changes(
-        self, group: list[int], views: Sequence[View], keys: Tensor, gradients: Tensor
-    ) -> tuple[Tensor, Tensor]:
-        """Norm of every layer's accumulated change, and its inner product with the gradient.
+    def _measure(self, group: list[int], views: Sequence[View], longest: int) -> Tensor:
+        """Of the G layers of one shape, N × G × ``_COLUMNS`` float32.
 
-        N × G each.
+        Norms of keys and of value gradients, norm of the gradient, its inner product with the
+        accumulated change, norm of that change, norms of the summed key and of the summed value
+        gradient, and the projections of these two sums.
         """
-        sizes, inner = [], []
-        nothing = keys.new_zeros(len(views))
-        for place, i in enumerate(group):
-            changes = [view.llm.change(i) for view in views]
-            known = next((change for change in changes if change is not None), None)
-            if known is None:
-                sizes.append(nothing)
-                inner.append(nothing)
-                continue
-            stacked = torch.stack([torch.zeros_like(known) if c is None else c for c in changes])
-            sizes.append(torch.linalg.vector_norm(stacked, dim=(1, 2)))
-            inner.append(((keys[:, place] @ stacked) * gradients[:, place]).sum((1, 2)))
-        return torch.stack(sizes, 1), torch.stack(inner, 1)
-
-    def _project(self, rows: Tensor) -> Tensor:
-        """Of N × G × T × size: the direction of the mean row, N × G × projections."""
-        total = rows.sum(2)
-        unit = total / (torch.linalg.vector_norm(total, dim=2, keepdim=True) + _TINY)
-        projected: Tensor = unit @ self._signs[rows.shape[3]]
-        return projected / 3
-
-
-def _padded(tensors: Sequence[Sequence[Tensor]]) -> Tensor:
-    """N lives × G layers of T_n × size as one N × G × T × size, float32, with zeros at the end."""
-    flat = [tensor for row in tensors for tensor in row]
-    if len(tensors) == 1:
-        return torch.stack(flat).float()[None]
-    padded = torch.nn.utils.rnn.pad_sequence(flat, batch_first=True).float()
-    return padded.view(len(tensors), len(tensors[0]), *padded.shape[1:])
+        stacks = [view.capture.stacked(group) for view in views]
+        # (N G) × T × size. Zeros in the place of missing tokens add nothing to any sum.
+        keys, gradients = (_padded([stack[side] for stack in stacks], longest) for side in (0, 1))
+        grams = (keys @ keys.mT) * (gradients @ gradients.mT)
+        changes = [view.llm.change(i) for view in views for i in group]
+        nothing = keys.new_zeros(())
+        moved = products(keys, changes, gradients.shape[2])
+        sums = (keys.sum(1), gradients.sum(1))
+        columns = (
+            torch.linalg.vector_norm(keys, dim=(1, 2)),
+            torch.linalg.vector_norm(gradients, dim=(1, 2)),
+            grams.sum((1, 2)).clamp_min(0).sqrt(),
+            (moved * gradients).sum((1, 2)),
+            torch.stack([nothing if c is None else torch.linalg.vector_norm(c) for c in changes]),
+            *(torch.linalg.vector_norm(total, dim=1) for total in sums),
+        )
+        projections = (total @ self._signs[total.shape[1]] for total in sums)
+        table = torch.cat((torch.stack(columns, 1), *projections), 1)
+        return table.view(len(views), len(group), -1)
 
 
-def _log_rms(rows: Tensor, lengths: Tensor) -> Tensor:
-    mean = rows.square().sum((2, 3)) / (lengths[:, None] * rows.shape[3])
-    return (mean.sqrt() + 1e-12).log10()
+def _padded(blocks: Sequence[Tensor], longest: int) -> Tensor:
+    """N lives' G × T_n × size as (N G) × T × size, with zeros at the end."""
+    if len(blocks) == 1:
+        return blocks[0]
+    return torch.cat([F.pad(rows, (0, 0, 0, longest - rows.shape[1])) for rows in blocks])

@@ -31,7 +31,7 @@ from hiedit_env.tokenization import (
 from hiedit_env.updates import Updates
 from hiedit_env.weights import EditableWeights
 
-#: Numbers in the changes of several lives up to which they are stacked and multiplied as one.
+#: Numbers in several changes up to which they are stacked and multiplied as one.
 STACKED_NUMBERS = 2**18
 
 
@@ -281,23 +281,9 @@ class ResidentLLM(EditableWeights):
         """Adds the changes of forks; those of the resident model are in its weights."""
 
         def add(changes: Sequence[Tensor | None]) -> Any:
-            known = next(change for change in changes if change is not None)
-
             def hook(_module: torch.nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
-                rows = args[0].reshape(len(changes), -1, known.shape[0])
-                if known.numel() * len(changes) <= STACKED_NUMBERS:
-                    whole = [torch.zeros_like(known) if c is None else c for c in changes]
-                    added = rows @ torch.stack(whole).to(rows.dtype)
-                else:
-                    # What is stacked is a copy, and a backward pass would keep those of all layers.
-                    added = torch.stack(
-                        [
-                            row.new_zeros(len(row), known.shape[1])
-                            if change is None
-                            else row @ change.to(row.dtype)
-                            for row, change in zip(rows, changes, strict=True)
-                        ]
-                    )
+                rows = args[0].reshape(len(changes), -1, args[0].shape[-1])
+                added = products(rows, changes, output.shape[-1])
                 return output + added.reshape(output.shape)
 
             return hook
@@ -348,3 +334,30 @@ class ResidentLLM(EditableWeights):
                 f"relative {error:.2g}; this architecture computes its logits in a way hiedit does "
                 "not know"
             )
+
+
+def products(rows: Tensor, changes: Sequence[Tensor | None], d_out: int) -> Tensor:
+    """Several blocks of rows, each through a change of its own.
+
+    Args:
+        rows: N × T × d_in.
+        changes: N dense changes, d_in × d_out; None for one that is zero.
+        d_out: Columns of the result.
+
+    Returns:
+        N × T × d_out in the rows' dtype, differentiable in the rows.
+    """
+    if all(change is None for change in changes):
+        return rows.new_zeros(*rows.shape[:2], d_out)
+    if rows.shape[2] * d_out * len(changes) <= STACKED_NUMBERS:
+        empty = rows.new_zeros(rows.shape[2], d_out)
+        whole = torch.stack([empty if change is None else change for change in changes])
+        return rows @ whole.to(rows.dtype)
+    # What is stacked is a copy, and a backward pass would keep those of all layers.
+    none = rows.new_zeros(rows.shape[1], d_out)
+    return torch.stack(
+        [
+            none if change is None else block @ change.to(rows.dtype)
+            for block, change in zip(rows, changes, strict=True)
+        ]
+    )
