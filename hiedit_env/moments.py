@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+_TINY = torch.finfo(torch.float32).eps
+
 
 class RunningMoments:
     """Mean and variance of all rows seen so far (Chan, Golub and LeVeque's pairwise update).
@@ -22,19 +24,28 @@ class RunningMoments:
         self.count = 0
         self.mean = torch.zeros(groups, 1, size, device=device)
         self.squares = torch.zeros(groups, 1, size, device=device)
+        self._deviation: Tensor | None = None
 
     def update(self, rows: Tensor) -> None:
         """Adds groups × n × size rows."""
         rows = rows.float()
         n = rows.shape[1]
         total = self.count + n
-        mean = rows.mean(1, keepdim=True)
+        mean = rows.sum(1, keepdim=True) / n
         delta = mean - self.mean
         # New tensors, never in place: saved states hold the old ones.
-        scatter = (rows - mean).square().sum(1, keepdim=True)
-        self.squares = self.squares + scatter + delta.square() * (self.count * n / total)
-        self.mean = self.mean + delta * (n / total)
+        squares = self.squares + (rows - mean).square().sum(1, keepdim=True)
+        self.squares = squares.addcmul(delta, delta, value=self.count * n / total)
+        self.mean = self.mean.add(delta, alpha=n / total)
         self.count = total
+        self._deviation = None
+
+    @property
+    def deviation(self) -> Tensor:
+        """Standard deviation (n − 1) of every column and a little more; groups × 1 × size."""
+        if self._deviation is None:
+            self._deviation = (self.squares / max(self.count - 1, 1)).sqrt() + _TINY
+        return self._deviation
 
     def normalise(self, rows: Tensor, places: list[int]) -> Tensor:
         """Rows with the mean taken away, over the standard deviation (n − 1); float32.
@@ -46,12 +57,9 @@ class RunningMoments:
             rows: len(places) × T × size.
             places: Which of the layers kept here the rows belong to.
         """
-        tiny = torch.finfo(torch.float32).eps
-        mean = picked(self.mean, places)
         if self.count == 1:
-            return rows.float() / (mean.abs() + tiny)
-        deviation = (picked(self.squares, places) / max(self.count - 1, 1)).sqrt()
-        return (rows.float() - mean) / (deviation + tiny)
+            return rows.float() / (picked(self.mean, places).abs() + _TINY)
+        return (rows.float() - picked(self.mean, places)) / picked(self.deviation, places)
 
     def scale(self, rows: Tensor, places: list[int], start: int) -> Tensor:
         """Rows over the standard deviation of the columns from ``start`` on; no mean is taken away.
@@ -61,8 +69,7 @@ class RunningMoments:
             places: Which of the layers kept here the rows belong to.
             start: First column.
         """
-        variance = picked(self.squares, places)[..., start:] / max(self.count - 1, 1)
-        return rows.float() / (variance.sqrt() + torch.finfo(torch.float32).eps)
+        return rows.float() / picked(self.deviation, places)[..., start:]
 
     def state_dict(self) -> dict[str, Any]:
         """The statistics; the tensors are never written in place."""
@@ -72,6 +79,7 @@ class RunningMoments:
         """Puts saved statistics back, bit for bit."""
         self.count = int(state["count"])
         self.mean, self.squares = state["mean"], state["squares"]
+        self._deviation = None
 
 
 def picked(rows: Tensor, places: list[int]) -> Tensor:

@@ -117,11 +117,34 @@ class UpdateRule(ABC):
             if not places:
                 continue
             chosen = [group[place] for place in places]
-            left, right = self._factors(number, places, *self._rows(capture, chosen))
-            for place, layer in enumerate(chosen):
-                scaled = _scaled(right[place] * -self.step_size, layer, multipliers)
-                updates[layer] = LowRankUpdate(left[place], scaled)
+            factors = self._factors(number, places, *self._rows(capture, chosen))
+            self._enter(updates, chosen, *factors, multipliers)
         return tuple(updates)
+
+    def _enter(
+        self,
+        updates: list[LowRankUpdate | None],
+        chosen: list[int],
+        left: Tensor,
+        right: Tensor,
+        multipliers: NDArray[np.float32] | Tensor | None,
+    ) -> None:
+        """Puts the updates of layers of one shape, from factors for step size −1, in their places.
+
+        Args:
+            updates: L entries.
+            chosen: Indices of the G layers.
+            left: G × r × d_in.
+            right: G × r × d_out.
+            multipliers: As for :meth:`compute`.
+        """
+        steps: float | Tensor = -self.step_size
+        if multipliers is not None:
+            factors = torch.as_tensor(multipliers[chosen], dtype=right.dtype, device=right.device)
+            steps = factors[:, None, None] * steps
+        pairs = zip(left.unbind(), (right * steps).unbind(), strict=True)
+        for layer, pair in zip(chosen, pairs, strict=True):
+            updates[layer] = LowRankUpdate(*pair)
 
     def state_dict(self) -> dict[str, Any]:
         """The lifelong statistics: tensors that are never written in place, and plain numbers."""
@@ -132,9 +155,8 @@ class UpdateRule(ABC):
 
     def _rows(self, capture: Capture, group: list[int]) -> tuple[Tensor, Tensor]:
         start = capture.prompt.first_position if self.tokens == "answer" else 0
-        keys = torch.stack([capture.keys[i][start:] for i in group])
-        gradients = torch.stack([capture.value_gradients[i][start:] for i in group])
-        return keys.float(), gradients.float()
+        keys, gradients = capture.stacked(group)
+        return (keys[:, start:], gradients[:, start:]) if start else (keys, gradients)
 
 
 class GradientRule(UpdateRule):
@@ -247,10 +269,7 @@ class LifelongRule(UpdateRule):
             normalised = moments.normalise(torch.cat((keys, gradients), 2), places)
             left = self._left(number, places, normalised[..., :d_in])
             right = moments.scale(gradients, places, d_in) * self._steps(number, places)
-            for place, index in enumerate(places):
-                layer = group[index]
-                scaled = _scaled(right[place] * -self.step_size, layer, multipliers)
-                updates[layer] = LowRankUpdate(left[place], scaled)
+            self._enter(updates, [group[place] for place in places], left, right, multipliers)
         return tuple(updates)
 
 
@@ -392,13 +411,6 @@ class RidgeRule(LifelongRule):
         gram = keys @ keys.mT
         gram.diagonal(dim1=1, dim2=2).add_(self.ridge)
         return keys, torch.linalg.solve(gram, wanted)
-
-
-def _scaled(right: Tensor, layer: int, multipliers: NDArray[np.float32] | Tensor | None) -> Tensor:
-    if multipliers is None:
-        return right
-    factor = multipliers[layer]
-    return right * (factor if isinstance(factor, Tensor) else float(factor))
 
 
 def _positive(value: object, name: str) -> float:

@@ -96,6 +96,7 @@ class EditableWeights:
         chosen = range(len(self.layers)) if indices is None else indices
         return WeightSnapshot({i: self._changes[i] for i in chosen})
 
+    @torch.inference_mode(False)
     def restore(self, snapshot: WeightSnapshot) -> None:
         """Puts the weights of a snapshot back, bit for bit."""
         for i, change in snapshot.changes.items():
@@ -103,6 +104,7 @@ class EditableWeights:
                 self._changes[i] = change
                 self._write(i)
 
+    @torch.inference_mode(False)
     def restore_unedited(self) -> None:
         """Puts the weights of the unedited model back, bit for bit."""
         for i, change in enumerate(self._changes):
@@ -193,14 +195,14 @@ class EditableWeights:
         if not self.is_resident:
             return
         weight, base, change = self._weight(index), self._base[index], self._changes[index]
-        with torch.inference_mode(False), torch.no_grad():
-            if change is None:
-                weight.copy_(base)
-            elif weight.dtype == torch.float32:
-                torch.add(base, change, out=weight)
-            else:
-                # In float32, or in float64 for float64 weights.
-                weight.copy_(base + change)
+        # The weights need no gradient, so that none is recorded in any mode of the caller's.
+        if change is None:
+            weight.copy_(base)
+        elif weight.dtype == torch.float32:
+            torch.add(base, change, out=weight)
+        else:
+            # In float32, or in float64 for float64 weights.
+            weight.copy_(base + change)
 
 
 _BITS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
