@@ -100,13 +100,17 @@ class PassGraph:
     """One forward pass over one request or several, whose backward pass runs when it is asked for.
 
     Args:
-        losses: N, one per request, each depending on its own row only.
+        losses: A, of the answer tokens of all requests, each depending on its own request only.
+        weights: A, what each counts in the loss that is differentiated.
         inputs: Per layer N × T × d_in.
         outputs: Per layer N × T × d_out.
     """
 
-    def __init__(self, losses: Tensor, inputs: list[Tensor], outputs: list[Tensor]) -> None:
+    def __init__(
+        self, losses: Tensor, weights: Tensor, inputs: list[Tensor], outputs: list[Tensor]
+    ) -> None:
         self._losses: Tensor | None = losses
+        self._weights = weights
         self._inputs, self._outputs = inputs, outputs
         self._rows: GradientRows | None = None
 
@@ -115,7 +119,7 @@ class PassGraph:
         """Keys and value gradients, N × T × size per layer; runs once, then frees the graph."""
         if self._rows is None:
             assert self._losses is not None
-            gradients = torch.autograd.grad(self._losses.sum(), self._outputs)
+            gradients = torch.autograd.grad(self._losses, self._outputs, self._weights)
             self._rows = GradientRows(tuple(u.detach() for u in self._inputs), gradients)
             self._losses, self._inputs, self._outputs = None, [], []
         return self._rows

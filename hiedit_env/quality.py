@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
+from torch.nn import functional as F
 
 from hiedit_env.capture import Reading
 from hiedit_env.errors import PromptError, SettingsError
@@ -329,8 +330,8 @@ def evaluate_together(
             asked, prompts, found, strict=True
         ):
             if reading is not None:
-                loss, accuracy = reading.summary
-                own = torch.stack((-loss, accuracy, torch.zeros_like(loss), torch.zeros_like(loss)))
+                loss, accuracy = reading.summary.unbind()
+                own = F.pad(torch.stack((-loss, accuracy)), (0, 2))
                 table = torch.cat((own[None], table))
                 wanted = [fact.prompt, *wanted]
             scores = list(table.T.cpu().double().numpy())

@@ -152,15 +152,15 @@ class ResidentLLM(EditableWeights):
         """
         batch = self.batch(prompts)
         logits, inputs, outputs = self._record(batch, lives)
-        predictions = logits.detach().argmax(-1)
-        correct = predictions == batch.labels
         with torch.enable_grad():
             losses = F.cross_entropy(logits.float(), batch.labels, reduction="none")
-            summaries = batch.column_means(torch.stack((losses, correct.float()), 1))
-        graph = PassGraph(summaries[:, 0], inputs, outputs)
-        summaries = summaries.detach()
+        graph = PassGraph(losses, 1 / batch.answer_lengths[batch.rows], inputs, outputs)
+        logits = logits.detach()
+        predictions = logits.argmax(-1)
+        correct = predictions == batch.labels
+        summaries = batch.column_means(torch.stack((losses.detach(), correct.float()), 1))
         sizes = [len(prompt.answer_ids) for prompt in prompts]
-        parts = [torch.split(part, sizes) for part in (logits.detach(), predictions, correct)]
+        parts = [torch.split(part, sizes) for part in (logits, predictions, correct)]
         numbers = summaries.tolist()
         return [
             Reading(
@@ -195,7 +195,7 @@ class ResidentLLM(EditableWeights):
         logits, inputs, outputs = self._record(batch, (self,))
         with torch.enable_grad():
             gradients = torch.autograd.grad(loss(logits.float(), batch), outputs)
-        places = torch.arange(batch.input_ids.shape[1], device=self.device)
+        places = torch.arange(batch.longest, device=self.device)
         real = places < batch.lengths[:, None]
         return GradientRows(
             keys=tuple(u.detach()[real] for u in inputs),

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 
-import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -59,26 +58,24 @@ def logits_together(
     def prompt(life: int, column: int) -> int:
         return tables[life][min(column, len(tables[life]) - 1)]
 
-    def longest(lives: Sequence[int], column: int) -> int:
-        return max(asked[life][1][prompt(life, column)].length for life in lives)
-
-    most = max(1, limit // longest(present, width - 1))
+    # Rising from column to column.
+    lengths = [
+        max(asked[life][1][prompt(life, column)].length for life in present)
+        for column in range(width)
+    ]
+    most = max(1, limit // lengths[-1])
     for first in range(0, len(present), most):
         lives = present[first : first + most]
+        forks = [asked[life][0] for life in lives]
         start = 0
         while start < width:
             stop = start + 1
-            # Lengths rise from column to column.
-            while stop < width and (
-                len(lives) * (stop + 1 - start) * longest(lives, stop) <= limit
-            ):
+            while stop < width and len(lives) * (stop + 1 - start) * lengths[stop] <= limit:
                 stop += 1
             columns = range(start, stop)
             places = [(life, prompt(life, column)) for life in lives for column in columns]
-            llm = asked[lives[0]][0]
-            batch = llm.batch([asked[life][1][i] for life, i in places])
-            forks = [asked[life][0] for life in lives]
-            yield places, batch, llm.answer_logits(batch, updates, lives=forks)
+            batch = forks[0].batch([asked[life][1][i] for life, i in places])
+            yield places, batch, forks[0].answer_logits(batch, updates, lives=forks)
             start = stop
 
 
@@ -97,48 +94,54 @@ def scores_together(
         Per life P × 4 float32: −nats, token accuracy, KL from the reference, argmax agreement with
         it; the last two are 0 for prompts without a reference.
     """
-    unique = [list(dict.fromkeys(prompts)) for _, prompts, _ in asked]
     models = [llm for llm, _, _ in asked]
+    unique, numbers = zip(*(_numbered(prompts) for _, prompts, _ in asked), strict=True)
+    known = [
+        [references.get(prompt) for prompt in own]
+        for own, (_, _, references) in zip(unique, asked, strict=True)
+    ]
     parts: list[Tensor] = []
     rows: dict[tuple[int, int], int] = {}
     for places, batch, logits in logits_together(list(zip(models, unique, strict=True)), updates):
-        references = [
-            asked[life][2].get(prompt)
-            for (life, _), prompt in zip(places, batch.prompts, strict=True)
-        ]
-        values = _scores(batch, references, logits.float())
         start = sum(len(part) for part in parts)
+        values = _scores(batch, [known[life][i] for life, i in places], logits.float())
         rows |= {place: start + i for i, place in enumerate(places)}
         parts.append(batch.column_means(torch.stack(values, 1)))
     if not parts:
         return [torch.zeros(0, 4, device=model.device) for model in models]
     table = torch.cat(parts)
-    result: list[Tensor] = []
-    for life, (_, prompts, _) in enumerate(asked):
-        place = {prompt: rows[life, i] for i, prompt in enumerate(unique[life])}
-        index = torch.tensor([place[p] for p in prompts], dtype=torch.int64, device=table.device)
-        result.append(table[index])
-    return result
+    return [
+        table[torch.tensor([rows[life, i] for i in own], dtype=torch.int64, device=table.device)]
+        for life, own in enumerate(numbers)
+    ]
+
+
+def _numbered(prompts: Sequence[EncodedPrompt]) -> tuple[list[EncodedPrompt], list[int]]:
+    """The different prompts, and for every prompt its place among them."""
+    places: dict[EncodedPrompt, int] = {}
+    numbers = [places.setdefault(prompt, len(places)) for prompt in prompts]
+    return list(places), numbers
 
 
 def _scores(
     batch: PromptBatch, references: Sequence[Tensor | None], logits: Tensor
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Per answer token: −nats, whether it is the argmax, KL from the reference, agreement."""
-    predictions = logits.argmax(-1)
-    losses = -F.cross_entropy(logits, batch.labels, reduction="none")
+    log_probs, predictions = logits.log_softmax(-1), logits.argmax(-1)
+    losses = log_probs.gather(1, batch.labels[:, None])[:, 0]
     correct = (predictions == batch.labels).float()
     kl, agree = torch.zeros_like(losses), torch.zeros_like(losses)
-    sizes = [len(prompt.answer_ids) for prompt in batch.prompts]
-    starts = np.cumsum([0, *sizes[:-1]]).tolist()
     rows: list[int] = []
-    for known, start, size in zip(references, starts, sizes, strict=True):
+    start = 0
+    for prompt, known in zip(batch.prompts, references, strict=True):
+        stop = start + len(prompt.answer_ids)
         if known is not None:
-            rows += range(start, start + size)
+            rows += range(start, stop)
+        start = stop
     if rows:
         index = torch.tensor(rows, device=logits.device)
         reference = torch.cat([known for known in references if known is not None])
-        now = logits[index].log_softmax(-1)
+        now = log_probs[index]
         divergence = F.kl_div(now, reference, reduction="none", log_target=True).sum(-1)
         kl = kl.index_put((index,), divergence)
         equal = (predictions[index] == reference.argmax(-1)).float()

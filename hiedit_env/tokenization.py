@@ -198,24 +198,36 @@ class PromptBatch:
 
     Args:
         prompts: The B prompts, in order.
-        input_ids: (B, T) int64, padded on the right.
         rows: (N,) int64, each answer token's row in the batch.
         positions: (N,) int64, the position whose logits predict it.
         labels: (N,) int64, its id.
         lengths: (B,) int64, number of real tokens in each row.
+        answer_lengths: (B,) int64, number of answer tokens of each prompt.
+        pad_id: Id that fills the rest of a row.
     """
 
     prompts: tuple[EncodedPrompt, ...]
-    input_ids: Tensor
     rows: Tensor
     positions: Tensor
     labels: Tensor
     lengths: Tensor
+    answer_lengths: Tensor
+    pad_id: int
+
+    @property
+    def longest(self) -> int:
+        """T."""
+        return max(prompt.length for prompt in self.prompts)
 
     @cached_property
-    def answer_lengths(self) -> Tensor:
-        """(B,) int64, number of answer tokens of each prompt, on the batch's device."""
-        return torch.bincount(self.rows, minlength=len(self.prompts))
+    def input_ids(self) -> Tensor:
+        """(B, T) int64, padded on the right; made when it is asked for."""
+        longest = self.longest
+        padded = [
+            [*prompt.input_ids, *[self.pad_id] * (longest - prompt.length)]
+            for prompt in self.prompts
+        ]
+        return torch.tensor(padded, dtype=torch.int64, device=self.rows.device)
 
     @cached_property
     def _columns(self) -> Tensor:
@@ -262,9 +274,8 @@ class PromptBatch:
         Returns:
             (B, columns) float32; the mean of ones is exactly 1.
         """
-        belongs = torch.zeros(len(self.prompts), len(self.rows), device=self.rows.device)
-        columns = torch.arange(len(self.rows), device=self.rows.device)
-        belongs = belongs.index_put((self.rows, columns), belongs.new_ones(()))
+        places = torch.arange(len(self.prompts), device=self.rows.device)
+        belongs = (places[:, None] == self.rows).to(values.dtype)
         # Divided at the end: a sum of rounded quotients would miss 1 by an ulp.
         return (belongs @ values) / self.answer_lengths[:, None]
 
@@ -301,28 +312,20 @@ def make_batch(
     """
     if not prompts:
         raise PromptError("a batch needs at least one prompt, got none")
-    longest = max(prompt.length for prompt in prompts)
-    padded: list[list[int]] = []
     rows: list[int] = []
     positions: list[int] = []
     labels: list[int] = []
     for row, prompt in enumerate(prompts):
-        padded.append([*prompt.input_ids, *[pad_id] * (longest - prompt.length)])
         rows += [row] * len(prompt.answer_ids)
         positions += range(prompt.first_position, prompt.length)
         labels += prompt.answer_ids
+    sizes = [prompt.length for prompt in prompts], [len(prompt.answer_ids) for prompt in prompts]
 
-    def tensor(values: list[int] | list[list[int]]) -> Tensor:
-        return torch.tensor(values, dtype=torch.int64, device=device)
+    def tensors(*values: list[int]) -> tuple[Tensor, ...]:
+        # Together, since every tensor is a copy to the device.
+        return torch.tensor(values, dtype=torch.int64, device=device).unbind()
 
-    return PromptBatch(
-        prompts=tuple(prompts),
-        input_ids=tensor(padded),
-        rows=tensor(rows),
-        positions=tensor(positions),
-        labels=tensor(labels),
-        lengths=tensor([prompt.length for prompt in prompts]),
-    )
+    return PromptBatch(tuple(prompts), *tensors(rows, positions, labels), *tensors(*sizes), pad_id)
 
 
 def length_buckets(prompts: Sequence[EncodedPrompt], max_tokens: int) -> list[list[int]]:
