@@ -285,7 +285,7 @@ def find_candidates(
         layers: None for the preset of ``name`` or, failing that, the default rule (see
             :data:`ARCHITECTURES`); the name of a preset; or one or several patterns over the
             names in ``model.named_modules()``. A pattern is a shell-style glob in which ``{10-14}``
-            and ``{1,3,5-7}`` stand for numbers and ``{up,gate}`` for names, each of which must match.
+            and ``{1,3,5-7}`` stand for numbers and ``{up,gate}`` for names; each must match.
         name: Name, hub id or path of the model; its last part selects the preset. A preset of
             another model type or number of blocks is not this model's and is passed over.
 
