@@ -144,6 +144,16 @@ def test_arguments_of_the_low_level_can_be_given_with_the_name(
     ):
         with pytest.raises(SettingsError, match=message):
             spec_agent(name).build(env.llm)
+    for name in ("all-layers+ridge?max_steps_per_edit=2", f"{trained[1]}?max_steps_per_edit=2"):
+        assert spec_agent(name).build(env.llm).max_steps_per_edit == 2
+        assert spec_agent(name).identity["max_steps_per_edit"] == 2
+    assert spec_agent("all-layers+rledit?max_steps_per_edit=3").spec.max_steps_per_edit == 3
+    for name, message in (
+        ("all-layers+ridge?max_steps_per_edit=0", "at least 1"),
+        ("policy?max_steps_per_edit=2+ridge", "changes the other level"),
+    ):
+        with pytest.raises(SettingsError, match=message):
+            spec_agent(name)
     with pytest.raises(SettingsError, match="fixed when it was trained"):
         spec_agent(f"{trained[1]}?rule=ridge")
     with pytest.raises(SettingsError, match="unknown high level"):
