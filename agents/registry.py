@@ -144,15 +144,15 @@ class SpecAgent:
             CheckpointError: its trained parameters do not fit the model.
             SettingsError: settings that do not fit, or a learned agent without trained parameters.
         """
-        high, low = self._high.make_high(llm), self._low.make_low(llm, model)
-        for level, kind, spec, folder in (
-            (high, "high", self._high, self._high_folder),
-            (low, "low", self._low, self._low_folder),
+        high_spec, high_folder = self._resolved(self._high, self._high_folder, model, trained)
+        low_spec, low_folder = self._resolved(self._low, self._low_folder, model, trained)
+        high, low = high_spec.make_high(llm), low_spec.make_low(llm, model)
+        for level, kind, spec, found in (
+            (high, "high", self._high, high_folder),
+            (low, "low", self._low, low_folder),
         ):
             if not isinstance(level, Trainable):
                 continue
-            named = spec.name in PRESETS
-            found = folder or (shipped(spec.name, model) if named and trained else None)
             if found is not None:
                 record = read_record(found)
                 check_fits(found, record, llm)
@@ -162,13 +162,35 @@ class SpecAgent:
                     raise CheckpointError(
                         f"the {kind} level in {found} does not fit its own settings: {error}"
                     ) from error
-            elif named and trained:
+            elif spec.name in PRESETS and trained:
                 raise SettingsError(
                     f"agent {self.name!r} has to be trained, and no trained one ships for model "
                     f"{model!r}: run 'hiedit train {spec.name} --model … --out DIR' and give DIR "
                     "in its place"
                 )
-        return HierarchicalAgent(self.name, high, low, self._low.max_steps_per_edit)
+        return HierarchicalAgent(self.name, high, low, low_spec.max_steps_per_edit)
+
+    @staticmethod
+    def _resolved(
+        spec: AgentSpec, folder: Path | None, model: str, trained: bool
+    ) -> tuple[AgentSpec, Path | None]:
+        """Settings and folder that count: those of the agent that ships, for a named one.
+
+        What ships was trained with settings of its own, which a preset may have left since; only
+        arguments that were given by name go before them.
+        """
+        preset = PRESETS.get(spec.name)
+        found = shipped(spec.name, model) if preset and trained and folder is None else None
+        if preset is None or found is None:
+            return spec, folder
+        own = AgentSpec.from_json(read_record(found))
+        high = _changed(spec.high_settings, preset.high_settings)
+        low = _changed(spec.low_settings, preset.low_settings)
+        return replace(
+            own,
+            high_settings={**own.high_settings, **high},
+            low_settings={**own.low_settings, **low},
+        ), found
 
     def reset(self, env: gym.Env[Any, Any], seed: int) -> None:
         """Builds the agent for the environment's model, once, and makes it ready for a life."""
@@ -330,6 +352,10 @@ def _with_query(spec: AgentSpec, query: str, level: str, folder: Path | None = N
         except ValueError:
             settings[owner][key] = text
     return replace(spec, high_settings=settings["high"], low_settings=settings["low"])
+
+
+def _changed(settings: Mapping[str, Any], defaults: Mapping[str, Any]) -> dict[str, Any]:
+    return {k: v for k, v in settings.items() if k not in defaults or defaults[k] != v}
 
 
 def _import(name: str) -> Callable[..., Any]:

@@ -11,6 +11,7 @@ import pytest
 
 from agents.presets import PRESETS
 from agents.registry import AGENTS, make_agent, spec_agent
+from agents.rehearsal import Rehearsal
 from agents.routers import PolicyRouter
 from agents.settings import TrainSettings
 from benchmarks.compare import CompareSettings, compare
@@ -201,3 +202,24 @@ def test_arguments_reach_the_level_that_is_taken() -> None:
     spec = spec_agent("hiedit?high.history=false+hiedit?facts=0").spec
     assert spec.high_settings["history"] is False
     assert spec.low_settings["facts"] == 0
+
+
+def test_what_ships_keeps_the_settings_it_was_trained_with(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Presets move on; what was trained before they did is built as it was trained.
+    monkeypatch.setattr("agents.registry.SHIPPED", tmp_path)
+    agent = "hiedit?high.normalize=false&rank=8"
+    run = TrainingRun(agent=agent, name="hiedit", model="tiny")
+    train(run, QUICK, tmp_path / "hiedit-tiny", progress=False)
+    env = make(SELECTION, model="tiny", num_edits=1)
+    assert PRESETS["hiedit"].high_settings["normalize"]
+    built = spec_agent("hiedit?facts=1").build(env.llm, "tiny")
+    assert isinstance(built.high, PolicyRouter)
+    assert isinstance(built.low, Rehearsal)
+    assert built.high.moments is None
+    assert (built.low.facts, built.low.probes) == (1, 4)
+    # A fresh one, to be trained, follows the preset.
+    fresh = spec_agent("hiedit").build(env.llm, "tiny", trained=False).high
+    assert isinstance(fresh, PolicyRouter)
+    assert fresh.moments is not None
