@@ -14,7 +14,8 @@
 ``?name=value&name=value`` changes arguments: of the level itself after a HIGH or a LOW, of the low
 level after a named agent or a DIR, where ``high.name=value`` reaches the high one; after a part of
 HIGH+LOW only that level's.
-``hiedit?facts=0`` does not rehearse facts, ``policy?size=learned+ridge`` learns how many layers.
+``hiedit?facts=0`` does not rehearse facts, ``policy?size=learned+ridge`` learns how many layers,
+``hiedit?max_steps_per_edit=1`` has another horizon.
 """
 
 from __future__ import annotations
@@ -56,6 +57,9 @@ LOADERS: Mapping[str, str] = MappingProxyType({"ppo": "agents.ppo"})
 
 #: Arguments that parameters were trained for.
 _STRUCTURE = frozenset({"form", "rank", "blocks", "hidden", "embedding", "rule", "size"})
+
+#: Belongs to the low level, though it is no argument of it.
+_HORIZON = "max_steps_per_edit"
 
 #: Names of the agents that come with hiedit, in the order they are listed.
 AGENTS: Mapping[str, str] = MappingProxyType(
@@ -113,7 +117,12 @@ class SpecAgent:
         folders = dict.fromkeys(f for f in (self._high_folder, self._low_folder) if f is not None)
         weights = [file_digest(folder / TENSOR_FILE) for folder in folders]
         spec = self.spec.to_json()
-        return {"high": spec["high"], "low": spec["low"], "weights": weights}
+        return {
+            "high": spec["high"],
+            "low": spec["low"],
+            "max_steps_per_edit": spec["max_steps_per_edit"],
+            "weights": weights,
+        }
 
     def candidate_layers(self, model: str) -> list[str] | None:
         """The layers it was trained for on a model of this name; None if it takes any."""
@@ -144,15 +153,15 @@ class SpecAgent:
             CheckpointError: its trained parameters do not fit the model.
             SettingsError: settings that do not fit, or a learned agent without trained parameters.
         """
-        high, low = self._high.make_high(llm), self._low.make_low(llm, model)
-        for level, kind, spec, folder in (
-            (high, "high", self._high, self._high_folder),
-            (low, "low", self._low, self._low_folder),
+        high_spec, high_folder = self._resolved(self._high, self._high_folder, model, trained)
+        low_spec, low_folder = self._resolved(self._low, self._low_folder, model, trained)
+        high, low = high_spec.make_high(llm), low_spec.make_low(llm, model)
+        for level, kind, spec, found in (
+            (high, "high", self._high, high_folder),
+            (low, "low", self._low, low_folder),
         ):
             if not isinstance(level, Trainable):
                 continue
-            named = spec.name in PRESETS
-            found = folder or (shipped(spec.name, model) if named and trained else None)
             if found is not None:
                 record = read_record(found)
                 check_fits(found, record, llm)
@@ -162,13 +171,38 @@ class SpecAgent:
                     raise CheckpointError(
                         f"the {kind} level in {found} does not fit its own settings: {error}"
                     ) from error
-            elif named and trained:
+            elif spec.name in PRESETS and trained:
                 raise SettingsError(
                     f"agent {self.name!r} has to be trained, and no trained one ships for model "
                     f"{model!r}: run 'hiedit train {spec.name} --model … --out DIR' and give DIR "
                     "in its place"
                 )
-        return HierarchicalAgent(self.name, high, low, self._low.max_steps_per_edit)
+        return HierarchicalAgent(self.name, high, low, low_spec.max_steps_per_edit)
+
+    @staticmethod
+    def _resolved(
+        spec: AgentSpec, folder: Path | None, model: str, trained: bool
+    ) -> tuple[AgentSpec, Path | None]:
+        """Settings and folder that count: those of the agent that ships, for a named one.
+
+        What ships was trained with settings of its own, which a preset may have left since; only
+        arguments that were given by name go before them.
+        """
+        preset = PRESETS.get(spec.name)
+        found = shipped(spec.name, model) if preset and trained and folder is None else None
+        if preset is None or found is None:
+            return spec, folder
+        own = AgentSpec.from_json(read_record(found))
+        high = _changed(spec.high_settings, preset.high_settings)
+        low = _changed(spec.low_settings, preset.low_settings)
+        return replace(
+            own,
+            high_settings={**own.high_settings, **high},
+            low_settings={**own.low_settings, **low},
+            max_steps_per_edit=spec.max_steps_per_edit
+            if spec.max_steps_per_edit != preset.max_steps_per_edit
+            else own.max_steps_per_edit,
+        ), found
 
     def reset(self, env: gym.Env[Any, Any], seed: int) -> None:
         """Builds the agent for the environment's model, once, and makes it ready for a life."""
@@ -301,8 +335,9 @@ def _refuse_unused(part: str, used: str) -> None:
         return
     own = used if base in (*HIGH_LEVELS, *LOW_LEVELS) or ":" in base else "low"
     for item in query.split("&"):
-        owner, dot, _ = item.partition("=")[0].partition(".")
-        if (owner if dot else own) != used:
+        key = item.partition("=")[0]
+        owner, dot, _ = key.partition(".")
+        if (owner if dot else "low" if key == _HORIZON else own) != used:
             raise SettingsError(
                 f"{item!r} changes the other level of {part!r}, of which only the {used} level is "
                 f"taken; '{used}.name=value' reaches that one"
@@ -314,8 +349,12 @@ def _with_query(spec: AgentSpec, query: str, level: str, folder: Path | None = N
     if not query:
         return spec
     settings = {"high": dict(spec.high_settings), "low": dict(spec.low_settings)}
+    horizon = spec.max_steps_per_edit
     for item in query.split("&"):
         path, equals, text = item.partition("=")
+        if path == _HORIZON:
+            horizon = _steps(item, text)
+            continue
         owner, dot, key = path.partition(".")
         owner, key = (owner, key) if dot else (level, path)
         if not (key and equals) or owner not in settings:
@@ -329,7 +368,22 @@ def _with_query(spec: AgentSpec, query: str, level: str, folder: Path | None = N
             settings[owner][key] = json.loads(text)
         except ValueError:
             settings[owner][key] = text
-    return replace(spec, high_settings=settings["high"], low_settings=settings["low"])
+    return replace(
+        spec,
+        high_settings=settings["high"],
+        low_settings=settings["low"],
+        max_steps_per_edit=horizon,
+    )
+
+
+def _steps(item: str, text: str) -> int:
+    if not (text.isdecimal() and int(text) > 0):
+        raise SettingsError(f"{item!r}: an option lasts a whole number of steps, at least 1")
+    return int(text)
+
+
+def _changed(settings: Mapping[str, Any], defaults: Mapping[str, Any]) -> dict[str, Any]:
+    return {k: v for k, v in settings.items() if k not in defaults or defaults[k] != v}
 
 
 def _import(name: str) -> Callable[..., Any]:

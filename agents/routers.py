@@ -150,6 +150,10 @@ class PolicyRouter(nn.Module):
         normalize: Whether the features are normalised by their running moments over the training
             facts and all layers, which stay as they are afterwards; what differs little between
             layers, such as the logarithm of a norm, then counts as much as the rest.
+        deterministic: Whether acting takes the best choice; if not, choices are drawn as in
+            training, from what :meth:`reset` was seeded with. A policy that was trained with an
+            entropy bonus spreads its edits over all layers that do well, which the best choice
+            undoes.
         hidden: Hidden units.
         embedding: Columns of the layer embedding.
         seed: Of the random initial values.
@@ -170,6 +174,7 @@ class PolicyRouter(nn.Module):
         share: float = 0.5,
         history: bool = True,
         normalize: bool = False,
+        deterministic: bool = True,
         hidden: int = 64,
         embedding: int = 8,
         seed: int = 0,
@@ -183,7 +188,8 @@ class PolicyRouter(nn.Module):
         if layers_per_edit is None:
             layers_per_edit = max(1, int(share * num_layers))
         self.layers_per_edit = _checked_size(layers_per_edit, num_layers)
-        self.history = history
+        self.history, self.deterministic = history, deterministic
+        self._generator = torch.Generator()
         features = LAYER_FEATURES + GLOBAL_FEATURES
         self.moments = RunningMoments(1, features, device) if normalize else None
         generator = torch.Generator().manual_seed(seed)
@@ -203,7 +209,10 @@ class PolicyRouter(nn.Module):
         self.to(device)
 
     def reset(self, seed: int) -> None:
-        """Randomness comes with every call."""
+        """Seeds what acting draws from, where it is not deterministic."""
+        # Not the bits that Gymnasium draws the stream of facts from.
+        bits = np.random.SeedSequence([seed, 4]).generate_state(1, np.uint64)[0]
+        self._generator.manual_seed(int(bits >> np.uint64(1)))
 
     def state(self) -> dict[str, Any]:
         """Parameters, and moments if there are any, by dotted path."""
@@ -245,12 +254,14 @@ class PolicyRouter(nn.Module):
     def choose(
         self, observation: Observation, capture: Capture, generator: torch.Generator | None = None
     ) -> Choice:
-        """A sampled choice with its log-probability; without ``generator`` the best one.
+        """A sampled choice with its log-probability; without ``generator`` as the agent acts.
 
         With ``generator`` (training) the moments take the observation in.
         """
         if self.moments is not None and generator is not None:
             self.moments.update(self.features(observation)[None])
+        if generator is None and not self.deterministic:
+            generator = self._generator
         scores = self.scores(observation)
         if self.size == "fixed":
             return _plackett_luce(scores, self.layers_per_edit, generator)

@@ -262,7 +262,8 @@ def _best_rewards(env: gym.Env[Any, Any], seed: int, progress: bool) -> list[flo
     if not isinstance(unwrapped(env), Planted):
         return None
     episode = play(env, OracleAgent(), seed, progress=progress)
-    return [edit.reward for edit in episode.edits]
+    paid = [edit.reward for edit in episode.edits]
+    return paid + [episode.ending] * (len(episode.requests) - len(paid))
 
 
 def _row(

@@ -57,12 +57,14 @@ class Episode:
         error_type: Why it ended early, None if it did not.
         seconds: Wall-clock time of choosing, editing and judging, without the reset and without
             asking the oracle.
+        ending: Reward paid for the fact at which it ended early, 0 if it did not.
     """
 
     requests: tuple[Request, ...]
     edits: tuple[FinishedEdit, ...]
     error_type: str | None
     seconds: float
+    ending: float = 0.0
 
     def right_after(self) -> dict[str, float]:
         """Efficacy of each fact right after its own edit, mean over edits in percent."""
@@ -74,28 +76,39 @@ class Episode:
         """How good the choices were, where the right ones are known; else nothing.
 
         Args:
-            best: Rewards of the life that the oracle lives on the same stream, fact by fact.
+            best: Rewards of the life that the oracle lives on the same stream with the
+                environment's own low level, fact by fact.
 
         Returns:
-            In the unit of the reward, mean over the finished edits: ``regret``, what the oracle's
-            life was paid more, and ``one_step_regret``, what the best option would have been paid
-            more at the agent's own states; where a life is ruined that is little, since there
-            nothing helps. In percent of the edits: ``true_layer_share`` (the true layers were
-            among those written), ``true_layer_exact_share`` (they were just those written) and
+            In the unit of the reward, per fact: ``regret``, what the oracle's life was paid more
+            (the fact at which a life ended early and those it did not reach count as what was
+            paid there), and
+            ``one_step_regret``, what the best option would have been paid more at the agent's own
+            states with its own low level, mean over the finished edits; where a life is ruined, or
+            a low level does nothing, that is little, since there nothing helps. In percent of the
+            facts that were not answered before anything was written, so of those where a choice
+            mattered: ``true_layer_share`` (the true layers were among those written),
+            ``true_layer_exact_share`` (they were just those written) and
             ``true_layer_best_share`` (the oracle's best option was to write just them).
         """
         known = [e for e in self.edits if e.oracle is not None and e.true_layers is not None]
-        if not known or best is None:
+        if best is None:
             return {}
         among, exact, is_best = [], [], []
         for edit in known:
             assert edit.oracle is not None and edit.true_layers is not None  # noqa: PT018
+            if edit.steps == 0:
+                continue
             among.append(bool((edit.layers | ~edit.true_layers).all()))
             exact.append(np.array_equal(edit.layers, edit.true_layers))
             is_best.append(np.array_equal(edit.oracle.layers, edit.true_layers))
+        paid = [edit.reward for edit in known]
+        # Otherwise ending early would pay for those to whom the rest would cost much.
+        paid += [self.ending] * (len(best) - len(paid))
+        one_step = [edit.one_step_regret for edit in known]
         return {
-            "regret": float(np.mean(best[: len(known)]) - np.mean([e.reward for e in known])),
-            "one_step_regret": float(np.mean([edit.one_step_regret for edit in known])),
+            "regret": float(np.mean(best) - np.mean(paid)),
+            "one_step_regret": float(np.mean(one_step)) if one_step else float("nan"),
             "true_layer_share": _percent(among),
             "true_layer_exact_share": _percent(exact),
             "true_layer_best_share": _percent(is_best),
@@ -126,7 +139,7 @@ def play(
     observation, info = env.reset(seed=seed, options=options)
     requests = tuple(fact.request for fact in inner.life.facts)
     edits: list[FinishedEdit] = []
-    ended, error = False, None
+    ended, error, ending = False, None, 0.0
     start, asking = time.perf_counter(), 0.0
     with bar(f"{agent.name}, seed {seed}: editing", len(requests), progress) as shown:
         accuracy = 0.0
@@ -142,6 +155,7 @@ def play(
             observation, ended = following, terminated or truncated
             error = info.get("error_type")
             if not info["edit_over"]:
+                ending = float(reward)
                 continue
             edits.append(
                 FinishedEdit(
@@ -160,7 +174,8 @@ def play(
                 refresh=False,
             )
             shown.update()
-    return Episode(requests, tuple(edits), error, time.perf_counter() - start - asking)
+    seconds = time.perf_counter() - start - asking
+    return Episode(requests, tuple(edits), error, seconds, ending if error else 0.0)
 
 
 def unwrapped(env: gym.Env[Any, Any]) -> EditingEnv:

@@ -39,9 +39,11 @@ efficacy of each fact right after its own edit. agreement: with the unedited mod
 unrelated prompts."""
 
 ORACLE_LEGEND = """\
-regret: reward per fact that the oracle's own life was paid more; one step: that the best choice of
-layers would have been paid more at each of the agent's states (little where all is ruined already);
-true layer: facts of which the layer that holds them was written; exactly: and no other."""
+regret: reward per fact that the oracle's own life was paid more (from the fact on at which a life
+ended early, what was paid there counts); one step: that the best choice of layers would have been
+paid more at each of the agent's states, with its low level (little where all is ruined already);
+true layer: facts, of those not answered beforehand, of which the layer that holds them was written;
+exactly: and no other."""
 
 #: What paired differences are taken of: name → metric and reading of a run's per-fact numbers.
 PAIRED: Mapping[str, tuple[str, str]] = {

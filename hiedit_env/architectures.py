@@ -285,7 +285,7 @@ def find_candidates(
         layers: None for the preset of ``name`` or, failing that, the default rule (see
             :data:`ARCHITECTURES`); the name of a preset; or one or several patterns over the
             names in ``model.named_modules()``. A pattern is a shell-style glob in which ``{10-14}``
-            and ``{1,3,5-7}`` stand for numbers, each of which must match.
+            and ``{1,3,5-7}`` stand for numbers and ``{up,gate}`` for names; each must match.
         name: Name, hub id or path of the model; its last part selects the preset. A preset of
             another model type or number of blocks is not this model's and is passed over.
 
@@ -339,7 +339,7 @@ def _own_layers(model_type: str, num_blocks: int, name: str | None) -> tuple[str
 
 
 def _expand(pattern: str, whole: str) -> Iterator[str]:
-    """Replace every ``{...}`` by each of its numbers, lazily: a range may be absurdly long."""
+    """Replace every ``{...}`` by each of its parts, lazily: a range may be absurdly long."""
     head, brace, rest = pattern.partition("{")
     if not brace:
         if "}" in pattern:
@@ -348,10 +348,14 @@ def _expand(pattern: str, whole: str) -> Iterator[str]:
         return
     body, closing, tail = rest.partition("}")
     for part in body.split(","):
+        if closing and "}" not in head and re.fullmatch(r"[A-Za-z_]\w*", part):
+            yield from _expand(f"{head}{part}{tail}", whole)
+            continue
         ends = re.fullmatch(r"\s*(\d+)(?:-(\d+))?\s*", part)
         if ends is None or not closing or "}" in head or int(ends[1]) > int(ends[2] or ends[1]):
             raise LayerError(
-                f"pattern {whole!r}: braces hold numbers {{1,3}} or rising ranges {{10-14}}"
+                f"pattern {whole!r}: braces hold numbers {{1,3}}, rising ranges {{10-14}} or names "
+                "{up,gate}"
             )
         for number in range(int(ends[1]), int(ends[2] or ends[1]) + 1):
             yield from _expand(f"{head}{number}{tail}", whole)

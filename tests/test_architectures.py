@@ -182,6 +182,7 @@ def test_preset_of_another_model_is_refused_when_asked_for_and_passed_over_by_na
         ("model.layers.{0-2}.mlp.up_proj", ["0.up", "1.up", "2.up"]),
         ("model.layers.{0,2}.mlp.up_proj", ["0.up", "2.up"]),
         (["*.{1-2}.mlp.down_proj", "*.2.mlp.?ate_proj"], ["1.down", "2.gate", "2.down"]),
+        ("model.layers.{0,2}.mlp.{up,gate}_proj", ["0.gate", "0.up", "2.gate", "2.up"]),
         (["*.1.mlp.up_proj", "model.layers.[1].mlp.up_proj"], ["1.up"]),
     ],
 )
@@ -201,7 +202,9 @@ def test_patterns(patterns: str | list[str], expected: list[str]) -> None:
         ("model.layers.{1-9}.mlp.up_proj", r"layers\.3\.mlp\.up_proj' \(part of .*matches no"),
         ("model.layers.{0-99999999999}.mlp.up_proj", r"layers\.3\.mlp"),
         ("model.layers.{2-1}.mlp.up_proj", "rising"),
-        ("model.layers.{a}.mlp.up_proj", "braces"),
+        ("model.layers.{a-b}.mlp.up_proj", "braces"),
+        ("model.layers.{a b}.mlp.up_proj", "braces"),
+        ("model.layers.1.mlp.{up,in}_proj", r"in_proj' \(part of .*matches no"),
         ("model.layers.{1.mlp.up_proj", "braces"),
         ("model.layers.1}.mlp.up_proj", "without"),
         ("model.layers.1.mlp", "LlamaMLP, not nn.Linear"),

@@ -11,6 +11,7 @@ import pytest
 
 from agents.presets import PRESETS
 from agents.registry import AGENTS, make_agent, spec_agent
+from agents.rehearsal import Rehearsal
 from agents.routers import PolicyRouter
 from agents.settings import TrainSettings
 from benchmarks.compare import CompareSettings, compare
@@ -143,6 +144,16 @@ def test_arguments_of_the_low_level_can_be_given_with_the_name(
     ):
         with pytest.raises(SettingsError, match=message):
             spec_agent(name).build(env.llm)
+    for name in ("all-layers+ridge?max_steps_per_edit=2", f"{trained[1]}?max_steps_per_edit=2"):
+        assert spec_agent(name).build(env.llm).max_steps_per_edit == 2
+        assert spec_agent(name).identity["max_steps_per_edit"] == 2
+    assert spec_agent("all-layers+rledit?max_steps_per_edit=3").spec.max_steps_per_edit == 3
+    for name, message in (
+        ("all-layers+ridge?max_steps_per_edit=0", "at least 1"),
+        ("policy?max_steps_per_edit=2+ridge", "changes the other level"),
+    ):
+        with pytest.raises(SettingsError, match=message):
+            spec_agent(name)
     with pytest.raises(SettingsError, match="fixed when it was trained"):
         spec_agent(f"{trained[1]}?rule=ridge")
     with pytest.raises(SettingsError, match="unknown high level"):
@@ -201,3 +212,24 @@ def test_arguments_reach_the_level_that_is_taken() -> None:
     spec = spec_agent("hiedit?high.history=false+hiedit?facts=0").spec
     assert spec.high_settings["history"] is False
     assert spec.low_settings["facts"] == 0
+
+
+def test_what_ships_keeps_the_settings_it_was_trained_with(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Presets move on; what was trained before they did is built as it was trained.
+    monkeypatch.setattr("agents.registry.SHIPPED", tmp_path)
+    agent = "hiedit?high.normalize=false&rank=8"
+    run = TrainingRun(agent=agent, name="hiedit", model="tiny")
+    train(run, QUICK, tmp_path / "hiedit-tiny", progress=False)
+    env = make(SELECTION, model="tiny", num_edits=1)
+    assert PRESETS["hiedit"].high_settings["normalize"]
+    built = spec_agent("hiedit?facts=1").build(env.llm, "tiny")
+    assert isinstance(built.high, PolicyRouter)
+    assert isinstance(built.low, Rehearsal)
+    assert built.high.moments is None
+    assert (built.low.facts, built.low.probes) == (1, 4)
+    # A fresh one, to be trained, follows the preset.
+    fresh = spec_agent("hiedit").build(env.llm, "tiny", trained=False).high
+    assert isinstance(fresh, PolicyRouter)
+    assert fresh.moments is not None

@@ -208,6 +208,26 @@ def test_best_choices() -> None:
         assert choice.log_probability is None
 
 
+@pytest.mark.parametrize("size", ["fixed", "learned"])
+def test_a_policy_that_is_not_deterministic_acts_as_it_was_trained(size: str) -> None:
+    router = policy(4, size=size, layers_per_edit=2, deterministic=False)
+    seen = observation(4)
+
+    def life(seed: int) -> list[tuple[int, ...]]:
+        router.reset(seed)
+        chosen = [router.choose(seen, NOTHING).layers for _ in range(1000)]
+        return [tuple(np.flatnonzero(layers).tolist()) for layers in chosen]
+
+    first = life(0)
+    assert first == life(0) != life(1)
+    for subset in set(first):
+        orders = itertools.permutations(subset) if size == "fixed" else [subset]
+        wanted = sum(math.exp(float(router.log_probability(seen, o).detach())) for o in orders)
+        assert first.count(subset) / 1000 == pytest.approx(wanted, abs=0.06)
+    best = policy(4, size=size, layers_per_edit=2)
+    assert len({tuple(best.choose(seen, NOTHING).layers) for _ in range(20)}) == 1
+
+
 def test_a_learned_size_begins_at_the_wanted_one() -> None:
     router = PolicyRouter(8, CPU, size="learned", layers_per_edit=2)
     assert router.scores(observation(8)).sigmoid().sum().item() == pytest.approx(2, rel=1e-5)

@@ -3,20 +3,26 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
+import gymnasium as gym
+import numpy as np
 import pytest
+from numpy.typing import NDArray
 from safetensors import safe_open
 
 from agents.checkpoints import JSON_FILE, TENSOR_FILE, read_record
 from agents.registry import SHIPPED, default_agent, make_agent, spec_agent
 from benchmarks.demo import default_agents
+from hiedit_env.envs.planted import Planted
 
 FOLDERS = sorted(SHIPPED.iterdir())
 
 
-def test_hiedit_ships_for_smollm2_and_is_the_default() -> None:
-    assert "hiedit-smollm2-135m" in [folder.name for folder in FOLDERS]
-    assert default_agent("smollm2-135m") == "hiedit"
+def test_hiedit_ships_for_two_models_and_is_their_default() -> None:
+    names = [folder.name for folder in FOLDERS]
+    assert {"hiedit-smollm2-135m", "hiedit-planted"} <= set(names)
+    assert default_agent("smollm2-135m") == default_agent("planted") == "hiedit"
     assert default_agent("tiny") == default_agent("") == "all-layers"
     assert default_agents("smollm2-135m")[0] == "hiedit"
     assert make_agent("hiedit").name == "hiedit"
@@ -29,10 +35,37 @@ def test_it_is_small_and_says_where_it_comes_from(folder: Path) -> None:
     assert files == [JSON_FILE, TENSOR_FILE]
     assert sum(path.stat().st_size for path in folder.iterdir()) <= 10e6
     run = record["training"]["run"]
-    # Trained on what ships, and not on the half that the demo asks.
-    assert (run["dataset"], run["exclude"]) == ("world-facts-train", "world-facts-test")
+    # Trained on what ships, and not on the half that tables and the demo ask.
+    facts = "planted-facts" if run["model"] == "planted" else "world-facts"
+    assert (run["dataset"], run["exclude"]) == (f"{facts}-train", f"{facts}-test")
     assert "/" not in run["agent"]
     assert folder.name == f"{record['name']}-{run['model']}"
+
+
+def test_the_planted_one_finds_the_true_layer_of_facts_it_was_not_trained_on() -> None:
+    assert sum(path.stat().st_size for path in (SHIPPED / "hiedit-planted").iterdir()) < 100_000
+    env = gym.make("hiedit/Planted-v0", dataset="planted-facts-test", num_edits=30)
+    agent = make_agent("hiedit")
+    agent.reset(env, seed=0)
+    observation, info = env.reset(seed=3)
+    paid, right = [], []
+    terminated = False
+    while not terminated:
+        action = agent.select_action(observation, info)
+        right.append(np.array_equal(action, true_of(env)))
+        observation, reward, terminated, _, info = env.step(action)
+        paid.append(float(reward))
+    # Writing nothing is paid about -5 a fact, and the best life a little more than 0.
+    assert np.mean(right) >= 0.9
+    assert np.mean(paid) > -0.3
+
+
+def true_of(env: gym.Env[Any, Any]) -> NDArray[np.int8]:
+    """The layers of the present fact."""
+    inner = env.unwrapped
+    assert isinstance(inner, Planted)
+    names = inner.life.fact.request.true_layers
+    return np.array([name in names for name in inner.llm.names], np.int8)
 
 
 def test_at_most_half_of_its_candidates_are_edited() -> None:

@@ -20,6 +20,8 @@ from hiedit_env.passes import Passes, run_together
 MOST_LAYERS = 12
 #: Options tried at a time.
 TWINS = 32
+#: Rewards this close are equal: what is computed side by side differs by rounding.
+TIE = 1e-5
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,8 +29,8 @@ class Oracle:
     """What every option would be paid for the present fact.
 
     Args:
-        layers: L bool, the best option; among equals the one of fewest layers, then the first in
-            lexicographic order of their indices.
+        layers: L bool, the best option; among equals (up to rounding) the one of fewest layers,
+            then the first in lexicographic order of their indices.
         reward: What it is paid.
         rewards: 2^L float64, what every option is paid; option ``i`` writes layer ``l`` if bit
             ``l`` of ``i`` is 1, so ``rewards[0]`` is that of writing nothing.
@@ -66,8 +68,11 @@ class Planted(LayerSelection):
     ``env.unwrapped.oracle()`` says what each of the 2^L options would be paid for the present fact,
     from the present state and with the low level in use, and which is best; 32 options are tried at
     a time, so rewards are those of ``step`` up to rounding. It leaves no trace.
-    *Regret* of an action is ``oracle().reward`` minus the reward paid. The best option looks one
-    fact ahead: it is the best for this fact, not for those that follow.
+    The *one-step regret* of an action is ``oracle().reward`` minus the reward paid: never below 0,
+    up to rounding. The best option looks one fact ahead: it is the best for this fact, not for
+    those that follow, and the best with the low level in use, however bad that is. So
+    ``hiedit compare`` reports regret against the oracle's own life with the environment's own rule
+    as well.
 
     ## Arguments
     As there, but ``model`` is ``"planted"`` and ``update_rule`` is ``"gradient"`` by default, and
@@ -126,7 +131,7 @@ class Planted(LayerSelection):
         if self._last is None or self._last[0] is not reading:
             options = list(_subsets(count))
             worths = self._worths([_mask(layers, count) for layers in options])
-            best = int(np.argmax(worths))
+            best = int(np.argmax(np.array(worths) >= max(worths) - TIE))
             rewards = np.empty(2**count)
             rewards[[_number(layers) for layers in options]] = worths
             self._last = reading, Oracle(_mask(options[best], count), worths[best], rewards)
@@ -149,7 +154,9 @@ class Planted(LayerSelection):
             chosen = options[first : first + len(self._twins)]
             twins = self._twins[: len(chosen)]
             for twin in twins:
-                twin.life.use(copy.deepcopy(self.life.rule), self.life.max_steps_per_edit)
+                # A rule that runs the model itself has to run the twin's.
+                rule = copy.deepcopy(self.life.rule, {id(self.llm): twin.llm})
+                twin.life.use(rule, self.life.max_steps_per_edit)
                 twin.life.restore(start)
             with self.llm.unedited():
                 found = run_together([t._worth(o) for t, o in zip(twins, chosen, strict=True)])

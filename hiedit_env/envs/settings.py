@@ -44,7 +44,7 @@ MODEL_RULE_SETTINGS: Mapping[str, Mapping[str, Mapping[str, float]]] = {
     "planted": {
         "decorrelated": {"step_size": 0.01},
         "outer-product": {"step_size": 0.01},
-        "gradient": {"step_size": 4.0, "max_grad_norm": 6.0},
+        "gradient": {"step_size": 1.5, "max_grad_norm": 4.0},
     },
 }
 
