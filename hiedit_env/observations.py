@@ -24,7 +24,7 @@ GLOBAL_FEATURES = 5
 
 _TINY = 1e-30
 #: Widths of the columns of :meth:`Observer._measure`.
-_COLUMNS = (2, 1, 1, 1, 2, 2 * PROJECTIONS)
+_COLUMNS = [2, 1, 1, 1, 2, 2 * PROJECTIONS]
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,11 +117,11 @@ class Observer:
         with torch.no_grad():
             parts = [self._measure(group, views, max(lengths)) for group in self._groups]
             rows = parts[0] if len(parts) == 1 else torch.cat(parts, 1)[:, self._order]
-            sizes, norms, inner, changes, totals, projections = rows.split(_COLUMNS, 2)
+            sizes, norms, inner, changes, totals, projections = torch.split(rows, _COLUMNS, 2)
             tokens = torch.tensor(lengths, device=rows.device)[:, None, None]
             written = torch.from_numpy(np.stack([v.written_share for v in views])).to(rows)
             # What is projected has unit length: over 3, hardly any number leaves [−1, 1].
-            directions = projections.unflatten(2, (2, -1)) / (3 * (totals + _TINY)[..., None])
+            directions = projections.view(*projections.shape[:2], 2, -1) / (3 * (totals + _TINY)[..., None])
             columns = (
                 (sizes / (tokens * self._sizes).sqrt() + 1e-12).log10() / self._log_units,
                 norms / (norms.sum(1, keepdim=True) + _TINY),

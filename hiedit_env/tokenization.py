@@ -321,11 +321,12 @@ def make_batch(
         labels += prompt.answer_ids
     sizes = [prompt.length for prompt in prompts], [len(prompt.answer_ids) for prompt in prompts]
 
-    def tensors(*values: list[int]) -> tuple[Tensor, ...]:
-        # Together, since every tensor is a copy to the device.
-        return torch.tensor(values, dtype=torch.int64, device=device).unbind()
-
-    return PromptBatch(tuple(prompts), *tensors(rows, positions, labels), *tensors(*sizes), pad_id)
+    # Together, since every tensor is a copy to the device.
+    tokens = torch.tensor((rows, positions, labels), dtype=torch.int64, device=device)
+    counts = torch.tensor(sizes, dtype=torch.int64, device=device)
+    return PromptBatch(
+        tuple(prompts), tokens[0], tokens[1], tokens[2], counts[0], counts[1], pad_id
+    )
 
 
 def length_buckets(prompts: Sequence[EncodedPrompt], max_tokens: int) -> list[list[int]]:
