@@ -121,7 +121,9 @@ class Observer:
             tokens = torch.tensor(lengths, device=rows.device)[:, None, None]
             written = torch.from_numpy(np.stack([v.written_share for v in views])).to(rows)
             # What is projected has unit length: over 3, hardly any number leaves [−1, 1].
-            directions = projections.view(*projections.shape[:2], 2, -1) / (3 * (totals + _TINY)[..., None])
+            directions = projections.view(*projections.shape[:2], 2, -1) / (
+                3 * (totals + _TINY)[..., None]
+            )
             columns = (
                 (sizes / (tokens * self._sizes).sqrt() + 1e-12).log10() / self._log_units,
                 norms / (norms.sum(1, keepdim=True) + _TINY),
