@@ -50,6 +50,15 @@ class SettingsError(HieditError, ValueError):
     """An argument outside its range or an unknown name among a fixed set."""
 
 
+class MissingLibraryError(SettingsError, ImportError):
+    """A library that is not installed; names the extra of hiedit that installs it."""
+
+    def __init__(self, library: str, extra: str) -> None:
+        super().__init__(
+            f"{library} is not installed; install it with pip install 'hiedit[{extra}]'"
+        )
+
+
 class ResultsExistError(HieditError, FileExistsError):
     """The output folder already holds results, which are never overwritten silently."""
 
