@@ -7,7 +7,8 @@
 ``DIR``                   a trained agent: a folder that ``hiedit train`` wrote
 ``HIGH+LOW``              any high level over any low level; either may also be a DIR, of which
                           that level is taken
-``ppo:DIR``               a policy that ``python -m agents.ppo`` trained
+``ppo:DIR``               a policy that ``python -m agents.ppo`` trained; so do ``sb3:DIR`` and the
+                          prefixes of the other libraries
 ``module:Class``          an agent of your own
 ========================  =====================================================================
 
@@ -52,7 +53,9 @@ from hiedit_env.resident import ResidentLLM
 SHIPPED = Path(__file__).parent / "trained"
 
 #: Policies trained in another way: prefix → module whose ``load(folder)`` makes an agent.
-LOADERS: Mapping[str, str] = MappingProxyType({"ppo": "agents.ppo"})
+LOADERS: Mapping[str, str] = MappingProxyType(
+    {"ppo": "agents.ppo", "sb3": "agents.sb3", "sb3-contrib": "agents.sb3_contrib"}
+)
 
 #: Arguments that parameters were trained for.
 _STRUCTURE = frozenset({"form", "rank", "blocks", "hidden", "embedding", "rule", "size"})

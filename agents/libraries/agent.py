@@ -20,7 +20,7 @@ from hiedit_env.capture import Capture
 from hiedit_env.envs.actions import check_only_step_sizes
 from hiedit_env.envs.base import EditingEnv
 from hiedit_env.envs.settings import rule_settings
-from hiedit_env.errors import CheckpointError, SettingsError
+from hiedit_env.errors import ActionError, CheckpointError, SettingsError
 from hiedit_env.rules import UpdateRule, make_rule
 from hiedit_env.updates import LowRankUpdate
 from hiedit_env.wrappers import SequentialSelection
@@ -205,15 +205,11 @@ class PolicyAgent:
             wrapped.picked = picked
             seen = np.concatenate((observation, picked), dtype=np.float32)
             mask = wrapped.action_masks()
-            choice = int(self.policy(seen, mask))
-            if not mask[choice]:
-                allowed = np.flatnonzero(mask).tolist()
-                raise CheckpointError(f"{self.name} chose {choice} where {allowed} are allowed")
-            if choice == wrapped.stop:
-                return picked
-            picked = picked.copy()
-            picked[choice] = 1
-            if wrapped.stop_at_max and picked.sum() == wrapped.max_layers:
+            try:
+                picked, stops = wrapped.pick(self.policy(seen, mask))
+            except ActionError as error:
+                raise CheckpointError(f"the policy of {self.name}: {error}") from error
+            if stops:
                 return picked
 
 

@@ -26,6 +26,8 @@ class TrainingArguments:
         num_envs: Lives that are trained on at once.
         seed: Of everything.
         settings: The library's own hyperparameters that replace the script's.
+        evaluations: How often the policy is evaluated while it is trained; 0 for never.
+        eval_env: Arguments of the environment that differ in these evaluations.
     """
 
     algorithm: str
@@ -35,6 +37,8 @@ class TrainingArguments:
     num_envs: int
     seed: int = 0
     settings: Mapping[str, Any] = field(default_factory=dict)
+    evaluations: int = 4
+    eval_env: Mapping[str, Any] = field(default_factory=dict)
 
 
 def parse_arguments(
@@ -75,6 +79,8 @@ def parse_arguments(
     parser.add_argument("--num-envs", type=int, help="lives on one resident model")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--set", help="hyperparameters of the library's algorithm", **pairs)
+    parser.add_argument("--evaluations", type=int, default=4, help="evaluations during training")
+    parser.add_argument("--eval-env", help="what differs in the evaluations' environment", **pairs)
     given = parser.parse_args(arguments)
     name = given.algorithm
     form = given.form or forms[name][0]
@@ -94,6 +100,8 @@ def parse_arguments(
         num_envs=num_envs[name] if given.num_envs is None else given.num_envs,
         seed=given.seed,
         settings=pairs_of(given.set, "--set"),
+        evaluations=given.evaluations,
+        eval_env=pairs_of(given.eval_env, "--eval-env"),
     )
 
 

@@ -15,6 +15,7 @@ from gymnasium.wrappers.vector import TransformAction
 from numpy.typing import NDArray
 
 import hiedit_env  # noqa: F401 - registers the environments
+from agents.libraries.sequential import Waiting
 from hiedit_env.checks import whole_number
 from hiedit_env.envs.base import EditingEnv
 from hiedit_env.envs.settings import MODEL_RULES
@@ -32,7 +33,7 @@ FORMS: Mapping[str, str] = {
 #: Form → the arguments its wrapper takes.
 _OPTIONS: Mapping[str, frozenset[str]] = {
     "discrete": frozenset({"size", "limit"}),
-    "sequential": frozenset({"max_layers", "allow_empty", "stop_at_max"}),
+    "sequential": frozenset({"max_layers", "allow_empty", "stop_at_max", "masked"}),
 }
 
 
@@ -62,7 +63,7 @@ class Task:
             ``model="planted"`` and ``hiedit/LayerSelection-v0`` for every other model.
             ``update_rule`` is the one the model is made for if none is given.
         options: Arguments of the form's wrapper: ``size`` of ``discrete``; ``max_layers``,
-            ``allow_empty``, ``stop_at_max`` of ``sequential``.
+            ``allow_empty``, ``stop_at_max``, ``masked`` of ``sequential``.
 
     Raises:
         SettingsError: an unknown form or option, or an id whose actions do not fit the form.
@@ -137,7 +138,9 @@ class Task:
         if not isinstance(inner, EditingEnv):
             others = [gym.make(self.id, **{**self.settings, **overrides}) for _ in range(count - 1)]
             return [self.wrap(env) for env in (first, *others)]
-        return [self.wrap(inner.fork()) for _ in range(count)]
+        forks = (inner.fork() for _ in range(count))
+        # Sequential lives may be stepped together, see SequentialLives.
+        return [self.wrap(Waiting(f) if self.form == "sequential" else f) for f in forks]
 
     def make_vec(
         self,
