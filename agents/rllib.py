@@ -182,7 +182,9 @@ def train(args: TrainingArguments) -> None:
         training={
             "steps": rows[-1]["steps"],
             "seed": args.seed,
-            "settings": {k: v for k, v in {**SETTINGS, **args.settings}.items() if v != float("inf")},
+            "settings": {
+                k: v for k, v in {**SETTINGS, **args.settings}.items() if v != float("inf")
+            },
         },
         packages=("ray",),
     )

@@ -16,7 +16,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
 from gymnasium.vector import VectorEnv
 from torch import Tensor, nn
 
@@ -55,7 +54,6 @@ class Actor(MultiCategoricalMixin, Model):
         Model.__init__(self, **spaces)
         MultiCategoricalMixin.__init__(self)
         self.net = network(self.num_observations, 2 * len(self.action_space.nvec))
-        nn.init.orthogonal_(self.net[-1].weight, 0.01)
 
     def compute(self, inputs: Mapping[str, Tensor], role: str = "") -> tuple[Tensor, Any]:
         """N × observation to N × 2 L; the likeliest layers, N × L, are what skrl evaluates."""
@@ -106,9 +104,10 @@ def train(args: TrainingArguments) -> PPO:
         "action_space": envs.action_space,
         "device": "cpu",
     }
-    models = {"policy": Actor(**spaces), "value": Critic(**spaces)}
+    actor = Actor(**spaces)
+    models = {"policy": actor, "value": Critic(**spaces)}
     settings = {**SETTINGS, **args.settings}
-    memory = RandomMemory(settings["rollouts"], num_envs=args.num_envs, device="cpu")
+    memory = RandomMemory(memory_size=settings["rollouts"], num_envs=args.num_envs, device="cpu")
     timesteps = max(args.steps // args.num_envs, 1)
     experiment = {
         "directory": str(args.out),
@@ -124,7 +123,7 @@ def train(args: TrainingArguments) -> PPO:
     if args.evaluations:
         others = args.task.make_vec(args.num_envs, **args.eval_env)
         results["evaluation"] = evaluate(models, others, args.out, args.seed + 1_000_000)
-    policy, tensors = describe(models["policy"].net, head="pairs")
+    policy, tensors = describe(actor.net, head="pairs")
     save_policy(
         args.out,
         library="skrl",
@@ -183,7 +182,10 @@ def evaluate(
 
 def _trainer(timesteps: int) -> SequentialTrainerCfg:
     return SequentialTrainerCfg(
-        timesteps=timesteps, headless=True, close_environment_at_exit=False
+        timesteps=timesteps,
+        headless=True,
+        disable_progressbar=None,
+        close_environment_at_exit=False,
     )
 
 

@@ -11,6 +11,7 @@ on training, do as Tianshou does: ``algorithm.load_state_dict(torch.load("DIR/la
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -95,15 +96,17 @@ class Lives(BaseVectorEnv):
         chosen = list(self._wrap_id(id))
         if chosen != list(range(self.env_num)):
             raise SettingsError(
-                f"the lives are stepped together, all {self.env_num} of them, got {chosen}; collect "
-                "as many episodes as there are lives, or a number of steps"
+                f"the lives are stepped together, all {self.env_num} of them, got {chosen}; "
+                "collect as many episodes as there are lives, or a number of steps"
             )
         observations, rewards, terminated, truncated, _ = self.lives.step(action)
         return observations, rewards, terminated, truncated, _infos(chosen)
 
     def seed(self, seed: int | list[int] | None = None) -> list[list[int] | None]:
-        """Begins new episodes of seed, seed + 1, …"""
-        self.lives.reset(seed=seed)
+        """Begins new episodes: of seed, seed + 1 and so on, or of a seed each."""
+        # Gymnasium's vector environments take a list too, which their base class does not say.
+        seeds: Any = seed
+        self.lives.reset(seed=seeds)
         return [None] * self.env_num
 
 
@@ -175,6 +178,7 @@ def train(args: TrainingArguments) -> PPO:
             batch_size=settings["batch_size"],
             logger=TensorboardLogger(SummaryWriter(str(args.out))),
             verbose=False,
+            show_progress=sys.stdout.isatty(),
             **test,
         )
     )

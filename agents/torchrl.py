@@ -80,16 +80,20 @@ def train(args: TrainingArguments) -> ProbabilisticActor:
             activation_class=nn.Tanh,
         )
 
-    logits = TensorDictModule(
-        network(sizes.layers), in_keys=["observation"], out_keys=["logits"]
-    )
+    logits = TensorDictModule(network(sizes.layers), in_keys=["observation"], out_keys=["logits"])
     actor = ProbabilisticActor(
         logits, in_keys=["logits"], distribution_class=LayerCoins, return_log_prob=True
     )
     critic = ValueOperator(network(1), in_keys=["observation"])
     frames = settings["rollout"] * args.num_envs
     updates = max(args.steps // frames, 1)
-    collector = Collector(envs, actor, frames_per_batch=frames, total_frames=updates * frames)
+    collector = Collector(
+        envs,
+        actor,
+        frames_per_batch=frames,
+        total_frames=updates * frames,
+        auto_register_policy_transforms=False,
+    )
     advantage = GAE(
         gamma=settings["gamma"], lmbda=settings["lmbda"], value_network=critic, average_gae=True
     )
@@ -115,6 +119,7 @@ def train(args: TrainingArguments) -> ProbabilisticActor:
             actor,
             num_trajectories=args.num_envs,
             frames_per_batch=frames,
+            collector_kwargs={"traj_format": "cat", "auto_register_policy_transforms": False},
         )
     every = max(updates // max(args.evaluations, 1), 1)
     for update, collected in enumerate(collector, 1):
