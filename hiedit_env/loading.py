@@ -178,10 +178,12 @@ def check_device(device: str) -> torch.device:
 
 
 def _refuse_inherited_cuda(device: str) -> None:
-    if not torch.backends.cuda.is_built():
+    backend: Any = torch.backends.cuda
+    cuda: Any = torch.cuda
+    if not backend.is_built():
         return
     try:
-        torch.cuda.init()
+        cuda.init()
     except RuntimeError as error:
         # Everything else, such as a missing driver, is a device that is not available.
         if "fork" in str(error):

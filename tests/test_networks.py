@@ -29,7 +29,11 @@ EXTRAS = {"rllib": "ray", "skrl": "skrl", "tianshou": "tianshou", "torchrl": "to
 
 
 def chain(size: int, outputs: int) -> nn.Sequential:
-    return nn.Sequential(nn.Linear(size, 4), nn.Tanh(), nn.Linear(4, outputs, bias=False))
+    network = nn.Sequential(nn.Linear(size, 4), nn.Tanh(), nn.Linear(4, outputs, bias=False))
+    generator = torch.Generator().manual_seed(0)
+    for value in network.parameters():
+        nn.init.normal_(value, generator=generator)
+    return network
 
 
 def keep(out: Path, *modules: nn.Module, head: str = "coins", library: str = "skrl") -> None:

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.distributions import Bernoulli, Independent
 
 
-class LayerCoins(Independent):
+class LayerCoins(Independent):  # type: ignore[type-arg]  # not generic in older versions
     """Every layer is written or not by a coin of its own, as one distribution over L bits.
 
     Torch's Bernoulli with the actions of the environments: int8, and a mode that is never NaN.
@@ -47,7 +47,8 @@ class LayerCoins(Independent):
 
     def log_prob(self, value: Tensor) -> Tensor:
         """Of … × L zeros and ones of any dtype: …."""
-        found: Tensor = super().log_prob(value.to(self.logits.dtype))
+        base: Any = super()
+        found: Tensor = base.log_prob(value.to(self.logits.dtype))
         return found
 
 
