@@ -20,11 +20,11 @@ $(PIP) install -c constraints.txt $(1) || { \
 endef
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test lint types doctest unit format clean
+.PHONY: help setup demo test test-libraries lint types doctest unit format clean
 
 help: ## list the targets
 	@echo "make TARGET, where TARGET is one of"
-	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  %-9s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  %-14s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
 	@echo "Variables: HIEDIT_PYTHON=python3.12 (setup: interpreter of a new .venv),"
 	@echo "  DEMO_OUT=folder (demo), WORKERS=0 and PYTEST_ARGS='-k name' (test, doctest, unit)"
 
@@ -68,6 +68,9 @@ demo: setup ## edit a real language model and write the results to demo/
 
 test: lint types ## everything that must pass: lint, types, doctests and tests
 	@$(PYTEST) --doctest-modules $(PACKAGES) tests
+
+test-libraries: setup ## train the algorithms of the RL libraries until they beat random
+	@$(PYTEST) -m libraries tests/test_sb3.py
 
 lint: setup ## check style and formatting
 	@$(PYTHON) -m ruff check .
