@@ -11,6 +11,8 @@ STAMP := .venv/.setup-done
 LIBRARIES := .venv-libraries
 LIBRARIES_PYTHON := $(LIBRARIES)/bin/python
 LIBRARIES_STAMP := $(LIBRARIES)/.setup-done
+# A comma would end an argument of "call".
+LIBRARIES_EXTRAS := dev,libraries
 # Twice quiet: pip still prints errors, but no warnings.
 PIP := -m pip -q -q --disable-pip-version-check
 # One thread per worker: small matrices are slower on several threads than on one.
@@ -87,7 +89,7 @@ $(LIBRARIES_STAMP): $(STAMP) constraints-libraries.txt
 	@echo "test-libraries: installing PyTorch and the RL libraries into $(LIBRARIES) (minutes)"
 	@$(LIBRARIES_PYTHON) -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv --clear $(LIBRARIES)
 	@$(call install,$(LIBRARIES_PYTHON),constraints-libraries.txt,torch setuptools)
-	@$(call install,$(LIBRARIES_PYTHON),constraints-libraries.txt,--no-build-isolation -e '.[dev,libraries]')
+	@$(call install,$(LIBRARIES_PYTHON),constraints-libraries.txt,--no-build-isolation -e '.[$(LIBRARIES_EXTRAS)]')
 	@$(LIBRARIES_PYTHON) -m pip check >/dev/null || { $(LIBRARIES_PYTHON) -m pip check >&2; exit 1; }
 	@printf '%s\n' "$(CURDIR)" > $(LIBRARIES_STAMP)
 

@@ -12,6 +12,7 @@ makes other choices. DIR then holds what Stable-Baselines3 writes (``model.zip``
 
 from __future__ import annotations
 
+import copy
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -39,6 +40,7 @@ try:
     from stable_baselines3.common.base_class import BaseAlgorithm
     from stable_baselines3.common.callbacks import EvalCallback
     from stable_baselines3.common.logger import configure
+    from stable_baselines3.common.noise import NormalActionNoise
     from stable_baselines3.common.policies import BasePolicy
     from stable_baselines3.common.vec_env import VecMonitor
 except ImportError as error:
@@ -55,8 +57,9 @@ class Algorithm:
         steps: Default number of steps, over all lives.
         num_envs: Default number of lives.
         settings: Its arguments that differ from the library's own.
-        policy: Name of its policy class.
+        policy: Its policy class, or the library's name of it.
         masks: Whether it asks for ``action_masks()``.
+        noise: Standard deviation of the noise that explores, for algorithms that add it to actions.
         evaluation: The callback that evaluates it.
     """
 
@@ -65,19 +68,20 @@ class Algorithm:
     steps: int
     num_envs: int
     settings: Mapping[str, Any] = field(default_factory=dict)
-    policy: str = "MlpPolicy"
+    policy: str | type[BasePolicy] = "MlpPolicy"
     masks: bool = False
+    noise: float = 0.0
     evaluation: type[EvalCallback] = EvalCallback
 
 
-#: Small networks and a short look ahead: a fact says little about the facts that follow.
-_SMALL = {"net_arch": [64, 64]}
+#: A short look ahead: a fact says little about the facts that follow. Many gradient steps, since
+#: a step of the environment takes more time than they do.
 _OFF_POLICY = {
-    "gamma": 0.5,
+    "gamma": 0.1,
     "learning_rate": 1e-3,
-    "learning_starts": 256,
-    "gradient_steps": 8,
-    "policy_kwargs": _SMALL,
+    "learning_starts": 512,
+    "gradient_steps": 24,
+    "policy_kwargs": {"net_arch": [64, 64]},
 }
 
 ALGORITHMS: Mapping[str, Algorithm] = {
@@ -98,12 +102,30 @@ ALGORITHMS: Mapping[str, Algorithm] = {
     "dqn": Algorithm(
         DQN,
         ("sequential", "discrete"),
-        steps=8192,
+        steps=6144,
         num_envs=16,
-        settings={**_OFF_POLICY, "gamma": 0.9, "train_freq": 1, "target_update_interval": 256},
+        settings={
+            **_OFF_POLICY,
+            "gamma": 0.9,
+            "learning_rate": 2e-3,
+            "train_freq": 1,
+            "gradient_steps": 8,
+            # A fact takes several picks, and only the last of them is paid.
+            "n_steps": 3,
+            "target_update_interval": 256,
+            "exploration_fraction": 0.5,
+        },
     ),
-    "sac": Algorithm(SAC, ("step-sizes", "box"), steps=4096, num_envs=16, settings={**_OFF_POLICY}),
-    "td3": Algorithm(TD3, ("step-sizes", "box"), steps=4096, num_envs=16, settings={**_OFF_POLICY}),
+    "sac": Algorithm(
+        SAC,
+        ("step-sizes", "box"),
+        steps=2048,
+        num_envs=32,
+        settings={**_OFF_POLICY, "ent_coef": 0.05},
+    ),
+    "td3": Algorithm(
+        TD3, ("step-sizes", "box"), steps=2048, num_envs=32, settings=_OFF_POLICY, noise=0.3
+    ),
 }
 
 
@@ -132,9 +154,16 @@ def train(
     args.out.mkdir(parents=True, exist_ok=True)
     lives = VecMonitor(Lives(task.make_vec(args.num_envs)), str(args.out / "monitor.csv"))
     settings = {**how.settings, **args.settings}
-    model = how.make(how.policy, lives, seed=args.seed, device="cpu", **settings)
+    noise = {}
+    if how.noise:
+        count = task.sizes(lives.get_attr("unwrapped")[0]).layers
+        noise["action_noise"] = NormalActionNoise(np.zeros(count), np.full(count, how.noise))
+    # A copy: the library writes into policy_kwargs.
+    model = how.make(
+        how.policy, lives, seed=args.seed, device="cpu", **copy.deepcopy(settings), **noise
+    )
     model.set_logger(configure(str(args.out), ["csv"]))
-    callback = None
+    callback = others = None
     if args.evaluations:
         # Lives of their own on a second model, perhaps on other facts.
         others = VecMonitor(Lives(task.make_vec(args.num_envs, **args.eval_env)))
@@ -159,6 +188,9 @@ def train(
         packages=packages,
     )
     lives.close()
+    if others is not None:
+        others.close()
+    model.logger.close()
     return model
 
 
@@ -266,7 +298,8 @@ def load(
     try:
         # Initial values, which are replaced, come from torch's global generator.
         with torch.random.fork_rng(devices=[]):
-            kind: Any = how.make.policy_aliases[how.policy]
+            named = isinstance(how.policy, str)
+            kind: Any = how.make.policy_aliases[how.policy] if named else how.policy
             network = kind(seen, acted, lambda _: 0.0, **record.policy["kwargs"])
         network.load_state_dict(dict(record.tensors))
     except (RuntimeError, TypeError, KeyError) as error:

@@ -12,6 +12,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
+
+from gymnasium import spaces
+from torch import Tensor
 
 from agents import sb3
 from agents.libraries import PolicyAgent
@@ -21,8 +25,25 @@ from hiedit_env.errors import MissingLibraryError
 try:
     from sb3_contrib import TQC, MaskablePPO, RecurrentPPO
     from sb3_contrib.common.maskable.callbacks import MaskableEvalCallback
+    from sb3_contrib.common.recurrent.policies import RecurrentActorCriticPolicy
 except ImportError as error:
     raise MissingLibraryError("sb3-contrib", "sb3-contrib") from error
+
+
+class LstmPolicy(RecurrentActorCriticPolicy):
+    """The library's ``MlpLstmPolicy`` for masks, which its buffer keeps as integers."""
+
+    def evaluate_actions(
+        self, obs: Tensor, actions: Tensor, lstm_states: Any, episode_starts: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        """As there; log-probabilities of coins need floats."""
+        if isinstance(self.action_space, spaces.MultiBinary):
+            actions = actions.float()
+        found: tuple[Tensor, Tensor, Tensor | None] = super().evaluate_actions(
+            obs, actions, lstm_states, episode_starts
+        )
+        return found
+
 
 ALGORITHMS: Mapping[str, Algorithm] = {
     "maskable-ppo": Algorithm(
@@ -37,8 +58,8 @@ ALGORITHMS: Mapping[str, Algorithm] = {
     "tqc": Algorithm(
         TQC,
         ("step-sizes", "box"),
-        steps=4096,
-        num_envs=16,
+        steps=2048,
+        num_envs=32,
         settings=sb3.ALGORITHMS["sac"].settings,
     ),
     "recurrent-ppo": Algorithm(
@@ -47,7 +68,7 @@ ALGORITHMS: Mapping[str, Algorithm] = {
         steps=4096,
         num_envs=16,
         settings=sb3.ALGORITHMS["ppo"].settings,
-        policy="MlpLstmPolicy",
+        policy=LstmPolicy,
     ),
 }
 _OURS = (ALGORITHMS, "sb3-contrib")
