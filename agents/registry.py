@@ -54,7 +54,13 @@ SHIPPED = Path(__file__).parent / "trained"
 
 #: Policies trained in another way: prefix → module whose ``load(folder)`` makes an agent.
 LOADERS: Mapping[str, str] = MappingProxyType(
-    {"ppo": "agents.ppo", "sb3": "agents.sb3", "sb3-contrib": "agents.sb3_contrib"}
+    {
+        "ppo": "agents.ppo",
+        "sb3": "agents.sb3",
+        "sb3-contrib": "agents.sb3_contrib",
+        # Played without the libraries that trained them.
+        **dict.fromkeys(("rllib", "skrl", "tianshou", "torchrl"), "agents.libraries.networks"),
+    }
 )
 
 #: Arguments that parameters were trained for.
@@ -213,6 +219,11 @@ def make_agent(name: str, *, layers_per_edit: int | None = None) -> Agent:
     prefix, colon, place = name.partition(":")
     if colon and prefix in LOADERS and not is_trained(name):
         agent: Agent = importlib.import_module(LOADERS[prefix]).load(Path(place))
+        trained_by = agent.name.partition(":")[0]
+        if trained_by != prefix:
+            raise CheckpointError(
+                f"{place} was trained by {trained_by}, not by {prefix}; name it {agent.name}"
+            )
         return agent
     if ":" in name and "+" not in name and not is_trained(name.partition("?")[0]):
         made = _import(name)(layers_per_edit=layers_per_edit)

@@ -19,7 +19,7 @@ class LayerError(HieditError, ValueError):
 
 
 class DeviceError(HieditError, ValueError):
-    """A device that does not exist on this machine."""
+    """A device that does not exist on this machine, or cannot be used in this process."""
 
 
 class NotEnoughMemoryError(HieditError, MemoryError):

@@ -68,7 +68,9 @@ def parse_arguments(
         prog=program, description=description, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     pairs: dict[str, Any] = {"nargs": "*", "default": [], "metavar": "NAME=VALUE"}
-    parser.add_argument("--algorithm", choices=list(forms), required=True)
+    parser.add_argument(
+        "--algorithm", choices=list(forms), default=next(iter(forms)), required=len(forms) > 1
+    )
     parser.add_argument("--out", type=Path, required=True, help="folder of the policy")
     parser.add_argument("--env", help="arguments of the environment, and its id", **pairs)
     parser.add_argument(
