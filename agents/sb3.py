@@ -154,7 +154,7 @@ def train(
     args.out.mkdir(parents=True, exist_ok=True)
     lives = VecMonitor(Lives(task.make_vec(args.num_envs)), str(args.out / "monitor.csv"))
     settings = {**how.settings, **args.settings}
-    noise = {}
+    noise: dict[str, Any] = {}
     if how.noise:
         count = task.sizes(lives.get_attr("unwrapped")[0]).layers
         noise["action_noise"] = NormalActionNoise(np.zeros(count), np.full(count, how.noise))
@@ -298,8 +298,9 @@ def load(
     try:
         # Initial values, which are replaced, come from torch's global generator.
         with torch.random.fork_rng(devices=[]):
-            named = isinstance(how.policy, str)
-            kind: Any = how.make.policy_aliases[how.policy] if named else how.policy
+            kind: Any = how.policy
+            if isinstance(kind, str):
+                kind = how.make.policy_aliases[kind]
             network = kind(seen, acted, lambda _: 0.0, **record.policy["kwargs"])
         network.load_state_dict(dict(record.tensors))
     except (RuntimeError, TypeError, KeyError) as error:

@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any
 
 from gymnasium import spaces
-from torch import Tensor
 
 from agents import sb3
 from agents.libraries import PolicyAgent
@@ -33,16 +32,11 @@ except ImportError as error:
 class LstmPolicy(RecurrentActorCriticPolicy):
     """The library's ``MlpLstmPolicy`` for masks, which its buffer keeps as integers."""
 
-    def evaluate_actions(
-        self, obs: Tensor, actions: Tensor, lstm_states: Any, episode_starts: Tensor
-    ) -> tuple[Tensor, Tensor, Tensor | None]:
+    def evaluate_actions(self, obs: Any, actions: Any, *rest: Any, **named: Any) -> Any:
         """As there; log-probabilities of coins need floats."""
         if isinstance(self.action_space, spaces.MultiBinary):
             actions = actions.float()
-        found: tuple[Tensor, Tensor, Tensor | None] = super().evaluate_actions(
-            obs, actions, lstm_states, episode_starts
-        )
-        return found
+        return super().evaluate_actions(obs, actions, *rest, **named)
 
 
 ALGORITHMS: Mapping[str, Algorithm] = {

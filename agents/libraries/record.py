@@ -48,18 +48,18 @@ class PolicyRecord:
     folder: Path
 
 
-def refuse_finished(out: Path) -> None:
+def refuse_finished(out: Path | str) -> None:
     """Called before a training begins.
 
     Raises:
         ResultsExistError: the folder holds a trained policy.
     """
-    if (out / JSON_FILE).exists():
+    if (Path(out) / JSON_FILE).exists():
         raise ResultsExistError(f"{out} holds a trained policy; give another --out")
 
 
 def save_policy(
-    out: Path,
+    out: Path | str,
     *,
     library: str,
     algorithm: str,
@@ -88,6 +88,7 @@ def save_policy(
         CheckpointError: the folder cannot be written.
     """
     refuse_finished(out)
+    out = Path(out)
     names = ("hiedit", "torch", "gymnasium", "numpy", *packages)
     record = {
         "format": FORMAT,
@@ -115,12 +116,13 @@ def save_policy(
         raise CheckpointError(f"{out} cannot be written: {error}") from error
 
 
-def read_policy(folder: Path, library: str) -> PolicyRecord:
+def read_policy(folder: Path | str, library: str) -> PolicyRecord:
     """A policy that :func:`save_policy` wrote.
 
     Raises:
         CheckpointError: there is none, it is damaged, or another library trained it.
     """
+    folder = Path(folder)
     file = folder / JSON_FILE
     try:
         found = json.loads(file.read_text(encoding="utf-8"))
