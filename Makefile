@@ -7,24 +7,30 @@ PYTEST_ARGS ?=
 PACKAGES := hiedit_env agents benchmarks
 PYTHON := .venv/bin/python
 STAMP := .venv/.setup-done
+# RLlib, skrl, Tianshou and TorchRL have one of their own: RLlib wants an older Gymnasium.
+LIBRARIES := .venv-libraries
+LIBRARIES_PYTHON := $(LIBRARIES)/bin/python
+LIBRARIES_STAMP := $(LIBRARIES)/.setup-done
+# A comma would end an argument of "call".
+LIBRARIES_EXTRAS := dev,libraries
 # Twice quiet: pip still prints errors, but no warnings.
-PIP := $(PYTHON) -m pip -q -q --disable-pip-version-check
+PIP := -m pip -q -q --disable-pip-version-check
 # One thread per worker: small matrices are slower on several threads than on one.
 PYTEST := OMP_NUM_THREADS=1 $(PYTHON) -m pytest -n $(WORKERS) --dist loadfile $(PYTEST_ARGS)
 
-# $(call install,ARGUMENTS): pip install under the pins, once more if it fails.
+# $(call install,PYTHON,PINS,ARGUMENTS): pip install under the pins, once more if it fails.
 define install
-$(PIP) install -c constraints.txt $(1) || { \
+$(1) $(PIP) install -c $(2) $(3) || { \
 	echo "setup: pip install failed; trying once more in 5 seconds" >&2; sleep 5; \
-	$(PIP) install -c constraints.txt $(1); }
+	$(1) $(PIP) install -c $(2) $(3); }
 endef
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test lint types doctest unit format clean
+.PHONY: help setup demo test test-libraries lint types doctest unit format clean
 
 help: ## list the targets
 	@echo "make TARGET, where TARGET is one of"
-	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  %-9s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  %-14s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
 	@echo "Variables: HIEDIT_PYTHON=python3.12 (setup: interpreter of a new .venv),"
 	@echo "  DEMO_OUT=folder (demo), WORKERS=0 and PYTEST_ARGS='-k name' (test, doctest, unit)"
 
@@ -50,9 +56,9 @@ $(STAMP): pyproject.toml constraints.txt
 			echo "setup: '$(HIEDIT_PYTHON)' cannot make a virtual environment; its venv module" \
 				"may be a package of its own (python3-venv on Debian)" >&2; exit 1; }; }
 	@echo "setup: installing PyTorch, the largest part (a few minutes)"
-	@$(call install,torch setuptools)
+	@$(call install,$(PYTHON),constraints.txt,torch setuptools)
 	@echo "setup: installing hiedit and its other dependencies (a few minutes)"
-	@$(call install,--no-build-isolation -e '.[dev]')
+	@$(call install,$(PYTHON),constraints.txt,--no-build-isolation -e '.[dev]')
 	@$(PYTHON) -m pip check >/dev/null || { $(PYTHON) -m pip check >&2; exit 1; }
 	@printf '%s\n' "$(CURDIR)" > $(STAMP)
 	@echo "setup: done"
@@ -68,6 +74,24 @@ demo: setup ## edit a real language model and write the results to demo/
 
 test: lint types ## everything that must pass: lint, types, doctests and tests
 	@$(PYTEST) --doctest-modules $(PACKAGES) tests
+
+test-libraries: setup $(LIBRARIES_STAMP) ## train agents of the RL libraries until they beat random
+	@$(PYTEST) --dist load -m libraries tests/test_sb3.py
+	@OMP_NUM_THREADS=1 $(LIBRARIES_PYTHON) -m pytest -n $(WORKERS) $(PYTEST_ARGS) \
+		-m libraries tests/test_library_scripts.py
+
+ifneq ($(shell cat $(LIBRARIES_STAMP) 2>/dev/null),$(CURDIR))
+.PHONY: $(LIBRARIES_STAMP)
+endif
+
+$(LIBRARIES_STAMP): $(STAMP) constraints-libraries.txt
+	@rm -f $(LIBRARIES_STAMP)
+	@echo "test-libraries: installing PyTorch and the RL libraries into $(LIBRARIES) (minutes)"
+	@$(LIBRARIES_PYTHON) -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv --clear $(LIBRARIES)
+	@$(call install,$(LIBRARIES_PYTHON),constraints-libraries.txt,torch setuptools)
+	@$(call install,$(LIBRARIES_PYTHON),constraints-libraries.txt,--no-build-isolation -e '.[$(LIBRARIES_EXTRAS)]')
+	@$(LIBRARIES_PYTHON) -m pip check >/dev/null || { $(LIBRARIES_PYTHON) -m pip check >&2; exit 1; }
+	@printf '%s\n' "$(CURDIR)" > $(LIBRARIES_STAMP)
 
 lint: setup ## check style and formatting
 	@$(PYTHON) -m ruff check .

@@ -7,7 +7,8 @@
 ``DIR``                   a trained agent: a folder that ``hiedit train`` wrote
 ``HIGH+LOW``              any high level over any low level; either may also be a DIR, of which
                           that level is taken
-``ppo:DIR``               a policy that ``python -m agents.ppo`` trained
+``ppo:DIR``               a policy that ``python -m agents.ppo`` trained; so do ``sb3:DIR`` and the
+                          prefixes of the other libraries
 ``module:Class``          an agent of your own
 ========================  =====================================================================
 
@@ -53,7 +54,15 @@ from hiedit_env.resident import ResidentLLM
 SHIPPED = Path(__file__).parent / "trained"
 
 #: Policies trained in another way: prefix → module whose ``load(folder)`` makes an agent.
-LOADERS: Mapping[str, str] = MappingProxyType({"ppo": "agents.ppo"})
+LOADERS: Mapping[str, str] = MappingProxyType(
+    {
+        "ppo": "agents.ppo",
+        "sb3": "agents.sb3",
+        "sb3-contrib": "agents.sb3_contrib",
+        # Played without the libraries that trained them.
+        **dict.fromkeys(("rllib", "skrl", "tianshou", "torchrl"), "agents.libraries.networks"),
+    }
+)
 
 #: Arguments that parameters were trained for.
 _STRUCTURE = frozenset({"form", "rank", "blocks", "hidden", "embedding", "rule", "size"})
@@ -244,6 +253,11 @@ def make_agent(name: str, *, layers_per_edit: int | None = None) -> Agent:
     prefix, colon, place = name.partition(":")
     if colon and prefix in LOADERS and not is_trained(name):
         agent: Agent = importlib.import_module(LOADERS[prefix]).load(Path(place))
+        trained_by = agent.name.partition(":")[0]
+        if trained_by != prefix:
+            raise CheckpointError(
+                f"{place} was trained by {trained_by}, not by {prefix}; name it {agent.name}"
+            )
         return agent
     if ":" in name and "+" not in name and not is_trained(name.partition("?")[0]):
         made = _import(name)(layers_per_edit=layers_per_edit)

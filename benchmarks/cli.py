@@ -91,8 +91,8 @@ def _add_compare(commands: Any) -> None:
         default=["all-layers", "random-layers", "gradient-norm"],
         metavar="AGENT",
         help="names (no-edit, all-layers, random-layers, fixed-layers, gradient-norm, hiedit, …; "
-        "oracle on the planted model), folders of trained agents, HIGH+LOW, module:Class; "
-        "LABEL=NAME gives a row another name",
+        "oracle on the planted model), folders of trained agents, HIGH+LOW, module:Class, "
+        "LIBRARY:DIR for policies of RL libraries; LABEL=NAME gives a row another name",
     )
     parser.add_argument(
         "--dataset",

@@ -19,7 +19,7 @@ class LayerError(HieditError, ValueError):
 
 
 class DeviceError(HieditError, ValueError):
-    """A device that does not exist on this machine."""
+    """A device that does not exist on this machine, or cannot be used in this process."""
 
 
 class NotEnoughMemoryError(HieditError, MemoryError):
@@ -48,6 +48,15 @@ class UpdateShapeError(HieditError, ValueError):
 
 class SettingsError(HieditError, ValueError):
     """An argument outside its range or an unknown name among a fixed set."""
+
+
+class MissingLibraryError(SettingsError, ImportError):
+    """A library that is not installed; names the extra of hiedit that installs it."""
+
+    def __init__(self, library: str, extra: str) -> None:
+        super().__init__(
+            f"{library} is not installed; install it with pip install 'hiedit[{extra}]'"
+        )
 
 
 class ResultsExistError(HieditError, FileExistsError):

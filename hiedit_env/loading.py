@@ -158,17 +158,42 @@ def check_device(device: str) -> torch.device:
     """The device of that name.
 
     Raises:
-        DeviceError: if the name is malformed or the device is not on this machine.
+        DeviceError: if the name is malformed, the device is not on this machine, or it is a GPU and
+            this process was forked from one that had used CUDA.
 
     >>> check_device("cpu")
     device(type='cpu')
     """
+    if device == "cpu":
+        # To ask for GPUs would keep processes that are forked later from using them.
+        return torch.device(device)
+    if device.partition(":")[0] == "cuda":
+        _refuse_inherited_cuda(device)
     count = torch.cuda.device_count() if torch.cuda.is_available() else 0
     found = ["cpu"] + ["cuda"] * (count > 0) + [f"cuda:{i}" for i in range(count)]
     found += ["mps"] * torch.backends.mps.is_available()
     if device not in found:
         raise DeviceError(f"device {device!r} is not available; here: {', '.join(found)}")
     return torch.device(device)
+
+
+def _refuse_inherited_cuda(device: str) -> None:
+    backend: Any = torch.backends.cuda
+    cuda: Any = torch.cuda
+    if not backend.is_built():
+        return
+    try:
+        cuda.init()
+    except RuntimeError as error:
+        # Everything else, such as a missing driver, is a device that is not available.
+        if "fork" in str(error):
+            raise DeviceError(
+                f"device {device!r} cannot be used in this process: it was forked from one that "
+                "had used CUDA, which does not survive a fork; start the worker processes by "
+                "'spawn' (context='spawn' of gymnasium's AsyncVectorEnv, start_method='spawn' of "
+                "Stable-Baselines3's SubprocVecEnv), or hold many lives on one model in one "
+                "process: gymnasium.make_vec(id, N, vectorization_mode='vector_entry_point')"
+            ) from error
 
 
 def cache_folder() -> Path:

@@ -8,7 +8,7 @@ the sign and the step size inside ``right``.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from numbers import Real
 from typing import Any, ClassVar, Literal
 
@@ -67,6 +67,14 @@ class UpdateRule(ABC):
 
     def observe(self, capture: Capture) -> None:  # noqa: B027
         """Takes one capture into the lifelong statistics; called once before :meth:`propose`."""
+
+    def look(self, observe: Callable[[], NDArray[np.float32]]) -> None:  # noqa: B027
+        """Called by an environment before every :meth:`propose` of its own.
+
+        Args:
+            observe: Gives the environment's present observation; rules that do not need it cost
+                nothing.
+        """
 
     @abstractmethod
     def _factors(

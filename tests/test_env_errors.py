@@ -35,7 +35,7 @@ BAD_LAYERS: list[tuple[Any, str]] = [
     (np.ones((1, L), np.int8), r"\(6,\).*\(1, 6\)"),
     (np.full(L, 2, np.int8), r"0 and 1.*\[2 2 2 2 2 2\]"),
     (np.full(L, -1, np.int8), r"0 and 1.*-1"),
-    (np.ones(L, np.float32), r"integers or booleans.*float32"),
+    (np.full(L, 0.5, np.float32), r"0 and 1, got float32.*0\.5"),
     (3, r"\(6,\).*\(\)"),
     ("111111", "array of numbers.*111111"),
     (None, "array of numbers.*None"),
@@ -61,7 +61,7 @@ BAD_DICTS: list[tuple[Any, str]] = [
 BOTH = {"layers": MASK, "step_size": SIZES}
 #: Actions of another kind → the wrapper or id that takes them.
 ADVICE: list[tuple[str, Any, str]] = [
-    (SELECTION, np.zeros(L, np.float32), "BoxLayers takes L numbers"),
+    (SELECTION, np.full(L, 0.5, np.float32), "BoxLayers takes L numbers"),
     (SELECTION, 3, "DiscreteSubsets and SequentialSelection take one whole number"),
     (SELECTION, np.int64(3), "DiscreteSubsets and SequentialSelection take one whole number"),
     (SELECTION, BOTH, "hiedit/LifelongEdit-v0 takes layers and step sizes"),

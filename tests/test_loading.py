@@ -185,6 +185,35 @@ def test_device_that_is_not_there(device: str, monkeypatch: pytest.MonkeyPatch) 
     assert check_device("cuda:1") == torch.device("cuda", 1)
 
 
+def test_a_gpu_in_a_process_that_inherited_cuda(monkeypatch: pytest.MonkeyPatch) -> None:
+    # What torch knows after a fork; the error that it then raises itself is caught and explained.
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.backends.cuda, "is_built", lambda: True)
+    monkeypatch.setattr(torch.cuda, "_is_in_bad_fork", lambda: True)
+    with pytest.raises(DeviceError, match=r"'cuda:0'.*forked.*by 'spawn'.*vector_entry_point") as e:
+        load_model("tiny", device="cuda:0")
+    assert "Cannot re-initialize CUDA in forked subprocess" in str(e.value.__cause__)
+    # In any other process nothing is refused, with a driver or without.
+    monkeypatch.setattr(torch.cuda, "_is_in_bad_fork", lambda: False)
+    monkeypatch.setattr(torch.cuda, "init", lambda: None)
+    assert check_device("cuda:0") == torch.device("cuda", 0)
+    monkeypatch.setattr(torch.cuda, "init", no_driver)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(DeviceError, match="'cuda' is not available; here: cpu"):
+        check_device("cuda")
+
+
+def no_driver() -> None:
+    raise RuntimeError("Found no NVIDIA driver on your system.")
+
+
+def test_the_cpu_asks_for_no_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    # Torch remembers the question, and processes forked later could not use CUDA.
+    monkeypatch.setattr(torch.cuda, "is_available", forbidden)
+    assert check_device("cpu") == torch.device("cpu")
+
+
 def test_device_is_checked_first(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(loading, "_resolve", forbidden)

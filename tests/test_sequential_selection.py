@@ -10,7 +10,7 @@ import pytest
 from gymnasium.error import ResetNeeded
 from gymnasium.wrappers import TimeLimit
 
-from hiedit_env.errors import ActionError
+from hiedit_env.errors import ActionError, SettingsError
 from hiedit_env.testing import (
     assert_only_layers_changed,
     assert_restores_bit_exact,
@@ -47,6 +47,23 @@ def test_masks_by_hand() -> None:
     env.step(3)
     env.reset(seed=0)
     assert masks(env) == [1, 1, 1, 1, 0]
+
+
+def test_a_masked_action_may_stop() -> None:
+    env = toy(max_layers=2, allow_empty=True, masked="stop")
+    env.reset(seed=0)
+    assert env.pick(1)[0].tolist() == [0, 1, 0, 0]
+    assert masks(env) == [1, 1, 1, 1, 1]  # asked, not picked
+    env.step(1)
+    assert env.step(1)[4]["layers"].tolist() == [0, 1, 0, 0]  # picked already
+    env.step(0)
+    env.step(2)
+    assert masks(env) == [0, 0, 0, 0, 1]
+    assert env.step(3)[4]["layers"].tolist() == [1, 0, 1, 0]  # two layers are picked
+    with pytest.raises(SettingsError, match="allow_empty=True"):
+        toy(masked="stop")
+    with pytest.raises(SettingsError, match="'refuse' or 'stop', got 'go'"):
+        toy(allow_empty=True, masked="go")
 
 
 def test_all_layers_may_be_picked_and_nothing_if_allowed() -> None:

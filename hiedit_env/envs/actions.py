@@ -76,10 +76,9 @@ def check_layers(action: Any, num_layers: int) -> NDArray[np.bool_]:
             f"layers must have shape ({num_layers},), one entry per candidate layer, "
             f"got shape {mask.shape}"
         )
-    if mask.dtype.kind not in "biu" or not np.isin(mask, (0, 1)).all():
-        raise ActionError(
-            f"layers must hold only 0 and 1 as integers or booleans, got {mask.dtype} {mask}"
-        )
+    # Floats that are exactly 0 and 1 too: Stable-Baselines3 draws a MultiBinary like that.
+    if not np.isin(mask, (0, 1)).all():
+        raise ActionError(f"layers must hold only 0 and 1, got {mask.dtype} {mask}")
     return mask.astype(bool)
 
 

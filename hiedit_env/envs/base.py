@@ -367,6 +367,7 @@ class EditingEnv(StepSemantics, gym.Env[NDArray[np.float32], Any], gym.utils.EzP
         """One primitive step by the update rule; an answered fact is left alone."""
         if self.life.edit_over or not layers.any():
             return self.life.primitive((None,) * len(self.llm.layers))
+        self.life.rule.look(self.observe)
         return self.life.primitive(self.life.propose(layers, multipliers))
 
     def _require_started(self) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import gymnasium as gym
 import numpy as np
@@ -17,6 +17,8 @@ from hiedit_env.envs.actions import check_index
 from hiedit_env.errors import ActionError, SettingsError
 from hiedit_env.wrappers.spaces import chosen_layers
 
+#: What a masked action does.
+Masked = Literal["refuse", "stop"]
 Step = tuple[NDArray[np.float32], Any, bool, bool, dict[str, Any]]
 
 
@@ -60,6 +62,8 @@ class SequentialSelection(
 
     :meth:`action_masks` says which actions are allowed, in the form that MaskablePPO of sb3-contrib
     asks for. Whoever ignores the mask meets an ActionError; that includes checkers of environments.
+    For algorithms that know no masks, ``masked="stop"`` makes picking a layer that is masked the
+    same as stopping.
 
     Args:
         env: An environment whose action space is ``MultiBinary(L)`` and whose observation is a
@@ -67,13 +71,16 @@ class SequentialSelection(
         max_layers: Most layers picked, from 1 to L; None for L.
         allow_empty: Whether stopping is allowed before the first pick.
         stop_at_max: Whether the pick that reaches ``max_layers`` stops as well.
+        masked: What a masked action does: ``"refuse"`` raises an ActionError, ``"stop"`` stops;
+            the latter needs ``allow_empty=True``, so that stopping is always allowed.
 
     Attributes:
         stop: The action that stops, L.
         picked: L int8, the layers picked so far.
 
     Raises:
-        SettingsError: another action or observation space, or ``max_layers`` outside 1 … L.
+        SettingsError: another action or observation space, or ``max_layers`` outside 1 … L,
+            or another ``masked``.
 
     >>> import gymnasium, hiedit_env
     >>> env = SequentialSelection(gymnasium.make("hiedit/Toy-v0", num_layers=3), max_layers=2)
@@ -94,6 +101,7 @@ class SequentialSelection(
         *,
         allow_empty: bool = False,
         stop_at_max: bool = False,
+        masked: Masked = "refuse",
     ) -> None:
         gym.Wrapper.__init__(self, env)
         self.stop = layers = chosen_layers(env, "SequentialSelection")
@@ -111,11 +119,17 @@ class SequentialSelection(
                 f"{layers} numbers to; got {inner}"
             )
         self.allow_empty, self.stop_at_max = bool(allow_empty), bool(stop_at_max)
+        if masked not in ("refuse", "stop"):
+            raise SettingsError(f"masked must be 'refuse' or 'stop', got {masked!r}")
+        if masked == "stop" and not allow_empty:
+            raise SettingsError("masked='stop' needs allow_empty=True: stopping is always allowed")
+        self.masked = masked
         gym.utils.RecordConstructorArgs.__init__(
             self,
             max_layers=self.max_layers,
             allow_empty=self.allow_empty,
             stop_at_max=self.stop_at_max,
+            masked=self.masked,
         )
         self.action_space = spaces.Discrete(layers + 1)
         self.observation_space = spaces.Box(
@@ -132,6 +146,26 @@ class SequentialSelection(
         full = self.picked.sum() >= self.max_layers
         stop = self.allow_empty or self.picked.any()
         return np.append((self.picked == 0) & ~full, stop).astype(bool)
+
+    def pick(self, action: Any) -> tuple[NDArray[np.int8], bool]:
+        """What an action would make of the present picks; changes nothing.
+
+        Returns:
+            L int8, the picks after it, and whether it stops.
+
+        Raises:
+            ActionError: as :meth:`step`.
+        """
+        choice = self._check_action(action)
+        if not self.action_masks()[choice]:
+            if self.masked == "refuse":
+                self._refuse(choice)
+            choice = self.stop
+        picks = self.picked.copy()
+        if choice == self.stop:
+            return picks, True
+        picks[choice] = 1
+        return picks, self.stop_at_max and bool(picks.sum() == self.max_layers)
 
     def reset(
         self, *, seed: int | None = None, options: dict[str, Any] | None = None
@@ -151,18 +185,15 @@ class SequentialSelection(
             ActionError: not such a number, or one that :meth:`action_masks` rules out; nothing has
                 changed.
         """
-        choice = check_index(action, self.stop + 1, f"a layer or {self.stop} to stop")
+        self._check_action(action)
         if self._observation is None:
             raise ResetNeeded("call reset() before anything else")
         if self._over:
             raise ResetNeeded("the episode has ended; call reset() to begin a new life")
-        self._refuse_masked(choice)
-        picks = self.picked.copy()
-        if choice != self.stop:
-            picks[choice] = 1
-            if not (self.stop_at_max and picks.sum() == self.max_layers):
-                self.picked = picks
-                return self._shown(), 0.0, False, False, self._picking_info()
+        picks, stops = self.pick(action)
+        if not stops:
+            self.picked = picks
+            return self._shown(), 0.0, False, False, self._picking_info()
         chosen: Any = picks.copy()
         observation, reward, terminated, truncated, info = self.env.step(chosen)
         self._remember(observation, info, terminated or truncated)
@@ -208,9 +239,10 @@ class SequentialSelection(
             info |= {"edit_index": info["edit_index"] + 1, "edit_steps": 0, "edit_over": False}
         return info
 
-    def _refuse_masked(self, choice: int) -> None:
-        if self.action_masks()[choice]:
-            return
+    def _check_action(self, action: Any) -> int:
+        return check_index(action, self.stop + 1, f"a layer or {self.stop} to stop")
+
+    def _refuse(self, choice: int) -> None:
         picked = np.flatnonzero(self.picked).tolist()
         if choice == self.stop:
             reason = "nothing is picked yet; pick a layer first, or make it with allow_empty=True"

@@ -1,0 +1,82 @@
+"""Algorithms of sb3-contrib: MaskablePPO, TQC and RecurrentPPO.
+
+    python -m agents.sb3_contrib --algorithm maskable-ppo --out runs/maskable --env model=planted
+    hiedit compare --model planted --agents sb3-contrib:runs/maskable random-layers --out table
+
+MaskablePPO picks one layer after another under ``action_masks()``, TQC chooses step sizes,
+RecurrentPPO chooses layers and remembers the facts before. Everything else is as in
+:mod:`agents.sb3`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from gymnasium import spaces
+
+from agents import sb3
+from agents.libraries import PolicyAgent
+from agents.sb3 import Algorithm
+from hiedit_env.errors import MissingLibraryError
+
+try:
+    from sb3_contrib import TQC, MaskablePPO, RecurrentPPO
+    from sb3_contrib.common.maskable.callbacks import MaskableEvalCallback
+    from sb3_contrib.common.recurrent.policies import RecurrentActorCriticPolicy
+except ImportError as error:
+    raise MissingLibraryError("sb3-contrib", "sb3-contrib") from error
+
+
+class LstmPolicy(RecurrentActorCriticPolicy):
+    """The library's ``MlpLstmPolicy`` for masks, which its buffer keeps as integers."""
+
+    def evaluate_actions(self, obs: Any, actions: Any, *rest: Any, **named: Any) -> Any:
+        """As there; log-probabilities of coins need floats."""
+        if isinstance(self.action_space, spaces.MultiBinary):
+            actions = actions.float()
+        return super().evaluate_actions(obs, actions, *rest, **named)
+
+
+ALGORITHMS: Mapping[str, Algorithm] = {
+    "maskable-ppo": Algorithm(
+        MaskablePPO,
+        ("sequential", "discrete"),
+        steps=8192,
+        num_envs=16,
+        settings={"n_steps": 32, "batch_size": 128, "gamma": 0.9, "learning_rate": 3e-3},
+        masks=True,
+        evaluation=MaskableEvalCallback,
+    ),
+    "tqc": Algorithm(
+        TQC,
+        ("step-sizes", "box"),
+        steps=2048,
+        num_envs=32,
+        settings=sb3.ALGORITHMS["sac"].settings,
+    ),
+    "recurrent-ppo": Algorithm(
+        RecurrentPPO,
+        ("layers", "box", "discrete"),
+        steps=4096,
+        num_envs=16,
+        settings=sb3.ALGORITHMS["ppo"].settings,
+        policy=LstmPolicy,
+    ),
+}
+_OURS = (ALGORITHMS, "sb3-contrib")
+
+
+def load(folder: Path) -> PolicyAgent:
+    """The agent ``sb3-contrib:DIR``; see :func:`agents.sb3.load`."""
+    return sb3.load(folder, *_OURS)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """The command line."""
+    sb3.main(arguments, *_OURS, __doc__, ("stable_baselines3", "sb3_contrib"))
+
+
+if __name__ == "__main__":
+    main()
