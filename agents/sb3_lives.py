@@ -123,10 +123,9 @@ def _of_life(info: dict[str, Any], i: int) -> dict[str, Any]:
     """One life's part of the information of a Gymnasium vector environment.
 
     >>> import numpy as np
-    >>> _of_life({"a": np.array([1, 2]), "_a": np.array([True, False])}, 0)
-    {'a': 1}
-    >>> _of_life({"a": np.array([1, 2]), "_a": np.array([True, False])}, 1)
-    {}
+    >>> together = {"a": np.array(["one", None]), "_a": np.array([True, False])}
+    >>> _of_life(together, 0), _of_life(together, 1)
+    ({'a': 'one'}, {})
     """
     found = {}
     for name, values in info.items():

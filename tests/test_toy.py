@@ -187,7 +187,7 @@ def test_what_is_refused() -> None:
     with pytest.raises(ActionError, match=r"\(6,\).*\(\).*DiscreteSubsets"):
         env.step(3)
     with pytest.raises(ActionError, match="BoxLayers"):
-        env.step(np.zeros(6))
+        env.step(np.full(6, 0.5))
     assert env.step(np.ones(6, int))[2]
     with pytest.raises(ResetNeeded, match="ended"):
         env.step(np.ones(6, int))
