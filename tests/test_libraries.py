@@ -160,22 +160,6 @@ def test_lives_share_one_model() -> None:
     assert len(Task("layers", TOY).make_envs(2)) == 2
 
 
-@pytest.mark.parametrize("options", [{}, {"max_layers": 2, "allow_empty": True}])
-def test_masks_read_off_observations(options: dict[str, Any]) -> None:
-    task = Task("sequential", TOY, options)
-    env = task.make_env()
-    env.action_space.seed(0)
-    observation, _ = env.reset(seed=0)
-    for _ in range(30):
-        mask = env.get_wrapper_attr("action_masks")()
-        assert task.masks(observation[None], 5)[0].tolist() == mask.tolist()
-        observation, _, ended, *_ = env.step(env.action_space.sample(mask.astype(np.int8)))
-        if ended:
-            observation, _ = env.reset()
-    with pytest.raises(SettingsError, match="no masks"):
-        Task("layers", TOY).masks(observation[None], 5)
-
-
 # Records
 
 
@@ -288,6 +272,9 @@ def test_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) ->
     assert (found.steps, found.num_envs, found.settings) == (7, 8, {"gamma": 0.5})
     with pytest.raises(SettingsError, match=r"ppo cannot act in form 'step-sizes'.*--form layers"):
         parse_arguments([*words, "--form", "step-sizes"], **shared)
+    for option, least in {"--steps": 1, "--num-envs": 1, "--evaluations": 0}.items():
+        with pytest.raises(SettingsError, match=f"{option} must be ≥ {least}"):
+            parse_arguments([*words, option, "-1"], **shared)
     with pytest.raises(SettingsError, match="--set takes name=value, got 'gamma'"):
         parse_arguments([*words, "--set", "gamma"], **shared)
     write(tmp_path)
