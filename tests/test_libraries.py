@@ -21,6 +21,7 @@ from agents.libraries import (
     save_policy,
 )
 from agents.libraries.task import Sizes
+from agents.registry import make_agent
 from benchmarks.episode import play
 from hiedit_env.errors import (
     CheckpointError,
@@ -280,6 +281,13 @@ def test_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) ->
     write(tmp_path)
     with pytest.raises(ResultsExistError):
         parse_arguments(words, **shared)
+
+
+def test_the_folder_of_a_policy_alone_is_refused_with_its_name(tmp_path: Path) -> None:
+    write(tmp_path)
+    library = json.loads((tmp_path / "policy.json").read_text())["library"]
+    with pytest.raises(CheckpointError, match=f"name it {library}:{tmp_path}"):
+        make_agent(str(tmp_path))
 
 
 def test_a_missing_library_names_the_extra() -> None:
