@@ -41,6 +41,8 @@ from agents.checkpoints import (
     read_record,
     read_state,
 )
+from agents.libraries.networks import library_of
+from agents.libraries.record import JSON_FILE as POLICY_FILE
 from agents.options import HierarchicalAgent, layer_selection
 from agents.presets import PRESETS
 from agents.protocol import Agent, Observation, Trainable
@@ -274,7 +276,7 @@ def spec_agent(name: str, layers_per_edit: int | None = None) -> SpecAgent:
 
     Raises:
         SettingsError: unknown name, or arguments that are none.
-        CheckpointError: a folder that is no trained agent.
+        CheckpointError: a folder that is no trained agent, or that of a library's policy.
     """
     # A folder or a number may have a "+" in it: the first one between two known parts counts.
     pluses = [] if is_trained(name) else [i for i, sign in enumerate(name) if sign == "+"]
@@ -287,6 +289,9 @@ def spec_agent(name: str, layers_per_edit: int | None = None) -> SpecAgent:
     whole = _part(name)
     if whole is not None:
         return SpecAgent(name, whole, whole, layers_per_edit)
+    if (Path(name) / POLICY_FILE).is_file():
+        library = library_of(Path(name))
+        raise CheckpointError(f"{name} holds a policy of {library}; name it {library}:{name}")
     if not pluses:
         raise SettingsError(
             f"unknown agent {name!r}; choose one of {', '.join(AGENTS)}, give the folder of a "

@@ -26,6 +26,7 @@ from gymnasium.vector import AutoresetMode, VectorEnv
 
 from agents.libraries import TrainingArguments, parse_arguments, refuse_finished, save_policy
 from agents.libraries.coins import as_multi_discrete
+from agents.libraries.hyperparameters import check_names, names_of
 from agents.libraries.networks import describe
 from agents.libraries.task import Task
 from hiedit_env.errors import MissingLibraryError
@@ -35,6 +36,7 @@ from hiedit_env.files import write_bytes
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
 try:
     import ray
+    from ray.rllib.algorithms.algorithm_config import AlgorithmConfig
     from ray.rllib.algorithms.ppo import PPO, PPOConfig
     from ray.rllib.core.rl_module.default_model_config import DefaultModelConfig
     from ray.tune.registry import register_env
@@ -104,6 +106,22 @@ def local_ray() -> Iterator[None]:
         ray.shutdown()
 
 
+def hyperparameters(args: TrainingArguments) -> dict[str, Any]:
+    """The arguments of ``PPOConfig.training``.
+
+    Raises:
+        SettingsError: there is no such argument as one of ``args.settings``.
+    """
+    check_names(args.settings, names_of(PPOConfig.training, AlgorithmConfig.training))
+    batch = args.settings.get("train_batch_size_per_learner", ROLLOUT * args.num_envs)
+    # RLlib refuses a minibatch that is larger than the batch.
+    fitting = {
+        "train_batch_size_per_learner": batch,
+        "minibatch_size": min(SETTINGS["minibatch_size"], batch),
+    }
+    return {**SETTINGS, **fitting, **args.settings}
+
+
 def configure(args: TrainingArguments) -> PPOConfig:
     """The algorithm's configuration: RLlib's, to be changed as RLlib says."""
     task = {"task": args.task.to_json()}
@@ -123,9 +141,7 @@ def configure(args: TrainingArguments) -> PPOConfig:
                 fcnet_hiddens=[64, 64], fcnet_activation="tanh", vf_share_layers=False
             )
         )
-        .training(
-            **{"train_batch_size_per_learner": ROLLOUT * args.num_envs, **SETTINGS, **args.settings}
-        )
+        .training(**hyperparameters(args))
         .evaluation(
             evaluation_interval=max(iterations // args.evaluations, 1)
             if args.evaluations
@@ -151,12 +167,14 @@ def train(args: TrainingArguments) -> None:
 
     Raises:
         ResultsExistError: ``args.out`` holds a trained policy.
+        SettingsError: an unknown name among ``args.settings``.
     """
     refuse_finished(args.out)
     register()
+    configuration = configure(args)
     rows: list[dict[str, float]] = []
     with local_ray():
-        algorithm: PPO = configure(args).build_algo()
+        algorithm: PPO = configuration.build_algo()
         while not rows or rows[-1]["steps"] < args.steps:
             rows.append(_row(algorithm.train()))
         args.out.mkdir(parents=True, exist_ok=True)
@@ -182,9 +200,7 @@ def train(args: TrainingArguments) -> None:
         training={
             "steps": rows[-1]["steps"],
             "seed": args.seed,
-            "settings": {
-                k: v for k, v in {**SETTINGS, **args.settings}.items() if v != float("inf")
-            },
+            "settings": {k: v for k, v in hyperparameters(args).items() if v != float("inf")},
         },
         packages=("ray",),
     )

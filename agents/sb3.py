@@ -32,6 +32,7 @@ from agents.libraries import (
     refuse_finished,
     save_policy,
 )
+from agents.libraries.hyperparameters import check_names, names_of
 from agents.sb3_lives import Lives
 from hiedit_env.errors import CheckpointError, MissingLibraryError, SettingsError
 
@@ -83,6 +84,9 @@ _OFF_POLICY = {
     "gradient_steps": 24,
     "policy_kwargs": {"net_arch": [64, 64]},
 }
+
+#: Arguments of an algorithm's class that the script gives, or makes no sense of.
+_GIVEN = ("policy", "env", "seed", "device", "action_noise", "_init_setup_model")
 
 ALGORITHMS: Mapping[str, Algorithm] = {
     "ppo": Algorithm(
@@ -145,9 +149,11 @@ def train(
 
     Raises:
         ResultsExistError: ``args.out`` holds a trained policy.
+        SettingsError: the algorithm has no such argument as one of ``args.settings``.
     """
     refuse_finished(args.out)
     how, task = algorithms[args.algorithm], args.task
+    check_names(args.settings, names_of(how.make, taken=_GIVEN))
     if task.form == "sequential" and not how.masks:
         # The algorithm would pick layers twice; that stops the picking.
         task = replace(task, options={"allow_empty": True, "masked": "stop", **task.options})
@@ -182,8 +188,8 @@ def train(
         model,
         task,
         args.out,
-        algorithm=args.algorithm,
         training={"seed": args.seed, "num_envs": args.num_envs, "settings": settings},
+        algorithms=algorithms,
         library=library,
         packages=packages,
     )
@@ -199,26 +205,36 @@ def save(
     task: Task,
     out: Path | str,
     *,
-    algorithm: str | None = None,
     training: Mapping[str, Any] | None = None,
+    algorithms: Mapping[str, Algorithm] = ALGORITHMS,
     library: str = "sb3",
     packages: Sequence[str] = ("stable_baselines3",),
 ) -> None:
     """Keeps a policy for ``hiedit compare --agents sb3:DIR``; works for models of your own code.
 
+    Those of sb3-contrib have :func:`agents.sb3_contrib.save`.
+
     Args:
         model: Trained on environments of ``task``.
         task: What it was trained on.
         out: The folder.
-        algorithm: Name for the record; that of the model's class where None.
         training: What else to record, plain JSON.
+        algorithms: The table in which the model's class gives the algorithm's name.
         library: Prefix of the policy in ``hiedit compare``.
         packages: Packages whose versions are recorded.
 
     Raises:
         ResultsExistError: ``out`` holds a policy.
-        SettingsError: ``policy_kwargs`` that JSON cannot hold, such as classes, or VecNormalize.
+        SettingsError: a class of model that is not in the table, ``policy_kwargs`` that JSON
+            cannot hold, such as classes, or VecNormalize.
     """
+    names = [name for name, how in algorithms.items() if isinstance(model, how.make)]
+    if not names:
+        known = ", ".join(how.make.__name__ for how in algorithms.values())
+        raise SettingsError(
+            f"{library}:DIR plays models of {known}, not of {type(model).__name__}; "
+            "agents.sb3.save and agents.sb3_contrib.save each keep those of their own library"
+        )
     if model.get_vec_normalize_env() is not None:
         raise SettingsError(
             "the model sees observations through VecNormalize, which hiedit compare does not have; "
@@ -227,6 +243,9 @@ def save(
     # How it was optimised does not matter to how it acts.
     ignored = {"use_sde", "optimizer_class", "optimizer_kwargs"}
     kwargs = {name: value for name, value in model.policy_kwargs.items() if name not in ignored}
+    if model.use_sde:
+        # Its networks are others, however they act.
+        kwargs["use_sde"] = True
     try:
         json.dumps(kwargs)
     except TypeError as error:
@@ -237,7 +256,7 @@ def save(
     save_policy(
         Path(out),
         library=library,
-        algorithm=algorithm or type(model).__name__.lower(),
+        algorithm=names[0],
         task=task,
         sizes=task.sizes(lives.get_attr("unwrapped")[0]),
         policy={"kwargs": kwargs},

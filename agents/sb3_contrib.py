@@ -17,7 +17,7 @@ from typing import Any
 from gymnasium import spaces
 
 from agents import sb3
-from agents.libraries import PolicyAgent
+from agents.libraries import PolicyAgent, Task
 from agents.sb3 import Algorithm
 from hiedit_env.errors import MissingLibraryError
 
@@ -25,6 +25,7 @@ try:
     from sb3_contrib import TQC, MaskablePPO, RecurrentPPO
     from sb3_contrib.common.maskable.callbacks import MaskableEvalCallback
     from sb3_contrib.common.recurrent.policies import RecurrentActorCriticPolicy
+    from stable_baselines3.common.base_class import BaseAlgorithm
 except ImportError as error:
     raise MissingLibraryError("sb3-contrib", "sb3-contrib") from error
 
@@ -66,6 +67,38 @@ ALGORITHMS: Mapping[str, Algorithm] = {
     ),
 }
 _OURS = (ALGORITHMS, "sb3-contrib")
+_PACKAGES = ("stable_baselines3", "sb3_contrib")
+
+
+def save(
+    model: BaseAlgorithm,
+    task: Task,
+    out: Path | str,
+    *,
+    training: Mapping[str, Any] | None = None,
+) -> None:
+    """Keeps a policy for ``hiedit compare --agents sb3-contrib:DIR``; see :func:`agents.sb3.save`.
+
+    Args:
+        model: Trained on environments of ``task``.
+        task: What it was trained on.
+        out: The folder.
+        training: What else to record, plain JSON.
+
+    Raises:
+        ResultsExistError: ``out`` holds a policy.
+        SettingsError: as there.
+    """
+    table, library = _OURS
+    sb3.save(
+        model,
+        task,
+        out,
+        training=training,
+        algorithms=table,
+        library=library,
+        packages=_PACKAGES,
+    )
 
 
 def load(folder: Path) -> PolicyAgent:
@@ -75,7 +108,7 @@ def load(folder: Path) -> PolicyAgent:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """The command line."""
-    sb3.main(arguments, *_OURS, __doc__, ("stable_baselines3", "sb3_contrib"))
+    sb3.main(arguments, *_OURS, __doc__, _PACKAGES)
 
 
 if __name__ == "__main__":

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from agents.libraries import TrainingArguments, parse_arguments, refuse_finished, save_policy
 from agents.libraries.coins import as_multi_discrete
+from agents.libraries.hyperparameters import check_names, names_of
 from agents.libraries.networks import describe
 from hiedit_env.errors import MissingLibraryError
 
@@ -94,8 +95,10 @@ def train(args: TrainingArguments) -> PPO:
 
     Raises:
         ResultsExistError: ``args.out`` holds a trained policy.
+        SettingsError: an unknown name among ``args.settings``.
     """
     refuse_finished(args.out)
+    check_names(args.settings, names_of(PPO_CFG, taken=("experiment",)))
     set_seed(args.seed)
     lives = args.task.make_vec(args.num_envs)
     envs = wrap_env(as_multi_discrete(lives), verbose=False)

@@ -124,9 +124,8 @@ class UpdateRule(ABC):
             places = [place for place, layer in enumerate(group) if layers[layer]]
             if not places:
                 continue
-            chosen = [group[place] for place in places]
-            factors = self._factors(number, places, *self._rows(capture, chosen))
-            self._enter(updates, chosen, *factors, multipliers)
+            factors = self._factors(number, places, *self._rows(capture, group, places))
+            self._enter(updates, [group[place] for place in places], *factors, multipliers)
         return tuple(updates)
 
     def _enter(
@@ -161,9 +160,14 @@ class UpdateRule(ABC):
     def load_state_dict(self, state: Mapping[str, Any]) -> None:  # noqa: B027
         """Puts saved statistics back, bit for bit."""
 
-    def _rows(self, capture: Capture, group: list[int]) -> tuple[Tensor, Tensor]:
+    def _rows(
+        self, capture: Capture, group: list[int], places: list[int] | None = None
+    ) -> tuple[Tensor, Tensor]:
         start = capture.prompt.first_position if self.tokens == "answer" else 0
+        # Always whole groups: a capture keeps what it stacks, and there are 2^L choices of layers.
         keys, gradients = capture.stacked(group)
+        if places is not None and len(places) < len(group):
+            keys, gradients = keys[places], gradients[places]
         return (keys[:, start:], gradients[:, start:]) if start else (keys, gradients)
 
 

@@ -21,6 +21,7 @@ from agents.libraries import (
     save_policy,
 )
 from agents.libraries.task import Sizes
+from agents.registry import make_agent
 from benchmarks.episode import play
 from hiedit_env.errors import (
     CheckpointError,
@@ -160,22 +161,6 @@ def test_lives_share_one_model() -> None:
     assert len(Task("layers", TOY).make_envs(2)) == 2
 
 
-@pytest.mark.parametrize("options", [{}, {"max_layers": 2, "allow_empty": True}])
-def test_masks_read_off_observations(options: dict[str, Any]) -> None:
-    task = Task("sequential", TOY, options)
-    env = task.make_env()
-    env.action_space.seed(0)
-    observation, _ = env.reset(seed=0)
-    for _ in range(30):
-        mask = env.get_wrapper_attr("action_masks")()
-        assert task.masks(observation[None], 5)[0].tolist() == mask.tolist()
-        observation, _, ended, *_ = env.step(env.action_space.sample(mask.astype(np.int8)))
-        if ended:
-            observation, _ = env.reset()
-    with pytest.raises(SettingsError, match="no masks"):
-        Task("layers", TOY).masks(observation[None], 5)
-
-
 # Records
 
 
@@ -288,11 +273,21 @@ def test_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) ->
     assert (found.steps, found.num_envs, found.settings) == (7, 8, {"gamma": 0.5})
     with pytest.raises(SettingsError, match=r"ppo cannot act in form 'step-sizes'.*--form layers"):
         parse_arguments([*words, "--form", "step-sizes"], **shared)
+    for option, least in {"--steps": 1, "--num-envs": 1, "--evaluations": 0}.items():
+        with pytest.raises(SettingsError, match=f"{option} must be ≥ {least}"):
+            parse_arguments([*words, option, "-1"], **shared)
     with pytest.raises(SettingsError, match="--set takes name=value, got 'gamma'"):
         parse_arguments([*words, "--set", "gamma"], **shared)
     write(tmp_path)
     with pytest.raises(ResultsExistError):
         parse_arguments(words, **shared)
+
+
+def test_the_folder_of_a_policy_alone_is_refused_with_its_name(tmp_path: Path) -> None:
+    write(tmp_path)
+    library = json.loads((tmp_path / "policy.json").read_text())["library"]
+    with pytest.raises(CheckpointError, match=f"name it {library}:{tmp_path}"):
+        make_agent(str(tmp_path))
 
 
 def test_a_missing_library_names_the_extra() -> None:

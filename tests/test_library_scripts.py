@@ -79,6 +79,20 @@ def test_learns_the_planted_world(library: str, tmp_path: Path) -> None:
     assert outcome.share >= MARGIN, outcome
 
 
+@pytest.mark.parametrize("library", LIBRARIES)
+def test_one_life_is_enough(library: str, tmp_path: Path) -> None:
+    need(LIBRARIES[library][0])
+    train(library, tmp_path, TOY, "--num-envs", "1", "--steps", "16", "--evaluations", "0")
+
+
+@pytest.mark.parametrize("library", LIBRARIES)
+def test_hyperparameters_the_script_does_not_have(library: str, tmp_path: Path) -> None:
+    need(LIBRARIES[library][0])
+    done = run(library, "--out", str(tmp_path), "--env", *words(TOY), "--set", "lrate=1")
+    assert done.returncode != 0
+    assert "--set has no lrate; it has " in done.stderr
+
+
 def test_tianshou_steps_lives_as_gymnasium_does() -> None:
     need("tianshou")
     from agents.tianshou import Lives

@@ -275,6 +275,13 @@ def test_tokens_decide_which_rows_count(name: str) -> None:
 # -- what every rule keeps to -------------------------------------------------------------------
 
 
+def test_a_capture_keeps_one_stack_per_shape_whatever_is_chosen() -> None:
+    rule, capture = by_name("gradient"), captures(1)[0]
+    for number in range(1, 2 ** len(SHAPES)):
+        rule.propose(capture, np.array([number >> i & 1 for i in range(len(SHAPES))], bool))
+    assert len(capture._stacked) == len(rule.groups)
+
+
 @pytest.mark.parametrize("name", RULES)
 def test_layers_that_are_not_chosen_get_none(name: str) -> None:
     rule = by_name(name)

@@ -192,6 +192,36 @@ def test_a_model_of_your_own_code_is_kept(tmp_path: Path) -> None:
     assert agent.select_action(observation, info).tolist() == expected.astype(int).tolist()
 
 
+@pytest.mark.parametrize("algorithm", ["ppo", "sac"])
+def test_state_dependent_exploration_is_kept(algorithm: str, tmp_path: Path) -> None:
+    settings = {**SHORT.get(algorithm, OFF_POLICY), "use_sde": True}
+    pairs = [f"{name}={json.dumps(value)}" for name, value in settings.items()]
+    run("sb3", algorithm, tmp_path, TOY, "--form", "box", "--set", *pairs)
+    model = sb3.ALGORITHMS[algorithm].make.load(tmp_path / "model.zip", device="cpu")
+    policy: Any = make_agent(f"sb3:{tmp_path}").policy  # type: ignore[attr-defined]
+    model.observation_space.seed(0)
+    seen = model.observation_space.sample()
+    np.testing.assert_array_equal(policy(seen, None), model.predict(seen, deterministic=True)[0])
+
+
+def test_a_model_of_sb3_contrib_is_kept_by_its_own_function(tmp_path: Path) -> None:
+    task = Task("sequential", TOY)
+    lives = Lives(task.make_vec(2))
+    model = sb3_contrib.MaskablePPO("MlpPolicy", lives, n_steps=4, batch_size=8, device="cpu")
+    with pytest.raises(SettingsError, match=r"not of MaskablePPO; .*agents\.sb3_contrib\.save"):
+        sb3.save(model, task, tmp_path)
+    sb3_contrib.save(model, task, tmp_path)
+    agent: Any = make_agent(f"sb3-contrib:{tmp_path}")
+    assert agent.record.algorithm == "maskable-ppo"
+
+
+@pytest.mark.parametrize("name", ["lrate", "seed"])
+def test_hyperparameters_the_algorithm_does_not_have(name: str, tmp_path: Path) -> None:
+    with pytest.raises(SettingsError, match=f"--set has no {name}; it has learning_rate, n_steps"):
+        run("sb3", "ppo", tmp_path / "out", TOY, "--set", f"{name}=1")
+    assert not (tmp_path / "out").exists()
+
+
 def test_what_cannot_be_kept_is_refused(tmp_path: Path) -> None:
     task = Task("box", TOY)
     lives = Lives(task.make_vec(2))

@@ -11,6 +11,7 @@ from typing import Any
 
 from agents.libraries.record import refuse_finished
 from agents.libraries.task import FORMS, Task
+from hiedit_env.checks import whole_number
 from hiedit_env.errors import SettingsError
 
 
@@ -61,7 +62,8 @@ def parse_arguments(
         num_envs: Algorithm → default of ``--num-envs``.
 
     Raises:
-        SettingsError: a form that the algorithm cannot act in, or ``--env`` without ``name=value``.
+        SettingsError: a form that the algorithm cannot act in, ``--env`` without ``name=value``,
+            or a number of steps, lives or evaluations that is none.
         ResultsExistError: ``--out`` holds a trained policy.
     """
     parser = argparse.ArgumentParser(
@@ -92,14 +94,18 @@ def parse_arguments(
             + " or ".join(f"{known} ({FORMS[known]})" for known in forms[name])
         )
     refuse_finished(given.out)
+    given.steps = steps[name] if given.steps is None else given.steps
+    given.num_envs = num_envs[name] if given.num_envs is None else given.num_envs
+    for option, least in (("steps", 1), ("num_envs", 1), ("evaluations", 0)):
+        whole_number(getattr(given, option), "--" + option.replace("_", "-"), least)
     options = pairs_of(given.form_options, "--form-options")
     task = Task(form, pairs_of(given.env, "--env"), options)
     return TrainingArguments(
         algorithm=name,
         task=task,
         out=given.out,
-        steps=steps[name] if given.steps is None else given.steps,
-        num_envs=num_envs[name] if given.num_envs is None else given.num_envs,
+        steps=given.steps,
+        num_envs=given.num_envs,
         seed=given.seed,
         settings=pairs_of(given.set, "--set"),
         evaluations=given.evaluations,

@@ -15,7 +15,6 @@ from gymnasium.wrappers.vector import TransformAction
 from numpy.typing import NDArray
 
 import hiedit_env  # noqa: F401 - registers the environments
-from agents.libraries.sequential import Waiting
 from hiedit_env.checks import whole_number
 from hiedit_env.envs.base import EditingEnv
 from hiedit_env.envs.settings import MODEL_RULES
@@ -138,9 +137,7 @@ class Task:
         if not isinstance(inner, EditingEnv):
             others = [gym.make(self.id, **{**self.settings, **overrides}) for _ in range(count - 1)]
             return [self.wrap(env) for env in (first, *others)]
-        forks = (inner.fork() for _ in range(count))
-        # Sequential lives may be stepped together, see SequentialLives.
-        return [self.wrap(Waiting(f) if self.form == "sequential" else f) for f in forks]
+        return [self.wrap(inner.fork()) for _ in range(count)]
 
     def make_vec(
         self,
@@ -194,28 +191,6 @@ class Task:
             return base.observation_space, spaces.Box(-1.0, 1.0, (sizes.layers,), np.float32)
         wrapped = self.wrap(base)
         return wrapped.observation_space, wrapped.action_space
-
-    def masks(self, observations: NDArray[np.float32], num_layers: int) -> NDArray[np.bool_]:
-        """Which actions ``sequential`` allows, read off its observations.
-
-        For algorithms that know no masks: the picks are the last L numbers of an observation.
-
-        Args:
-            observations: N × size.
-            num_layers: L.
-
-        Returns:
-            N × (L + 1), row by row what ``action_masks()`` gives.
-
-        Raises:
-            SettingsError: another form.
-        """
-        if self.form != "sequential":
-            raise SettingsError(f"form {self.form!r} has no masks; 'sequential' has")
-        picked = observations[:, -num_layers:] > 0.5
-        full = picked.sum(1, keepdims=True) >= self.options.get("max_layers", num_layers)
-        stop = picked.any(1, keepdims=True) | bool(self.options.get("allow_empty", False))
-        return np.concatenate((~picked & ~full, stop), 1)
 
     # -- JSON -------------------------------------------------------------------------------------
 
