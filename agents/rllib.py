@@ -18,13 +18,20 @@ import json
 import logging
 import os
 import shutil
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 from gymnasium.vector import AutoresetMode, VectorEnv
 
-from agents.libraries import TrainingArguments, parse_arguments, refuse_finished, save_policy
+from agents.libraries import (
+    TrainingArguments,
+    parse_arguments,
+    refuse_finished,
+    run_script,
+    save_policy,
+)
 from agents.libraries.coins import as_multi_discrete
 from agents.libraries.hyperparameters import check_names, names_of
 from agents.libraries.networks import describe
@@ -236,4 +243,4 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(run_script(main))

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import copy
 import json
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -30,6 +31,7 @@ from agents.libraries import (
     parse_arguments,
     read_policy,
     refuse_finished,
+    run_script,
     save_policy,
 )
 from agents.libraries.hyperparameters import check_names, names_of
@@ -350,4 +352,4 @@ def main(
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(run_script(main))

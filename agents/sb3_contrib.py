@@ -10,6 +10,7 @@ RecurrentPPO chooses layers and remembers the facts before. Everything else is a
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ from typing import Any
 from gymnasium import spaces
 
 from agents import sb3
-from agents.libraries import PolicyAgent, Task
+from agents.libraries import PolicyAgent, Task, run_script
 from agents.sb3 import Algorithm
 from hiedit_env.errors import MissingLibraryError
 
@@ -46,7 +47,13 @@ ALGORITHMS: Mapping[str, Algorithm] = {
         ("sequential", "discrete"),
         steps=8192,
         num_envs=16,
-        settings={"n_steps": 32, "batch_size": 128, "gamma": 0.9, "learning_rate": 3e-3},
+        settings={
+            "n_steps": 64,
+            "batch_size": 128,
+            "gamma": 0.9,
+            "learning_rate": 1e-3,
+            "ent_coef": 0.01,
+        },
         masks=True,
         evaluation=MaskableEvalCallback,
     ),
@@ -112,4 +119,4 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(run_script(main))

@@ -12,6 +12,7 @@ training, do as skrl does: ``agent.load("DIR/training/checkpoints/best_agent.pt"
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,13 @@ from typing import Any
 from gymnasium.vector import VectorEnv
 from torch import Tensor, nn
 
-from agents.libraries import TrainingArguments, parse_arguments, refuse_finished, save_policy
+from agents.libraries import (
+    TrainingArguments,
+    parse_arguments,
+    refuse_finished,
+    run_script,
+    save_policy,
+)
 from agents.libraries.coins import as_multi_discrete
 from agents.libraries.hyperparameters import check_names, names_of
 from agents.libraries.networks import describe
@@ -207,4 +214,4 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(run_script(main))

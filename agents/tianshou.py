@@ -22,7 +22,13 @@ from gymnasium.vector import AutoresetMode, VectorEnv
 from numpy.typing import NDArray
 from torch import nn
 
-from agents.libraries import TrainingArguments, parse_arguments, refuse_finished, save_policy
+from agents.libraries import (
+    TrainingArguments,
+    parse_arguments,
+    refuse_finished,
+    run_script,
+    save_policy,
+)
 from agents.libraries.coins import LayerCoins
 from agents.libraries.hyperparameters import replaced
 from agents.libraries.networks import describe
@@ -220,4 +226,4 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(run_script(main))

@@ -14,6 +14,7 @@ evaluated ``best_actor.pt``, state dicts of its modules) and what hiedit reads (
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -21,7 +22,13 @@ import torch
 from gymnasium.vector import AutoresetMode
 from torch import nn
 
-from agents.libraries import TrainingArguments, parse_arguments, refuse_finished, save_policy
+from agents.libraries import (
+    TrainingArguments,
+    parse_arguments,
+    refuse_finished,
+    run_script,
+    save_policy,
+)
 from agents.libraries.coins import LayerCoins
 from agents.libraries.hyperparameters import replaced
 from agents.libraries.networks import describe
@@ -195,4 +202,4 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(run_script(main))

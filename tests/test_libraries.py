@@ -18,6 +18,7 @@ from agents.libraries import (
     Task,
     parse_arguments,
     read_policy,
+    run_script,
     save_policy,
 )
 from agents.libraries.task import Sizes
@@ -288,6 +289,15 @@ def test_the_folder_of_a_policy_alone_is_refused_with_its_name(tmp_path: Path) -
     library = json.loads((tmp_path / "policy.json").read_text())["library"]
     with pytest.raises(CheckpointError, match=f"name it {library}:{tmp_path}"):
         make_agent(str(tmp_path))
+
+
+def test_scripts_end_without_a_traceback(capsys: pytest.CaptureFixture[str]) -> None:
+    def main() -> None:
+        raise SettingsError("steps must be at least 1")
+
+    assert run_script(main) == 2
+    assert capsys.readouterr().err == "error: steps must be at least 1\n"
+    assert run_script(lambda: None) == 0
 
 
 def test_a_missing_library_names_the_extra() -> None:

@@ -13,7 +13,7 @@ A training script of a library (:mod:`agents.sb3` is the shortest) does three th
 from __future__ import annotations
 
 from agents.libraries.agent import FunctionPolicy, Policy, PolicyAgent
-from agents.libraries.command import TrainingArguments, parse_arguments
+from agents.libraries.command import TrainingArguments, parse_arguments, run_script
 from agents.libraries.record import PolicyRecord, read_policy, refuse_finished, save_policy
 from agents.libraries.task import FORMS, Task
 
@@ -28,5 +28,6 @@ __all__ = [
     "parse_arguments",
     "read_policy",
     "refuse_finished",
+    "run_script",
     "save_policy",
 ]

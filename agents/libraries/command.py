@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Mapping, Sequence
+import sys
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ from typing import Any
 from agents.libraries.record import refuse_finished
 from agents.libraries.task import FORMS, Task
 from hiedit_env.checks import whole_number
-from hiedit_env.errors import SettingsError
+from hiedit_env.errors import HieditError, SettingsError
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,6 +112,20 @@ def parse_arguments(
         evaluations=given.evaluations,
         eval_env=pairs_of(given.eval_env, "--eval-env"),
     )
+
+
+def run_script(main: Callable[[], None]) -> int:
+    """Runs a script's ``main``; errors of the user's end in one line and not in a traceback.
+
+    Returns:
+        Exit status: 0, or 2 for an error of the user's.
+    """
+    try:
+        main()
+    except HieditError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
 
 
 def pairs_of(texts: Sequence[str], option: str) -> dict[str, Any]:
