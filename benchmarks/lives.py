@@ -10,6 +10,7 @@ really held::
 from __future__ import annotations
 
 import argparse
+import ctypes
 import json
 import os
 import time
@@ -23,7 +24,9 @@ import hiedit_env  # noqa: F401 - registers the environments
 from hiedit_env.envs.vector import VectorEditing
 
 
-def measure(model: str, lives: int, steps: int, device: str = "cpu") -> dict[str, Any]:
+def measure(
+    model: str, lives: int, steps: int, device: str = "cpu", update_rule: str = "decorrelated"
+) -> dict[str, Any]:
     """Edits all layers of every life, again and again, one primitive step per fact.
 
     Args:
@@ -31,6 +34,7 @@ def measure(model: str, lives: int, steps: int, device: str = "cpu") -> dict[str
         lives: N.
         steps: Facts per life.
         device: Of the model.
+        update_rule: Name of the rule; its statistics are every life's own.
 
     Returns:
         ``unedited_mb``, resident memory after a first step that wrote nothing; ``edited_mb`` and
@@ -45,6 +49,7 @@ def measure(model: str, lives: int, steps: int, device: str = "cpu") -> dict[str
         num_edits=steps + 1,
         max_steps_per_edit=1,
         device=device,
+        update_rule=update_rule,
     ).unwrapped
     assert isinstance(envs, VectorEditing)
     assert envs.action_space.shape is not None
@@ -69,6 +74,10 @@ def measure(model: str, lives: int, steps: int, device: str = "cpu") -> dict[str
 
 
 def _resident_mb() -> float:
+    # What is free in the heap is given back first, where the C library can: it is nobody's.
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if trim is not None:
+        trim(0)
     pages = int(Path("/proc/self/statm").read_text(encoding="ascii").split()[1])
     return pages * os.sysconf("SC_PAGE_SIZE") / 2**20
 
@@ -80,8 +89,10 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--lives", type=int, default=8)
     parser.add_argument("--steps", type=int, default=3)
     parser.add_argument("--device", default="cpu")
+    parser.add_argument("--update-rule", default="decorrelated")
     given = parser.parse_args(arguments)
-    print(json.dumps(measure(given.model, given.lives, given.steps, given.device), indent=1))
+    found = measure(given.model, given.lives, given.steps, given.device, given.update_rule)
+    print(json.dumps(found, indent=1))
 
 
 if __name__ == "__main__":
