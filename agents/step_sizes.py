@@ -10,16 +10,17 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from agents.rescaled import RescaledRule
 from hiedit_env.capture import Capture
 from hiedit_env.errors import SettingsError
-from hiedit_env.rules import RULES, UpdateRule, make_rule
+from hiedit_env.rules import RULES, make_rule
 from hiedit_env.updates import LowRankUpdate
 
 #: What the policy sees of a layer, see :meth:`StepSizePolicy.multipliers`.
 FEATURES = 5
 
 
-class StepSizePolicy(UpdateRule):
+class StepSizePolicy(RescaledRule):
     """Multiplies a closed-form rule's step, layer by layer, by ``10 ** tanh(network)``.
 
     So every step lies within a decade around the nominal one, as in ``hiedit/StepSize-v0``. The
@@ -59,8 +60,7 @@ class StepSizePolicy(UpdateRule):
         settings = dict(rule_settings or {})
         if step_size is not None:
             settings["step_size"] = step_size
-        self.rule = make_rule(rule, shapes, device, settings)
-        super().__init__(shapes, device, step_size=self.rule.step_size, tokens=self.rule.tokens)
+        super().__init__(make_rule(rule, shapes, device, settings))
         generator = torch.Generator().manual_seed(seed)
         first = torch.empty(FEATURES, hidden).uniform_(-1, 1, generator=generator)
         self.net = nn.ParameterDict(
@@ -114,24 +114,3 @@ class StepSizePolicy(UpdateRule):
         if multipliers is not None:
             own = own * torch.as_tensor(multipliers, device=own.device)
         return self.rule.compute(capture, layers, own)
-
-    def reset(self) -> None:
-        """Forgets the rule's statistics; the parameters stay."""
-        self.rule.reset()
-
-    def observe(self, capture: Capture) -> None:
-        """Takes one capture into the rule's statistics."""
-        self.rule.observe(capture)
-
-    def state_dict(self) -> dict[str, Any]:
-        """The rule's statistics, not the parameters."""
-        return self.rule.state_dict()
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Puts saved statistics back, bit for bit."""
-        self.rule.load_state_dict(state)
-
-    def _factors(
-        self, group: int, places: list[int], keys: Tensor, gradients: Tensor
-    ) -> tuple[Tensor, Tensor]:
-        return self.rule._factors(group, places, keys, gradients)

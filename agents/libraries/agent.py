@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any, ClassVar, Protocol
 
 import gymnasium as gym
@@ -16,6 +16,7 @@ from agents.libraries.record import PolicyRecord
 from agents.libraries.task import Sizes
 from agents.options import UntrainedChoice
 from agents.protocol import Observation
+from agents.rescaled import RescaledRule
 from hiedit_env.capture import Capture
 from hiedit_env.envs.actions import check_only_step_sizes
 from hiedit_env.envs.base import EditingEnv
@@ -57,7 +58,7 @@ class FunctionPolicy:
         return self._function(observation, mask)
 
 
-class PolicyStepSizes(UpdateRule):
+class PolicyStepSizes(RescaledRule):
     """A closed-form rule whose step sizes a policy chooses from the environment's observation.
 
     What ``hiedit/StepSize-v0`` does with the policy's actions, inside an option.
@@ -71,8 +72,8 @@ class PolicyStepSizes(UpdateRule):
     default_step_size: ClassVar[float] = 1.0
 
     def __init__(self, rule: UpdateRule, policy: Policy) -> None:
-        self.rule, self.policy = rule, policy
-        super().__init__(rule.shapes, rule.device, step_size=rule.step_size, tokens=rule.tokens)
+        self.policy = policy
+        super().__init__(rule)
 
     def look(self, observe: Callable[[], Observation]) -> None:
         """Keeps the observation for the next proposal."""
@@ -94,29 +95,12 @@ class PolicyStepSizes(UpdateRule):
         return self.rule.compute(capture, layers, own if multipliers is None else own * multipliers)
 
     def reset(self) -> None:
-        """Forgets the rule's statistics."""
+        """Forgets the rule's statistics and what was seen."""
         self._observation = None
-        self.rule.reset()
-
-    def observe(self, capture: Capture) -> None:
-        """Takes one capture into the rule's statistics."""
-        self.rule.observe(capture)
-
-    def state_dict(self) -> dict[str, Any]:
-        """The rule's statistics."""
-        return self.rule.state_dict()
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Puts saved statistics back, bit for bit."""
-        self.rule.load_state_dict(state)
+        super().reset()
 
     def __deepcopy__(self, memo: dict[int, Any]) -> PolicyStepSizes:
         return PolicyStepSizes(copy.deepcopy(self.rule, memo), self.policy)
-
-    def _factors(
-        self, group: int, places: list[int], keys: Tensor, gradients: Tensor
-    ) -> tuple[Tensor, Tensor]:
-        return self.rule._factors(group, places, keys, gradients)
 
 
 class PolicyAgent:
