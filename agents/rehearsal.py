@@ -1,7 +1,8 @@
 """A low level that rehearses: every update also mends what earlier ones have damaged.
 
-At every primitive step a few requests edited earlier and a few unrelated prompts are run at the
-present weights, and the loss
+At every primitive step a few requests edited earlier and a few unrelated prompts are run, at the
+present weights or, with ``look_ahead``, at those that the fact's own update would give, and the
+loss
 
     Σ −log p(y_i | x_i)  +  Σ KL[p_unedited ‖ p]
 
@@ -46,6 +47,8 @@ class Rehearsal(Hypernetwork):
         fact_weight, probe_weight: Weights of the two sums.
         largest: Bound of the size (Frobenius norm) of what is rehearsed, as a multiple of the
             fact's own update, layer by layer.
+        look_ahead: Whether what is rehearsed is run at the weights that the fact's own update would
+            give, so that it also mends what that update damages; at the present ones if not.
         end_answers: Whether a rehearsed answer is followed by the tokenizer's end token, and the
             present request is rehearsed too: the model learns to give the answer and stop.
         seed: Of the initial values and of what is rehearsed when.
@@ -67,6 +70,7 @@ class Rehearsal(Hypernetwork):
         fact_weight: float = 1.0,
         probe_weight: float = 1.0,
         largest: float = 2.0,
+        look_ahead: bool = False,
         end_answers: bool = False,
         seed: int = 0,
         cache_bytes: int = 256 * 2**20,
@@ -80,7 +84,7 @@ class Rehearsal(Hypernetwork):
         self.llm = llm
         self.facts, self.probes = facts, probes
         self.fact_weight, self.probe_weight = fact_weight, probe_weight
-        self.largest = largest
+        self.largest, self.look_ahead = largest, look_ahead
         end = llm.tokenizer.eos_token_id
         self._end: tuple[int, ...] = (end,) if end_answers and end is not None else ()
         self._seed = seed
@@ -181,7 +185,11 @@ class Rehearsal(Hypernetwork):
                 total = total + self.probe_weight * divergence
             return total
 
-        rows = self._rows_at_present([*facts, *probes], loss)
+        prompts = [*facts, *probes]
+        if self.look_ahead:
+            rows = self.llm.gradients(prompts, loss, updates)
+        else:
+            rows = self._rows_at_present(prompts, loss)
         mended = self.correct(rows, layers, multipliers)
         return tuple(
             None if one is None or two is None else _joined(one, self._bounded(two, one))

@@ -179,7 +179,10 @@ class ResidentLLM(EditableWeights):
 
     @torch.inference_mode(False)
     def gradients(
-        self, prompts: Sequence[EncodedPrompt], loss: Callable[[Tensor, PromptBatch], Tensor]
+        self,
+        prompts: Sequence[EncodedPrompt],
+        loss: Callable[[Tensor, PromptBatch], Tensor],
+        updates: Updates | None = None,
     ) -> GradientRows:
         """One forward and backward pass of any loss over several prompts, at the present weights.
 
@@ -187,12 +190,13 @@ class ResidentLLM(EditableWeights):
             prompts: At least one; all in one batch.
             loss: From logits (answer tokens × vocabulary, float32, in the order of the prompts) and
                 the batch to a scalar.
+            updates: Added to the weights for this pass only; constants, whatever they come from.
 
         Returns:
             Rows of the tokens that were read, padding left out.
         """
         batch = self.batch(prompts)
-        logits, inputs, outputs = self._record(batch, (self,))
+        logits, inputs, outputs = self._record(batch, (self,), updates)
         with torch.enable_grad():
             gradients = torch.autograd.grad(loss(logits.float(), batch), outputs)
         places = torch.arange(batch.longest, device=self.device)
@@ -203,7 +207,10 @@ class ResidentLLM(EditableWeights):
         )
 
     def _record(
-        self, batch: PromptBatch, lives: Sequence[ResidentLLM]
+        self,
+        batch: PromptBatch,
+        lives: Sequence[ResidentLLM],
+        updates: Updates | None = None,
     ) -> tuple[Tensor, list[Tensor], list[Tensor]]:
         """Logits of a batch, and every layer's input and output, ready for a backward pass."""
         hidden = self._prefix(batch)
@@ -219,7 +226,9 @@ class ResidentLLM(EditableWeights):
             return hook
 
         records = {i: record(i) for i in range(len(self.layers))}
-        with torch.enable_grad(), self._edited(lives), self._hooks(records):
+        fixed = updates and [None if update is None else update.detach() for update in updates]
+        edited = self._edited(lives)
+        with torch.enable_grad(), edited, self._overlay(fixed), self._hooks(records):
             logits = self._logits(self._split.suffix(hidden), batch)
         return logits, cast(list[Tensor], inputs), cast(list[Tensor], outputs)
 

@@ -63,6 +63,26 @@ def test_rows_of_a_batch_are_those_of_its_prompts_one_by_one() -> None:
         torch.testing.assert_close(rows.value_gradients[layer], gradients, rtol=1e-3, atol=1e-6)
 
 
+def test_rows_at_updated_weights_are_those_after_the_updates_were_written() -> None:
+    env = make(SELECTION)
+    env.reset(seed=0)
+    env.step(np.ones(L, np.int8))
+    requests = [env.llm.encode(r.prompt, r.answer) for r in env.requests[:3]]
+    rule = OuterProductRule(env.llm.shapes, env.llm.device, step_size=1e-2)
+    updates = list(rule.propose(env.llm.read(requests[0]).capture(), ALL))
+    updates[1] = None
+    before, plain = env.llm.weights_fingerprint(), env.llm.gradients(requests, mean_losses)
+    ahead = env.llm.gradients(requests, mean_losses, updates)
+    assert env.llm.weights_fingerprint() == before
+    env.llm.commit(updates)
+    after = env.llm.gradients(requests, mean_losses)
+    for layer in range(L):
+        for name in ("keys", "value_gradients"):
+            found = getattr(ahead, name)[layer]
+            torch.testing.assert_close(found, getattr(after, name)[layer], rtol=1e-3, atol=1e-5)
+    assert not torch.allclose(ahead.value_gradients[-1], plain.value_gradients[-1], rtol=0.1)
+
+
 def test_corrections_by_hand() -> None:
     """One layer: ũ standardised, v over its deviation alone, minus the step size."""
     rule = OuterProductRule([(1, 1)], torch.device("cpu"), step_size=0.5, tokens="all")
@@ -313,6 +333,34 @@ def test_options_tried_from_one_state_share_their_first_rehearsal() -> None:
         assert roll(env, [mask]) == wanted
     # Other weights, same prompts: computed again.
     assert len(calls) == 5
+
+
+def test_looking_ahead_mends_what_the_facts_own_update_damages() -> None:
+    """What is added is the correction found once the fact's own update was written."""
+    env = make(SELECTION, num_edits=3)
+    low = rehearsing(env, look_ahead=True, end_answers=True, largest=1e9)
+    env.use_low_level(low)
+    env.reset(seed=0)
+    env.step(np.ones(L, np.int8))
+    capture = env.life.observe()
+    asked: list[Any] = []
+    own = env.llm.gradients
+
+    def noted(prompts: Any, loss: Any, updates: Any = None) -> GradientRows:
+        asked.append((prompts, loss))
+        return own(prompts, loss, updates)
+
+    env.llm.gradients = noted  # type: ignore[method-assign]
+    whole = low.propose(capture, ALL)
+    alone = [None if u is None else u.detach() for u in Hypernetwork.compute(low, capture, ALL)]
+    ((prompts, loss),) = asked
+    env.llm.commit(alone)
+    wanted = low.correct(own(prompts, loss), ALL)
+    for a, b, c in zip(whole, alone, wanted, strict=True):
+        assert a is not None
+        assert b is not None
+        assert c is not None
+        torch.testing.assert_close(a.dense() - b.dense(), c.dense().detach(), rtol=2e-3, atol=1e-6)
 
 
 def test_rehearsed_answers_can_end() -> None:
