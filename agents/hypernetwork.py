@@ -176,7 +176,7 @@ class Hypernetwork(DecorrelatedRule):
             # triangle are enough. Rounded here, so that saving changes nothing.
             row, column = torch.triu_indices(*products.shape[1:], device=products.device)
             mean = products[:, row, column] / max(found["moments"][i]["count"], 1)
-            calibration[f"products.{i}"] = mean.half()
+            calibration |= _each_once(f"products.{i}", f"places.{i}", mean.half())
         self._set_calibration(calibration)
 
     def _set_calibration(self, calibration: dict[str, Any] | None) -> None:
@@ -189,7 +189,10 @@ class Hypernetwork(DecorrelatedRule):
             d_in = self.shapes[group[0]][0]
             row, column = torch.triu_indices(d_in, d_in, device=packed.device)
             whole = torch.zeros(len(group), d_in, d_in, device=packed.device)
-            whole[:, row, column] = whole[:, column, row] = packed.float()
+            # Agents saved before rows were kept once have no places.
+            places = calibration.get(f"places.{i}")
+            rows = (packed if places is None else packed[places]).float()
+            whole[:, row, column] = whole[:, column, row] = rows
             self._calibrated_products.append(whole * calibration[f"moments.{i}.count"])
         self.reset()
 
@@ -278,3 +281,16 @@ class Hypernetwork(DecorrelatedRule):
         eye = torch.eye(keys.shape[1], device=keys.device)
         gram = keys @ keys.mT + ridge[:, None, None] * eye
         return keys, torch.linalg.solve(gram, wanted)
+
+
+def _each_once(rows_name: str, places_name: str, rows: Tensor) -> dict[str, Tensor]:
+    """Different rows, and where each row is among them: layers that read one input share theirs."""
+    first: list[int] = []
+    places: list[int] = []
+    for row in rows:
+        same = (place for place, index in enumerate(first) if torch.equal(rows[index], row))
+        place = next(same, len(first))
+        if place == len(first):
+            first.append(len(places))
+        places.append(place)
+    return {rows_name: rows[first], places_name: torch.tensor(places, device=rows.device)}

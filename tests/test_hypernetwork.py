@@ -265,6 +265,38 @@ def test_a_calibration_is_saved_and_outlives_lives(captures: list[Capture]) -> N
     assert not torch.equal(first.left, low.propose(captures[2], ALL)[0].left)  # type: ignore[union-attr]
 
 
+def test_layers_that_read_one_input_are_calibrated_alike_and_saved_once() -> None:
+    block = ("model.layers.1.mlp.{up,gate}_proj", "model.layers.1.self_attn.{q,o}_proj")
+    env = make(SELECTION, layers=block)
+    env.reset(seed=0)
+    prompts = [env.llm.encode(r.prompt, r.answer) for r in env.requests[:3]]
+    found = [env.llm.read(prompt).capture() for prompt in prompts]
+    low = calibrated(env, found[:2])
+    state = low.state()
+    names = [[env.llm.names[i].rpartition(".")[2] for i in group] for group in low.groups]
+    assert ["gate_proj", "up_proj"] in [sorted(group) for group in names]
+    (mlp,) = (i for i, group in enumerate(names) if "up_proj" in group)
+    assert len(state[f"calibration.products.{mlp}"]) == 1
+    (attention,) = (i for i, group in enumerate(names) if "q_proj" in group)
+    assert len(state[f"calibration.products.{attention}"]) == len(names[attention])
+    # As agents saved it that kept every layer's own.
+    older = dict(state)
+    for i, _ in enumerate(low.groups):
+        places = older.pop(f"calibration.places.{i}")
+        older[f"calibration.products.{i}"] = state[f"calibration.products.{i}"][places]
+    mask = np.ones(len(env.llm.names), bool)
+    updates = []
+    for kept in (state, older):
+        other = Hypernetwork(env.llm.shapes, env.llm.device, form="decorrelated", rank=2, seed=4)
+        other.load_state(kept)
+        other.observe(found[2])
+        updates.append(other.propose(found[2], mask))
+    for one, two in zip(*updates, strict=True):
+        assert one is not None
+        assert two is not None
+        assert torch.equal(one.left, two.left)
+
+
 def test_ridge_and_prior_have_the_slopes_of_the_objective(captures: list[Capture]) -> None:
     env = make(SELECTION)
     low = calibrated(env, captures, step_size=2e-3)
