@@ -22,7 +22,9 @@ class TrainSettings:
         SettingsError: a value out of range.
     """
 
-    trajectories: int = _option(20, "editing lives to train on")
+    trajectories: int = _option(
+        20, "editing lives to train on; with 0 a low level is calibrated and nothing more"
+    )
     edits_per_trajectory: int = _option(30, "facts per life")
     window: int = _option(
         0, "facts per optimiser step; 0 for one step per trajectory (RLEdit's trajectory level)"
@@ -63,7 +65,7 @@ class TrainSettings:
 
     def __post_init__(self) -> None:
         for name, least in (
-            ("trajectories", 1),
+            ("trajectories", 0),
             ("edits_per_trajectory", 1),
             ("samples_per_fact", 1),
             ("window", 0),

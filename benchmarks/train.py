@@ -133,7 +133,8 @@ def train(
         if result:
             write_json(out / "evaluation.json", result)
         # Last: with it the run is finished, and until then it can be resumed.
-        save_agent(out, spec, _parameters(trainer), {**about, "log": log.rows[-1]})
+        last = log.rows[-1] if log.rows else {}
+        save_agent(out, spec, _parameters(trainer), {**about, "log": last})
     folder.clear()
     return result
 
