@@ -189,9 +189,7 @@ class Hypernetwork(DecorrelatedRule):
             d_in = self.shapes[group[0]][0]
             row, column = torch.triu_indices(d_in, d_in, device=packed.device)
             whole = torch.zeros(len(group), d_in, d_in, device=packed.device)
-            # Agents saved before rows were kept once have no places.
-            places = calibration.get(f"places.{i}")
-            rows = (packed if places is None else packed[places]).float()
+            rows = packed[calibration[f"places.{i}"]].float()
             whole[:, row, column] = whole[:, column, row] = rows
             self._calibrated_products.append(whole * calibration[f"moments.{i}.count"])
         self.reset()
@@ -219,6 +217,10 @@ class Hypernetwork(DecorrelatedRule):
         start = "calibration."
         self.net.load_state_dict({k: v for k, v in state.items() if not k.startswith(start)})
         found = {k[len(start) :]: v for k, v in state.items() if k.startswith(start)}
+        for i in range(len(self.groups)):
+            # Agents saved before rows were kept once have no places.
+            if f"products.{i}" in found and f"places.{i}" not in found:
+                found |= _each_once(f"products.{i}", f"places.{i}", found[f"products.{i}"])
         self._set_calibration(found or None)
 
     def reset(self) -> None:

@@ -289,6 +289,10 @@ def test_layers_that_read_one_input_are_calibrated_alike_and_saved_once() -> Non
     for kept in (state, older):
         other = Hypernetwork(env.llm.shapes, env.llm.device, form="decorrelated", rank=2, seed=4)
         other.load_state(kept)
+        again = other.state()
+        assert again.keys() == state.keys()
+        for name, value in state.items():
+            assert np.array_equal(np.asarray(again[name]), np.asarray(value)), name
         other.observe(found[2])
         updates.append(other.propose(found[2], mask))
     for one, two in zip(*updates, strict=True):
