@@ -11,16 +11,18 @@ table of ``hiedit compare`` and its paired differences from ``hiedit``, in ``DIR
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from agents.checkpoints import JSON_FILE
+from benchmarks.results import plain, write_json
 from hiedit_env.errors import HieditError, SettingsError
 from hiedit_env.files import write_bytes
 
@@ -134,7 +136,8 @@ def parts(plan: Plan, run: Run, jobs: int = 1) -> None:
     """Does what is not done yet, ``jobs`` processes at a time.
 
     Raises:
-        SettingsError: an unknown variant, or none that the others are compared with.
+        SettingsError: an unknown variant, none that the others are compared with, or a folder that
+            was begun with other settings.
     """
     unknown = set(plan.variants) - set(VARIANTS)
     if unknown or _BASE not in plan.variants:
@@ -143,6 +146,7 @@ def parts(plan: Plan, run: Run, jobs: int = 1) -> None:
         )
     out = plan.out
     (out / "logs").mkdir(parents=True, exist_ok=True)
+    _check_same(plan)
 
     def train(folder: str, command: list[str], *after: Future[None]) -> None:
         _wait(after)
@@ -181,10 +185,29 @@ def parts(plan: Plan, run: Run, jobs: int = 1) -> None:
         needed = [*done, *own.values()]
         for name in plan.variants:
             needed.append(pool.submit(play, name, own[name], *done))
-        _wait(needed)
+        wait(needed, return_when=FIRST_EXCEPTION)
+        # Where one has failed, what has not begun is not begun any more.
+        pool.shutdown(wait=True, cancel_futures=True)
+    _wait([future for future in needed if not future.cancelled()])
     _merge([out / "rows" / name for name in plan.variants], out / "table")
     run(plan.table(), out / "logs" / "table.txt")
     print((out / "logs" / "table.txt").read_text(encoding="utf-8"))
+
+
+def _check_same(plan: Plan) -> None:
+    """Notes what the folder is made with; what is kept in it must have been made with the same."""
+    file = plan.out / "plan.json"
+    # More rows may be added.
+    wanted = {name: value for name, value in plain(asdict(plan)).items() if name != "variants"}
+    if file.exists():
+        old = json.loads(file.read_text(encoding="utf-8"))
+        for name, value in wanted.items():
+            if old.get(name) != value:
+                raise SettingsError(
+                    f"{plan.out} was begun with {name} {old.get(name)!r} and not {value!r}; give "
+                    "another --out"
+                )
+    write_json(file, wanted)
 
 
 def _wait(futures: Sequence[Future[None]]) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -101,6 +102,22 @@ def test_rows_are_made_once_and_put_together(
     calls.clear()
     parts(plan, in_here(calls))  # type: ignore[arg-type]
     assert [Path(command[-1]).name for command in calls] == ["table"]
+    with pytest.raises(SettingsError, match="was begun with layers_per_edit 2 and not 3"):
+        parts(replace(plan, layers_per_edit=3), in_here(calls))  # type: ignore[arg-type]
+
+
+def test_after_a_failure_nothing_more_is_begun(tmp_path: Path) -> None:
+    calls: list[str] = []
+
+    def fails(command: Sequence[str], log: Path) -> None:
+        calls.append(Path(command[-1]).name)
+        raise SettingsError("no room")
+
+    plan = replace(plan_of_nothing(("hiedit", "no-history")), out=tmp_path)
+    with pytest.raises(SettingsError, match="no room"):
+        parts(plan, fails)
+    assert set(calls) <= {"low", "unedited.part"}
+    assert "low" in calls
 
 
 def test_every_variant_leaves_out_one_thing() -> None:
