@@ -93,6 +93,7 @@ class SpecAgent:
 
     Raises:
         CheckpointError: a folder that is no trained agent.
+        SettingsError: arguments that a learned level does not take.
     """
 
     def __init__(
@@ -106,6 +107,8 @@ class SpecAgent:
         spec, self._high_folder = high
         self._high = spec if self._high_folder else spec.with_layers_per_edit(layers_per_edit)
         self._low, self._low_folder = low
+        for spec in (self._high, self._low):
+            spec.check()
         self._built: tuple[ResidentLLM, HierarchicalAgent] | None = None
 
     @property

@@ -56,7 +56,7 @@ class Rehearsal(Hypernetwork):
         **settings: As for :class:`~agents.hypernetwork.Hypernetwork`.
 
     Raises:
-        SettingsError: a negative number of prompts.
+        SettingsError: a negative number of prompts, or a weight that is negative or not finite.
     """
 
     name = "rehearsal"
@@ -80,6 +80,12 @@ class Rehearsal(Hypernetwork):
             if not isinstance(count, int) or count < 0:
                 raise SettingsError(
                     f"facts and probes must be whole numbers ≥ 0, got {facts!r} and {probes!r}"
+                )
+        for weight in (fact_weight, probe_weight, largest):
+            if not 0 <= weight < float("inf"):
+                raise SettingsError(
+                    "fact_weight, probe_weight and largest must be numbers ≥ 0, got "
+                    f"{fact_weight!r}, {probe_weight!r} and {largest!r}"
                 )
         self.llm = llm
         self.facts, self.probes = facts, probes

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from agents.arguments import check_arguments
 from agents.hypernetwork import RULE_OF_FORM, Hypernetwork
 from agents.options import HighLevel, UntrainedChoice
 from agents.rehearsal import Rehearsal
@@ -18,9 +19,9 @@ from hiedit_env.resident import ResidentLLM
 from hiedit_env.rules import RULES, UpdateRule, make_rule
 
 #: Learned high levels; the simple choices of the environment are high levels too.
-ROUTERS = (StraightThroughRouter.name, PolicyRouter.name)
+ROUTERS: Mapping[str, type] = {k.name: k for k in (StraightThroughRouter, PolicyRouter)}
 #: Low levels besides the closed-form update rules. ``fine-tuning`` is the rule ``gradient``.
-LEARNED_LOW = (Hypernetwork.name, Rehearsal.name, StepSizePolicy.name)
+LEARNED_LOW: Mapping[str, type] = {k.name: k for k in (Hypernetwork, Rehearsal, StepSizePolicy)}
 FINE_TUNING = "fine-tuning"
 
 HIGH_LEVELS = (*CHOICES, *ROUTERS)
@@ -39,6 +40,9 @@ class AgentSpec:
         max_steps_per_edit: Horizon of an option; None for the environment's own.
         train: Defaults of :class:`agents.training.TrainSettings` for this agent.
         source: Where the settings come from.
+
+    Raises:
+        SettingsError: an unknown level.
     """
 
     name: str
@@ -60,6 +64,17 @@ class AgentSpec:
                 f"unknown low level {self.low!r}; choose one of {', '.join(LOW_LEVELS)}, or give "
                 "'module:Class'"
             )
+
+    def check(self) -> None:
+        """Checks the arguments of learned levels.
+
+        Raises:
+            SettingsError: one that a level does not take.
+        """
+        if self.high in ROUTERS:
+            check_arguments(ROUTERS[self.high], self.high_settings, f"high level {self.high!r}")
+        if self.low is not None and self.low in LEARNED_LOW:
+            check_arguments(LEARNED_LOW[self.low], self.low_settings, f"low level {self.low!r}")
 
     @property
     def learns(self) -> bool:
@@ -148,10 +163,10 @@ class AgentSpec:
         """The spec of a trained agent's record.
 
         Raises:
-            CheckpointError: an entry is missing.
+            CheckpointError: an entry is missing, or is one that this version does not know.
         """
         try:
-            return cls(
+            spec = cls(
                 name=record["name"],
                 high=record["high"]["name"],
                 low=record["low"]["name"],
@@ -161,7 +176,13 @@ class AgentSpec:
                 train=record["train"],
                 source=record["source"],
             )
+            spec.check()
         except (KeyError, TypeError) as error:
             raise CheckpointError(
                 f"the record of a trained agent is incomplete: {error}"
             ) from error
+        except SettingsError as error:
+            raise CheckpointError(
+                f"the record of a trained agent says what this version does not know: {error}"
+            ) from error
+        return spec

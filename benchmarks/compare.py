@@ -12,6 +12,7 @@ import gymnasium as gym
 import numpy as np
 
 import hiedit_env  # noqa: F401 - registers the environments
+from agents.candidates import candidates_for
 from agents.protocol import Agent
 from agents.registry import is_trained, make_agent
 from agents.simple import OracleAgent
@@ -122,9 +123,10 @@ def compare(
         name: make_agent(agent, layers_per_edit=settings.layers_per_edit)
         for name, agent in labelled.items()
     }
-    settings = with_candidates(settings, list(made.values()))
-    folder = ResultsFolder(out, asdict(settings), resume=resume)
-    env = make_env(settings, progress)
+    with candidates_for(list(made.values()), settings.model, settings.layers) as layers:
+        settings = replace(settings, layers=layers)
+        folder = ResultsFolder(out, asdict(settings), resume=resume)
+        env = make_env(settings, progress)
     fixed = {**asdict(settings), **_facts_of(env)}
     folder.check(fixed)
     for agent in made.values():
@@ -155,28 +157,6 @@ def compare(
             )
     env.close()
     return _report(folder, names, seeds, fixed["candidate_layers"], baseline or baseline_of(names))
-
-
-def with_candidates(settings: CompareSettings, agents: Sequence[Agent]) -> CompareSettings:
-    """The settings, with the layers that trained agents were trained for unless some are given.
-
-    Raises:
-        SettingsError: they were trained for different ones.
-    """
-    if settings.layers is not None:
-        return settings
-    wanted: dict[tuple[str, ...], str] = {}
-    for agent in agents:
-        find = getattr(agent, "candidate_layers", None)
-        layers = None if find is None else find(settings.model)
-        if layers is not None:
-            wanted.setdefault(tuple(layers), agent.name)
-    if len(wanted) > 1:
-        raise SettingsError(
-            f"agents {' and '.join(wanted.values())} were trained for different candidate layers, "
-            "so they cannot share a table; compare them apart"
-        )
-    return replace(settings, layers=next(iter(wanted))) if wanted else settings
 
 
 def _labelled(agent: str) -> tuple[str, str]:

@@ -7,7 +7,7 @@ import shutil
 import sys
 import tempfile
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +16,9 @@ from safetensors import SafetensorError
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from agents.candidates import candidates_for
 from agents.registry import make_agent
-from benchmarks.compare import CompareSettings, make_env, with_candidates
+from benchmarks.compare import CompareSettings, make_env
 from benchmarks.episode import FinishedEdit, bar, play, unwrapped
 from benchmarks.results import versions, write_json
 from hiedit_env.errors import ModelError, ResultsExistError, SettingsError
@@ -73,8 +74,9 @@ def edit_model(
     _require_writable(out)
     _require_free(out)
     editor = make_agent(agent, layers_per_edit=settings.layers_per_edit)
-    settings = with_candidates(settings, [editor])
-    env = make_env(settings, progress, num_edits=None, shuffle=False)
+    with candidates_for([editor], settings.model, settings.layers) as layers:
+        settings = replace(settings, layers=layers)
+        env = make_env(settings, progress, num_edits=None, shuffle=False)
     inner = unwrapped(env)
     for request in inner.requests:
         # All of it, before anything else: an error here names the file's row.

@@ -14,6 +14,7 @@ from typing import Any
 import gymnasium as gym
 
 import hiedit_env  # noqa: F401 - registers the environments
+from agents.candidates import candidates_for
 from agents.checkpoints import (
     JSON_FILE,
     check_fits,
@@ -143,24 +144,24 @@ def make_env(
     run: TrainingRun, settings: TrainSettings, editor: SpecAgent, progress: bool
 ) -> gym.Env[Any, Any]:
     """The environment an agent is trained in."""
-    layers = run.layers or editor.candidate_layers(run.model)
-    return gym.make(
-        "hiedit/LayerSelection-v0",
-        disable_env_checker=True,
-        model=run.model,
-        dataset=run.dataset,
-        num_edits=None,
-        max_steps_per_edit=run.max_steps_per_edit or editor.spec.max_steps_per_edit or 5,
-        layers=layers,
-        device=run.device,
-        dtype=run.dtype,
-        trust_remote_code=run.trust_remote_code,
-        progress=progress,
-        reward_weights=settings.reward_weights(),
-        retention_window=settings.retention_window,
-        retention_decay=settings.retention_decay,
-        locality_reference=settings.locality_reference,
-    )
+    with candidates_for([editor], run.model, run.layers) as layers:
+        return gym.make(
+            "hiedit/LayerSelection-v0",
+            disable_env_checker=True,
+            model=run.model,
+            dataset=run.dataset,
+            num_edits=None,
+            max_steps_per_edit=run.max_steps_per_edit or editor.spec.max_steps_per_edit or 5,
+            layers=layers,
+            device=run.device,
+            dtype=run.dtype,
+            trust_remote_code=run.trust_remote_code,
+            progress=progress,
+            reward_weights=settings.reward_weights(),
+            retention_window=settings.retention_window,
+            retention_decay=settings.retention_decay,
+            locality_reference=settings.locality_reference,
+        )
 
 
 def build(

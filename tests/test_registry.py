@@ -10,13 +10,13 @@ from pathlib import Path
 import pytest
 
 from agents.presets import PRESETS
-from agents.registry import AGENTS, make_agent, spec_agent
+from agents.registry import AGENTS, SHIPPED, make_agent, spec_agent
 from agents.rehearsal import Rehearsal
 from agents.routers import PolicyRouter
 from agents.settings import TrainSettings
 from benchmarks.compare import CompareSettings, compare
 from benchmarks.train import TrainingRun, train
-from hiedit_env.errors import CheckpointError, SettingsError
+from hiedit_env.errors import CheckpointError, LayerError, SettingsError
 from hiedit_env.rules import DecorrelatedRule, RidgeRule
 from tests.lives import SELECTION, make
 
@@ -54,6 +54,18 @@ def test_a_comparison_takes_the_layers_a_trained_agent_needs(
     with pytest.raises(SettingsError, match="different candidate layers"):
         compare(settings, [str(two), str(six)], [0], tmp_path / "none", progress=False)
     assert not (tmp_path / "none").exists()
+
+
+def test_an_agent_for_a_model_with_other_layers_says_so(tmp_path: Path) -> None:
+    folder = SHIPPED / "hiedit-smollm2-135m"
+    settings = CompareSettings(model="tiny", num_edits=2, generation=())
+    with pytest.raises(CheckpointError, match="was trained for a model with other layers than 'ti"):
+        compare(settings, [f"mine={folder}"], [0], tmp_path / "none", progress=False)
+    assert not (tmp_path / "none").exists()
+    # Layers that were asked for are complained about as what they are.
+    settings = CompareSettings(model="tiny", num_edits=2, generation=(), layers=("nowhere",))
+    with pytest.raises(LayerError, match="matches no module"):
+        compare(settings, [f"mine={folder}"], [0], tmp_path / "none", progress=False)
 
 
 def test_agents_after_a_trained_one_get_the_environments_own_rule_and_steps(
@@ -137,8 +149,8 @@ def test_arguments_of_the_low_level_can_be_given_with_the_name(
     assert router.low.ridge == 2
     assert spec_agent("hiedit?facts=0&high.history=false").spec.high_settings["history"] is False
     for name, message in (
-        ("all-layers+hypernetwork?form=mend", "form must be one of"),
-        ("all-layers+rehearsal?facts=1.5", "whole numbers"),
+        ("all-layers+hypernetwork?form=mend", "form='mend': Input should be 'outer'"),
+        ("all-layers+rehearsal?facts=1.5", "facts=1.5: Input should be a valid integer"),
         ("all-layers+rehearsal?seed=-1", "rehearsal"),
         ("all-layers?x=1+ridge", "x"),
     ):
