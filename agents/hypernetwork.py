@@ -65,7 +65,9 @@ class Block(nn.Module):
 
     def forward(self, rows: Tensor, places: list[int]) -> Tensor:
         """Rows of the layers at ``places``: len(places) × T × S in and out, float32."""
-        inner = (rows @ self.a @ self.b + self.bias).relu()
+        # As relu, but with slope 1 at 0, where everything begins: relu's is 0, and nothing would
+        # ever be learned.
+        inner = (rows @ self.a @ self.b + self.bias).clamp_min(0)
         return rows + self.scale[places] * inner + self.shift[places]
 
 

@@ -177,7 +177,7 @@ def parts(plan: Plan, run: Run, jobs: int = 1) -> None:
         done = [low, plain]
         base = pool.submit(train, _BASE, plan.high(_BASE), low)
         if "untrained-low" in plan.variants:
-            done.append(pool.submit(train, "untrained", plan.low(0, "untrained"), base))
+            done.append(pool.submit(train, "untrained", plan.low(0, "untrained")))
         own = dict.fromkeys(plan.variants, base)
         for name in plan.variants:
             if name != _BASE and VARIANTS[name].train:
