@@ -3,7 +3,7 @@
 One network per layer shape, shared by the layers of that shape up to scales, shifts and step sizes.
 With x = [u ‖ v] normalised by lifelong moments, each block adds
 
-    x ← x + scale_l ⊙ ReLU(x A B + b) + shift_l,        A: S × rank, B: rank × S, S = d_in + d_out
+    x ← x + scale_l ⊙ max(x A B + b, 0) + shift_l,        A: S × rank, B: rank × S, S = d_in + d_out
 
 and the result [ũ ‖ ṽ] gives the update in one of three forms:
 
@@ -59,7 +59,7 @@ class Block(nn.Module):
         super().__init__()
         self.a = nn.Parameter(torch.randn(size, rank, generator=generator) / size**0.5)
         self.b = nn.Parameter(torch.zeros(rank, size))
-        self.bias = nn.Parameter(torch.zeros(size))
+        self.bias = nn.Parameter(torch.zeros(1, size))
         self.scale = nn.Parameter(torch.ones(layers, 1, size))
         self.shift = nn.Parameter(torch.zeros(layers, 1, size))
 
@@ -217,7 +217,10 @@ class Hypernetwork(DecorrelatedRule):
     def load_state(self, state: Mapping[str, Any]) -> None:
         """Puts a saved :meth:`state` back."""
         start = "calibration."
-        self.net.load_state_dict({k: v for k, v in state.items() if not k.startswith(start)})
+        own = {k: v for k, v in state.items() if not k.startswith(start)}
+        # Agents saved before had vectors there.
+        own |= {k: v[None] for k, v in own.items() if k.endswith(".bias") and v.ndim == 1}
+        self.net.load_state_dict(own)
         found = {k[len(start) :]: v for k, v in state.items() if k.startswith(start)}
         for i in range(len(self.groups)):
             # Agents saved before rows were kept once have no places.

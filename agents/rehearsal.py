@@ -7,8 +7,11 @@ loss
     Σ −log p(y_i | x_i)  +  Σ KL[p_unedited ‖ p]
 
 (mean over each one's tokens) gives a second low-rank update of the same layers, by the same
-decorrelated rule. The earlier requests are those the agent itself edited in this life, without
-their paraphrases (what was answered when it came, or had no layer chosen, was not edited).
+decorrelated rule. With ``look_ahead`` training takes the gradients at those weights as constants:
+how the parameters move them through the fact's own update is left out (first order).
+
+The earlier requests are those the agent itself edited in this life, without their paraphrases (what
+was answered when it came, or had no layer chosen, was not edited).
 The unrelated prompts are from training, each once with the unedited model's own answer and once
 with the true one; at both, the unedited model's distribution is what is kept. Nothing that an
 evaluation asks is looked at. It is experience replay (Lin 1992) on the weights of the model that is
@@ -29,7 +32,7 @@ from torch.nn import functional as F
 
 from agents.hypernetwork import Hypernetwork
 from hiedit_env.capture import Capture, GradientRows
-from hiedit_env.errors import SettingsError
+from hiedit_env.errors import NonFiniteUpdateError, SettingsError
 from hiedit_env.evaluation import UneditedAnswers
 from hiedit_env.resident import ResidentLLM
 from hiedit_env.tensor_cache import TensorCache
@@ -193,7 +196,11 @@ class Rehearsal(Hypernetwork):
 
         prompts = [*facts, *probes]
         if self.look_ahead:
-            rows = self.llm.gradients(prompts, loss, updates)
+            try:
+                rows = self.llm.gradients(prompts, loss, updates)
+            except NonFiniteUpdateError:
+                # Refused where it is written, which ends the life.
+                return updates
         else:
             rows = self._rows_at_present(prompts, loss)
         mended = self.correct(rows, layers, multipliers)

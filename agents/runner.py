@@ -51,7 +51,8 @@ def run_option(
     """Runs an option on the present fact of a LayerSelection environment.
 
     With γ = 1 and the option's own policy this is ``env.step(option.layers)``, primitive step by
-    primitive step. The model is judged when the fact is over, so all reward is paid then.
+    primitive step. The model is judged when the fact is over, so all reward is paid then; with
+    γ < 1 after every primitive step, since what is lost would weigh less the longer it took.
 
     Args:
         env: The environment, with the option's low level and horizon in use.
@@ -62,6 +63,8 @@ def run_option(
             is not needed, which is most of a step's cost.
     """
     life = env.life
+    if gamma < 1 and judge == "fact":
+        judge = "step"
     reward, discount, steps = 0.0, 1.0, 0
     if not option.can_begin(life.capture) or not option.layers.any():
         # Nothing is written: the environment judges the fact as it is.
@@ -81,25 +84,3 @@ def run_option(
         discount *= gamma
         if ended or info["edit_over"] or option.is_over(life.capture, steps):
             return Outcome(reward, discount, steps, observation, ended, info)
-
-
-def discounted_returns(outcomes: list[Outcome], horizon: int | None = None) -> list[float]:
-    """G_t = R_t + γ^{k_t} G_{t+1} for every option of a trajectory.
-
-    Args:
-        outcomes: In order.
-        horizon: How many later options' rewards count; None for all that follow, 0 for none.
-
-    >>> one, two = (Outcome(r, 0.5, 1, np.zeros(0, np.float32), False, {}) for r in (1.0, 2.0))
-    >>> discounted_returns([one, two]), discounted_returns([one, two], horizon=0)
-    ([2.0, 2.0], [1.0, 2.0])
-    """
-    returns = []
-    for start in range(len(outcomes)):
-        stop = len(outcomes) if horizon is None else min(start + horizon + 1, len(outcomes))
-        total, weight = 0.0, 1.0
-        for outcome in outcomes[start:stop]:
-            total += weight * outcome.reward
-            weight *= outcome.discount
-        returns.append(total)
-    return returns

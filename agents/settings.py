@@ -55,7 +55,6 @@ class TrainSettings:
         0.0, "weight of the entropy of a policy router's choice, which keeps it from settling early"
     )
     gamma: float = _option(1.0, "γ, discount per primitive step")
-    credit_horizon: int = _option(0, "later facts whose rewards an option is credited with")
     calibration: int = _option(
         200, "unrelated prompts of training facts whose keys a hypernetwork is shown first"
     )
@@ -70,7 +69,6 @@ class TrainSettings:
             ("samples_per_fact", 1),
             ("window", 0),
             ("retention_window", 0),
-            ("credit_horizon", 0),
             ("evaluation_edits", 0),
             ("calibration", 0),
             ("seed", 0),

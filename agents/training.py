@@ -3,9 +3,9 @@
 One loop for every agent. A trajectory is one editing life on a stream of training facts. For each
 fact the high level chooses, the option runs, and
 
-* a trained low level gets the exact gradient of the environment's objective (edit, paraphrases,
+* a trained low level gets the gradient of the environment's objective (edit, paraphrases,
   unrelated prompts, remembered edits, L2) through the overlay, at the edited weights, for every
-  primitive step;
+  primitive step: exact, but for what :mod:`agents.rehearsal` leaves out where it looks ahead;
 * a straight-through router gets the same gradient through its gates;
 * a policy router gets REINFORCE (Williams 1992) on the option's reward. What is subtracted is the
   mean reward of the *other* options sampled for the same fact from the same state (leave-one-out)
@@ -32,7 +32,7 @@ from agents.hypernetwork import Hypernetwork
 from agents.options import Choice, HierarchicalAgent, Option
 from agents.protocol import Observation, Trainable
 from agents.routers import PolicyRouter, StraightThroughRouter
-from agents.runner import Outcome, discounted_returns, run_option
+from agents.runner import Outcome, run_option
 from agents.settings import TrainSettings
 from hiedit_env.capture import Capture
 from hiedit_env.datasets import stream
@@ -148,21 +148,19 @@ class Trainer:
         observation, _ = self.env.reset(seed=0, options={"requests": facts})
         tally = Tally()
         tried: list[list[Tried]] = []
-        outcomes: list[Outcome] = []
         window = settings.window or len(facts)
         for place in range(len(facts)):
             outcome, options = self._fact(observation, tally)
             observation = outcome.observation
-            outcomes.append(outcome)
             tried.append(options)
             tally.add(outcome)
             if on_fact is not None:
                 on_fact(tally)
             last = outcome.ended or place + 1 == len(facts)
             if last or (place + 1) % window == 0:
-                self._reinforce(tried, outcomes)
-                tally.norms.append(self._step(len(outcomes)))
-                tried, outcomes = [], []
+                self._reinforce(tried)
+                tally.norms.append(self._step(len(tried)))
+                tried = []
             if last:
                 break
         return tally.row()
@@ -232,27 +230,23 @@ class Trainer:
 
     # -- learning -------------------------------------------------------------------------------
 
-    def _reinforce(self, tried: Sequence[Sequence[Tried]], outcomes: list[Outcome]) -> None:
+    def _reinforce(self, tried: Sequence[Sequence[Tried]]) -> None:
         """Gradient of −Σ log π(ω) A(ω) − entropy weight × Σ entropy over a window of facts.
 
         Args:
             tried: For each fact the options tried, last the one the life went on with.
-            outcomes: What became of the latter.
         """
         settings = self.settings
-        returns = discounted_returns(outcomes, settings.credit_horizon)
         log_probabilities: list[Tensor] = []
         advantages: list[float] = []
         entropies: list[Tensor] = []
-        for options, own, found in zip(tried, outcomes, returns, strict=True):
+        for options in tried:
             for option in options:
                 assert option.choice.log_probability is not None
-                # Each counts a share, since they tell of one fact ...
+                # Each counts a share, since they tell of one fact.
                 log_probabilities.append(option.choice.log_probability / len(options))
                 advantages.append(option.advantage)
             if options:
-                # ... but what follows belongs to the one the life went on with alone.
-                advantages[-1] += len(options) * (found - own.reward)
                 entropy = options[-1].choice.entropy
                 entropies += [] if entropy is None else [entropy]
         if not advantages:

@@ -10,7 +10,7 @@ import torch
 
 from agents.options import HierarchicalAgent, Option, UntrainedChoice
 from agents.registry import make_agent
-from agents.runner import Outcome, discounted_returns, run_option
+from agents.runner import run_option
 from hiedit_env.envs.base import EditingEnv
 from hiedit_env.errors import SettingsError
 from hiedit_env.passes import run
@@ -65,9 +65,9 @@ def test_the_horizon_ends_an_option() -> None:
 
 
 def test_reward_and_discount_of_an_option_of_k_steps() -> None:
-    """All is paid when the fact is over, after the k-th step: γ^(k−1) times the final levels."""
-    plain, discounted = (make(SELECTION, max_steps_per_edit=4) for _ in range(2))
-    for env in (plain, discounted):
+    """Σ_i γ^i r_i and γ^k, from primitive steps that are taken one by one."""
+    plain, discounted, single = (make(SELECTION, max_steps_per_edit=4) for _ in range(3))
+    for env in (plain, discounted, single):
         env.reset(seed=1)
     one, two = (
         run_option(plain, option(plain)),
@@ -76,18 +76,27 @@ def test_reward_and_discount_of_an_option_of_k_steps() -> None:
     assert one.steps == two.steps > 1
     assert one.discount == 1.0
     assert two.discount == 0.5**two.steps
-    assert two.reward == pytest.approx(0.5 ** (two.steps - 1) * one.reward, rel=1e-12)
+    paid = []
+    for _ in range(two.steps):
+        updates = single.life.rule.propose(single.life.observe(), HALF)
+        paid.append(single.apply(updates)[1])
+    assert two.reward == pytest.approx(sum(0.5**i * r for i, r in enumerate(paid)), rel=1e-6)
+    # Undiscounted it makes no difference when the model is judged.
+    assert one.reward == pytest.approx(sum(paid), rel=1e-5)
 
 
-def test_returns_are_discounted_by_the_steps_between() -> None:
-    def outcome(reward: float, steps: int) -> Outcome:
-        return Outcome(reward, 0.9**steps, steps, np.zeros(0, np.float32), False, {})
-
-    chain = [outcome(1.0, 2), outcome(10.0, 1), outcome(100.0, 3)]
-    by_hand = [1 + 0.81 * (10 + 0.9 * 100), 10 + 0.9 * 100, 100.0]
-    assert discounted_returns(chain) == pytest.approx(by_hand)
-    assert discounted_returns(chain, horizon=1) == pytest.approx([1 + 0.81 * 10, 100.0, 100.0])
-    assert discounted_returns(chain, horizon=0) == [1.0, 10.0, 100.0]
+def test_a_discount_does_not_reward_taking_longer() -> None:
+    """Of two options that end with negative levels, the quicker and better one stays ahead."""
+    rewards = {}
+    for gamma in (1.0, 0.5):
+        for name, layers in (("all", np.ones(L, bool)), ("first", np.arange(L) == 0)):
+            env = make(SELECTION, step_size=2e-3, max_steps_per_edit=4)
+            env.reset(seed=1)
+            rewards[gamma, name] = run_option(env, option(env, layers), gamma=gamma)
+    quick, slow = rewards[1.0, "all"], rewards[1.0, "first"]
+    assert quick.steps < slow.steps
+    assert slow.reward < quick.reward
+    assert rewards[0.5, "first"].reward < rewards[0.5, "all"].reward
 
 
 def test_any_high_level_goes_with_any_low_level() -> None:

@@ -18,7 +18,7 @@ from agents.settings import TrainSettings
 from benchmarks.train import TrainingRun, train
 from hiedit_env.capture import Capture, GradientRows
 from hiedit_env.envs.base import EditingEnv
-from hiedit_env.errors import SettingsError
+from hiedit_env.errors import NonFiniteUpdateError, SettingsError
 from hiedit_env.rules import OuterProductRule
 from hiedit_env.tokenization import PromptBatch
 from tests.lives import SELECTION, L, make, roll
@@ -247,9 +247,58 @@ def test_gradients_reach_the_parameters_through_both_parts() -> None:
     names = [name for name, _ in low.net.named_parameters()]
     for name, gradient in zip(names, gradients, strict=True):
         # B = 0: A has no slope yet, and scale none either.
-        if name.rpartition(".")[2] in ("log_step", "log_prior", "log_ridge", "shift"):
+        if name.rpartition(".")[2] not in ("a", "scale"):
             assert gradient is not None, name
             assert float(gradient.norm()) > 0, name
+
+
+def test_gradients_against_finite_differences() -> None:
+    """At rehearsed gradients that do not depend on the parameters: without looking ahead."""
+    env = make(SELECTION, num_edits=3)
+    low = rehearsing(env, largest=1e9)
+    env.use_low_level(low)
+    env.reset(seed=0)
+    env.step(np.ones(L, np.int8))
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for parameter in low.parameters():
+            parameter.add_(torch.randn(parameter.shape, generator=generator) * 0.05)
+    capture, state = env.life.observe(), low.state_dict()
+
+    def loss() -> torch.Tensor:
+        low.load_state_dict(state)
+        return env.loss(low.compute(capture, ALL))
+
+    gradients = torch.autograd.grad(loss(), low.parameters(), allow_unused=True)
+    checked = 0
+    for parameter, gradient in zip(low.parameters(), gradients, strict=True):
+        if gradient is None:
+            continue
+        # Along the gradient itself the slope is its norm.
+        direction = gradient / gradient.norm().clamp_min(1e-12)
+        slopes = []
+        # By what the loss's float32 noise allows but its kinks do not show.
+        step = min(1e-2, 2e-4 / float(gradient.norm().clamp_min(1e-3)))
+        for size in (step, -step):
+            with torch.no_grad():
+                parameter.add_(size * direction)
+                slopes.append(float(loss()) / size)
+                parameter.sub_(size * direction)
+        assert sum(slopes) / 2 == pytest.approx(float(gradient.norm()), rel=0.1, abs=1e-3)
+        checked += 1
+    assert checked >= 8
+
+
+def test_an_update_that_is_not_finite_is_left_to_be_refused() -> None:
+    env = make(SELECTION, num_edits=3)
+    low = rehearsing(env, step_size=1e36, look_ahead=True)
+    env.use_low_level(low)
+    env.reset(seed=0)
+    updates = low.compute(env.life.observe(), ALL)
+    with pytest.raises(NonFiniteUpdateError):
+        env.apply(updates)
+    _, reward, ended, _, info = env.apply(updates, rule_made=True)
+    assert (reward, ended, info["error_type"]) == (-10.0, True, "non_finite_update")
 
 
 def test_bad_settings_are_refused() -> None:
