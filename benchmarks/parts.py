@@ -1,11 +1,12 @@
-"""What each part of ``hiedit`` brings: trains it without one part at a time, and compares.
+"""What each part of ``hiedit`` brings: leaves out or changes one part at a time, and compares.
 
 ``python -m benchmarks.parts --train FILE --evaluate FILE --layers PATTERN … --out DIR``
 
-One low level is trained, then one high level per variant over it, then every variant edits the same
-streams. Each training and each variant's streams are a process of their own, ``--jobs`` at a time;
-what is finished is kept, so that the same command goes on where it was stopped. It ends with the
-table of ``hiedit compare`` and its paired differences from ``hiedit``, in ``DIR/table``.
+One low level is trained, then a high level over it for every variant that has one of its own (the
+others only act in another way), then every variant edits the same streams. Each training and each
+variant's streams are a process of their own, ``--jobs`` at a time; what is finished is kept, so
+that the same command goes on where it was stopped. It ends with the table of ``hiedit compare`` and
+its paired differences from ``hiedit``, in ``DIR/table``.
 """
 
 from __future__ import annotations
@@ -77,6 +78,7 @@ class Plan:
         compare: Options of every ``hiedit compare``.
         layers_per_edit: K.
         low_settings: Behind the low level's name, as ``name=value&name=value``.
+        low_window: Facts per optimiser step of the low level; None for the preset's.
         low_trajectories, high_trajectories: Editing lives to train either level on.
         variants: Names of the rows, ``hiedit`` first.
     """
@@ -86,6 +88,7 @@ class Plan:
     compare: tuple[str, ...]
     layers_per_edit: int
     low_settings: str
+    low_window: int | None
     low_trajectories: int
     high_trajectories: int
     variants: tuple[str, ...]
@@ -103,7 +106,9 @@ class Plan:
         """Command line that trains the low level, or only calibrates it."""
         query = f"?{self.low_settings}" if self.low_settings else ""
         agent = self.filled("random-layers?layers_per_edit={k}+hiedit") + query
-        return ["train", agent, *self.train, "--trajectories", str(trajectories), *self._to(folder)]
+        window = () if self.low_window is None else ("--window", str(self.low_window))
+        count = ("--trajectories", str(trajectories))
+        return ["train", agent, *self.train, *window, *count, *self._to(folder)]
 
     def high(self, name: str) -> list[str]:
         """Command line that trains a variant's high level."""
@@ -253,6 +258,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--layers", nargs="+", required=True, metavar="PATTERN")
     parser.add_argument("--layers-per-edit", type=int, required=True, metavar="K")
     parser.add_argument("--low-settings", default="", metavar="NAME=VALUE&…")
+    parser.add_argument("--low-window", type=int, help="facts per optimiser step of the low level")
     parser.add_argument("--low-trajectories", type=int, default=6)
     parser.add_argument("--high-trajectories", type=int, default=8)
     parser.add_argument("--edits-per-trajectory", type=int, default=25)
@@ -278,6 +284,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         ),
         layers_per_edit=given.layers_per_edit,
         low_settings=given.low_settings,
+        low_window=given.low_window,
         low_trajectories=given.low_trajectories,
         high_trajectories=given.high_trajectories,
         variants=tuple(given.variants),

@@ -64,6 +64,7 @@ def plan_of(folder: Path, *variants: str) -> Plan:
         ),
         layers_per_edit=2,
         low_settings="",
+        low_window=None,
         low_trajectories=1,
         high_trajectories=1,
         variants=variants,
@@ -140,7 +141,7 @@ def test_every_variant_leaves_out_one_thing() -> None:
 
 
 def plan_of_nothing(variants: tuple[str, ...]) -> Plan:
-    return Plan(Path("out"), (), (), 3, "step_size=1e-4", 6, 8, variants)
+    return Plan(Path("out"), (), (), 3, "step_size=1e-4", None, 6, 8, variants)
 
 
 def test_bad_input(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
