@@ -331,8 +331,7 @@ class _Log:
             for value in values:
                 old = self._means.get(name, value)
                 self._means[name] = old + (value - old) / 30
-        shown = {name: mean for name, mean in self._means.items() if mean}
-        text = ", ".join(f"{name} {mean:.3f}" for name, mean in shown.items())
+        text = ", ".join(f"{name} {mean:.3f}" for name, mean in self._means.items())
         self._bar.set_postfix_str(text, refresh=False)
         self._bar.update()
 
