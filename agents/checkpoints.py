@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -64,9 +65,10 @@ def save_agent(
         about: What else to record: ``model`` from :func:`describe_model`, and how it was trained.
 
     Raises:
-        CheckpointError: the folder cannot be written.
+        CheckpointError: the folder cannot be written, or a number of the state is not finite.
     """
     tensors, values = flatten(state)
+    _require_finite(folder, {**tensors, **values})
     record = {"format": FORMAT, **spec.to_json(), **about, "values": values}
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -150,6 +152,20 @@ def check_fits(folder: Path, record: Mapping[str, Any], llm: ResidentLLM) -> Non
                 f"the agent in {folder} does not fit this model: it was trained for {what} "
                 f"{_short(trained[name])}, here they are {_short(present[name])}. Use the model "
                 "and --layers it was trained with, or train an agent for these"
+            )
+
+
+def _require_finite(folder: Path, flat: Mapping[str, Any]) -> None:
+    for path, value in flat.items():
+        if isinstance(value, Tensor):
+            finite = bool(torch.isfinite(value).all())
+        else:
+            finite = not isinstance(value, float) or math.isfinite(value)
+        if not finite:
+            level, _, name = path.partition(".")
+            raise CheckpointError(
+                f"{folder} is not written: {name!r} of the {level} level is not finite; train with "
+                "a smaller learning rate or step size"
             )
 
 
