@@ -49,7 +49,7 @@ from agents.protocol import Agent, Observation, Trainable
 from agents.simple import LayerChoiceAgent, OracleAgent
 from agents.spec import HIGH_LEVELS, LOW_LEVELS, AgentSpec
 from hiedit_env.errors import CheckpointError, SettingsError
-from hiedit_env.layer_choice import CHOICES
+from hiedit_env.layer_choice import CHOICES, SIZELESS
 from hiedit_env.resident import ResidentLLM
 
 #: Where the trained agents that ship with hiedit are: a folder per agent and model.
@@ -67,7 +67,9 @@ LOADERS: Mapping[str, str] = MappingProxyType(
 )
 
 #: Arguments that parameters were trained for.
-_STRUCTURE = frozenset({"form", "rank", "blocks", "hidden", "embedding", "rule", "size"})
+_STRUCTURE = frozenset(
+    {"form", "rank", "blocks", "hidden", "embedding", "rule", "size", "normalize"}
+)
 
 #: Belongs to the low level, though it is no argument of it.
 _HORIZON = "max_steps_per_edit"
@@ -124,6 +126,15 @@ class SpecAgent:
             train={**self._low.train, **self._high.train},
             source=self._high.source if self._high is self._low else "",
         )
+
+    @property
+    def keeps_size(self) -> str | None:
+        """Why ``layers_per_edit`` changes nothing about it; None if it does."""
+        if self._high_folder is not None:
+            return f"the high level of {self._high_folder} keeps the size it was trained with"
+        if self._high.high in SIZELESS:
+            return f"the high level {self._high.high!r} has no such setting"
+        return None
 
     @property
     def identity(self) -> dict[str, Any]:
@@ -295,6 +306,10 @@ def spec_agent(name: str, layers_per_edit: int | None = None) -> SpecAgent:
     if (Path(name) / POLICY_FILE).is_file():
         library = library_of(Path(name))
         raise CheckpointError(f"{name} holds a policy of {library}; name it {library}:{name}")
+    if name == OracleAgent.name:
+        raise SettingsError(
+            f"agent {name!r} has no levels, so nothing to train: it tries all choices of layers"
+        )
     if not pluses:
         raise SettingsError(
             f"unknown agent {name!r}; choose one of {', '.join(AGENTS)}, give the folder of a "
