@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,12 +17,16 @@ from torch import Tensor
 from agents.spec import AgentSpec
 from hiedit_env.errors import CheckpointError
 from hiedit_env.files import write_bytes
+from hiedit_env.requests import Request
 from hiedit_env.resident import ResidentLLM
 
 FORMAT = 1
 _PANGRAM = "The quick brown fox jumps over 13 lazy dogs."
 JSON_FILE = "agent.json"
 TENSOR_FILE = "agent.safetensors"
+#: Key of a training's record: the hashes of its facts, one text, since a line each would bury the
+#: rest.
+FACTS = "fact_hashes"
 
 
 def flatten(state: Mapping[str, Any], prefix: str = "") -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -51,6 +55,25 @@ def describe_model(llm: ResidentLLM) -> dict[str, Any]:
         # Token ids are kept, of prompts that are rehearsed.
         "tokenizer": [len(llm.tokenizer), *llm.encoder.encode_prompt(_PANGRAM)],
     }
+
+
+def fact_hashes(requests: Iterable[Request]) -> frozenset[str]:
+    """What facts are recognised by where nothing of them is kept: 8 hexadecimal digits each.
+
+    Subject and prompt count, without regard to case and white space; the answer does not.
+
+    >>> one, two = (Request("Rome is in", answer, "Rome") for answer in ("Peru", "Chad"))
+    >>> fact_hashes([one]) == fact_hashes([two])
+    True
+    """
+    texts = (f"{request.subject}\n{request.prompt}" for request in requests)
+    plain = ("\n".join(" ".join(t.split()) for t in text.casefold().split("\n")) for text in texts)
+    return frozenset(hashlib.blake2b(t.encode(), digest_size=4).hexdigest() for t in plain)
+
+
+def trained_facts(record: Mapping[str, Any]) -> frozenset[str]:
+    """:func:`fact_hashes` of what an agent was trained on; empty where its record does not say."""
+    return frozenset(str(record.get("training", {}).get(FACTS, "")).split())
 
 
 def save_agent(

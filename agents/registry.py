@@ -40,6 +40,7 @@ from agents.checkpoints import (
     part,
     read_record,
     read_state,
+    trained_facts,
 )
 from agents.libraries.networks import library_of
 from agents.libraries.record import JSON_FILE as POLICY_FILE
@@ -47,7 +48,7 @@ from agents.options import HierarchicalAgent, layer_selection
 from agents.presets import PRESETS
 from agents.protocol import Agent, Observation, Trainable
 from agents.simple import LayerChoiceAgent, OracleAgent
-from agents.spec import HIGH_LEVELS, LOW_LEVELS, AgentSpec
+from agents.spec import HIGH_LEVELS, LEARNED_LOW, LOW_LEVELS, ROUTERS, AgentSpec
 from hiedit_env.errors import CheckpointError, SettingsError
 from hiedit_env.layer_choice import CHOICES, SIZELESS
 from hiedit_env.resident import ResidentLLM
@@ -157,6 +158,23 @@ class SpecAgent:
                 layers: list[str] = read_record(found)["model"]["layers"]
                 return layers
         return None
+
+    def training_facts(self, model: str, *, trained: bool = True) -> frozenset[str]:
+        """Hashes of the facts that its learned levels were trained on, as far as records say.
+
+        Args:
+            model: Name of the model it is for.
+            trained: As for :meth:`build`.
+        """
+        found: frozenset[str] = frozenset()
+        for own, folder, learned in (
+            (self._high, self._high_folder, self._high.high in ROUTERS),
+            (self._low, self._low_folder, self._low.low in LEARNED_LOW),
+        ):
+            _, place = self._resolved(own, folder, model, trained)
+            if learned and place is not None:
+                found |= trained_facts(read_record(place))
+        return found
 
     def with_low_settings(self, **settings: Any) -> SpecAgent:
         """The same agent with other arguments of its low level."""

@@ -15,10 +15,7 @@ import gymnasium as gym
 
 import hiedit_env  # noqa: F401 - registers the environments
 from agents.candidates import candidates_for
-from agents.checkpoints import (
-    describe_model,
-    save_agent,
-)
+from agents.checkpoints import FACTS, describe_model, fact_hashes, save_agent
 from agents.hypernetwork import Hypernetwork
 from agents.options import HierarchicalAgent
 from agents.registry import SpecAgent, spec_agent
@@ -115,10 +112,16 @@ def train(
         trainer = Trainer(inner, agent, training, settings)
         folder.create()
         rows = folder.load(trainer, inner) if resume else []
+        # With those of levels that were trained before and are taken from their folders.
+        facts = fact_hashes(training) | editor.training_facts(run.model, trained=False)
         about = {
             "model_name": run.model,
             "model": describe_model(inner.llm),
-            "training": {**folder.settings, "versions": versions()},
+            "training": {
+                **folder.settings,
+                FACTS: " ".join(sorted(facts)),
+                "versions": versions(),
+            },
         }
         _calibrate(trainer, progress)
         with _Log(out, rows, progress, tensorboard, settings) as log:
