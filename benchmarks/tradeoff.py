@@ -88,7 +88,9 @@ def _rows(folder: Path) -> list[Row]:
             row["agent"], row["seed"], row["stream_fingerprint"], row["metrics"]
             for name in _ALIKE:
                 row["settings"][name]
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError) as error:
+        raise SettingsError(f"{folder} holds no results: {error}") from error
+    except (KeyError, TypeError) as error:
         raise SettingsError(f"{folder} holds no results of a comparison: {error!r}") from error
     return rows
 
