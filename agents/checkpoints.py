@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator, Mapping
+import math
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,12 +17,16 @@ from torch import Tensor
 from agents.spec import AgentSpec
 from hiedit_env.errors import CheckpointError
 from hiedit_env.files import write_bytes
+from hiedit_env.requests import Request
 from hiedit_env.resident import ResidentLLM
 
 FORMAT = 1
 _PANGRAM = "The quick brown fox jumps over 13 lazy dogs."
 JSON_FILE = "agent.json"
 TENSOR_FILE = "agent.safetensors"
+#: Key of a training's record: the hashes of its facts, one text, since a line each would bury the
+#: rest.
+FACTS = "fact_hashes"
 
 
 def flatten(state: Mapping[str, Any], prefix: str = "") -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -52,6 +57,25 @@ def describe_model(llm: ResidentLLM) -> dict[str, Any]:
     }
 
 
+def fact_hashes(requests: Iterable[Request]) -> frozenset[str]:
+    """What facts are recognised by where nothing of them is kept: 8 hexadecimal digits each.
+
+    Subject and prompt count, without regard to case and white space; the answer does not.
+
+    >>> one, two = (Request("Rome is in", answer, "Rome") for answer in ("Peru", "Chad"))
+    >>> fact_hashes([one]) == fact_hashes([two])
+    True
+    """
+    texts = (f"{request.subject}\n{request.prompt}" for request in requests)
+    plain = ("\n".join(" ".join(t.split()) for t in text.casefold().split("\n")) for text in texts)
+    return frozenset(hashlib.blake2b(t.encode(), digest_size=4).hexdigest() for t in plain)
+
+
+def trained_facts(record: Mapping[str, Any]) -> frozenset[str]:
+    """:func:`fact_hashes` of what an agent was trained on; empty where its record does not say."""
+    return frozenset(str(record.get("training", {}).get(FACTS, "")).split())
+
+
 def save_agent(
     folder: Path, spec: AgentSpec, state: Mapping[str, Any], about: Mapping[str, Any]
 ) -> None:
@@ -64,9 +88,10 @@ def save_agent(
         about: What else to record: ``model`` from :func:`describe_model`, and how it was trained.
 
     Raises:
-        CheckpointError: the folder cannot be written.
+        CheckpointError: the folder cannot be written, or a number of the state is not finite.
     """
     tensors, values = flatten(state)
+    _require_finite(folder, {**tensors, **values})
     record = {"format": FORMAT, **spec.to_json(), **about, "values": values}
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -150,6 +175,20 @@ def check_fits(folder: Path, record: Mapping[str, Any], llm: ResidentLLM) -> Non
                 f"the agent in {folder} does not fit this model: it was trained for {what} "
                 f"{_short(trained[name])}, here they are {_short(present[name])}. Use the model "
                 "and --layers it was trained with, or train an agent for these"
+            )
+
+
+def _require_finite(folder: Path, flat: Mapping[str, Any]) -> None:
+    for path, value in flat.items():
+        if isinstance(value, Tensor):
+            finite = bool(torch.isfinite(value).all())
+        else:
+            finite = not isinstance(value, float) or math.isfinite(value)
+        if not finite:
+            level, _, name = path.partition(".")
+            raise CheckpointError(
+                f"{folder} is not written: {name!r} of the {level} level is not finite; train with "
+                "a smaller learning rate or step size"
             )
 
 

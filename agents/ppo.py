@@ -1,7 +1,8 @@
-"""Proximal policy optimisation over layer sets, in one file, read from top to bottom.
+r"""Proximal policy optimisation over layer sets, in one file, read from top to bottom.
 
-    python -m agents.ppo --out runs/ppo --env model=tiny num_edits=20
-    hiedit compare --model tiny --agents ppo:runs/ppo random-layers --out table
+    python -m agents.ppo --out runs/ppo --env model=planted dataset=planted-facts-train num_edits=20
+    hiedit compare --model planted --dataset planted-facts-test --num-edits 20 --out table \
+        --agents ppo:runs/ppo random-layers
 
 Each layer is chosen by an independent coin whose probability the policy gives: PPO (arXiv
 1707.06347) with clipped ratios, generalised advantages (arXiv 1506.02438), an entropy bonus and a

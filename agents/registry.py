@@ -40,6 +40,7 @@ from agents.checkpoints import (
     part,
     read_record,
     read_state,
+    trained_facts,
 )
 from agents.libraries.networks import library_of
 from agents.libraries.record import JSON_FILE as POLICY_FILE
@@ -47,9 +48,9 @@ from agents.options import HierarchicalAgent, layer_selection
 from agents.presets import PRESETS
 from agents.protocol import Agent, Observation, Trainable
 from agents.simple import LayerChoiceAgent, OracleAgent
-from agents.spec import HIGH_LEVELS, LOW_LEVELS, AgentSpec
+from agents.spec import HIGH_LEVELS, LEARNED_LOW, LOW_LEVELS, ROUTERS, AgentSpec
 from hiedit_env.errors import CheckpointError, SettingsError
-from hiedit_env.layer_choice import CHOICES
+from hiedit_env.layer_choice import CHOICES, SIZELESS
 from hiedit_env.resident import ResidentLLM
 
 #: Where the trained agents that ship with hiedit are: a folder per agent and model.
@@ -67,7 +68,9 @@ LOADERS: Mapping[str, str] = MappingProxyType(
 )
 
 #: Arguments that parameters were trained for.
-_STRUCTURE = frozenset({"form", "rank", "blocks", "hidden", "embedding", "rule", "size"})
+_STRUCTURE = frozenset(
+    {"form", "rank", "blocks", "hidden", "embedding", "rule", "size", "normalize"}
+)
 
 #: Belongs to the low level, though it is no argument of it.
 _HORIZON = "max_steps_per_edit"
@@ -126,6 +129,15 @@ class SpecAgent:
         )
 
     @property
+    def keeps_size(self) -> str | None:
+        """Why ``layers_per_edit`` changes nothing about it; None if it does."""
+        if self._high_folder is not None:
+            return f"the high level of {self._high_folder} keeps the size it was trained with"
+        if self._high.high in SIZELESS:
+            return f"the high level {self._high.high!r} has no such setting"
+        return None
+
+    @property
     def identity(self) -> dict[str, Any]:
         """What makes two agents of one name different: their settings and trained weights."""
         folders = dict.fromkeys(f for f in (self._high_folder, self._low_folder) if f is not None)
@@ -146,6 +158,23 @@ class SpecAgent:
                 layers: list[str] = read_record(found)["model"]["layers"]
                 return layers
         return None
+
+    def training_facts(self, model: str, *, trained: bool = True) -> frozenset[str]:
+        """Hashes of the facts that its learned levels were trained on, as far as records say.
+
+        Args:
+            model: Name of the model it is for.
+            trained: As for :meth:`build`.
+        """
+        found: frozenset[str] = frozenset()
+        for own, folder, learned in (
+            (self._high, self._high_folder, self._high.high in ROUTERS),
+            (self._low, self._low_folder, self._low.low in LEARNED_LOW),
+        ):
+            _, place = self._resolved(own, folder, model, trained)
+            if learned and place is not None:
+                found |= trained_facts(read_record(place))
+        return found
 
     def with_low_settings(self, **settings: Any) -> SpecAgent:
         """The same agent with other arguments of its low level."""
@@ -295,6 +324,10 @@ def spec_agent(name: str, layers_per_edit: int | None = None) -> SpecAgent:
     if (Path(name) / POLICY_FILE).is_file():
         library = library_of(Path(name))
         raise CheckpointError(f"{name} holds a policy of {library}; name it {library}:{name}")
+    if name == OracleAgent.name:
+        raise SettingsError(
+            f"agent {name!r} has no levels, so nothing to train: it tries all choices of layers"
+        )
     if not pluses:
         raise SettingsError(
             f"unknown agent {name!r}; choose one of {', '.join(AGENTS)}, give the folder of a "

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field, fields
 from typing import Any
 
@@ -76,12 +77,21 @@ class TrainSettings:
             if getattr(self, name) < least:
                 raise SettingsError(f"{name} must be ≥ {least}, got {getattr(self, name)!r}")
         for name in ("low_learning_rate", "high_learning_rate", "max_grad_norm"):
-            if not getattr(self, name) > 0:
-                raise SettingsError(f"{name} must be positive, got {getattr(self, name)!r}")
-        if not self.entropy_weight >= 0:
-            raise SettingsError(f"entropy_weight must be ≥ 0, got {self.entropy_weight!r}")
-        if not 0 < self.gamma <= 1:
-            raise SettingsError(f"gamma must be in (0, 1], got {self.gamma!r}")
+            value = getattr(self, name)
+            if not (value > 0 and math.isfinite(value)):
+                raise SettingsError(f"{name} must be a positive finite number, got {value!r}")
+        for name in (
+            *("l2", "entropy_weight", "edit_weight", "locality_weight"),
+            *("retention_weight", "sparsity_weight"),
+        ):
+            value = getattr(self, name)
+            if not (value >= 0 and math.isfinite(value)):
+                raise SettingsError(f"{name} must be a finite number ≥ 0, got {value!r}")
+        for name in ("gamma", "retention_decay"):
+            if not 0 < getattr(self, name) <= 1:
+                raise SettingsError(f"{name} must be in (0, 1], got {getattr(self, name)!r}")
+        if not 0 <= self.held_out < 1:
+            raise SettingsError(f"held_out must be at least 0 and below 1, got {self.held_out!r}")
 
     def reward_weights(self) -> dict[str, float]:
         """The environment's ``reward_weights``."""

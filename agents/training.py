@@ -134,10 +134,11 @@ class Trainer:
             on_fact: Called after every fact with the :class:`Tally` so far.
 
         Returns:
-            Means over the trajectory's facts: ``reward`` (0 where only gradients are learned from,
-            which makes judging the edited model unnecessary), ``loss`` (per primitive step),
-            ``right_after`` (efficacy, share), ``layers``, ``steps``; and ``updates``, the number of
-            optimiser steps, with the mean ``gradient_norm``.
+            Means over the trajectory's facts: ``reward`` (where only gradients are learned from,
+            the edited model is not judged, and a primitive step's reward is the low level's own,
+            −L_t), ``loss`` (per primitive step), ``right_after`` (efficacy, share), ``layers``,
+            ``steps``; and ``updates``, the number of optimiser steps, with the mean
+            ``gradient_norm``.
         """
         settings = self.settings
         seed = np.random.SeedSequence([settings.seed, number])
@@ -153,7 +154,7 @@ class Trainer:
             outcome, options = self._fact(observation, tally)
             observation = outcome.observation
             tried.append(options)
-            tally.add(outcome)
+            tally.add(outcome, judged=self._sampled)
             if on_fact is not None:
                 on_fact(tally)
             last = outcome.ended or place + 1 == len(facts)
@@ -323,10 +324,19 @@ class Tally:
         self.steps: list[float] = []
         self.losses: list[float] = []
         self.norms: list[float] = []
+        self._counted = 0
 
-    def add(self, outcome: Outcome) -> None:
-        """Takes in a finished fact."""
-        self.rewards.append(outcome.reward)
+    def add(self, outcome: Outcome, *, judged: bool) -> None:
+        """Takes in a finished fact, whose losses are in already.
+
+        Args:
+            outcome: What became of it.
+            judged: Whether its reward was paid by the environment. If not, it is minus the losses
+                of its primitive steps, with what a life that ended early was paid for that.
+        """
+        own = self.losses[self._counted :]
+        self._counted = len(self.losses)
+        self.rewards.append(outcome.reward if judged else outcome.reward - sum(own))
         self.efficacy.append(float(outcome.info["metrics"].get("efficacy", 0.0)))
         self.layers.append(float(np.asarray(outcome.info["layers"]).sum()))
         self.steps.append(float(outcome.steps))

@@ -162,7 +162,9 @@ def _add_train(commands: Any) -> None:
     )
     parser.add_argument("--resume", action="store_true", help="go on from the last checkpoint")
     parser.add_argument("--no-tensorboard", action="store_true", help="write no TensorBoard files")
-    parser.add_argument("--layers-per-edit", type=int, metavar="K", help="of the high level")
+    parser.add_argument(
+        "--layers-per-edit", type=int, metavar="K", help="of the high level that is trained"
+    )
     parser.add_argument(
         "--max-steps-per-edit", type=int, metavar="N", help="horizon of the options"
     )
@@ -237,7 +239,8 @@ def _add_rule(parser: argparse.ArgumentParser) -> None:
         "--layers-per-edit",
         type=int,
         metavar="K",
-        help="for agents that choose a fixed number of layers; by default half of them",
+        help="for agents that choose a fixed number of layers, by default half of them; the folder "
+        "of a trained agent keeps its own, which DIR?high.layers_per_edit=K changes",
     )
     group.add_argument(
         "--max-steps-per-edit",

@@ -27,6 +27,7 @@ from benchmarks.summary import (
     summarise,
     table,
 )
+from benchmarks.trained_on import trained_on
 from hiedit_env.datasets import fingerprint
 from hiedit_env.envs.planted import Planted
 from hiedit_env.errors import SettingsError
@@ -132,6 +133,7 @@ def compare(
     for agent in made.values():
         agent.reset(env, seeds[0])
     folder.create()
+    seen = trained_on(made, unwrapped(env), seeds)
     reference = UneditedAnswers(unwrapped(env).llm)
     identities = plain({name: _identity(made[name], labelled[name]) for name in names})
     recorded = {**fixed, "agents": identities, "seeds": seeds}
@@ -156,7 +158,8 @@ def compare(
                 _details(env, episode, evaluation),
             )
     env.close()
-    return _report(folder, names, seeds, fixed["candidate_layers"], baseline or baseline_of(names))
+    chosen = baseline or baseline_of(names)
+    return _report(folder, names, seeds, fixed["candidate_layers"], chosen, seen)
 
 
 def _labelled(agent: str) -> tuple[str, str]:
@@ -315,6 +318,7 @@ def _report(
     seeds: Sequence[int],
     layers: Sequence[str],
     baseline: str | None,
+    seen: Mapping[str, Mapping[str, int]],
 ) -> Comparison:
     """Summary, table and picture of the runs asked for."""
     rows = [row for name in names for seed in seeds if (row := folder.find(name, seed)) is not None]
@@ -332,7 +336,13 @@ def _report(
     }
     write_json(
         folder.path / "summary.json",
-        {"agents": summary, "baseline": baseline, "paired_differences": paired, "seeds": seeds},
+        {
+            "agents": summary,
+            "baseline": baseline,
+            "paired_differences": paired,
+            "seeds": seeds,
+            "trained_on": seen,
+        },
     )
     picture = folder.path / "compare.png"
     write_bytes(picture, draw(names, seeds, details, layers))

@@ -10,7 +10,8 @@ from __future__ import annotations
 import argparse
 import io
 import json
-from collections.abc import Sequence
+import sys
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,7 +20,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from benchmarks.results import Row
-from hiedit_env.errors import SettingsError
+from hiedit_env.errors import HieditError, SettingsError
 from hiedit_env.files import write_bytes
 
 #: Settings that points of one picture have in common.
@@ -47,18 +48,15 @@ def points(folders: Sequence[Path]) -> list[Point]:
     """One point per agent, in the order they are met.
 
     Raises:
-        SettingsError: a folder without results, seeds that saw different facts, other models or
-            layers, an agent that is there twice, or agents measured with different seeds.
+        SettingsError: a folder without results, or whose results lack one of the two measures;
+            seeds that saw different facts, other models or layers, an agent that is there twice, or
+            agents measured with different seeds.
     """
     rows: dict[str, dict[int, Row]] = {}
     streams: dict[int, str] = {}
     common: dict[str, object] = {}
     for folder in folders:
-        try:
-            text = (folder / "results.jsonl").read_text(encoding="utf-8")
-        except OSError as error:
-            raise SettingsError(f"{folder} holds no results: {error}") from error
-        for row in map(json.loads, text.splitlines()):
+        for row in _rows(folder):
             stream = streams.setdefault(row["seed"], row["stream_fingerprint"])
             if stream != row["stream_fingerprint"]:
                 raise SettingsError(f"{folder}: seed {row['seed']} saw other facts than before")
@@ -74,12 +72,37 @@ def points(folders: Sequence[Path]) -> list[Point]:
     return [
         Point(
             agent,
-            float(np.mean([r["metrics"]["specificity"]["agreement"] for r in by_seed.values()])),
-            float(np.mean([r["metrics"]["efficacy"]["token_accuracy"] for r in by_seed.values()])),
+            _mean(agent, by_seed, "specificity", "agreement"),
+            _mean(agent, by_seed, "efficacy", "token_accuracy"),
             len(by_seed),
         )
         for agent, by_seed in rows.items()
     ]
+
+
+def _rows(folder: Path) -> list[Row]:
+    try:
+        text = (folder / "results.jsonl").read_text(encoding="utf-8")
+        rows: list[Row] = [json.loads(line) for line in text.splitlines() if line.strip()]
+        for row in rows:
+            row["agent"], row["seed"], row["stream_fingerprint"], row["metrics"]
+            for name in _ALIKE:
+                row["settings"][name]
+    except (OSError, ValueError) as error:
+        raise SettingsError(f"{folder} holds no results: {error}") from error
+    except (KeyError, TypeError) as error:
+        raise SettingsError(f"{folder} holds no results of a comparison: {error!r}") from error
+    return rows
+
+
+def _mean(agent: str, by_seed: Mapping[int, Row], metric: str, reading: str) -> float:
+    values = [row["metrics"].get(metric, {}).get(reading) for row in by_seed.values()]
+    if any(value is None for value in values):
+        raise SettingsError(
+            f"{agent} has no {reading} of {metric}: its facts come without unrelated prompts, or "
+            "nothing was edited, so there is nothing to draw"
+        )
+    return float(np.mean(values))
 
 
 def draw(found: Sequence[Point]) -> bytes:
@@ -112,20 +135,25 @@ def draw(found: Sequence[Point]) -> bytes:
     return buffer.getvalue()
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
-    """Prints the points and writes the picture."""
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Prints the points and writes the picture; returns 0, or 1 if that cannot be done."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.tradeoff", description=__doc__)
     parser.add_argument("folders", nargs="+", type=Path, metavar="DIR")
     parser.add_argument("--out", required=True, type=Path, metavar="FILE.png")
     given = parser.parse_args(arguments)
-    found = points(given.folders)
-    for point in found:
-        print(
-            f"{point.agent}: agreement {point.agreement:.1f}, efficacy {point.efficacy:.1f} "
-            f"({point.seeds} seeds)"
-        )
-    write_bytes(given.out, draw(found))
+    try:
+        found = points(given.folders)
+        for point in found:
+            print(
+                f"{point.agent}: agreement {point.agreement:.1f}, efficacy {point.efficacy:.1f} "
+                f"({point.seeds} seeds)"
+            )
+        write_bytes(given.out, draw(found))
+    except (HieditError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import json
-import shutil
+import math
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from contextlib import closing
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -15,16 +15,7 @@ import gymnasium as gym
 
 import hiedit_env  # noqa: F401 - registers the environments
 from agents.candidates import candidates_for
-from agents.checkpoints import (
-    JSON_FILE,
-    check_fits,
-    describe_model,
-    flatten,
-    part,
-    read_record,
-    read_state,
-    save_agent,
-)
+from agents.checkpoints import FACTS, describe_model, fact_hashes, save_agent
 from agents.hypernetwork import Hypernetwork
 from agents.options import HierarchicalAgent
 from agents.registry import SpecAgent, spec_agent
@@ -33,9 +24,11 @@ from agents.spec import AgentSpec
 from agents.training import LogRow, Tally, Trainer
 from benchmarks.episode import bar, play, stage_bars, unwrapped
 from benchmarks.results import plain, versions, write_json
+from benchmarks.train_folder import TrainingFolder, parameters
+from hiedit_env.checks import whole_number
 from hiedit_env.datasets import fingerprint, load_requests, split_by_subject, without
 from hiedit_env.envs.base import EditingEnv
-from hiedit_env.errors import ResultsExistError, SettingsError
+from hiedit_env.errors import SettingsError
 from hiedit_env.evaluation import UneditedAnswers, evaluate
 from hiedit_env.requests import Request
 
@@ -88,7 +81,8 @@ def train(
         run: Where and on what.
         settings: How.
         out: A folder without a trained agent or checkpoint, unless ``resume``.
-        resume: Go on from the last checkpoint; the result is that of an uninterrupted run.
+        resume: Go on from the last checkpoint; the result is that of an uninterrupted run. For a
+            run that is finished it is returned, and nothing is trained.
         progress: Whether to show progress on standard error.
         tensorboard: Whether to write TensorBoard files, if it is installed.
 
@@ -97,16 +91,12 @@ def train(
 
     Raises:
         ResultsExistError: ``out`` holds results and ``resume`` is False.
-        SettingsError: nothing to train, too few facts, or a resumed run with other settings.
+        SettingsError: nothing to train, an argument that the agent does not take, too few facts,
+            or a resumed run with other settings or fewer trajectories.
         CheckpointError: a checkpoint that cannot be read or does not fit.
     """
-    editor = spec_agent(run.agent, run.layers_per_edit)
-    if not editor.spec.learns:
-        raise SettingsError(
-            f"agent {run.agent!r} has nothing to train; give a learned high level (policy, "
-            "straight-through) or low level (hypernetwork, rehearsal, step-sizes)"
-        )
-    folder = _Checkpoints(out, {"run": asdict(run), "settings": asdict(settings)}, resume)
+    editor = _checked(run)
+    folder = TrainingFolder(out, {"run": asdict(run), "settings": asdict(settings)}, resume)
     with closing(make_env(run, settings, editor, progress)) as env:
         inner = unwrapped(env)
         excluded = [] if run.exclude is None else load_requests(run.exclude)
@@ -117,13 +107,21 @@ def train(
         agent, spec = build(editor, inner, run)
         # What the files of facts hold has to be the same too when a run is resumed.
         folder.settings["facts"] = {"training": fingerprint(training), "number": len(training)}
+        if folder.finished:
+            return folder.result()
         trainer = Trainer(inner, agent, training, settings)
         folder.create()
         rows = folder.load(trainer, inner) if resume else []
+        # With those of levels that were trained before and are taken from their folders.
+        facts = fact_hashes(training) | editor.training_facts(run.model, trained=False)
         about = {
             "model_name": run.model,
             "model": describe_model(inner.llm),
-            "training": {**folder.settings, "versions": versions()},
+            "training": {
+                **folder.settings,
+                FACTS: " ".join(sorted(facts)),
+                "versions": versions(),
+            },
         }
         _calibrate(trainer, progress)
         with _Log(out, rows, progress, tensorboard, settings) as log:
@@ -135,9 +133,32 @@ def train(
             write_json(out / "evaluation.json", result)
         # Last: with it the run is finished, and until then it can be resumed.
         last = log.rows[-1] if log.rows else {}
-        save_agent(out, spec, _parameters(trainer), {**about, "log": last})
+        save_agent(out, spec, parameters(trainer), {**about, "log": last})
     folder.clear()
     return result
+
+
+def _checked(run: TrainingRun) -> SpecAgent:
+    """The agent to train; what is wrong with it is said before a model is loaded.
+
+    Raises:
+        SettingsError: it has nothing to train, or does not take an argument of the run.
+    """
+    editor = spec_agent(run.agent, run.layers_per_edit)
+    if not editor.spec.learns:
+        raise SettingsError(
+            f"agent {run.agent!r} has nothing to train; give a learned high level (policy, "
+            "straight-through) or low level (hypernetwork, rehearsal, step-sizes)"
+        )
+    if editor.spec.high == "no-edit":
+        raise SettingsError(
+            f"agent {run.agent!r} has nothing to train: under 'no-edit' no layer is ever written"
+        )
+    if run.layers_per_edit is not None and editor.keeps_size is not None:
+        raise SettingsError(f"layers_per_edit={run.layers_per_edit}: {editor.keeps_size}")
+    if run.max_steps_per_edit is not None:
+        whole_number(run.max_steps_per_edit, "max_steps_per_edit", 1)
+    return editor
 
 
 def make_env(
@@ -151,7 +172,7 @@ def make_env(
             model=run.model,
             dataset=run.dataset,
             num_edits=None,
-            max_steps_per_edit=run.max_steps_per_edit or editor.spec.max_steps_per_edit or 5,
+            max_steps_per_edit=_first(run.max_steps_per_edit, editor.spec.max_steps_per_edit, 5),
             layers=layers,
             device=run.device,
             dtype=run.dtype,
@@ -171,7 +192,8 @@ def build(
     if run.step_size is not None:
         editor = editor.with_low_settings(step_size=run.step_size)
     agent = editor.build(env.llm, run.model, trained=False)
-    agent.max_steps_per_edit = run.max_steps_per_edit or agent.max_steps_per_edit
+    if run.max_steps_per_edit is not None:
+        agent.max_steps_per_edit = run.max_steps_per_edit
     spec = editor.spec
     low_settings = dict(spec.low_settings)
     if agent.low is not None:
@@ -182,6 +204,10 @@ def build(
         low_settings=low_settings,
         max_steps_per_edit=agent.max_steps_per_edit,
     )
+
+
+def _first(*values: int | None) -> int | None:
+    return next((value for value in values if value is not None), None)
 
 
 def _calibrate(trainer: Trainer, progress: bool) -> None:
@@ -228,70 +254,6 @@ def _evaluate(
     }
 
 
-class _Checkpoints:
-    """``out/checkpoint-N``: the agent, the optimisers and the log after N trajectories."""
-
-    def __init__(self, out: Path, settings: Mapping[str, Any], resume: bool) -> None:
-        self.out, self.settings = out, plain(settings)
-        if (out / JSON_FILE).exists():
-            raise ResultsExistError(f"{out} holds a trained agent already; give another --out")
-        if self._all() and not resume:
-            raise ResultsExistError(
-                f"{out} holds checkpoints already; give another --out, or --resume to go on"
-            )
-
-    def create(self) -> None:
-        try:
-            self.out.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise SettingsError(f"folder {self.out} cannot be made: {error}") from error
-
-    def save(
-        self, trainer: Trainer, spec: AgentSpec, about: Mapping[str, Any], rows: list[LogRow]
-    ) -> None:
-        """Writes the state after ``len(rows)`` trajectories; agent.json comes last."""
-        folder = self.out / f"checkpoint-{len(rows):06d}"
-        optimizers, _ = flatten({"optimizer": trainer.optimizer_state()})
-        state = {**_parameters(trainer), **optimizers}
-        save_agent(folder, spec, state, {**about, "log": rows})
-        for older in self._all():
-            if older != folder:
-                shutil.rmtree(older)
-
-    def load(self, trainer: Trainer, env: EditingEnv) -> list[LogRow]:
-        """Goes back to the last checkpoint; returns the log so far, empty if there is none."""
-        found = self._all()
-        if not found:
-            return []
-        folder = found[-1]
-        record = read_record(folder)
-        check_fits(folder, record, env.llm)
-        saved = {name: record["training"][name] for name in self.settings}
-        for name, old in saved.items():
-            for key, value in self.settings[name].items():
-                # A longer run goes on from a shorter one.
-                if key != "trajectories" and old.get(key) != value:
-                    raise SettingsError(
-                        f"cannot resume {self.out}: {key} was {old.get(key)!r} and is now "
-                        f"{value!r}; give another --out"
-                    )
-        state = read_state(folder, record, env.llm.device)
-        for name, level in trainer.levels().items():
-            level.load_state(part(state, name))
-        trainer.load_optimizer_state(part(state, "optimizer"))
-        rows: list[LogRow] = record["log"]
-        return rows
-
-    def clear(self) -> None:
-        """Removes the checkpoints of a finished run."""
-        for folder in self._all():
-            shutil.rmtree(folder)
-
-    def _all(self) -> list[Path]:
-        complete = [f for f in self.out.glob("checkpoint-*") if (f / JSON_FILE).is_file()]
-        return sorted(complete)
-
-
 class _Log:
     """Progress bar, ``train.jsonl`` and TensorBoard."""
 
@@ -331,8 +293,7 @@ class _Log:
             for value in values:
                 old = self._means.get(name, value)
                 self._means[name] = old + (value - old) / 30
-        shown = {name: mean for name, mean in self._means.items() if mean}
-        text = ", ".join(f"{name} {mean:.3f}" for name, mean in shown.items())
+        text = ", ".join(f"{name} {mean:.3f}" for name, mean in self._means.items())
         self._bar.set_postfix_str(text, refresh=False)
         self._bar.update()
 
@@ -371,5 +332,7 @@ def main(
         names = ("efficacy", "generalization", "specificity", "retention")
         values = {name: metrics[name]["token_accuracy"] for name in names}
         print(f"{result['num_edits']} held-out facts, percent, teacher-forced:")
-        print(", ".join(f"{name} {value:.1f}" for name, value in values.items()))
+        # A file holds None where nothing could be measured.
+        shown = {name: math.nan if value is None else value for name, value in values.items()}
+        print(", ".join(f"{name} {value:.1f}" for name, value in shown.items()))
     print(f"trained agent: {out} (use it as --agents {out})", file=sys.stderr)

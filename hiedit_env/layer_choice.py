@@ -64,6 +64,8 @@ def gradient_norm(num_layers: int, size: int) -> LayerChoice:
 
 #: Names of the choices, as used by the simple agents and by ``high_level``.
 CHOICES = ("no-edit", "all-layers", "random-layers", "fixed-layers", "gradient-norm")
+#: Those that have no number of layers per fact to set.
+SIZELESS = CHOICES[:2]
 
 
 def make_choice(name: str, num_layers: int, layers_per_edit: int | None = None) -> LayerChoice:

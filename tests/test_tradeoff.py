@@ -13,7 +13,7 @@ from hiedit_env.errors import SettingsError
 
 def results(
     folder: Path,
-    rows: list[tuple[str, int, float, float]],
+    rows: list[tuple[str, int, float | None, float]],
     stream: str = "s",
     dtype: str = "float32",
 ) -> Path:
@@ -48,7 +48,7 @@ def test_points_are_means_over_seeds_of_all_folders(
     wanted = [Point("a@1", 20.0, 85.0, 2), Point("a@2", 55.0, 60.0, 2)]
     assert points([one, two]) == wanted
     picture = tmp_path / "curve.png"
-    main([str(one), str(two), "--out", str(picture)])
+    assert main([str(one), str(two), "--out", str(picture)]) == 0
     assert picture.read_bytes().startswith(b"\x89PNG")
     assert "a@1: agreement 20.0, efficacy 85.0 (2 seeds)" in capsys.readouterr().out
 
@@ -68,3 +68,26 @@ def test_other_facts_are_not_mixed(tmp_path: Path) -> None:
     more = results(tmp_path / "more", [("d", 0, 10.0, 90.0), ("d", 1, 10.0, 90.0)])
     with pytest.raises(SettingsError, match="different seeds"):
         points([one, more])
+
+
+def test_mistakes_are_one_line_and_exit_status_1(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    picture = tmp_path / "curve.png"
+
+    def error(*folders: Path, out: Path = picture) -> str:
+        assert main([*map(str, folders), "--out", str(out)]) == 1
+        lines = capsys.readouterr().err.splitlines()
+        assert len(lines) == 1
+        assert lines[0].startswith("error: ")
+        return lines[0]
+
+    assert "nosuch holds no results" in error(tmp_path / "nosuch")
+    none = results(tmp_path / "none", [("a", 0, None, 90.0)])
+    assert "a has no agreement of specificity" in error(none)
+    (tmp_path / "rubbish").mkdir()
+    (tmp_path / "rubbish" / "results.jsonl").write_text('{"agent": "a"}\n')
+    assert "rubbish holds no results" in error(tmp_path / "rubbish")
+    good = results(tmp_path / "good", [("a", 0, 10.0, 90.0)])
+    assert "nowhere" in error(good, out=tmp_path / "nowhere" / "curve.png")
+    assert not picture.exists()

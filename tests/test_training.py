@@ -280,7 +280,7 @@ def test_a_resumed_run_equals_an_uninterrupted_one(
     assert files(parted) == files(whole)
     assert not list(parted.glob("checkpoint-*"))
     with pytest.raises(ResultsExistError, match="trained agent"):
-        train(run, settings, parted, resume=True, progress=False)
+        train(run, settings, parted, progress=False)
 
 
 def test_a_trained_agent_is_made_again_from_its_folder(tmp_path: Path) -> None:

@@ -1,0 +1,110 @@
+"""Toys that a high level has to solve, and ``hiedit`` as a whole: cut off, it ends the same."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from agents.options import HierarchicalAgent
+from agents.registry import spec_agent
+from agents.routers import PolicyRouter, StraightThroughRouter
+from agents.settings import TrainSettings
+from agents.training import Trainer, Tried
+from benchmarks.train import TrainingRun, train
+from tests.lives import SELECTION, L, make
+from tests.test_training import OnlyOneHelps, files
+
+
+@pytest.mark.parametrize("useful", [0, 5])
+def test_a_straight_through_router_finds_the_only_layer_that_helps(useful: int) -> None:
+    env = make(SELECTION, num_edits=None, max_steps_per_edit=1, retention_window=0)
+    low = OnlyOneHelps(env.llm.shapes, env.llm.device, step_size=2e-3)
+    low.useful = useful
+    router = StraightThroughRouter(env.llm.shapes, env.llm.device, layers_per_edit=1, hidden=16)
+
+    def chosen() -> list[list[int]]:
+        found = []
+        for seed in range(99, 104):
+            observation, _ = env.reset(seed=seed)
+            found.append(np.flatnonzero(router.choose(observation, env.capture).layers).tolist())
+        return found
+
+    assert [useful] not in chosen()
+    settings = TrainSettings(edits_per_trajectory=12, window=4, high_learning_rate=0.01)
+    trainer = Trainer(env, HierarchicalAgent("toy", router, low), env.requests, settings)
+    for number in range(5):
+        trainer.trajectory(number)
+    assert chosen() == [[useful]] * 5
+
+
+def test_a_router_that_is_compared_with_all_layers_finds_the_only_one_that_helps(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    env = make(SELECTION, num_edits=None, max_steps_per_edit=1, retention_window=0)
+    low = OnlyOneHelps(env.llm.shapes, env.llm.device, step_size=2e-3)
+    router = PolicyRouter(L, env.llm.device, layers_per_edit=1, hidden=8)
+    settings = TrainSettings(
+        edits_per_trajectory=12,
+        window=4,
+        samples_per_fact=2,
+        intrinsic=True,
+        high_learning_rate=0.1,
+    )
+    trainer = Trainer(env, HierarchicalAgent("toy", router, low), env.requests, settings)
+    seen: list[Tried] = []
+    own = trainer._reinforce
+
+    def reinforce(tried: Sequence[Sequence[Tried]], outcomes: Any) -> None:
+        seen.extend(option for options in tried for option in options)
+        own(tried, outcomes)
+
+    monkeypatch.setattr(trainer, "_reinforce", reinforce)
+    for number in range(5):
+        trainer.trajectory(number)
+    right = [t.advantage for t in seen if t.choice.layers[OnlyOneHelps.useful]]
+    wrong = [t.advantage for t in seen if not t.choice.layers[OnlyOneHelps.useful]]
+    # The right layer does what all layers do and leaves five alone; a wrong one does nothing.
+    bonus = env.weights_of_terms["sparsity"] * 5 / 6
+    assert right == pytest.approx([bonus] * len(right), abs=1e-4)
+    assert max(wrong) < 0
+    observation, _ = env.reset(seed=99)
+    assert np.flatnonzero(router.choose(observation, env.capture).layers).tolist() == [3]
+    assert router.scores(observation).softmax(0)[3].item() > 0.6
+
+
+def test_hiedit_resumed_equals_hiedit_uninterrupted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = TrainingRun(agent="hiedit", model="tiny")
+    settings = TrainSettings(
+        **{
+            **spec_agent("hiedit").spec.train,
+            # Two windows a life, and little of everything else.
+            **{"trajectories": 3, "edits_per_trajectory": 3, "window": 2},
+            **{"evaluation_edits": 2, "calibration": 12},
+        }
+    )
+    whole, parted = tmp_path / "whole", tmp_path / "parted"
+    train(run, settings, whole, progress=False)
+    own = Trainer.trajectory
+    for stop in (1, 2):
+
+        def stopped(self: Trainer, number: int, on_fact: Any = None, stop: int = stop) -> Any:
+            if number == stop:
+                raise KeyboardInterrupt
+            return own(self, number, on_fact)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(Trainer, "trajectory", stopped)
+            with pytest.raises(KeyboardInterrupt):
+                train(run, settings, parted, resume=stop > 1, progress=False)
+        assert [f.name for f in parted.glob("checkpoint-*")] == [f"checkpoint-{stop:06d}"]
+        # What other work on the machine draws from torch's own generator changes nothing.
+        torch.rand(7)
+    train(run, settings, parted, resume=True, progress=False)
+    assert files(parted) == files(whole)
