@@ -26,6 +26,7 @@ HIEDIT = AgentSpec(
         "rank": 64,
         "blocks": 1,
         "ridge": 0.1,
+        "prior": 8.0,
         "facts": 4,
         "probes": 4,
         "look_ahead": True,
@@ -34,7 +35,7 @@ HIEDIT = AgentSpec(
     max_steps_per_edit=5,
     train={
         "window": 6,
-        "low_learning_rate": 5e-4,
+        "low_learning_rate": 1e-4,
         "high_learning_rate": 0.01,
         "normalize_advantage": True,
         "entropy_weight": 0.1,
