@@ -1,7 +1,9 @@
-"""PPO of Ray RLlib.
+r"""PPO of Ray RLlib.
 
-    python -m agents.rllib --out runs/rllib --env model=planted num_edits=8
-    hiedit compare --model planted --agents rllib:runs/rllib random-layers oracle --out table
+    python -m agents.rllib --out runs/rllib \
+        --env model=planted dataset=planted-facts-train num_edits=30
+    hiedit compare --model planted --dataset planted-facts-test --num-edits 20 --out table \
+        --agents rllib:runs/rllib random-layers oracle
 
 RLlib's env runner makes N lives on one resident model (``gym_env_vectorize_mode=
 "vector_entry_point"``) and shows their actions as MultiDiscrete([2] * L), since RLlib knows no

@@ -1,7 +1,9 @@
-"""Algorithms of Stable-Baselines3: PPO, A2C, DQN, SAC and TD3.
+r"""Algorithms of Stable-Baselines3: PPO, A2C, DQN, SAC and TD3.
 
-    python -m agents.sb3 --algorithm ppo --out runs/ppo --env model=planted num_edits=8
-    hiedit compare --model planted --agents sb3:runs/ppo random-layers oracle --out table
+    python -m agents.sb3 --algorithm ppo --out runs/ppo \
+        --env model=planted dataset=planted-facts-train num_edits=30
+    hiedit compare --model planted --dataset planted-facts-test --num-edits 20 --out table \
+        --agents sb3:runs/ppo random-layers oracle
 
 PPO and A2C choose layers, DQN picks one layer after another, SAC and TD3 choose step sizes; --form
 makes other choices. DIR then holds what Stable-Baselines3 writes (``model.zip``,

@@ -1,7 +1,9 @@
-"""Algorithms of sb3-contrib: MaskablePPO, TQC and RecurrentPPO.
+r"""Algorithms of sb3-contrib: MaskablePPO, TQC and RecurrentPPO.
 
-    python -m agents.sb3_contrib --algorithm maskable-ppo --out runs/maskable --env model=planted
-    hiedit compare --model planted --agents sb3-contrib:runs/maskable random-layers --out table
+    python -m agents.sb3_contrib --algorithm maskable-ppo --out runs/maskable \
+        --env model=planted dataset=planted-facts-train num_edits=30
+    hiedit compare --model planted --dataset planted-facts-test --num-edits 20 --out table \
+        --agents sb3-contrib:runs/maskable random-layers
 
 MaskablePPO picks one layer after another under ``action_masks()``, TQC chooses step sizes,
 RecurrentPPO chooses layers and remembers the facts before. Everything else is as in

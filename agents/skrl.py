@@ -1,7 +1,9 @@
-"""PPO of skrl.
+r"""PPO of skrl.
 
-    python -m agents.skrl --out runs/skrl --env model=planted num_edits=8
-    hiedit compare --model planted --agents skrl:runs/skrl random-layers oracle --out table
+    python -m agents.skrl --out runs/skrl \
+        --env model=planted dataset=planted-facts-train num_edits=30
+    hiedit compare --model planted --dataset planted-facts-test --num-edits 20 --out table \
+        --agents skrl:runs/skrl random-layers oracle
 
 N lives on one resident model are one Gymnasium vector environment, which skrl steps as it is; its
 actions are shown as MultiDiscrete([2] * L), since skrl knows no MultiBinary. DIR then holds what

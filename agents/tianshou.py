@@ -1,7 +1,9 @@
-"""PPO of Tianshou.
+r"""PPO of Tianshou.
 
-    python -m agents.tianshou --out runs/tianshou --env model=planted num_edits=8
-    hiedit compare --model planted --agents tianshou:runs/tianshou random-layers oracle --out table
+    python -m agents.tianshou --out runs/tianshou \
+        --env model=planted dataset=planted-facts-train num_edits=30
+    hiedit compare --model planted --dataset planted-facts-test --num-edits 20 --out table \
+        --agents tianshou:runs/tianshou random-layers oracle
 
 N lives on one resident model are one of Tianshou's vector environments (:class:`Lives`). DIR then
 holds what Tianshou writes (TensorBoard files; ``last.pth`` and the best evaluated ``best.pth``,

@@ -1,7 +1,9 @@
-"""PPO of TorchRL.
+r"""PPO of TorchRL.
 
-    python -m agents.torchrl --out runs/torchrl --env model=planted num_edits=8
-    hiedit compare --model planted --agents torchrl:runs/torchrl random-layers oracle --out table
+    python -m agents.torchrl --out runs/torchrl \
+        --env model=planted dataset=planted-facts-train num_edits=30
+    hiedit compare --model planted --dataset planted-facts-test --num-edits 20 --out table \
+        --agents torchrl:runs/torchrl random-layers oracle
 
 N lives on one resident model are one Gymnasium vector environment with autoreset disabled, whose
 masked resets TorchRL's ``GymWrapper`` makes by itself. DIR then holds what TorchRL writes
