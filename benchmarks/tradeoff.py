@@ -19,6 +19,7 @@ import numpy as np
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
+from benchmarks.compare import UNEDITED
 from benchmarks.results import Row
 from hiedit_env.errors import HieditError, SettingsError
 from hiedit_env.files import write_bytes
@@ -64,7 +65,9 @@ def points(folders: Sequence[Path]) -> list[Point]:
             common = common or alike
             if alike != common:
                 raise SettingsError(f"{folder} was measured with {alike}, the others with {common}")
-            if rows.setdefault(row["agent"], {}).setdefault(row["seed"], row) is not row:
+            first = rows.setdefault(row["agent"], {}).setdefault(row["seed"], row)
+            # Every comparison measures the unedited model.
+            if first is not row and row["agent"] != UNEDITED:
                 raise SettingsError(f"{folder}: {row['agent']}, seed {row['seed']}, is there twice")
     seeds = {tuple(sorted(by_seed)) for by_seed in rows.values()}
     if len(seeds) > 1:

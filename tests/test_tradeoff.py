@@ -53,6 +53,15 @@ def test_points_are_means_over_seeds_of_all_folders(
     assert "a@1: agreement 20.0, efficacy 85.0 (2 seeds)" in capsys.readouterr().out
 
 
+def test_the_unedited_model_of_every_folder_counts_once(tmp_path: Path) -> None:
+    unedited = ("no-edit", 0, 100.0, 20.0)
+    one = results(tmp_path / "one", [unedited, ("a", 0, 10.0, 90.0)])
+    two = results(tmp_path / "two", [unedited, ("b", 0, 50.0, 60.0)])
+    assert [point.agent for point in points([one, two])] == ["no-edit", "a", "b"]
+    with pytest.raises(SettingsError, match="a, seed 0, is there twice"):
+        points([one, one])
+
+
 def test_other_facts_are_not_mixed(tmp_path: Path) -> None:
     one = results(tmp_path / "one", [("a", 0, 10.0, 90.0)])
     two = results(tmp_path / "two", [("b", 0, 10.0, 90.0)], stream="other")
