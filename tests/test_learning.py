@@ -59,9 +59,9 @@ def test_a_router_that_is_compared_with_all_layers_finds_the_only_one_that_helps
     seen: list[Tried] = []
     own = trainer._reinforce
 
-    def reinforce(tried: Sequence[Sequence[Tried]], outcomes: Any) -> None:
+    def reinforce(tried: Sequence[Sequence[Tried]]) -> None:
         seen.extend(option for options in tried for option in options)
-        own(tried, outcomes)
+        own(tried)
 
     monkeypatch.setattr(trainer, "_reinforce", reinforce)
     for number in range(5):
