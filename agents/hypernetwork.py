@@ -218,14 +218,13 @@ class Hypernetwork(DecorrelatedRule):
         """Puts a saved :meth:`state` back."""
         start = "calibration."
         own = {k: v for k, v in state.items() if not k.startswith(start)}
-        # Agents saved before had vectors there.
-        own |= {k: v[None] for k, v in own.items() if k.endswith(".bias") and v.ndim == 1}
-        self.net.load_state_dict(own)
         found = {k[len(start) :]: v for k, v in state.items() if k.startswith(start)}
+        # Agents saved earlier: biases were vectors, and every layer had products of its own.
+        own |= {k: v[None] for k, v in own.items() if k.endswith(".bias") and v.ndim == 1}
         for i in range(len(self.groups)):
-            # Agents saved before rows were kept once have no places.
             if f"products.{i}" in found and f"places.{i}" not in found:
                 found |= _each_once(f"products.{i}", f"places.{i}", found[f"products.{i}"])
+        self.net.load_state_dict(own)
         self._set_calibration(found or None)
 
     def reset(self) -> None:

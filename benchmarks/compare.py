@@ -18,7 +18,7 @@ from agents.registry import is_trained, make_agent
 from agents.simple import OracleAgent
 from benchmarks.compare_figure import draw
 from benchmarks.episode import Episode, FinishedEdit, play, stage_bars, unwrapped
-from benchmarks.results import ResultsFolder, Row, plain, versions, write_json
+from benchmarks.results import UNEDITED, ResultsFolder, Row, plain, versions, write_json
 from benchmarks.summary import (
     LEGEND,
     ORACLE_LEGEND,
@@ -34,8 +34,6 @@ from hiedit_env.errors import SettingsError
 from hiedit_env.evaluation import METRICS, Evaluation, UneditedAnswers, evaluate
 from hiedit_env.files import write_bytes
 from hiedit_env.quality import RewardKind
-
-UNEDITED = "no-edit"
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,8 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from agents.registry import default_agent
-from benchmarks.compare import UNEDITED, CompareSettings, compare
+from benchmarks.compare import CompareSettings, compare
 from benchmarks.edit import before_and_after
+from benchmarks.results import UNEDITED
 from benchmarks.summary import baseline_of
 from hiedit_env.errors import ModelError
 

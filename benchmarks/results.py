@@ -19,6 +19,8 @@ from hiedit_env.errors import ResultsExistError, SettingsError
 from hiedit_env.files import write_bytes
 
 Row = dict[str, Any]
+#: The agent of the unedited model, whose rows every comparison has.
+UNEDITED = "no-edit"
 
 
 class ResultsFolder:

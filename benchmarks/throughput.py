@@ -41,6 +41,7 @@ import hiedit_env
 from agents.registry import spec_agent
 from agents.settings import TrainSettings
 from agents.training import Trainer
+from benchmarks.results import write_text
 from hiedit_env.capture import Capture
 from hiedit_env.envs.base import EditingEnv
 from hiedit_env.levels import EncodedFact
@@ -375,7 +376,7 @@ def main(arguments: list[str] | None = None) -> None:
     if given.out is not None:
         if given.out.exists():
             sys.exit(f"{given.out} exists; choose another --out")
-        given.out.write_text(text + "\n")
+        write_text(given.out, text + "\n")
 
 
 if __name__ == "__main__":

@@ -19,8 +19,7 @@ import numpy as np
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from benchmarks.compare import UNEDITED
-from benchmarks.results import Row
+from benchmarks.results import UNEDITED, Row
 from hiedit_env.errors import HieditError, SettingsError
 from hiedit_env.files import write_bytes
 

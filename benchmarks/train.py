@@ -23,7 +23,7 @@ from agents.settings import TrainSettings
 from agents.spec import AgentSpec
 from agents.training import LogRow, Tally, Trainer
 from benchmarks.episode import bar, play, stage_bars, unwrapped
-from benchmarks.results import plain, versions, write_json
+from benchmarks.results import plain, versions, write_json, write_text
 from benchmarks.train_folder import TrainingFolder, parameters
 from hiedit_env.checks import whole_number
 from hiedit_env.datasets import fingerprint, load_requests, split_by_subject, without
@@ -164,7 +164,7 @@ def _checked(run: TrainingRun) -> SpecAgent:
 def make_env(
     run: TrainingRun, settings: TrainSettings, editor: SpecAgent, progress: bool
 ) -> gym.Env[Any, Any]:
-    """The environment an agent is trained in."""
+    """The environment an agent is trained in; the horizon is the agent's, where it has one."""
     with candidates_for([editor], run.model, run.layers) as layers:
         return gym.make(
             "hiedit/LayerSelection-v0",
@@ -172,7 +172,6 @@ def make_env(
             model=run.model,
             dataset=run.dataset,
             num_edits=None,
-            max_steps_per_edit=_first(run.max_steps_per_edit, editor.spec.max_steps_per_edit, 5),
             layers=layers,
             device=run.device,
             dtype=run.dtype,
@@ -206,10 +205,6 @@ def build(
     )
 
 
-def _first(*values: int | None) -> int | None:
-    return next((value for value in values if value is not None), None)
-
-
 def _calibrate(trainer: Trainer, progress: bool) -> None:
     wanted = trainer.calibration_prompts()
     if wanted:
@@ -222,10 +217,6 @@ def _calibrate(trainer: Trainer, progress: bool) -> None:
             "does not ask; nothing will protect unrelated answers",
             file=sys.stderr,
         )
-
-
-def _parameters(trainer: Trainer) -> dict[str, Any]:
-    return {name: level.state() for name, level in trainer.levels().items()}
 
 
 def _evaluate(
@@ -301,7 +292,7 @@ class _Log:
         """A finished trajectory."""
         self.rows.append(row)
         text = "".join(json.dumps(plain(r)) + "\n" for r in self.rows)
-        self._file.write_text(text, encoding="utf-8")
+        write_text(self._file, text)
         if self._writer is not None:
             for name, value in row.items():
                 self._writer.add_scalar(f"train/{name}", value, len(self.rows))

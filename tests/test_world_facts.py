@@ -75,20 +75,45 @@ def test_fields_and_types(facts: list[dict[str, Any]]) -> None:
         assert all(list(probe) == ["prompt", "answer"] for probe in f["locality"]), name(f)
 
 
+def check_texts(fact: dict[str, Any]) -> None:
+    """Asserts that every text of a fact is clean, prompts are prompts and answers are short."""
+    probes = fact["locality"]
+    prompts = [*wordings(fact), *(p["prompt"] for p in probes)]
+    answers = [fact["answer"], fact["target"], *(p["answer"] for p in probes)]
+    for text in [fact["subject"], *prompts, *answers]:
+        assert text, name(fact)
+        assert text == " ".join(text.split()), (name(fact), text)
+    for prompt in prompts:
+        assert prompt[0].isupper(), (name(fact), prompt)
+        assert not prompt.endswith((".", ":", ",")), (name(fact), prompt)
+    for answer in answers:
+        assert not answer.endswith("."), (name(fact), answer)
+        assert 1 <= len(answer.split()) <= 4, (name(fact), answer)  # J. R. R. Tolkien
+
+
 def test_texts_are_clean(facts: list[dict[str, Any]]) -> None:
     for f in facts:
-        probes = f["locality"]
-        prompts = [*wordings(f), *(p["prompt"] for p in probes)]
-        answers = [f["answer"], f["target"], *(p["answer"] for p in probes)]
-        for text in [f["subject"], *prompts, *answers]:
-            assert text, name(f)
-            assert text == " ".join(text.split()), (name(f), text)
-        for prompt in prompts:
-            assert prompt[0].isupper(), (name(f), prompt)
-            assert not prompt.endswith((".", ":", ",")), (name(f), prompt)
-        for answer in answers:
-            assert not answer.endswith("."), (name(f), answer)
-            assert 1 <= len(answer.split()) <= 4, (name(f), answer)  # J. R. R. Tolkien
+        check_texts(f)
+
+
+@pytest.mark.parametrize(
+    ("field", "text"),
+    [
+        ("answer", ""),
+        ("answer", "Rome."),
+        ("answer", "the city of seven hills"),
+        ("target", "a b c d e"),
+        ("target", " Rome"),
+        ("subject", "two  spaces"),
+        ("prompt", "rome is in"),
+        ("prompt", "Rome is in:"),
+    ],
+)
+def test_a_text_that_is_not_clean_is_found(
+    facts: list[dict[str, Any]], field: str, text: str
+) -> None:
+    with pytest.raises(AssertionError):
+        check_texts({**facts[0], field: text})
 
 
 def test_facts_and_wordings_are_unique(facts: list[dict[str, Any]]) -> None:
