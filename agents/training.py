@@ -4,8 +4,11 @@ One loop for every agent. A trajectory is one editing life on a stream of traini
 fact the high level chooses, the option runs, and
 
 * a trained low level gets the gradient of the environment's objective (edit, paraphrases,
-  unrelated prompts, remembered edits, L2) through the overlay, at the edited weights, for every
-  primitive step: exact, but for what :mod:`agents.rehearsal` leaves out where it looks ahead;
+  unrelated prompts, remembered edits, L2) through the overlay, at the weights the option leaves
+  behind, through the updates of all its primitive steps: what is left undone by a step that
+  another one follows costs nothing, as in the environment's reward. What an update changes in the
+  captures of later steps is left out (first order), and so is what :mod:`agents.rehearsal` says
+  where it looks ahead; for options of one step the gradient is exact;
 * a straight-through router gets the same gradient through its gates;
 * a policy router gets REINFORCE (Williams 1992) on the option's reward. What is subtracted is the
   mean reward of the *other* options sampled for the same fact from the same state (leave-one-out)
@@ -40,7 +43,7 @@ from hiedit_env.envs.base import EditingEnv
 from hiedit_env.envs.semantics import Judge
 from hiedit_env.errors import NonFiniteUpdateError, SettingsError
 from hiedit_env.requests import Probe, Request
-from hiedit_env.updates import Updates
+from hiedit_env.updates import LowRankUpdate, Updates
 
 #: Learning rate of a low level's vectors over that of its matrices: one number per layer (step
 #: size, ridge, weight of the prior) has to go further than an entry of a matrix.
@@ -135,10 +138,10 @@ class Trainer:
 
         Returns:
             Means over the trajectory's facts: ``reward`` (where only gradients are learned from,
-            the edited model is not judged, and a primitive step's reward is the low level's own,
-            −L_t), ``loss`` (per primitive step), ``right_after`` (efficacy, share), ``layers``,
-            ``steps``; and ``updates``, the number of optimiser steps, with the mean
-            ``gradient_norm``.
+            the edited model is not judged, and the reward is the low level's own, −L_t),
+            ``loss`` (L_t, at the end of the options that wrote something), ``right_after``
+            (efficacy, share), ``layers``, ``steps``; and ``updates``, the number of optimiser
+            steps, with the mean ``gradient_norm``.
         """
         settings = self.settings
         seed = np.random.SeedSequence([settings.seed, number])
@@ -196,21 +199,18 @@ class Trainer:
 
     def _run(self, choice: Choice, tally: Tally) -> Outcome:
         option = self._option(choice)
+        gates = choice.gates if self._gated else None
+        made: list[Updates] = []
+        lesson: Lesson | None = None
 
         def learn(capture: Capture) -> Updates:
-            gates = choice.gates if self._gated else None
+            nonlocal lesson
             layers = np.ones_like(choice.layers) if gates is not None else choice.layers
-            updates = option.policy.compute(capture, layers, gates)
-            try:
-                loss = self.env.loss(updates, l2=self.settings.l2)
-            except NonFiniteUpdateError:
-                loss = torch.full((), torch.nan)
-            # An update that wrecks the model teaches nothing; the environment ends the life.
-            if torch.isfinite(loss):
-                # The graph of the gates is shared by the option's primitive steps.
-                _backward(loss, retain_graph=gates is not None)
-                tally.losses.append(float(loss.detach()))
-            chosen = zip(updates, choice.layers, strict=True)
+            made.append(option.policy.compute(capture, layers, gates))
+            # Only after the step was written is it known whether it was the last one; but what
+            # backward passes need would be overwritten then.
+            lesson = self._lesson(made)
+            chosen = zip(made[-1], choice.layers, strict=True)
             return tuple(
                 update.detach() if update is not None and used else None for update, used in chosen
             )
@@ -218,7 +218,42 @@ class Trainer:
         policy = learn if self._differentiated else None
         # What is paid is only needed where it is learned from.
         judge: Judge = "fact" if self._sampled else "never"
-        return run_option(self.env, option, gamma=self.settings.gamma, policy=policy, judge=judge)
+        outcome = run_option(
+            self.env, option, gamma=self.settings.gamma, policy=policy, judge=judge
+        )
+        if lesson is not None:
+            lesson.learn()
+            tally.losses.append(lesson.loss)
+        return outcome
+
+    def _lesson(self, made: Sequence[Updates]) -> Lesson | None:
+        """The objective at the weights after an option's updates, and its gradient in all of them.
+
+        Args:
+            made: Updates of the primitive steps so far, attached to the parameters they come from;
+                all but the last are written already.
+
+        Returns:
+            None after updates that wreck the model: they teach nothing, the environment ends the
+            life.
+        """
+        factors = [f for step in made for u in step if u is not None for f in (u.left, u.right)]
+        leaves = [factor.detach().requires_grad_(factor.requires_grad) for factor in factors]
+        pairs = iter(zip(leaves[::2], leaves[1::2], strict=True))
+        own = [[None if u is None else LowRankUpdate(*next(pairs)) for u in step] for step in made]
+        try:
+            loss = self.env.loss([_with_earlier(layer) for layer in zip(*own, strict=True)])
+        except NonFiniteUpdateError:
+            return None
+        if self.settings.l2:
+            loss = loss + self.settings.l2 * sum(
+                u.squared_norm() for step in own for u in step if u is not None
+            )
+        if not torch.isfinite(loss):
+            return None
+        places = [i for i, leaf in enumerate(leaves) if leaf.requires_grad]
+        gradients = torch.autograd.grad(loss, [leaves[i] for i in places]) if places else ()
+        return Lesson(float(loss.detach()), [factors[i] for i in places], gradients)
 
     def _reward(self, layers: np.ndarray) -> float:
         """What an option would be paid; the caller restores the state."""
@@ -259,7 +294,8 @@ class Trainer:
         loss = -(stacked * weights.to(stacked.device)).sum()
         if entropies:
             loss = loss - settings.entropy_weight * torch.stack(entropies).sum()
-        _backward(loss)
+        if loss.requires_grad:
+            torch.autograd.backward(loss)
 
     def _step(self, facts: int) -> float:
         """One optimiser step on the mean gradient over ``facts``; returns its norm."""
@@ -327,12 +363,12 @@ class Tally:
         self._counted = 0
 
     def add(self, outcome: Outcome, *, judged: bool) -> None:
-        """Takes in a finished fact, whose losses are in already.
+        """Takes in a finished fact, whose loss is in already, if it has one.
 
         Args:
             outcome: What became of it.
-            judged: Whether its reward was paid by the environment. If not, it is minus the losses
-                of its primitive steps, with what a life that ended early was paid for that.
+            judged: Whether its reward was paid by the environment. If not, it is minus the loss
+                that was learned from, with what a life that ended early was paid for that.
         """
         own = self.losses[self._counted :]
         self._counted = len(self.losses)
@@ -358,10 +394,39 @@ class Tally:
         }
 
 
-def _backward(loss: Tensor, retain_graph: bool = False) -> None:
-    # A choice that leaves nothing to learn (no layer, or an answered fact) has no graph.
-    if loss.requires_grad:
-        torch.autograd.backward(loss, retain_graph=retain_graph)
+@dataclass(frozen=True, slots=True)
+class Lesson:
+    """What an option teaches a low level.
+
+    Args:
+        loss: The objective at the weights it left behind.
+        factors: Of its updates, attached to the parameters they come from.
+        gradients: Of ``loss``, in each of them.
+    """
+
+    loss: float
+    factors: Sequence[Tensor]
+    gradients: Sequence[Tensor]
+
+    def learn(self) -> None:
+        """Adds the gradient to that of the parameters."""
+        # A choice that leaves nothing to learn (no layer, or an answered fact) has no factors.
+        if self.factors:
+            torch.autograd.backward(list(self.factors), list(self.gradients))
+
+
+def _with_earlier(steps: Sequence[LowRankUpdate | None]) -> LowRankUpdate | None:
+    """A layer's last update, plus 0 through which a gradient flows into the ones before it."""
+    *earlier, last = steps
+    if last is None:
+        return None
+    parts = [last]
+    for update in earlier:
+        if update is not None:
+            parts += (update, update.detach().scaled(-1.0))
+    return LowRankUpdate(torch.cat([p.left for p in parts]), torch.cat([p.right for p in parts]))
+
+
 
 
 def _adam(level: Trainable, learning_rate: float, vector_factor: float) -> torch.optim.Adam:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -29,37 +29,35 @@ RUN = TrainingRun(agent="rledit", model="tiny")
     "agent",
     ["rledit", "hiedit-paper", "random-layers+hiedit", "all-layers+hypernetwork"],
 )
-def test_the_reward_of_an_unjudged_fact_is_minus_its_losses(
+def test_the_reward_of_an_unjudged_fact_is_minus_what_its_option_left_behind(
     agent: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     env = make(SELECTION, num_edits=None, max_steps_per_edit=3)
     # Small steps, so that facts take several where they may.
     built = spec_agent(agent).with_low_settings(step_size=1e-5).build(env.llm, trained=False)
     trainer = Trainer(env, built, env.requests, SHORT)
-    own, seen, wanted = env.loss, [0.0], []
+    own, seen, wanted = trainer._lesson, [0.0], []
 
-    def spied(updates: Updates, **settings: Any) -> Any:
-        found = own(updates, **settings)
-        seen.append(float(found.detach()))
+    def spied(made: Sequence[Updates]) -> Any:
+        found = own(made)
+        assert found is not None
+        seen.append(found.loss)
         return found
 
-    monkeypatch.setattr(env, "loss", spied)
+    monkeypatch.setattr(trainer, "_lesson", spied)
     shown: list[float] = []
 
     def fact(tally: Tally) -> None:
-        wanted.append(-sum(seen))
-        seen.clear()
+        wanted.append(-seen[-1])
+        seen.append(0.0)
         shown.append(tally.rewards[-1])
 
     row = trainer.trajectory(0, fact)
     assert len(shown) == 3
     assert all(reward < 0 for reward in shown)
     assert shown == pytest.approx(wanted)
-    assert row["reward"] == pytest.approx(sum(wanted) / 3)
-    if row["steps"] == 1:
-        assert row["reward"] == pytest.approx(-row["loss"])
-    else:
-        assert row["reward"] < -row["loss"]
+    assert row["reward"] == pytest.approx(sum(wanted) / 3) == pytest.approx(-row["loss"])
+    assert len(seen) - 1 == (6 if row["steps"] == 1 else 3 + 3 * row["steps"])
 
 
 def test_a_policy_router_shows_what_the_environment_pays() -> None:
