@@ -427,8 +427,6 @@ def _with_earlier(steps: Sequence[LowRankUpdate | None]) -> LowRankUpdate | None
     return LowRankUpdate(torch.cat([p.left for p in parts]), torch.cat([p.right for p in parts]))
 
 
-
-
 def _adam(level: Trainable, learning_rate: float, vector_factor: float) -> torch.optim.Adam:
     parameters = cast(list[nn.Parameter], list(level.parameters()))
     few = [p for p in parameters if p.ndim == 1]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -10,12 +11,14 @@ import numpy as np
 import pytest
 import torch
 
-from agents.options import HierarchicalAgent
+from agents.hypernetwork import Hypernetwork
+from agents.options import HierarchicalAgent, UntrainedChoice
 from agents.registry import spec_agent
 from agents.routers import PolicyRouter, StraightThroughRouter
 from agents.settings import TrainSettings
 from agents.training import Trainer, Tried
 from benchmarks.train import TrainingRun, train
+from hiedit_env.updates import LowRankUpdate, Updates
 from tests.lives import SELECTION, L, make
 from tests.test_training import OnlyOneHelps, files
 
@@ -75,6 +78,53 @@ def test_a_router_that_is_compared_with_all_layers_finds_the_only_one_that_helps
     observation, _ = env.reset(seed=99)
     assert np.flatnonzero(router.choose(observation, env.capture).layers).tolist() == [3]
     assert router.scores(observation).softmax(0)[3].item() > 0.6
+
+
+def test_an_option_teaches_by_what_it_leaves_behind() -> None:
+    """Slopes of the loss at the last weights, in the step sizes of all of its steps."""
+    env = make(SELECTION, num_edits=None, max_steps_per_edit=3, retention_window=2)
+    low = Hypernetwork(env.llm.shapes, env.llm.device, step_size=1e-4)
+    agent = HierarchicalAgent("toy", UntrainedChoice("all-layers", L), low, 3)
+    trainer = Trainer(env, agent, env.requests, TrainSettings(l2=3e-2))
+    env.reset(seed=3)
+    env.step(np.ones(L, np.int8))
+    begun = env.save_state()
+    everything = np.ones(L, bool)
+    made: list[Updates] = []
+    for number in range(3):
+        made.append(low.compute(env.life.observe(), everything))
+        lesson = trainer._lesson(made)
+        if number < 2:
+            env.apply([u.detach() for u in made[-1] if u is not None], judge="never")
+            assert not env.life.edit_over
+    assert lesson is not None
+    lesson.learn()
+    parameter = next(p for name, p in low.net.named_parameters() if name.endswith("log_step"))
+    assert parameter.grad is not None
+    env.restore_state(begun)
+
+    def objective(change: float, first: int = 0) -> float:
+        # All updates, scaled from the first of some on, added to the weights the option began at.
+        changed = np.zeros((3, L))
+        changed[first:, low.groups[0]] = change
+        total, penalty = [], 0.0
+        for layer in range(L):
+            steps = [(made[i][layer], changed[i, layer]) for i in range(3)]
+            parts = [u.detach().scaled(math.exp(c)) for u, c in steps if u is not None]
+            penalty += sum(float(part.squared_norm()) for part in parts)
+            left, right = (
+                torch.cat([getattr(p, side) for p in parts]) for side in ("left", "right")
+            )
+            total.append(LowRankUpdate(left, right))
+        return float(env.loss(total)) + 3e-2 * penalty
+
+    assert lesson.loss == pytest.approx(objective(0.0), rel=1e-4)
+    slope = (objective(0.02) - objective(-0.02)) / 0.04
+    assert abs(slope) > 0.01
+    assert float(parameter.grad.sum()) == pytest.approx(slope, rel=0.02)
+    # The last step's own share is another number.
+    own = (objective(0.02, 2) - objective(-0.02, 2)) / 0.04
+    assert own != pytest.approx(slope, rel=0.1)
 
 
 def test_hiedit_resumed_equals_hiedit_uninterrupted(
