@@ -320,7 +320,9 @@ def spec_agent(name: str, layers_per_edit: int | None = None) -> SpecAgent:
             return SpecAgent(name, high, low, layers_per_edit)
     whole = _part(name)
     if whole is not None:
-        return SpecAgent(name, whole, whole, layers_per_edit)
+        values = [*whole[0].high_settings.values(), *whole[0].low_settings.values()]
+        if not any(isinstance(value, str) and "+" in value for value in values):
+            return SpecAgent(name, whole, whole, layers_per_edit)
     if (Path(name) / POLICY_FILE).is_file():
         library = library_of(Path(name))
         raise CheckpointError(f"{name} holds a policy of {library}; name it {library}:{name}")
@@ -333,7 +335,8 @@ def spec_agent(name: str, layers_per_edit: int | None = None) -> SpecAgent:
             f"unknown agent {name!r}; choose one of {', '.join(AGENTS)}, give the folder of a "
             "trained agent, HIGH+LOW for any two levels, or 'module:Class'"
         )
-    first, second = name[: pluses[0]], name[pluses[0] + 1 :]
+    place = next((i for i in pluses if _part(name[:i]) is not None), pluses[0])
+    first, second = name[:place], name[place + 1 :]
     if _part(first) is None:
         raise SettingsError(
             f"unknown high level {first!r}; choose one of {', '.join(HIGH_LEVELS)}, a named agent, "

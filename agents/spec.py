@@ -12,6 +12,7 @@ from agents.options import HighLevel, UntrainedChoice
 from agents.rehearsal import Rehearsal
 from agents.routers import PolicyRouter, StraightThroughRouter
 from agents.step_sizes import StepSizePolicy
+from hiedit_env.checks import whole_number
 from hiedit_env.envs.settings import MODEL_RULE_SETTINGS
 from hiedit_env.errors import CheckpointError, HieditError, SettingsError
 from hiedit_env.layer_choice import CHOICES
@@ -73,6 +74,8 @@ class AgentSpec:
         """
         if self.high in ROUTERS:
             check_arguments(ROUTERS[self.high], self.high_settings, f"high level {self.high!r}")
+        elif (count := self.high_settings.get("layers_per_edit")) is not None:
+            whole_number(count, "layers_per_edit", 1)
         if self.low is not None and self.low in LEARNED_LOW:
             check_arguments(LEARNED_LOW[self.low], self.low_settings, f"low level {self.low!r}")
 

@@ -168,8 +168,17 @@ def test_arguments_of_the_low_level_can_be_given_with_the_name(
             spec_agent(name)
     with pytest.raises(SettingsError, match="fixed when it was trained"):
         spec_agent(f"{trained[1]}?rule=ridge")
-    with pytest.raises(SettingsError, match="unknown high level"):
-        spec_agent("nobody+ridge")
+    for name, message in (
+        ("nobody+ridge", "unknown high level 'nobody'"),
+        # A folder that is missing is no part of the value before it.
+        ("random-layers?layers_per_edit=2+no/folder", "unknown low level 'no/folder'"),
+        ("policy?size=fixed+no/folder", "unknown low level 'no/folder'"),
+    ):
+        with pytest.raises(SettingsError, match=message):
+            spec_agent(name)
+    with pytest.raises(SettingsError, match="layers_per_edit must be ≥ 1 and a whole number, got"):
+        spec_agent("random-layers?layers_per_edit=two+ridge").build(env.llm)
+    assert spec_agent("random-layers+ridge?step_size=1e+2").spec.low_settings["step_size"] == 100
     with pytest.raises(SettingsError, match="colour"):
         spec_agent("all-layers+ridge?colour=red").build(env.llm)
     settings = CompareSettings(model="tiny", num_edits=1, generation=())
