@@ -1,11 +1,19 @@
 """The trained low level: a hypernetwork from keys and value gradients to low-rank updates.
 
 One network per layer shape, shared by the layers of that shape up to scales, shifts and step sizes.
-With x = [u ‖ v] normalised by lifelong moments, each block adds
+With x = [u ‖ v] normalised by lifelong moments, ``network="rows"`` (MEND, MALMEN) makes new rows
+[ũ ‖ ṽ] in blocks
 
     x ← x + scale_l ⊙ max(x A B + b, 0) + shift_l,        A: S × rank, B: rank × S, S = d_in + d_out
 
-and the result [ũ ‖ ṽ] gives the update in one of three forms:
+and ``network="tokens"`` (ours) leaves ũ = u and weighs the value gradients token by token:
+
+    ṽ = v exp(2 tanh(g / 2)),        g = tanh(x A) c_l,        A: S × rank, c_l: rank
+
+so that an update stays in the span of the request's own keys. The decorrelated form needs that: its
+inverse enlarges what a network adds to the keys and no prompt has in it.
+
+The update then has one of three forms:
 
 * ``"outer"`` (MEND, arXiv 2110.11309; HiEdit): Δ_l = −step_l ũᵀ ṽ.
 * ``"ridge"`` (MALMEN, arXiv 2311.04661; RLEdit): (KᵀK + λ_l I) Δ_l = Kᵀ D with the raw keys K and
@@ -16,9 +24,9 @@ and the result [ũ ‖ ṽ] gives the update in one of three forms:
   :meth:`Hypernetwork.calibrate`, so that what unrelated prompts have in common is left alone from
   the first edit on. The ridge and prior_l are learned.
 
-B, b and shift begin at 0, so an untrained hypernetwork *is* the closed-form rule of its form. The
-architecture is that of the released code of RLEdit and HiEdit (``nets.py``), except that step_l and
-λ_l are learned as logarithms, so that they stay positive.
+B, b, shift and c begin at 0, so an untrained hypernetwork *is* the closed-form rule of its form.
+The architecture of the rows is that of the released code of RLEdit and HiEdit (``nets.py``), except
+that step_l and λ_l are learned as logarithms, so that they stay positive.
 """
 
 from __future__ import annotations
@@ -34,6 +42,7 @@ from hiedit_env.errors import SettingsError
 from hiedit_env.rules import DecorrelatedRule, LifelongRule, Tokens
 
 Form = Literal["outer", "ridge", "decorrelated"]
+Network = Literal["rows", "tokens"]
 
 #: The closed-form rule that an untrained hypernetwork of a form is.
 RULE_OF_FORM: Mapping[str, str] = {
@@ -71,24 +80,53 @@ class Block(nn.Module):
         return rows + self.scale[places] * inner + self.shift[places]
 
 
+class TokenWeights(nn.Module):
+    """One positive number per token, for G layers of one shape; 1 before training.
+
+    Args:
+        layers, size, rank, generator: As for :class:`Block`.
+    """
+
+    def __init__(self, layers: int, size: int, rank: int, generator: torch.Generator) -> None:
+        super().__init__()
+        self.a = nn.Parameter(torch.randn(size, rank, generator=generator) / size**0.5)
+        self.c = nn.Parameter(torch.zeros(layers, rank, 1))
+
+    def forward(self, rows: Tensor, places: list[int]) -> Tensor:
+        """len(places) × T × S in, len(places) × T × 1 out, between e⁻² and e², float32."""
+        scores: Tensor = (rows @ self.a).tanh() @ self.c[places]
+        return (2 * (scores / 2).tanh()).exp()
+
+
 class GroupNet(nn.Module):
-    """The blocks, step sizes and ridges of the G layers of one shape."""
+    """The network, step sizes and ridges of the G layers of one shape."""
 
     def __init__(
-        self, layers: int, size: int, rank: int, blocks: int, generator: torch.Generator
+        self,
+        layers: int,
+        size: int,
+        rank: int,
+        blocks: int,
+        network: Network,
+        generator: torch.Generator,
     ) -> None:
         super().__init__()
-        self.blocks = nn.ModuleList(Block(layers, size, rank, generator) for _ in range(blocks))
+        count = blocks if network == "rows" else 0
+        self.blocks = nn.ModuleList(Block(layers, size, rank, generator) for _ in range(count))
+        self.tokens = TokenWeights(layers, size, rank, generator) if network == "tokens" else None
         #: Logarithms of step size, ridge and weight of the prior, relative to the nominal ones.
         self.log_step = nn.Parameter(torch.zeros(layers))
         self.log_ridge = nn.Parameter(torch.zeros(layers))
         self.log_prior = nn.Parameter(torch.zeros(layers))
 
-    def forward(self, rows: Tensor, places: list[int]) -> Tensor:
-        """[ũ ‖ ṽ] from the normalised [u ‖ v], len(places) × T × S."""
+    def forward(self, keys: Tensor, gradients: Tensor, places: list[int]) -> tuple[Tensor, Tensor]:
+        """ũ and ṽ from the normalised u and v, len(places) × T × size."""
+        rows = torch.cat((keys, gradients), 2)
+        if self.tokens is not None:
+            return keys, gradients * self.tokens(rows, places)
         for block in self.blocks:
             rows = block(rows, places)
-        return rows
+        return rows[..., : keys.shape[2]], rows[..., keys.shape[2] :]
 
 
 class Hypernetwork(DecorrelatedRule):
@@ -101,8 +139,10 @@ class Hypernetwork(DecorrelatedRule):
         shapes: ``(d_in, d_out)`` per candidate layer.
         device: Device of the model.
         form: How [ũ ‖ ṽ] become an update.
-        rank: Of the blocks.
-        blocks: How many.
+        network: What it makes: new ``"rows"`` for all tokens, or a weight for each of the
+            ``"tokens"``.
+        rank: Of its matrices.
+        blocks: How many blocks make the rows.
         step_size: Nominal step size; ``exp(log_step)`` multiplies it layer by layer.
         tokens: As for :class:`~hiedit_env.rules.UpdateRule`; None for all tokens in the outer
             forms and the answer's in the ridge form, as in the released configurations.
@@ -111,7 +151,7 @@ class Hypernetwork(DecorrelatedRule):
         seed: Of the random initial values.
 
     Raises:
-        SettingsError: unknown form, or a size below 1.
+        SettingsError: unknown form or network, or a size below 1.
     """
 
     name = "hypernetwork"
@@ -123,6 +163,7 @@ class Hypernetwork(DecorrelatedRule):
         device: torch.device,
         *,
         form: Form = "outer",
+        network: Network = "rows",
         rank: int = 64,
         blocks: int = 1,
         step_size: float | None = None,
@@ -135,6 +176,12 @@ class Hypernetwork(DecorrelatedRule):
             raise SettingsError(f"form must be one of {get_args(Form)}, got {form!r}")
         if rank < 1 or blocks < 0:
             raise SettingsError(f"rank must be ≥ 1 and blocks ≥ 0, got {rank!r} and {blocks!r}")
+        if network not in get_args(Network):
+            raise SettingsError(f"network must be one of {get_args(Network)}, got {network!r}")
+        if network == "tokens" and blocks != 1:
+            raise SettingsError(
+                f"network='tokens' has no blocks, so blocks={blocks!r} means nothing"
+            )
         self.form: Form = form
         #: Which statistics are kept: the decorrelated form alone needs the products of keys.
         self._kind = DecorrelatedRule if form == "decorrelated" else LifelongRule
@@ -151,7 +198,7 @@ class Hypernetwork(DecorrelatedRule):
         )
         generator = torch.Generator().manual_seed(seed)
         self.net = nn.ModuleList(
-            GroupNet(len(group), sum(self.shapes[group[0]]), rank, blocks, generator)
+            GroupNet(len(group), sum(self.shapes[group[0]]), rank, blocks, network, generator)
             for group in self.groups
         ).to(device)
 
@@ -276,8 +323,7 @@ class Hypernetwork(DecorrelatedRule):
     ) -> tuple[Tensor, Tensor]:
         net = self.net[group]
         assert isinstance(net, GroupNet)
-        rows = net(torch.cat(self._normalised(group, places, keys, gradients), 2), places)
-        left, right = rows.split((keys.shape[2], gradients.shape[2]), 2)
+        left, right = net(*self._normalised(group, places, keys, gradients), places)
         step = self._steps(group, places)
         if self.form != "ridge":
             return self._left(group, places, left), right * step

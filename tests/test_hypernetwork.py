@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import numpy as np
@@ -45,14 +46,16 @@ def captures() -> list[Capture]:
     return found
 
 
+@pytest.mark.parametrize("network", ["rows", "tokens"])
 @pytest.mark.parametrize("form", RULE_OF_FORM)
 def test_an_untrained_hypernetwork_is_the_closed_form_rule(
-    form: str, captures: list[Capture]
+    form: str, network: str, captures: list[Capture]
 ) -> None:
     env = make(SELECTION)
     settings: dict[str, Any] = {"step_size": 0.01}
     rule = make_rule(RULE_OF_FORM[form], env.llm.shapes, env.llm.device, settings)
-    low = Hypernetwork(env.llm.shapes, env.llm.device, form=form, rank=4, **settings)  # type: ignore[arg-type]
+    own: Any = {"form": form, "network": network, "rank": 4}
+    low = Hypernetwork(env.llm.shapes, env.llm.device, **own, **settings)
     if form == "ridge":
         # The rule's ‖ũ‖² has the normalised keys twice, MALMEN's one raw and one pseudo key.
         capture = captures[-1]
@@ -77,19 +80,14 @@ def test_an_untrained_hypernetwork_is_the_closed_form_rule(
             assert torch.equal(one.right, two.right)
 
 
+@pytest.mark.parametrize("network", ["rows", "tokens"])
 @pytest.mark.parametrize("form", RULE_OF_FORM)
-def test_gradients_of_the_objective_are_its_slopes(form: str) -> None:
+def test_gradients_of_the_objective_are_its_slopes(form: str, network: str) -> None:
     """Every parameter tensor's gradient along a random direction, by central differences."""
     env = make(SELECTION)
-    low = Hypernetwork(
-        env.llm.shapes,
-        env.llm.device,
-        form=form,
-        rank=4,
-        blocks=2,
-        step_size=2e-3,  # type: ignore[arg-type]
-    )
-    shaken(low)
+    settings: Any = {"form": form, "network": network, "blocks": 2 if network == "rows" else 1}
+    low = Hypernetwork(env.llm.shapes, env.llm.device, rank=4, step_size=2e-3, **settings)
+    shaken(low, 0.05 if network == "rows" else 0.3)
     env.use_low_level(low)
     env.reset(seed=5)
     env.step(np.ones(L, np.int8))
@@ -121,7 +119,8 @@ def test_gradients_of_the_objective_are_its_slopes(form: str) -> None:
         slope = (values[0] - values[1]) / (2 * size)
         assert slope == pytest.approx(float((gradient * direction).sum()), rel=0.1), name
         checked.add(kind)
-    wanted = {"a", "b", "bias", "scale", "shift", "log_step"}
+    wanted = {"a", "b", "bias", "scale", "shift"} if network == "rows" else {"a", "c"}
+    wanted |= {"log_step"}
     assert checked >= (wanted | {"log_ridge"} if form == "ridge" else wanted)
 
 
@@ -157,10 +156,41 @@ def test_parameters_and_statistics_are_apart(kind: Any, captures: list[Capture])
     assert not torch.equal(one.propose(captures[0], ALL)[0].right, b.right)
 
 
+@torch.no_grad()
+def test_a_network_for_tokens_weighs_their_value_gradients(captures: list[Capture]) -> None:
+    env = make(SELECTION)
+    shapes, device = env.llm.shapes, env.llm.device
+    plain = seen(Hypernetwork(shapes, device, step_size=0.01), captures)
+    low: Any = Hypernetwork(shapes, device, network="tokens", rank=4, step_size=0.01)
+    seen(shaken(low, 1.0), captures)
+    ones, twos = (rule.propose(captures[-1], ALL) for rule in (plain, low))
+    for number, group in enumerate(low.groups):
+        net = low.net[number]
+        u, v = captures[-1].stacked(group)
+        rows = low._moments[number].normalise(torch.cat((u, v), 2), list(range(len(group))))
+        for place, layer in enumerate(group):
+            step = math.exp(float(net.log_step[place]))
+            one, two = ones[layer], twos[layer]
+            assert one is not None
+            assert two is not None
+            assert torch.equal(one.left, two.left)
+            for token, row in enumerate(rows[place]):
+                inner = [math.tanh(float(row @ column)) for column in net.tokens.a.mT]
+                score = sum(h * float(c) for h, c in zip(inner, net.tokens.c[place], strict=True))
+                weight = math.exp(2 * math.tanh(score / 2))
+                assert math.exp(-2) < weight < math.exp(2)
+                wanted = one.right[token] * step * weight
+                torch.testing.assert_close(two.right[token], wanted, rtol=1e-4, atol=1e-9)
+
+
 def test_bad_settings_are_refused() -> None:
     shapes, cpu = [(2, 3)], torch.device("cpu")
     with pytest.raises(SettingsError, match="form must be one of"):
         Hypernetwork(shapes, cpu, form="mend")  # type: ignore[arg-type]
+    with pytest.raises(SettingsError, match="network must be one of"):
+        Hypernetwork(shapes, cpu, network="words")  # type: ignore[arg-type]
+    with pytest.raises(SettingsError, match="has no blocks, so blocks=2"):
+        Hypernetwork(shapes, cpu, network="tokens", blocks=2)
     with pytest.raises(SettingsError, match="rank must be"):
         Hypernetwork(shapes, cpu, rank=0)
     with pytest.raises(SettingsError, match="unknown update rule"):

@@ -190,10 +190,12 @@ def test_a_low_level_learns_from_a_bad_beginning() -> None:
     assert rows[-1]["right_after"] > rows[0]["right_after"]
 
 
+@pytest.mark.parametrize("network", ["rows", "tokens"])
 @pytest.mark.parametrize("form", ["outer", "ridge", "decorrelated"])
-def test_every_parameter_of_a_fresh_low_level_learns(form: str) -> None:
+def test_every_parameter_of_a_fresh_low_level_learns(form: str, network: str) -> None:
     env = make(SELECTION, num_edits=None, max_steps_per_edit=2)
-    agent = spec_agent(f"all-layers+hypernetwork?form={form}").build(env.llm)
+    name = f"all-layers+hypernetwork?form={form}&network={network}"
+    agent = spec_agent(name).build(env.llm)
     low = agent.low
     assert isinstance(low, Hypernetwork)
     before = {name: value.clone() for name, value in low.net.named_parameters()}
