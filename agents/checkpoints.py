@@ -112,7 +112,10 @@ def read_record(folder: Path) -> dict[str, Any]:
     try:
         record = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise CheckpointError(f"{file} is not a trained agent: {error}") from error
+        raise CheckpointError(
+            f"{file} is not a trained agent: {error}; copy the folder again, or train the agent "
+            "into another one"
+        ) from error
     if not isinstance(record, dict) or record.get("format") != FORMAT:
         found = record.get("format") if isinstance(record, dict) else None
         raise CheckpointError(
@@ -131,7 +134,10 @@ def read_state(folder: Path, record: Mapping[str, Any], device: torch.device) ->
     try:
         tensors = load(file.read_bytes())
     except (OSError, safetensors.SafetensorError) as error:
-        raise CheckpointError(f"{file} cannot be read: {error}") from error
+        raise CheckpointError(
+            f"{file} is missing or damaged: {error}; copy the folder again, or train the agent "
+            "into another one"
+        ) from error
     return {path: t.to(device) for path, t in tensors.items()} | dict(record["values"])
 
 
