@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 
+from agents.checkpoints import FACTS, fact_hashes
 from agents.libraries import (
     FunctionPolicy,
     PolicyAgent,
@@ -21,9 +22,11 @@ from agents.libraries import (
     run_script,
     save_policy,
 )
+from agents.libraries.record import JSON_FILE
 from agents.libraries.task import Sizes
 from agents.registry import make_agent
 from benchmarks.episode import play
+from hiedit_env.datasets import load_requests
 from hiedit_env.errors import (
     CheckpointError,
     MissingLibraryError,
@@ -192,6 +195,23 @@ def test_a_record_goes_there_and_back(tmp_path: Path) -> None:
     assert agent.candidate_layers("tiny") == list("abcdef")
     assert agent.candidate_layers("smollm2-135m") is None
     assert agent.identity["weights"] == [record.digest]
+
+
+def test_a_record_says_which_facts_it_was_trained_on(tmp_path: Path) -> None:
+    task = Task("layers", {**TINY, "dataset": "tiny-facts"})
+    wanted = fact_hashes(load_requests("tiny-facts"))
+    for name, env in (("one", task.make_env()), ("many", task.make_envs(2))):
+        write(tmp_path / name, task, sizes=task.sizes(env))
+        agent = PolicyAgent(read_policy(tmp_path / name, "any"), FunctionPolicy(lambda o, m: 0))
+        assert agent.training_facts("tiny") == wanted
+    toy = Task("layers", TOY)
+    assert toy.sizes(toy.make_env()).facts == frozenset()
+    # As those were written that do not say.
+    file = tmp_path / "one" / JSON_FILE
+    record = json.loads(file.read_text())
+    del record["training"][FACTS]
+    file.write_text(json.dumps(record))
+    assert read_policy(tmp_path / "one", "any").sizes.facts == frozenset()
 
 
 def test_damaged_records_are_refused(tmp_path: Path) -> None:

@@ -132,6 +132,10 @@ class PolicyAgent:
         trained = self.record.task.settings.get("model", "tiny")
         return list(self.record.sizes.names) or None if model == trained else None
 
+    def training_facts(self, model: str) -> frozenset[str]:
+        """:func:`~agents.checkpoints.fact_hashes` of what it was trained on."""
+        return self.record.sizes.facts
+
     def reset(self, env: gym.Env[Any, Any], seed: int) -> None:
         """Makes ready for a life; a policy over step sizes becomes the low level.
 

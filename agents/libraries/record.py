@@ -14,7 +14,7 @@ import safetensors
 import safetensors.torch
 from torch import Tensor
 
-from agents.checkpoints import file_digest
+from agents.checkpoints import FACTS, file_digest, trained_facts
 from agents.libraries.task import Sizes, Task
 from hiedit_env.errors import CheckpointError, HieditError, ResultsExistError
 from hiedit_env.files import write_bytes
@@ -101,7 +101,7 @@ def save_policy(
             "names": list(sizes.names),
         },
         "policy": dict(policy),
-        "training": dict(training),
+        "training": {**training, FACTS: " ".join(sorted(sizes.facts))},
         "versions": {
             "python": platform.python_version(),
             **{name: version(name) for name in names},
@@ -140,7 +140,9 @@ def read_policy(folder: Path | str, library: str) -> PolicyRecord:
             library=library,
             algorithm=found["algorithm"],
             task=Task.from_json(found["task"]),
-            sizes=Sizes(sizes["observation"], sizes["layers"], tuple(sizes["names"])),
+            sizes=Sizes(
+                sizes["observation"], sizes["layers"], tuple(sizes["names"]), trained_facts(found)
+            ),
             policy=found["policy"],
             tensors=safetensors.torch.load((folder / TENSOR_FILE).read_bytes()),
             digest=file_digest(folder / TENSOR_FILE),

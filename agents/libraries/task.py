@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
@@ -15,6 +15,7 @@ from gymnasium.wrappers.vector import TransformAction
 from numpy.typing import NDArray
 
 import hiedit_env  # noqa: F401 - registers the environments
+from agents.checkpoints import fact_hashes
 from hiedit_env.checks import whole_number
 from hiedit_env.envs.base import EditingEnv
 from hiedit_env.envs.settings import MODEL_RULES
@@ -44,11 +45,13 @@ class Sizes:
         observation: Numbers in an observation of the environment, before any wrapper.
         layers: L.
         names: The candidate layers; empty where the environment has no model.
+        facts: :func:`~agents.checkpoints.fact_hashes` of the facts it was trained on.
     """
 
     observation: int
     layers: int
     names: tuple[str, ...] = ()
+    facts: frozenset[str] = frozenset()
 
 
 @dataclass(frozen=True, slots=True)
@@ -181,8 +184,10 @@ class Task:
         """Of an environment that this task made, single or vector."""
         found: Any = env.unwrapped
         inner = found.envs[0].unwrapped if isinstance(env, VectorEnv) else found
-        names = tuple(inner.llm.names) if isinstance(inner, EditingEnv) else ()
-        return Sizes(inner.observation_space.shape[0], inner.action_space.shape[0], names)
+        sizes = Sizes(inner.observation_space.shape[0], inner.action_space.shape[0])
+        if isinstance(inner, EditingEnv):
+            sizes = replace(sizes, names=tuple(inner.llm.names), facts=fact_hashes(inner.requests))
+        return sizes
 
     def spaces(self, sizes: Sizes) -> tuple[spaces.Space[Any], spaces.Space[Any]]:
         """Observation and action space in the task's form, without making an environment."""
