@@ -200,7 +200,7 @@ def test_a_record_goes_there_and_back(tmp_path: Path) -> None:
 def test_a_record_says_which_facts_it_was_trained_on(tmp_path: Path) -> None:
     task = Task("layers", {**TINY, "dataset": "tiny-facts"})
     wanted = fact_hashes(load_requests("tiny-facts"))
-    for name, env in (("one", task.make_env()), ("many", task.make_envs(2))):
+    for name, env in (("one", task.make_env()), ("many", task.make_vec(2))):
         write(tmp_path / name, task, sizes=task.sizes(env))
         agent = PolicyAgent(read_policy(tmp_path / name, "any"), FunctionPolicy(lambda o, m: 0))
         assert agent.training_facts("tiny") == wanted

@@ -348,7 +348,7 @@ def test_a_model_it_does_not_fit_is_refused(tmp_path: Path) -> None:
     record["format"] = 1
     (out / "agent.json").write_text(json.dumps(record))
     (out / "agent.safetensors").write_bytes(b"rubbish")
-    with pytest.raises(CheckpointError, match="missing or damaged.*train the agent"):
+    with pytest.raises(CheckpointError, match=r"missing or damaged.*train the agent"):
         make_agent(str(out)).reset(make(SELECTION), 0)
 
 
