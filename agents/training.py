@@ -86,12 +86,14 @@ class Trainer:
             self.optimizers["low"] = _adam(self.low, settings.low_learning_rate, VECTOR_FACTOR)
         if settings.train_high and isinstance(self.high, Trainable):
             self.optimizers["high"] = _adam(self.high, settings.high_learning_rate, 1.0)
-        if not self.optimizers:
+        # With no trajectories a low level may still be calibrated.
+        if settings.trajectories and not self.optimizers:
             raise SettingsError(
                 f"agent {agent.name!r} has nothing to train: its high level is {self.high.name!r} "
                 f"and its low level {getattr(agent.low, 'name', 'the update rule')!r}; one of them "
                 "must be learned (policy, straight-through; hypernetwork, rehearsal, step-sizes) "
-                "and its training not switched off"
+                "and its training not switched off: hiedit's own low level is trained with "
+                "--train-low, or calibrated and nothing more with --trajectories 0"
             )
         env.use_low_level(agent.low, max_steps_per_edit=agent.max_steps_per_edit)
         self._gated = "high" in self.optimizers and isinstance(self.high, StraightThroughRouter)

@@ -46,8 +46,8 @@ class Variant:
     train: tuple[str, ...] = ()
 
 
-#: The high level of ``hiedit``, and its settings: they are drawn in acting as in training.
-_POLICY = "hiedit?high.layers_per_edit={k}&high.deterministic=false"
+#: The high level of ``hiedit``.
+_POLICY = "hiedit?high.layers_per_edit={k}"
 
 VARIANTS: Mapping[str, Variant] = {
     "hiedit": Variant(train=(_POLICY + "+{low}",)),
@@ -107,7 +107,7 @@ class Plan:
         query = f"?{self.low_settings}" if self.low_settings else ""
         agent = self.filled("random-layers?layers_per_edit={k}+hiedit") + query
         window = () if self.low_window is None else ("--window", str(self.low_window))
-        count = ("--trajectories", str(trajectories))
+        count = ("--train-low", "--trajectories", str(trajectories))
         return ["train", agent, *self.train, *window, *count, *self._to(folder)]
 
     def high(self, name: str) -> list[str]:

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
 
+from agents.checkpoints import TENSOR_FILE
 from agents.hypernetwork import Hypernetwork
 from agents.options import HierarchicalAgent, UntrainedChoice
 from agents.registry import spec_agent
@@ -18,6 +21,7 @@ from agents.routers import PolicyRouter, StraightThroughRouter
 from agents.settings import TrainSettings
 from agents.training import Trainer, Tried
 from benchmarks.train import TrainingRun, train
+from hiedit_env.errors import SettingsError
 from hiedit_env.updates import LowRankUpdate, Updates
 from tests.lives import SELECTION, L, make
 from tests.test_training import OnlyOneHelps, files
@@ -127,18 +131,39 @@ def test_an_option_teaches_by_what_it_leaves_behind() -> None:
     assert own != pytest.approx(slope, rel=0.1)
 
 
+def short(**changes: Any) -> TrainSettings:
+    """The settings of ``hiedit``, with two windows a life and little of everything else."""
+    little = {"trajectories": 3, "edits_per_trajectory": 3, "window": 2, "calibration": 12}
+    return TrainSettings(**{**spec_agent("hiedit").spec.train, **little, **changes})
+
+
+def test_hiedit_is_calibrated_below_and_trained_above(tmp_path: Path) -> None:
+    """In one training, or in two of which the first takes no trajectories: the same agent."""
+    one, low, two = (tmp_path / name for name in ("one", "low", "two"))
+    settings = short(evaluation_edits=0, trajectories=2)
+    train(TrainingRun(agent="hiedit", model="tiny"), settings, one, progress=False)
+    calibrated = TrainingRun(agent="random-layers+hiedit", model="tiny")
+    train(calibrated, replace(settings, trajectories=0), low, progress=False)
+    train(TrainingRun(agent=f"hiedit+{low}", model="tiny"), settings, two, progress=False)
+    found = load_file(one / TENSOR_FILE)
+    again = load_file(two / TENSOR_FILE)
+    assert found.keys() == again.keys()
+    assert all(torch.equal(found[name], again[name]) for name in found)
+    calibration = load_file(low / TENSOR_FILE)
+    assert any("calibration.products" in name for name in calibration)
+    assert all(torch.equal(found[name], value) for name, value in calibration.items())
+    assert not any(value.any() for name, value in found.items() if name.endswith(".log_step"))
+    assert found["high.bias"].any()
+    with pytest.raises(SettingsError, match=r"--train-low.*--trajectories 0"):
+        train(calibrated, settings, tmp_path / "none", progress=False)
+
+
+@pytest.mark.parametrize("train_low", [False, True])
 def test_hiedit_resumed_equals_hiedit_uninterrupted(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    train_low: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run = TrainingRun(agent="hiedit", model="tiny")
-    settings = TrainSettings(
-        **{
-            **spec_agent("hiedit").spec.train,
-            # Two windows a life, and little of everything else.
-            **{"trajectories": 3, "edits_per_trajectory": 3, "window": 2},
-            **{"evaluation_edits": 2, "calibration": 12},
-        }
-    )
+    settings = short(evaluation_edits=2, train_low=train_low)
     whole, parted = tmp_path / "whole", tmp_path / "parted"
     train(run, settings, whole, progress=False)
     own = Trainer.trajectory
