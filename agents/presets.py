@@ -20,7 +20,7 @@ HIEDIT = AgentSpec(
     name="hiedit",
     high="policy",
     low="rehearsal",
-    high_settings={"share": 0.25, "normalize": True, "deterministic": False},
+    high_settings={"share": 0.25, "normalize": True},
     low_settings={
         "step_size": 2.5e-4,
         "network": "tokens",

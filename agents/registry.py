@@ -124,7 +124,15 @@ class SpecAgent:
             high_settings=self._high.high_settings,
             low_settings=self._low.low_settings,
             max_steps_per_edit=self._low.max_steps_per_edit,
-            train={**self._low.train, **self._high.train},
+            train={
+                **{name: value for name, value in self._low.train.items() if name != "train_high"},
+                # Whether a low level is trained is not for the agent above it to say.
+                **{
+                    name: value
+                    for name, value in self._high.train.items()
+                    if name != "train_low" or self._high is self._low
+                },
+            },
             source=self._high.source if self._high is self._low else "",
         )
 
@@ -178,7 +186,11 @@ class SpecAgent:
 
     def with_low_settings(self, **settings: Any) -> SpecAgent:
         """The same agent with other arguments of its low level."""
-        spec = replace(self._low, low_settings={**self._low.low_settings, **settings})
+        spec = replace(
+            self._low,
+            low_settings={**self._low.low_settings, **settings},
+            given=self._low.given | {f"low.{name}" for name in settings},
+        )
         high = spec if self._high is self._low else self._high
         return SpecAgent(self.name, (high, self._high_folder), (spec, self._low_folder))
 
@@ -236,15 +248,14 @@ class SpecAgent:
         if preset is None or found is None:
             return spec, folder
         own = AgentSpec.from_json(read_record(found))
-        high = _changed(spec.high_settings, preset.high_settings)
-        low = _changed(spec.low_settings, preset.low_settings)
+        high = {k: v for k, v in spec.high_settings.items() if f"high.{k}" in spec.given}
+        low = {k: v for k, v in spec.low_settings.items() if f"low.{k}" in spec.given}
+        horizon = (spec if _HORIZON in spec.given else own).max_steps_per_edit
         return replace(
             own,
             high_settings={**own.high_settings, **high},
             low_settings={**own.low_settings, **low},
-            max_steps_per_edit=spec.max_steps_per_edit
-            if spec.max_steps_per_edit != preset.max_steps_per_edit
-            else own.max_steps_per_edit,
+            max_steps_per_edit=horizon,
         ), found
 
     def reset(self, env: gym.Env[Any, Any], seed: int) -> None:
@@ -407,11 +418,12 @@ def _with_query(spec: AgentSpec, query: str, level: str, folder: Path | None = N
     if not query:
         return spec
     settings = {"high": dict(spec.high_settings), "low": dict(spec.low_settings)}
-    horizon = spec.max_steps_per_edit
+    horizon, given = spec.max_steps_per_edit, set(spec.given)
     for item in query.split("&"):
         path, equals, text = item.partition("=")
         if path == _HORIZON:
             horizon = _steps(item, text)
+            given.add(_HORIZON)
             continue
         owner, dot, key = path.partition(".")
         owner, key = (owner, key) if dot else (level, path)
@@ -422,6 +434,7 @@ def _with_query(spec: AgentSpec, query: str, level: str, folder: Path | None = N
             )
         if folder is not None and key in _STRUCTURE:
             raise SettingsError(f"{key!r} of {folder} was fixed when it was trained")
+        given.add(f"{owner}.{key}")
         try:
             settings[owner][key] = json.loads(text)
         except ValueError:
@@ -431,6 +444,7 @@ def _with_query(spec: AgentSpec, query: str, level: str, folder: Path | None = N
         high_settings=settings["high"],
         low_settings=settings["low"],
         max_steps_per_edit=horizon,
+        given=frozenset(given),
     )
 
 
@@ -438,10 +452,6 @@ def _steps(item: str, text: str) -> int:
     if not (text.isdecimal() and int(text) > 0):
         raise SettingsError(f"{item!r}: an option lasts a whole number of steps, at least 1")
     return int(text)
-
-
-def _changed(settings: Mapping[str, Any], defaults: Mapping[str, Any]) -> dict[str, Any]:
-    return {k: v for k, v in settings.items() if k not in defaults or defaults[k] != v}
 
 
 def _import(name: str) -> Callable[..., Any]:

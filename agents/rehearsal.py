@@ -8,7 +8,8 @@ loss
 
 (mean over each one's tokens) gives a second low-rank update of the same layers, by the same
 decorrelated rule. With ``look_ahead`` training takes the gradients at those weights as constants:
-how the parameters move them through the fact's own update is left out (first order).
+how the parameters move them through the fact's own update is left out (first order). So is how they
+move the bound of its size.
 
 The earlier requests are those the agent itself edited in this life, without their paraphrases (what
 was answered when it came, or had no layer chosen, was not edited).

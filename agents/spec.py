@@ -41,6 +41,8 @@ class AgentSpec:
         max_steps_per_edit: Horizon of an option; None for the environment's own.
         train: Defaults of :class:`agents.training.TrainSettings` for this agent.
         source: Where the settings come from.
+        given: Settings that were given by name, as ``high.name`` and ``low.name``, and the horizon;
+            for a named agent, only these change what ships.
 
     Raises:
         SettingsError: an unknown level.
@@ -54,6 +56,7 @@ class AgentSpec:
     max_steps_per_edit: int | None = None
     train: Mapping[str, Any] = field(default_factory=dict)
     source: str = ""
+    given: frozenset[str] = field(default=frozenset(), compare=False)
 
     def __post_init__(self) -> None:
         if self.high not in HIGH_LEVELS:
@@ -74,7 +77,8 @@ class AgentSpec:
         """
         if self.high in ROUTERS:
             check_arguments(ROUTERS[self.high], self.high_settings, f"high level {self.high!r}")
-        elif (count := self.high_settings.get("layers_per_edit")) is not None:
+        # Of fixed layers it may be a list.
+        elif isinstance(count := self.high_settings.get("layers_per_edit"), str | float):
             whole_number(count, "layers_per_edit", 1)
         if self.low is not None and self.low in LEARNED_LOW:
             check_arguments(LEARNED_LOW[self.low], self.low_settings, f"low level {self.low!r}")
@@ -89,7 +93,8 @@ class AgentSpec:
         if layers_per_edit is None:
             return self
         settings = {**self.high_settings, "layers_per_edit": layers_per_edit}
-        return replace(self, high_settings=settings)
+        given = self.given | {"high.layers_per_edit"}
+        return replace(self, high_settings=settings, given=given)
 
     def make_high(self, llm: ResidentLLM) -> HighLevel:
         """A fresh high level for a model.

@@ -6,9 +6,10 @@ fact the high level chooses, the option runs, and
 * a trained low level gets the gradient of the environment's objective (edit, paraphrases,
   unrelated prompts, remembered edits, L2) through the overlay, at the weights the option leaves
   behind, through the updates of all its primitive steps: what is left undone by a step that
-  another one follows costs nothing, as in the environment's reward. What an update changes in the
-  captures of later steps is left out (first order), and so is what :mod:`agents.rehearsal` says
-  where it looks ahead; for options of one step the gradient is exact;
+  another one follows costs nothing, as in the environment's reward. It is exact for options of one
+  step; what an update changes in the captures of later steps is left out (first order), and where a
+  low level rehearses, what :mod:`agents.rehearsal` says. The graphs of an option's updates are kept
+  until it ends;
 * a straight-through router gets the same gradient through its gates;
 * a policy router gets REINFORCE (Williams 1992) on the option's reward. What is subtracted is the
   mean reward of the *other* options sampled for the same fact from the same state (leave-one-out)
@@ -92,8 +93,8 @@ class Trainer:
                 f"agent {agent.name!r} has nothing to train: its high level is {self.high.name!r} "
                 f"and its low level {getattr(agent.low, 'name', 'the update rule')!r}; one of them "
                 "must be learned (policy, straight-through; hypernetwork, rehearsal, step-sizes) "
-                "and its training not switched off: hiedit's own low level is trained with "
-                "--train-low, or calibrated and nothing more with --trajectories 0"
+                "and its training not switched off (as that of hiedit's low level is, which "
+                "--train-low trains, and --trajectories 0 calibrates and nothing more)"
             )
         env.use_low_level(agent.low, max_steps_per_edit=agent.max_steps_per_edit)
         self._gated = "high" in self.optimizers and isinstance(self.high, StraightThroughRouter)
@@ -209,8 +210,8 @@ class Trainer:
             nonlocal lesson
             layers = np.ones_like(choice.layers) if gates is not None else choice.layers
             made.append(option.policy.compute(capture, layers, gates))
-            # Only after the step was written is it known whether it was the last one; but what
-            # backward passes need would be overwritten then.
+            # Only after the step was written is it known whether it was the last one, and then the
+            # weights have changed that a backward pass needs.
             lesson = self._lesson(made)
             chosen = zip(made[-1], choice.layers, strict=True)
             return tuple(
@@ -420,12 +421,12 @@ class Lesson:
 def _with_earlier(steps: Sequence[LowRankUpdate | None]) -> LowRankUpdate | None:
     """A layer's last update, plus 0 through which a gradient flows into the ones before it."""
     *earlier, last = steps
-    if last is None:
-        return None
-    parts = [last]
+    parts = [] if last is None else [last]
     for update in earlier:
         if update is not None:
             parts += (update, update.detach().scaled(-1.0))
+    if not parts:
+        return None
     return LowRankUpdate(torch.cat([p.left for p in parts]), torch.cat([p.right for p in parts]))
 
 

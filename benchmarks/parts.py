@@ -2,7 +2,8 @@
 
 ``python -m benchmarks.parts --train FILE --evaluate FILE --layers PATTERN … --out DIR``
 
-One low level is trained, then a high level over it for every variant that has one of its own (the
+One low level is trained (in ``hiedit train hiedit`` it is calibrated and no more, which is the row
+``untrained-low``), then a high level over it for every variant that has one of its own (the
 others only act in another way), then every variant edits the same streams. Each training and each
 variant's streams are a process of their own, ``--jobs`` at a time; what is finished is kept, so
 that the same command goes on where it was stopped. It ends with the table of ``hiedit compare`` and
@@ -46,8 +47,8 @@ class Variant:
     train: tuple[str, ...] = ()
 
 
-#: The high level of ``hiedit``.
-_POLICY = "hiedit?high.layers_per_edit={k}"
+#: The high level of ``hiedit``, and its settings: they are drawn in acting as in training.
+_POLICY = "hiedit?high.layers_per_edit={k}&high.deterministic=false"
 
 VARIANTS: Mapping[str, Variant] = {
     "hiedit": Variant(train=(_POLICY + "+{low}",)),

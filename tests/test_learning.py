@@ -19,7 +19,7 @@ from agents.options import HierarchicalAgent, UntrainedChoice
 from agents.registry import spec_agent
 from agents.routers import PolicyRouter, StraightThroughRouter
 from agents.settings import TrainSettings
-from agents.training import Trainer, Tried
+from agents.training import Trainer, Tried, _with_earlier
 from benchmarks.train import TrainingRun, train
 from hiedit_env.errors import SettingsError
 from hiedit_env.updates import LowRankUpdate, Updates
@@ -129,6 +129,43 @@ def test_an_option_teaches_by_what_it_leaves_behind() -> None:
     # The last step's own share is another number.
     own = (objective(0.02, 2) - objective(-0.02, 2)) / 0.04
     assert own != pytest.approx(slope, rel=0.1)
+
+
+def test_an_option_whose_second_step_wrecks_the_model_teaches_nothing() -> None:
+    env = make(SELECTION, num_edits=None, max_steps_per_edit=3)
+    low = WreckedLater(env.llm.shapes, env.llm.device, step_size=1e-6)
+    agent = HierarchicalAgent("toy", UntrainedChoice("all-layers", L), low, 3)
+    settings = TrainSettings(edits_per_trajectory=2, window=1)
+    trainer = Trainer(env, agent, env.requests, settings)
+    before = [parameter.clone() for parameter in low.parameters()]
+    row = trainer.trajectory(0)
+    assert low.asked == 2
+    assert row["loss"] == 0
+    assert row["reward"] < -5
+    assert all(map(torch.equal, before, low.parameters()))
+
+
+class WreckedLater(Hypernetwork):
+    """A low level whose second update is not finite."""
+
+    asked = 0
+
+    def compute(self, *arguments: Any) -> Any:
+        found = super().compute(*arguments)
+        self.asked += 1
+        return found if self.asked < 2 else tuple(u and u.scaled(math.inf) for u in found)
+
+
+def test_a_layer_left_out_of_a_later_step_still_learns_from_earlier_ones() -> None:
+    left, right = torch.ones(2, 3), torch.ones(2, 4, requires_grad=True)
+    update = LowRankUpdate(left, right)
+    assert _with_earlier([None, None]) is None
+    for last in (None, LowRankUpdate(torch.ones(1, 3), torch.ones(1, 4))):
+        whole = _with_earlier([update, None, last])
+        assert whole is not None
+        assert torch.equal(whole.dense(), torch.full((3, 4), 0.0 if last is None else 1.0))
+        (gradient,) = torch.autograd.grad(whole.dense().sum(), right)
+        assert torch.equal(gradient, torch.full((2, 4), 3.0))
 
 
 def short(**changes: Any) -> TrainSettings:

@@ -168,6 +168,12 @@ def test_arguments_of_the_low_level_can_be_given_with_the_name(
             spec_agent(name)
     with pytest.raises(SettingsError, match="fixed when it was trained"):
         spec_agent(f"{trained[1]}?rule=ridge")
+    assert spec_agent("fixed-layers?layers_per_edit=[3,1]+ridge").spec.high_settings == {
+        "layers_per_edit": [3, 1]
+    }
+    # Whether a low level is trained is said by its own preset.
+    for name, trains in (("hiedit", False), ("hiedit+rledit", True), ("policy+hiedit", False)):
+        assert spec_agent(name).spec.train.get("train_low", True) is trains
     for name, message in (
         ("nobody+ridge", "unknown high level 'nobody'"),
         # A folder that is missing is no part of the value before it.
@@ -240,7 +246,7 @@ def test_what_ships_keeps_the_settings_it_was_trained_with(
 ) -> None:
     # Presets move on; what was trained before they did is built as it was trained.
     monkeypatch.setattr("agents.registry.SHIPPED", tmp_path)
-    agent = "hiedit?high.normalize=false&rank=8"
+    agent = "hiedit?high.normalize=false&rank=8&facts=3"
     run = TrainingRun(agent=agent, name="hiedit", model="tiny")
     train(run, QUICK, tmp_path / "hiedit-tiny", progress=False)
     env = make(SELECTION, model="tiny", num_edits=1)
@@ -250,6 +256,11 @@ def test_what_ships_keeps_the_settings_it_was_trained_with(
     assert isinstance(built.low, Rehearsal)
     assert built.high.moments is None
     assert (built.low.facts, built.low.probes) == (1, 4)
+    # What is given by name counts also where the preset has the same.
+    for query, facts in (("", 3), (f"?facts={PRESETS['hiedit'].low_settings['facts']}", 4)):
+        low = spec_agent(f"hiedit{query}").build(env.llm, "tiny").low
+        assert isinstance(low, Rehearsal)
+        assert low.facts == facts
     # A fresh one, to be trained, follows the preset.
     fresh = spec_agent("hiedit").build(env.llm, "tiny", trained=False).high
     assert isinstance(fresh, PolicyRouter)

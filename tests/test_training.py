@@ -142,6 +142,7 @@ def test_a_wrecked_model_ends_the_trajectory_and_not_the_training(agent: str) ->
     env = make(SELECTION, num_edits=None)
     built = spec_agent(agent).with_low_settings(step_size=1e36).build(env.llm, trained=False)
     trainer = Trainer(env, built, env.requests, replace(SHORT, calibration=4))
+    assert ("low" in trainer.optimizers) == (agent != "policy+outer-product")
     trainer.calibrate()
     row = trainer.trajectory(0)
     assert row["reward"] < -5
