@@ -378,6 +378,11 @@ def is_trained(name: str) -> bool:
 def _part(name: str) -> tuple[AgentSpec, Path | None] | None:
     """A named agent, a trained one or a high level, with its arguments; None if it is none."""
     base, _, query = (name, "", "") if is_trained(name) else name.partition("?")
+    if base in PRESETS and is_trained(base):
+        raise SettingsError(
+            f"{base!r} is a named agent, and here it is also the folder of a trained one; write "
+            f"'./{base}' for the folder, or go elsewhere for the named agent"
+        )
     if base in PRESETS:
         return _with_query(PRESETS[base], query, "low"), None
     if is_trained(base):

@@ -241,6 +241,18 @@ def test_arguments_reach_the_level_that_is_taken() -> None:
     assert spec.low_settings["facts"] == 0
 
 
+def test_a_folder_that_is_called_like_a_named_agent(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    train(TrainingRun(agent="hiedit", model="tiny"), QUICK, tmp_path / "hiedit", progress=False)
+    monkeypatch.chdir(tmp_path)
+    for name in ("hiedit", "hiedit?facts=1", "random-layers+hiedit"):
+        with pytest.raises(SettingsError, match=r"write './hiedit' for the folder"):
+            make_agent(name)
+    agent = make_agent("random-layers+./hiedit?facts=1")
+    assert agent.identity["weights"]  # type: ignore[attr-defined]
+
+
 def test_what_ships_keeps_the_settings_it_was_trained_with(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
