@@ -27,6 +27,7 @@ TENSOR_FILE = "agent.safetensors"
 #: Key of a training's record: the hashes of its facts, one text, since a line each would bury the
 #: rest.
 FACTS = "fact_hashes"
+_REMEDY = "copy the folder again, or train the agent into another one"
 
 
 def flatten(state: Mapping[str, Any], prefix: str = "") -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -71,6 +72,11 @@ def fact_hashes(requests: Iterable[Request]) -> frozenset[str]:
     return frozenset(hashlib.blake2b(t.encode(), digest_size=4).hexdigest() for t in plain)
 
 
+def facts_entry(hashes: Iterable[str]) -> dict[str, str]:
+    """:func:`fact_hashes` as an entry of a training's record, for :func:`trained_facts`."""
+    return {FACTS: " ".join(sorted(hashes))}
+
+
 def trained_facts(record: Mapping[str, Any]) -> frozenset[str]:
     """:func:`fact_hashes` of what an agent was trained on; empty where its record does not say."""
     return frozenset(str(record.get("training", {}).get(FACTS, "")).split())
@@ -112,10 +118,7 @@ def read_record(folder: Path) -> dict[str, Any]:
     try:
         record = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise CheckpointError(
-            f"{file} is not a trained agent: {error}; copy the folder again, or train the agent "
-            "into another one"
-        ) from error
+        raise CheckpointError(f"{file} is not a trained agent: {error}; {_REMEDY}") from error
     if not isinstance(record, dict) or record.get("format") != FORMAT:
         found = record.get("format") if isinstance(record, dict) else None
         raise CheckpointError(
@@ -134,10 +137,7 @@ def read_state(folder: Path, record: Mapping[str, Any], device: torch.device) ->
     try:
         tensors = load(file.read_bytes())
     except (OSError, safetensors.SafetensorError) as error:
-        raise CheckpointError(
-            f"{file} is missing or damaged: {error}; copy the folder again, or train the agent "
-            "into another one"
-        ) from error
+        raise CheckpointError(f"{file} is missing or damaged: {error}; {_REMEDY}") from error
     return {path: t.to(device) for path, t in tensors.items()} | dict(record["values"])
 
 

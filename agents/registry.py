@@ -124,14 +124,10 @@ class SpecAgent:
             high_settings=self._high.high_settings,
             low_settings=self._low.low_settings,
             max_steps_per_edit=self._low.max_steps_per_edit,
+            # Whether a level is trained is not for the other one's preset to say.
             train={
                 **{name: value for name, value in self._low.train.items() if name != "train_high"},
-                # Whether a low level is trained is not for the agent above it to say.
-                **{
-                    name: value
-                    for name, value in self._high.train.items()
-                    if name != "train_low" or self._high is self._low
-                },
+                **{name: value for name, value in self._high.train.items() if name != "train_low"},
             },
             source=self._high.source if self._high is self._low else "",
         )

@@ -15,7 +15,7 @@ import gymnasium as gym
 
 import hiedit_env  # noqa: F401 - registers the environments
 from agents.candidates import candidates_for
-from agents.checkpoints import FACTS, describe_model, fact_hashes, save_agent
+from agents.checkpoints import describe_model, fact_hashes, facts_entry, save_agent
 from agents.hypernetwork import Hypernetwork
 from agents.options import HierarchicalAgent
 from agents.registry import SpecAgent, spec_agent
@@ -119,7 +119,7 @@ def train(
             "model": describe_model(inner.llm),
             "training": {
                 **folder.settings,
-                FACTS: " ".join(sorted(facts)),
+                **facts_entry(facts),
                 "versions": versions(),
             },
         }

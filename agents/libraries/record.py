@@ -14,7 +14,7 @@ import safetensors
 import safetensors.torch
 from torch import Tensor
 
-from agents.checkpoints import FACTS, file_digest, trained_facts
+from agents.checkpoints import facts_entry, file_digest, trained_facts
 from agents.libraries.task import Sizes, Task
 from hiedit_env.errors import CheckpointError, HieditError, ResultsExistError
 from hiedit_env.files import write_bytes
@@ -101,7 +101,7 @@ def save_policy(
             "names": list(sizes.names),
         },
         "policy": dict(policy),
-        "training": {**training, FACTS: " ".join(sorted(sizes.facts))},
+        "training": {**training, **facts_entry(sizes.facts)},
         "versions": {
             "python": platform.python_version(),
             **{name: version(name) for name in names},
