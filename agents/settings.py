@@ -45,6 +45,12 @@ class TrainSettings:
     locality_reference: str = _option(
         "unedited", "what unrelated prompts are compared with: the unedited model, or the previous"
     )
+    lasting: float = _option(
+        0.0, "edits to come that every option is charged for what it leaves behind"
+    )
+    lasting_prompts: int = _option(
+        4, "earlier facts of the life, and unrelated prompts, that this is measured on"
+    )
     samples_per_fact: int = _option(2, "options a policy router tries per fact")
     intrinsic: bool = _option(
         False, "compare sampled options with all layers, and not with each other"
@@ -70,6 +76,7 @@ class TrainSettings:
             ("samples_per_fact", 1),
             ("window", 0),
             ("retention_window", 0),
+            ("lasting_prompts", 1),
             ("evaluation_edits", 0),
             ("calibration", 0),
             ("seed", 0),
@@ -81,7 +88,7 @@ class TrainSettings:
             if not (value > 0 and math.isfinite(value)):
                 raise SettingsError(f"{name} must be a positive finite number, got {value!r}")
         for name in (
-            *("l2", "entropy_weight", "edit_weight", "locality_weight"),
+            *("l2", "entropy_weight", "edit_weight", "locality_weight", "lasting"),
             *("retention_weight", "sparsity_weight"),
         ):
             value = getattr(self, name)

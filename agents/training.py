@@ -18,6 +18,9 @@ fact the high level chooses, the option runs, and
   ``normalize_advantage`` divides by their root mean square over a window, which makes step size and
   entropy weight independent of the scale of the rewards.
 
+With ``lasting`` all of them are also charged for what the option leaves behind for the rest of the
+life: :mod:`agents.lasting`.
+
 Gradients are averaged over a window of facts or a whole trajectory, then Adam steps.
 """
 
@@ -33,6 +36,7 @@ import torch
 from torch import Tensor, nn
 
 from agents.hypernetwork import Hypernetwork
+from agents.lasting import LastingDamage
 from agents.options import Choice, HierarchicalAgent, Option
 from agents.protocol import Observation, Trainable
 from agents.routers import PolicyRouter, StraightThroughRouter
@@ -102,6 +106,7 @@ class Trainer:
         #: Whether the objective's gradient is needed at all.
         self._differentiated = "low" in self.optimizers or self._gated
         self._generator = torch.Generator()
+        self._lasting = LastingDamage(env, self.requests, settings) if settings.lasting else None
 
     def calibration_prompts(self) -> list[Probe]:
         """Unrelated prompts of training facts that the low level is to be shown.
@@ -157,6 +162,8 @@ class Trainer:
         tried: list[list[Tried]] = []
         window = settings.window or len(facts)
         for place in range(len(facts)):
+            if self._lasting is not None:
+                self._lasting.draw(rng)
             outcome, options = self._fact(observation, tally)
             observation = outcome.observation
             tried.append(options)
@@ -193,7 +200,7 @@ class Trainer:
             env.restore_state(state)
         choices.append(self.high.choose(observation, env.capture, self._generator))
         outcome = self._run(choices[-1], tally)
-        advantages = np.array([*rewards, outcome.reward]) - baseline
+        advantages = np.array([*rewards, self._less_damage(outcome)]) - baseline
         if len(choices) > 1 and not settings.intrinsic:
             # Leave-one-out: every option is compared with the mean of the others.
             advantages *= len(choices) / (len(choices) - 1)
@@ -245,23 +252,33 @@ class Trainer:
         pairs = iter(zip(leaves[::2], leaves[1::2], strict=True))
         own = [[None if u is None else LowRankUpdate(*next(pairs)) for u in step] for step in made]
         try:
-            loss = self.env.loss([_with_earlier(layer) for layer in zip(*own, strict=True)])
+            written = [_with_earlier(layer) for layer in zip(*own, strict=True)]
+            loss = self.env.loss(written)
+            damage = None if self._lasting is None else self._lasting.loss(written)
         except NonFiniteUpdateError:
             return None
         if self.settings.l2:
             loss = loss + self.settings.l2 * sum(
                 u.squared_norm() for step in own for u in step if u is not None
             )
-        if not torch.isfinite(loss):
+        total = loss if damage is None else loss + damage
+        if not torch.isfinite(total):
             return None
         places = [i for i, leaf in enumerate(leaves) if leaf.requires_grad]
-        gradients = torch.autograd.grad(loss, [leaves[i] for i in places]) if places else ()
+        gradients = torch.autograd.grad(total, [leaves[i] for i in places]) if places else ()
         return Lesson(float(loss.detach()), [factors[i] for i in places], gradients)
 
     def _reward(self, layers: np.ndarray) -> float:
         """What an option would be paid; the caller restores the state."""
         option = self._option(Choice(layers))
-        return run_option(self.env, option, gamma=self.settings.gamma).reward
+        return self._less_damage(run_option(self.env, option, gamma=self.settings.gamma))
+
+    def _less_damage(self, outcome: Outcome) -> float:
+        """What an option was paid, less what it is charged for the rest of the life."""
+        if self._lasting is None:
+            return outcome.reward
+        with torch.inference_mode():
+            return outcome.reward - float(self._lasting.loss())
 
     def _option(self, choice: Choice) -> Option:
         life = self.env.life

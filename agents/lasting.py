@@ -1,0 +1,97 @@
+"""What an edit leaves behind for the rest of a life, so that a level can be charged for it.
+
+An update made for one fact stays in the weights while all later facts are edited, asked, and not
+asked. The objective of the present fact sees that once; a life sees it again and again. So the
+levels are charged, as often as there are edits to come, for
+
+    retention weight × mean over n earlier facts of (−log p(y | x) + mean over paraphrases) / 2
+    + λ × mean over n unrelated prompts of KL[p_unedited ‖ p]
+
+with both drawn anew for every fact: the facts from all that this life has edited, the prompts from
+all training facts. An expectation of the same kind holds at every later fact, so the charge is to
+first order what is added to the sum of their losses. (Ours; the memory of HiEdit and RLEdit holds
+the last k edits, and each counts once.)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from agents.settings import TrainSettings
+from hiedit_env.envs.base import EditingEnv
+from hiedit_env.levels import EncodedFact
+from hiedit_env.requests import Request
+from hiedit_env.together import scores_together
+from hiedit_env.tokenization import EncodedPrompt
+from hiedit_env.updates import Updates
+
+
+class LastingDamage:
+    """Measures, on a sample, what the present weights are worth to the rest of a life.
+
+    Args:
+        env: The environment that is trained in.
+        requests: Training facts, whose unrelated prompts are drawn from.
+        settings: Of the training: ``lasting`` edits to come, ``lasting_prompts`` n, and the
+            weights of the two sums.
+    """
+
+    def __init__(
+        self, env: EditingEnv, requests: Sequence[Request], settings: TrainSettings
+    ) -> None:
+        self.env, self.settings = env, settings
+        probes = dict.fromkeys(probe for request in requests for probe in request.locality)
+        self._probes = [env.llm.encode(probe.prompt, probe.answer) for probe in probes]
+        self._facts: list[EncodedFact] = []
+        self._references: dict[EncodedPrompt, Tensor] = {}
+
+    def draw(self, rng: np.random.Generator) -> None:
+        """Draws what the present fact's updates are measured on; not the fact itself."""
+        life, count = self.env.life, self.settings.lasting_prompts
+        present = life.fact
+        earlier = life.facts[: life.position]
+        others = [probe for probe in self._probes if probe not in present.probes]
+        self._facts = [earlier[i] for i in _some(len(earlier), count, rng)]
+        chosen = [others[i] for i in _some(len(others), count, rng)]
+        self._references = {probe: self._reference(probe) for probe in chosen}
+
+    def loss(self, updates: Updates | None = None) -> Tensor:
+        """The charge at the present weights, with updates as an overlay.
+
+        Args:
+            updates: As for :meth:`~hiedit_env.envs.base.EditingEnv.loss`; None for none.
+
+        Returns:
+            Scalar tensor, differentiable in the factors of ``updates``.
+        """
+        prompts: list[EncodedPrompt] = list(self._references)
+        weights = [self.settings.locality_weight / max(len(prompts), 1)] * len(prompts)
+        for fact in self._facts:
+            share = self.settings.retention_weight / len(self._facts)
+            own = share / 2 if fact.paraphrases else share
+            prompts += (fact.prompt, *fact.paraphrases)
+            weights += (own, *[(share - own) / len(fact.paraphrases) for _ in fact.paraphrases])
+        llm = self.env.llm
+        losses, _, kl, _ = scores_together([(llm, prompts, self._references)], updates)[0].unbind(1)
+        values = torch.cat((kl[: len(self._references)], -losses[len(self._references) :]))
+        return self.settings.lasting * (values @ values.new_tensor(weights))
+
+    def _reference(self, probe: EncodedPrompt) -> Tensor:
+        """The unedited model's log-probabilities at a probe's answer, float32."""
+        cache = self.env.life.evaluator.cache
+        known = cache.get((probe,))
+        if known is None:
+            llm = self.env.llm
+            with torch.no_grad(), llm.unedited():
+                known = llm.answer_logits(llm.batch([probe])).float().log_softmax(-1)
+            cache.put((probe,), known)
+        return known
+
+
+def _some(number: int, count: int, rng: np.random.Generator) -> list[int]:
+    """At most ``count`` different indices below ``number``."""
+    return [int(i) for i in rng.choice(number, min(count, number), replace=False)]
