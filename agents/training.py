@@ -146,7 +146,8 @@ class Trainer:
 
         Returns:
             Means over the trajectory's facts: ``reward`` (where only gradients are learned from,
-            the edited model is not judged, and the reward is the low level's own, −L_t),
+            the edited model is not judged, and the reward is the low level's own, −L_t; never with
+            what ``lasting`` charges),
             ``loss`` (L_t, at the end of the options that wrote something), ``right_after``
             (efficacy, share), ``layers``, ``steps``; and ``updates``, the number of optimiser
             steps, with the mean ``gradient_norm``.
