@@ -1,8 +1,8 @@
-"""What an edit leaves behind for the rest of a life, so that a level can be charged for it.
+"""What an option leaves behind for the rest of a life, so that a low level can be charged for it.
 
 An update made for one fact stays in the weights while all later facts are edited, asked, and not
-asked. The objective of the present fact sees that once; a life sees it again and again. So the
-levels are charged, as often as there are edits to come, for
+asked. The objective of the present fact sees that once; a life sees it again and again. So a low
+level is charged, as often as there are edits to come (``lasting``, 0 for no charge), for
 
     retention weight × mean over n earlier facts of (−log p(y | x) + mean over paraphrases) / 2
     + λ × mean over n unrelated prompts of KL[p_unedited ‖ p]

@@ -46,7 +46,7 @@ class TrainSettings:
         "unedited", "what unrelated prompts are compared with: the unedited model, or the previous"
     )
     lasting: float = _option(
-        0.0, "edits to come that every option is charged for what it leaves behind"
+        0.0, "edits to come that a trained low level is charged for what it leaves behind"
     )
     lasting_prompts: int = _option(
         4, "earlier facts of the life, and unrelated prompts, that this is measured on"

@@ -18,8 +18,8 @@ fact the high level chooses, the option runs, and
   ``normalize_advantage`` divides by their root mean square over a window, which makes step size and
   entropy weight independent of the scale of the rewards.
 
-With ``lasting`` all of them are also charged for what the option leaves behind for the rest of the
-life: :mod:`agents.lasting`.
+With ``lasting`` the objective of a low level that is trained is also charged for what the option
+leaves behind for the rest of the life: :mod:`agents.lasting`.
 
 Gradients are averaged over a window of facts or a whole trajectory, then Adam steps.
 """
@@ -106,7 +106,8 @@ class Trainer:
         #: Whether the objective's gradient is needed at all.
         self._differentiated = "low" in self.optimizers or self._gated
         self._generator = torch.Generator()
-        self._lasting = LastingDamage(env, self.requests, settings) if settings.lasting else None
+        charged = settings.lasting and "low" in self.optimizers
+        self._lasting = LastingDamage(env, self.requests, settings) if charged else None
 
     def calibration_prompts(self) -> list[Probe]:
         """Unrelated prompts of training facts that the low level is to be shown.
@@ -146,11 +147,10 @@ class Trainer:
 
         Returns:
             Means over the trajectory's facts: ``reward`` (where only gradients are learned from,
-            the edited model is not judged, and the reward is the low level's own, −L_t; never with
-            what ``lasting`` charges),
-            ``loss`` (L_t, at the end of the options that wrote something), ``right_after``
-            (efficacy, share), ``layers``, ``steps``; and ``updates``, the number of optimiser
-            steps, with the mean ``gradient_norm``.
+            the edited model is not judged, and the reward is the low level's own, −L_t),
+            ``loss`` (L_t, without what ``lasting`` charges, at the end of the options that wrote
+            something), ``right_after`` (efficacy, share), ``layers``, ``steps``; and ``updates``,
+            the number of optimiser steps, with the mean ``gradient_norm``.
         """
         settings = self.settings
         seed = np.random.SeedSequence([settings.seed, number])
@@ -201,7 +201,7 @@ class Trainer:
             env.restore_state(state)
         choices.append(self.high.choose(observation, env.capture, self._generator))
         outcome = self._run(choices[-1], tally)
-        advantages = np.array([*rewards, self._less_damage(outcome)]) - baseline
+        advantages = np.array([*rewards, outcome.reward]) - baseline
         if len(choices) > 1 and not settings.intrinsic:
             # Leave-one-out: every option is compared with the mean of the others.
             advantages *= len(choices) / (len(choices) - 1)
@@ -272,14 +272,7 @@ class Trainer:
     def _reward(self, layers: np.ndarray) -> float:
         """What an option would be paid; the caller restores the state."""
         option = self._option(Choice(layers))
-        return self._less_damage(run_option(self.env, option, gamma=self.settings.gamma))
-
-    def _less_damage(self, outcome: Outcome) -> float:
-        """What an option was paid, less what it is charged for the rest of the life."""
-        if self._lasting is None:
-            return outcome.reward
-        with torch.inference_mode():
-            return outcome.reward - float(self._lasting.loss())
+        return run_option(self.env, option, gamma=self.settings.gamma).reward
 
     def _option(self, choice: Choice) -> Option:
         life = self.env.life

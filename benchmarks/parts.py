@@ -60,7 +60,6 @@ VARIANTS: Mapping[str, Variant] = {
     "learned-size": Variant(train=(_POLICY + "&high.size=learned+{low}",)),
     "intrinsic": Variant(train=(_POLICY + "+{low}", "--intrinsic")),
     "no-history": Variant(train=(_POLICY + "&high.history=false+{low}",)),
-    "no-charge": Variant(train=(_POLICY + "+{low}", "--lasting", "0")),
     "one-step": Variant("{high}?max_steps_per_edit=1"),
     "untrained-low": Variant("{high}+{untrained}"),
     "no-rehearsal": Variant("{high}?facts=0&probes=0"),

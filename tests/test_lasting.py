@@ -1,4 +1,4 @@
-"""What options are charged for the rest of a life: value, gradient, what it is drawn from."""
+"""What is charged for the rest of a life: value, gradient, what it is drawn from."""
 
 from __future__ import annotations
 
@@ -11,10 +11,9 @@ import torch
 
 from agents.hypernetwork import Hypernetwork
 from agents.lasting import LastingDamage
-from agents.options import Choice
 from agents.registry import spec_agent
 from agents.settings import TrainSettings
-from agents.training import Tally, Trainer
+from agents.training import Trainer
 from hiedit_env.envs.base import EditingEnv
 from hiedit_env.errors import SettingsError
 from hiedit_env.tokenization import EncodedPrompt
@@ -151,37 +150,12 @@ def trainer(agent: str, **changes: Any) -> Trainer:
     return Trainer(env, built, env.requests, settings)
 
 
-def test_an_option_is_paid_less_by_what_it_leaves_behind() -> None:
-    one = trainer("policy?layers_per_edit=2")
-    env = one.env
-    env.reset(seed=0, options={"requests": env.requests[:3]})
-    assert one._lasting is not None
-    one._lasting.draw(np.random.default_rng(0))
-    state = env.save_state()
-    layers = np.arange(L) < 2
-    found = one._reward(layers)
-    left_behind = float(one._lasting.loss())
-    env.restore_state(state)
-    one._lasting = None
-    assert left_behind != 0
-    assert found == pytest.approx(one._reward(layers) - left_behind, rel=1e-5)
-
-
-def test_every_option_of_a_fact_is_charged_alike(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Options that do the same have no advantage over each other, the one carried out included."""
-    one = trainer("policy?layers_per_edit=2", samples_per_fact=3)
-    env = one.env
-    observation, _ = env.reset(seed=0, options={"requests": env.requests[:3]})
-    assert one._lasting is not None
-    one._lasting.draw(np.random.default_rng(0))
-    choose = one.high.choose
-
-    def same(*arguments: Any) -> Choice:
-        return replace(choose(*arguments), layers=np.arange(L) < 2)
-
-    monkeypatch.setattr(one.high, "choose", same)
-    _, tried = one._fact(observation, Tally())
-    assert [option.advantage for option in tried] == pytest.approx([0.0] * 3, abs=1e-4)
+def test_only_a_low_level_that_is_trained_is_charged() -> None:
+    for agent in ("policy", "straight-through", "straight-through+ridge"):
+        assert trainer(agent)._lasting is None
+    assert trainer("policy+hypernetwork", train_low=False)._lasting is None
+    assert trainer("policy+hypernetwork", lasting=0.0)._lasting is None
+    assert trainer("policy+hypernetwork")._lasting is not None
 
 
 def test_a_low_level_learns_from_both() -> None:
