@@ -7,10 +7,10 @@ level is charged, as often as there are edits to come (``lasting``, 0 for no cha
     retention weight × mean over n earlier facts of (−log p(y | x) + mean over paraphrases) / 2
     + λ × mean over n unrelated prompts of KL[p_unedited ‖ p]
 
-with both drawn anew for every fact: the facts from all that this life has edited, the prompts from
-all training facts. An expectation of the same kind holds at every later fact, so the charge is to
-first order what is added to the sum of their losses. (Ours; the memory of HiEdit and RLEdit holds
-the last k edits, and each counts once.)
+with both drawn anew for every fact: the facts from all earlier ones of this life, the prompts from
+all training facts. It stands for what later facts will lose by the present option; the number of
+edits to come is a constant, so that a policy is learned that does not depend on a life's length.
+(Ours; the memory of HiEdit and RLEdit holds the last k edits, and each counts once.)
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ from agents.settings import TrainSettings
 from hiedit_env.envs.base import EditingEnv
 from hiedit_env.levels import EncodedFact
 from hiedit_env.requests import Request
+from hiedit_env.tensor_cache import TensorCache
 from hiedit_env.together import scores_together
 from hiedit_env.tokenization import EncodedPrompt
 from hiedit_env.updates import Updates
@@ -34,30 +35,42 @@ class LastingDamage:
     """Measures, on a sample, what the present weights are worth to the rest of a life.
 
     Args:
-        env: The environment that is trained in.
+        env: The environment that is trained in; its ``reward_weights`` weigh the two sums.
         requests: Training facts, whose unrelated prompts are drawn from.
-        settings: Of the training: ``lasting`` edits to come, ``lasting_prompts`` n, and the
-            weights of the two sums.
+        settings: Of the training: ``lasting`` edits to come, ``lasting_prompts`` n.
+        cache_bytes: Bound of the memory for the unedited model's log-probabilities.
     """
 
     def __init__(
-        self, env: EditingEnv, requests: Sequence[Request], settings: TrainSettings
+        self,
+        env: EditingEnv,
+        requests: Sequence[Request],
+        settings: TrainSettings,
+        cache_bytes: int = 256 * 2**20,
     ) -> None:
         self.env, self.settings = env, settings
-        probes = dict.fromkeys(probe for request in requests for probe in request.locality)
-        self._probes = [env.llm.encode(probe.prompt, probe.answer) for probe in probes]
+        self._probes = list(dict.fromkeys(p for request in requests for p in request.locality))
+        self._cache = TensorCache(cache_bytes)
         self._facts: list[EncodedFact] = []
         self._references: dict[EncodedPrompt, Tensor] = {}
 
     def draw(self, rng: np.random.Generator) -> None:
-        """Draws what the present fact's updates are measured on; not the fact itself."""
-        life, count = self.env.life, self.settings.lasting_prompts
-        present = life.fact
+        """Draws what the present fact's updates are measured on; not the fact itself.
+
+        Raises:
+            PromptError: a drawn unrelated prompt that cannot be tokenised.
+        """
+        life, count, weights = self.env.life, self.settings.lasting_prompts, self._weights
+        own = life.fact.request.locality
         earlier = life.facts[: life.position]
-        others = [probe for probe in self._probes if probe not in present.probes]
-        self._facts = [earlier[i] for i in _some(len(earlier), count, rng)]
-        chosen = [others[i] for i in _some(len(others), count, rng)]
-        self._references = {probe: self._reference(probe) for probe in chosen}
+        # Nothing that weighs nothing: 0 times a loss that is not finite would be no number.
+        facts = _some(len(earlier), count if weights["retention"] else 0, rng)
+        # As many more as the present fact has, which are left out.
+        places = _some(len(self._probes), count + len(own) if weights["locality"] else 0, rng)
+        probes = [p for p in (self._probes[i] for i in places) if p not in own][:count]
+        encoded = [self.env.llm.encode(probe.prompt, probe.answer) for probe in probes]
+        self._facts = [earlier[i] for i in facts]
+        self._references = {probe: self._reference(probe) for probe in encoded}
 
     def loss(self, updates: Updates | None = None) -> Tensor:
         """The charge at the present weights, with updates as an overlay.
@@ -67,11 +80,14 @@ class LastingDamage:
 
         Returns:
             Scalar tensor, differentiable in the factors of ``updates``.
+
+        Raises:
+            UpdateShapeError, NonFiniteUpdateError: updates that do not fit or are not finite.
         """
         prompts: list[EncodedPrompt] = list(self._references)
-        weights = [self.settings.locality_weight / max(len(prompts), 1)] * len(prompts)
+        weights = [self._weights["locality"] / max(len(prompts), 1)] * len(prompts)
         for fact in self._facts:
-            share = self.settings.retention_weight / len(self._facts)
+            share = self._weights["retention"] / len(self._facts)
             own = share / 2 if fact.paraphrases else share
             prompts += (fact.prompt, *fact.paraphrases)
             weights += (own, *[(share - own) / len(fact.paraphrases) for _ in fact.paraphrases])
@@ -80,15 +96,18 @@ class LastingDamage:
         values = torch.cat((kl[: len(self._references)], -losses[len(self._references) :]))
         return self.settings.lasting * (values @ values.new_tensor(weights))
 
+    @property
+    def _weights(self) -> dict[str, float]:
+        return self.env.weights_of_terms
+
     def _reference(self, probe: EncodedPrompt) -> Tensor:
         """The unedited model's log-probabilities at a probe's answer, float32."""
-        cache = self.env.life.evaluator.cache
-        known = cache.get((probe,))
+        known = self._cache.get(probe)
         if known is None:
             llm = self.env.llm
-            with torch.no_grad(), llm.unedited():
+            with torch.inference_mode(False), torch.no_grad(), llm.unedited():
                 known = llm.answer_logits(llm.batch([probe])).float().log_softmax(-1)
-            cache.put((probe,), known)
+            self._cache.put(probe, known)
         return known
 
 

@@ -56,6 +56,9 @@ from hiedit_env.resident import ResidentLLM
 #: Where the trained agents that ship with hiedit are: a folder per agent and model.
 SHIPPED = Path(__file__).parent / "trained"
 
+#: Arguments of training that one level's preset sets for that level alone.
+_OF_THE_HIGH = frozenset({"train_high", "high_learning_rate"})
+_OF_THE_LOW = frozenset({"train_low", "low_learning_rate", "lasting", "lasting_prompts"})
 #: Policies trained in another way: prefix → module whose ``load(folder)`` makes an agent.
 LOADERS: Mapping[str, str] = MappingProxyType(
     {
@@ -124,10 +127,10 @@ class SpecAgent:
             high_settings=self._high.high_settings,
             low_settings=self._low.low_settings,
             max_steps_per_edit=self._low.max_steps_per_edit,
-            # Whether a level is trained is not for the other one's preset to say.
+            # Whether and how a level is trained is not for the other one's preset to say.
             train={
-                **{name: value for name, value in self._low.train.items() if name != "train_high"},
-                **{name: value for name, value in self._high.train.items() if name != "train_low"},
+                **{k: v for k, v in self._low.train.items() if k not in _OF_THE_HIGH},
+                **{k: v for k, v in self._high.train.items() if k not in _OF_THE_LOW},
             },
             source=self._high.source if self._high is self._low else "",
         )

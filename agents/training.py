@@ -19,7 +19,8 @@ fact the high level chooses, the option runs, and
   entropy weight independent of the scale of the rewards.
 
 With ``lasting`` the objective of a low level that is trained is also charged for what the option
-leaves behind for the rest of the life: :mod:`agents.lasting`.
+leaves behind for the rest of the life: :mod:`agents.lasting`. (A straight-through router above it
+gets the same gradient.)
 
 Gradients are averaged over a window of facts or a whole trajectory, then Adam steps.
 """
@@ -238,7 +239,9 @@ class Trainer:
         return outcome
 
     def _lesson(self, made: Sequence[Updates]) -> Lesson | None:
-        """The objective at the weights after an option's updates, and its gradient in all of them.
+        """The objective at the weights after an option's updates, and the gradient in all of them.
+
+        The gradient is that of what ``lasting`` charges, too.
 
         Args:
             made: Updates of the primitive steps so far, attached to the parameters they come from;
@@ -413,9 +416,9 @@ class Lesson:
     """What an option teaches a low level.
 
     Args:
-        loss: The objective at the weights it left behind.
+        loss: The objective at the weights it left behind, without what ``lasting`` charges.
         factors: Of its updates, attached to the parameters they come from.
-        gradients: Of ``loss``, in each of them.
+        gradients: Of ``loss`` and the charge, in each of them.
     """
 
     loss: float

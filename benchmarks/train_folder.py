@@ -18,6 +18,7 @@ from agents.checkpoints import (
     read_state,
     save_agent,
 )
+from agents.settings import describe
 from agents.spec import AgentSpec
 from agents.training import LogRow, Trainer
 from benchmarks.results import plain
@@ -126,8 +127,10 @@ class TrainingFolder:
 
     def _check_same(self, record: Mapping[str, Any]) -> None:
         """Compares the settings with those of a record, all but the number of trajectories."""
+        # What a setting that an older record lacks did then: nothing, as by default.
+        defaults = {"settings": {key: default for key, (default, _) in describe().items()}}
         for name, values in self.settings.items():
-            old = record["training"].get(name, {})
+            old = {**defaults.get(name, {}), **record["training"].get(name, {})}
             for key, value in values.items():
                 # A longer run goes on from a shorter one.
                 if key != "trajectories" and old.get(key) != value:

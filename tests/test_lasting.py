@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import asdict, replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -14,6 +15,7 @@ from agents.lasting import LastingDamage
 from agents.registry import spec_agent
 from agents.settings import TrainSettings
 from agents.training import Trainer
+from benchmarks.train_folder import TrainingFolder
 from hiedit_env.envs.base import EditingEnv
 from hiedit_env.errors import SettingsError
 from hiedit_env.tokenization import EncodedPrompt
@@ -42,7 +44,7 @@ def random_updates(env: EditingEnv, seed: int = 0, size: float = 0.02) -> Update
 
 def edited_life(facts: int = 3) -> EditingEnv:
     """A life with some facts edited, at weights that are not the unedited ones."""
-    env = make(SELECTION, num_edits=None)
+    env = make(SELECTION, num_edits=None, reward_weights=SETTINGS.reward_weights())
     env.reset(seed=0, options={"requests": env.requests[: facts + 1]})
     for place in range(facts):
         env.apply(random_updates(env, place, 0.03))
@@ -110,7 +112,7 @@ def test_what_is_drawn_is_not_the_present_fact() -> None:
 
 
 def test_nothing_to_measure_on_costs_nothing() -> None:
-    env = make(SELECTION, num_edits=None)
+    env = make(SELECTION, num_edits=None, reward_weights=SETTINGS.reward_weights())
     env.reset(seed=0)
     damage = LastingDamage(env, [], SETTINGS)
     damage.draw(np.random.default_rng(1))
@@ -144,7 +146,7 @@ def test_its_gradient_is_that_of_central_differences() -> None:
 
 
 def trainer(agent: str, **changes: Any) -> Trainer:
-    env = make(SELECTION, num_edits=None)
+    env = make(SELECTION, num_edits=None, reward_weights=SETTINGS.reward_weights())
     built = spec_agent(agent).build(env.llm, trained=False)
     settings = replace(SETTINGS, **changes)
     return Trainer(env, built, env.requests, settings)
@@ -218,6 +220,37 @@ def test_a_step_that_is_too_long_for_the_rest_of_the_life_does_not_grow() -> Non
     without, charged = found
     assert without > 0.1
     assert charged < 0.05
+
+
+def test_what_weighs_nothing_is_not_run() -> None:
+    env = edited_life()
+    for term, left in (("locality", "_references"), ("retention", "_facts")):
+        env.weights_of_terms = {**SETTINGS.reward_weights(), term: 0.0}
+        damage = LastingDamage(env, env.requests, SETTINGS)
+        damage.draw(np.random.default_rng(1))
+        assert len(getattr(damage, left)) == 0
+        assert float(damage.loss().detach()) > 0
+
+
+def test_the_charge_is_not_for_the_other_levels_preset_to_say() -> None:
+    assert spec_agent("hiedit").spec.train["lasting"] == 100
+    assert spec_agent("random-layers+hiedit").spec.train["lasting"] == 100
+    for agent in ("hiedit+rledit", "hiedit+hypernetwork"):
+        train = spec_agent(agent).spec.train
+        assert "lasting" not in train
+        assert "low_learning_rate" not in train
+        assert train["high_learning_rate"] == 0.01
+    assert "high_learning_rate" not in spec_agent("straight-through+hiedit").spec.train
+
+
+def test_a_run_from_before_the_charge_goes_on_without_it(tmp_path: Path) -> None:
+    folder = TrainingFolder(tmp_path / "run", {"settings": asdict(SETTINGS)}, False)
+    record = {"training": {"settings": asdict(SETTINGS)}}
+    del record["training"]["settings"]["lasting"]
+    with pytest.raises(SettingsError, match=r"lasting was 0.0 and is now 7.0"):
+        folder._check_same(record)
+    folder.settings["settings"]["lasting"] = 0.0
+    folder._check_same(record)
 
 
 @pytest.mark.parametrize(("name", "value"), [("lasting", -1.0), ("lasting_prompts", 0)])
