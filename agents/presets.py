@@ -35,8 +35,8 @@ HIEDIT = AgentSpec(
     max_steps_per_edit=5,
     train={
         "window": 6,
-        # Its step size is right for SmolLM2-135M as it is; on a model where it is not known,
-        # train_low finds it: see "Training the low level" in docs/measurements.md.
+        # Its step size is right for SmolLM2-135M as it is; on other models train_low brings it
+        # nearer to what is: see "Training the low level" in docs/measurements.md.
         "train_low": False,
         "low_learning_rate": 3e-3,
         "high_learning_rate": 0.01,
