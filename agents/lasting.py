@@ -21,11 +21,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from agents.references import UneditedLogProbs
 from agents.settings import TrainSettings
 from hiedit_env.envs.base import EditingEnv
 from hiedit_env.levels import EncodedFact
 from hiedit_env.requests import Request
-from hiedit_env.tensor_cache import TensorCache
 from hiedit_env.together import scores_together
 from hiedit_env.tokenization import EncodedPrompt
 from hiedit_env.updates import Updates
@@ -50,7 +50,7 @@ class LastingDamage:
     ) -> None:
         self.env, self.settings = env, settings
         self._probes = list(dict.fromkeys(p for request in requests for p in request.locality))
-        self._cache = TensorCache(cache_bytes)
+        self._unedited = UneditedLogProbs(env.llm, cache_bytes)
         self._facts: list[EncodedFact] = []
         self._references: dict[EncodedPrompt, Tensor] = {}
 
@@ -70,7 +70,7 @@ class LastingDamage:
         probes = [p for p in (self._probes[i] for i in places) if p not in own][:count]
         encoded = [self.env.llm.encode(probe.prompt, probe.answer) for probe in probes]
         self._facts = [earlier[i] for i in facts]
-        self._references = {probe: self._reference(probe) for probe in encoded}
+        self._references = {probe: self._unedited.get(probe) for probe in encoded}
 
     def loss(self, updates: Updates | None = None) -> Tensor:
         """The charge at the present weights, with updates as an overlay.
@@ -99,16 +99,6 @@ class LastingDamage:
     @property
     def _weights(self) -> dict[str, float]:
         return self.env.weights_of_terms
-
-    def _reference(self, probe: EncodedPrompt) -> Tensor:
-        """The unedited model's log-probabilities at a probe's answer, float32."""
-        known = self._cache.get(probe)
-        if known is None:
-            llm = self.env.llm
-            with torch.inference_mode(False), torch.no_grad(), llm.unedited():
-                known = llm.answer_logits(llm.batch([probe])).float().log_softmax(-1)
-            self._cache.put(probe, known)
-        return known
 
 
 def _some(number: int, count: int, rng: np.random.Generator) -> list[int]:

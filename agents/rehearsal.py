@@ -32,11 +32,11 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from agents.hypernetwork import Hypernetwork
+from agents.references import UneditedLogProbs
 from hiedit_env.capture import Capture, GradientRows
 from hiedit_env.errors import NonFiniteUpdateError, SettingsError
 from hiedit_env.evaluation import UneditedAnswers
 from hiedit_env.resident import ResidentLLM
-from hiedit_env.tensor_cache import TensorCache
 from hiedit_env.tokenization import EncodedPrompt, PromptBatch
 from hiedit_env.updates import LowRankUpdate
 
@@ -99,7 +99,7 @@ class Rehearsal(Hypernetwork):
         self._end: tuple[int, ...] = (end,) if end_answers and end is not None else ()
         self._seed = seed
         self._bank: tuple[EncodedPrompt, ...] = ()
-        self._references = TensorCache(cache_bytes)
+        self._unedited = UneditedLogProbs(llm, cache_bytes)
         self._past: tuple[EncodedPrompt, ...] = ()
         #: Accumulated changes of the weights (never written in place), prompts, and their rows.
         self._latest: tuple[tuple[Tensor | None, ...], list[EncodedPrompt], GradientRows] | None = (
@@ -180,7 +180,7 @@ class Rehearsal(Hypernetwork):
             facts = [self._ended(prompt) for prompt in (capture.prompt, *facts)]
         if not (facts or probes) or not layers.any():
             return updates
-        references = [self._reference(probe) for probe in probes]
+        references = [self._unedited.get(probe) for probe in probes]
 
         def loss(logits: Tensor, batch: PromptBatch) -> Tensor:
             sizes = [len(prompt.answer_ids) for prompt in batch.prompts]
@@ -244,15 +244,6 @@ class Rehearsal(Hypernetwork):
         if limit is not None and prompt.length >= limit:
             return prompt
         return replace(prompt, answer_ids=(*prompt.answer_ids, *self._end))
-
-    def _reference(self, probe: EncodedPrompt) -> Tensor:
-        """The unedited model's log-probabilities at a probe's answer, float32."""
-        known = self._references.get(probe)
-        if known is None:
-            with torch.inference_mode(False), self.llm.unedited(), torch.no_grad():
-                known = self.llm.answer_logits(self.llm.batch([probe])).float().log_softmax(-1)
-            self._references.put(probe, known)
-        return known
 
 
 def _joined(one: LowRankUpdate, two: LowRankUpdate) -> LowRankUpdate:

@@ -183,7 +183,7 @@ def test_unrelated_prompts_are_pulled_back_to_the_unedited_model() -> None:
             env.step(np.ones(L, np.int8))
         total = 0.0
         for probe in low._bank:
-            reference = low._reference(probe)
+            reference = low._unedited.get(probe)
             with torch.no_grad():
                 now = env.llm.answer_logits(env.llm.batch([probe])).float().log_softmax(-1)
             total += F.kl_div(now, reference, log_target=True, reduction="batchmean").item()
