@@ -15,7 +15,7 @@ from __future__ import annotations
 import argparse
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -30,6 +30,8 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 import hiedit_env
+from agents.checkpoints import fact_hashes, facts_entry, trained_facts
+from hiedit_env.envs.base import EditingEnv
 from hiedit_env.errors import CheckpointError, ResultsExistError, SettingsError
 from hiedit_env.files import write_bytes
 
@@ -192,6 +194,8 @@ def train(args: Args, out: Path | None = None, *, progress: bool = True) -> Acto
     seen_shape, chosen_shape = envs.single_observation_space.shape, envs.single_action_space.shape
     assert seen_shape is not None
     size, num_layers = seen_shape[0], chosen_shape[0]
+    lives = [life.unwrapped for life in getattr(envs.unwrapped, "envs", ())]
+    facts = fact_hashes(r for life in lives if isinstance(life, EditingEnv) for r in life.requests)
     generator = torch.Generator().manual_seed(args.seed)
     model = ActorCritic(size, num_layers, args.hidden, generator)
     optimizer = torch.optim.Adam(model.parameters(), lr=args.learning_rate, eps=1e-5)
@@ -259,7 +263,7 @@ def train(args: Args, out: Path | None = None, *, progress: bool = True) -> Acto
             bar.update()
     envs.close()
     if out is not None:
-        save(model, args, size, num_layers, rows, out)
+        save(model, args, size, num_layers, facts, rows, out)
     return model
 
 
@@ -271,6 +275,7 @@ def save(
     args: Args,
     size: int,
     num_layers: int,
+    facts: Collection[str],
     rows: Sequence[Mapping[str, float]],
     out: Path,
 ) -> None:
@@ -284,6 +289,7 @@ def save(
         "observation_size": size,
         "num_layers": num_layers,
         "hiedit": hiedit_env.__version__,
+        "training": facts_entry(facts),
     }
     write_bytes(out / JSON_FILE, (json.dumps(record, indent=1) + "\n").encode())
 
@@ -303,6 +309,7 @@ class PPOAgent:
         try:
             record = json.loads((folder / JSON_FILE).read_text(encoding="utf-8"))
             self.size, self.num_layers = record["observation_size"], record["num_layers"]
+            self._facts = trained_facts(record)
             hidden = record["args"]["hidden"]
             self.model = ActorCritic(self.size, self.num_layers, hidden, torch.Generator())
             self.model.load_state_dict(safetensors.torch.load_file(folder / TENSOR_FILE))
@@ -321,6 +328,10 @@ class PPOAgent:
                 f"{self.name} was trained on {self.size} observed numbers and {self.num_layers} "
                 f"layers; this environment has shapes {spaces[0]} and {spaces[1]}"
             )
+
+    def training_facts(self, model: str) -> frozenset[str]:
+        """:func:`~agents.checkpoints.fact_hashes` of what it was trained on."""
+        return self._facts
 
     @torch.no_grad()
     def select_action(

@@ -2,12 +2,12 @@
 
 ``python -m benchmarks.parts --train FILE --evaluate FILE --layers PATTERN … --out DIR``
 
-One low level is trained (in ``hiedit train hiedit`` it is calibrated and no more, which is the row
-``untrained-low``), then a high level over it for every variant that has one of its own (the
-others only act in another way), then every variant edits the same streams. Each training and each
-variant's streams are a process of their own, ``--jobs`` at a time; what is finished is kept, so
-that the same command goes on where it was stopped. It ends with the table of ``hiedit compare`` and
-its paired differences from ``hiedit``, in ``DIR/table``.
+One low level is calibrated, as in ``hiedit train hiedit``, then a high level is trained over it for
+every variant that has one of its own (the others only act in another way; ``trained-low`` acts
+through a low level that is trained too), then every variant edits the same streams. Each training
+and each variant's streams are a process of their own, ``--jobs`` at a time; what is finished is
+kept, so that the same command goes on where it was stopped. It ends with the table of ``hiedit
+compare`` and its paired differences from ``hiedit``, in ``DIR/table``.
 """
 
 from __future__ import annotations
@@ -37,8 +37,8 @@ class Variant:
     """One row of the table.
 
     Args:
-        agent: Played agent; ``{low}``, ``{untrained}`` and ``{high}`` stand for folders, the last
-            for what ``train`` makes.
+        agent: Played agent; ``{low}``, ``{trained}`` and ``{high}`` stand for folders: the low
+            level as it is calibrated, the one that is trained too, and what ``train`` makes.
         train: Agent and options that its high level is trained with, over ``{low}``; nothing where
             ``hiedit``'s own is played.
     """
@@ -61,7 +61,7 @@ VARIANTS: Mapping[str, Variant] = {
     "intrinsic": Variant(train=(_POLICY + "+{low}", "--intrinsic")),
     "no-history": Variant(train=(_POLICY + "&high.history=false+{low}",)),
     "one-step": Variant("{high}?max_steps_per_edit=1"),
-    "untrained-low": Variant("{high}+{untrained}"),
+    "trained-low": Variant("{high}+{trained}"),
     "no-rehearsal": Variant("{high}?facts=0&probes=0"),
     "no-look-ahead": Variant("{high}?look_ahead=false"),
 }
@@ -80,7 +80,8 @@ class Plan:
         layers_per_edit: K.
         low_settings: Behind the low level's name, as ``name=value&name=value``.
         low_window: Facts per optimiser step of the low level; None for the preset's.
-        low_trajectories, high_trajectories: Editing lives to train either level on.
+        low_trajectories, high_trajectories: Editing lives to train either level on, the low one
+            for ``trained-low`` alone.
         variants: Names of the rows, ``hiedit`` first.
     """
 
@@ -99,12 +100,12 @@ class Plan:
         return text.format(
             k=self.layers_per_edit,
             low=self.out / "low",
-            untrained=self.out / "untrained",
+            trained=self.out / "trained",
             high=self.out / high,
         )
 
     def low(self, trajectories: int, folder: str) -> list[str]:
-        """Command line that trains the low level, or only calibrates it."""
+        """Command line that trains a low level, or with no trajectories only calibrates it."""
         query = f"?{self.low_settings}" if self.low_settings else ""
         agent = self.filled("random-layers?layers_per_edit={k}+hiedit") + query
         window = () if self.low_window is None else ("--window", str(self.low_window))
@@ -178,19 +179,22 @@ def parts(plan: Plan, run: Run, jobs: int = 1) -> None:
 
     # In the order in which they are needed: what waits never holds the place of what it waits for.
     with ThreadPoolExecutor(jobs) as pool:
-        low = pool.submit(train, "low", plan.low(plan.low_trajectories, "low"))
+        low = pool.submit(train, "low", plan.low(0, "low"))
         plain = pool.submit(unedited)
         done = [low, plain]
         base = pool.submit(train, _BASE, plan.high(_BASE), low)
-        if "untrained-low" in plan.variants:
-            done.append(pool.submit(train, "untrained", plan.low(0, "untrained")))
+        trained: list[Future[None]] = []
+        if "trained-low" in plan.variants:
+            command = plan.low(plan.low_trajectories, "trained")
+            trained.append(pool.submit(train, "trained", command))
         own = dict.fromkeys(plan.variants, base)
         for name in plan.variants:
             if name != _BASE and VARIANTS[name].train:
                 own[name] = pool.submit(train, name, plan.high(name), low)
-        needed = [*done, *own.values()]
+        needed = [*done, *trained, *own.values()]
         for name in plan.variants:
-            needed.append(pool.submit(play, name, own[name], *done))
+            also = trained if name == "trained-low" else []
+            needed.append(pool.submit(play, name, own[name], *done, *also))
         wait(needed, return_when=FIRST_EXCEPTION)
         # Where one has failed, what has not begun is not begun any more.
         pool.shutdown(wait=True, cancel_futures=True)

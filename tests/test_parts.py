@@ -75,18 +75,18 @@ def test_rows_are_made_once_and_put_together(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     calls: list[list[str]] = []
-    plan = plan_of(tmp_path, "hiedit", "straight-through", "untrained-low")
+    plan = plan_of(tmp_path, "hiedit", "straight-through", "trained-low")
     parts(plan, in_here(calls))  # type: ignore[arg-type]
     made = [(command[0], Path(command[-1]).name) for command in calls]
     assert made == [
         ("train", "low"),
         ("compare", "unedited.part"),
         ("train", "hiedit"),
-        ("train", "untrained"),
+        ("train", "trained"),
         ("train", "straight-through"),
         ("compare", "hiedit"),
         ("compare", "straight-through"),
-        ("compare", "untrained-low"),
+        ("compare", "trained-low"),
         ("compare", "table"),
     ]
     printed = capsys.readouterr().out
@@ -95,11 +95,16 @@ def test_rows_are_made_once_and_put_together(
     assert "straight-through − hiedit, paired" in printed
     rows = (plan.out / "table" / "results.jsonl").read_text(encoding="utf-8").splitlines()
     agents = [json.loads(row)["agent"] for row in rows]
-    assert agents == ["no-edit", "hiedit", "straight-through", "untrained-low"]
+    assert agents == ["no-edit", "hiedit", "straight-through", "trained-low"]
     # Rows differ in what they name, and in nothing that would make them another comparison.
-    untrained = json.loads((plan.out / "untrained" / "agent.json").read_text(encoding="utf-8"))
-    assert untrained["log"] == {}
-    assert untrained["low"]["name"] == "rehearsal"
+    low, trained = (
+        json.loads((plan.out / name / "agent.json").read_text(encoding="utf-8"))
+        for name in ("low", "trained")
+    )
+    assert low["log"] == {}
+    assert trained["log"] != {}
+    assert low["low"] == trained["low"]
+    assert low["low"]["name"] == "rehearsal"
     calls.clear()
     parts(plan, in_here(calls))  # type: ignore[arg-type]
     assert [Path(command[-1]).name for command in calls] == ["table"]
@@ -136,8 +141,8 @@ def test_every_variant_leaves_out_one_thing() -> None:
         else:
             assert "/hiedit" in plan.rows(name)[2] or "/low" in plan.rows(name)[2]
     assert plan.rows("one-step")[2] == "one-step=out/hiedit?max_steps_per_edit=1"
-    assert plan.rows("untrained-low")[2] == "untrained-low=out/hiedit+out/untrained"
-    assert plan.low(0, "untrained")[1] == "random-layers?layers_per_edit=3+hiedit?step_size=1e-4"
+    assert plan.rows("trained-low")[2] == "trained-low=out/hiedit+out/trained"
+    assert plan.low(0, "low")[1] == "random-layers?layers_per_edit=3+hiedit?step_size=1e-4"
 
 
 def plan_of_nothing(variants: tuple[str, ...]) -> Plan:

@@ -14,9 +14,11 @@ import pytest
 import torch
 
 import hiedit_env
+from agents.checkpoints import fact_hashes
 from agents.ppo import ActorCritic, Args, estimate, main, train
 from agents.registry import make_agent
 from benchmarks.compare import CompareSettings, compare
+from hiedit_env.datasets import load_requests
 from hiedit_env.errors import CheckpointError, ResultsExistError, SettingsError
 
 TOY = Args(
@@ -89,6 +91,9 @@ def test_a_trained_policy_is_compared_like_any_agent(
     settings = CompareSettings(model="tiny", num_edits=2, generation=())
     rows = compare(settings, [f"ppo:{out}"], [0], tmp_path / "table", progress=False).rows
     assert [row["agent"] for row in rows] == ["no-edit", f"ppo:{out}"]
+    assert "was trained on 2 of the 2 facts" in capsys.readouterr().err
+    agent = make_agent(f"ppo:{out}")
+    assert agent.training_facts("tiny") == fact_hashes(load_requests("tiny-facts"))  # type: ignore[attr-defined]
     with pytest.raises(ResultsExistError, match="another --out"):
         train(SHORT, out)
 
