@@ -19,7 +19,7 @@ The update then has one of three forms:
 * ``"ridge"`` (MALMEN, arXiv 2311.04661; RLEdit): (KᵀK + λ_l I) Δ_l = Kᵀ D with the raw keys K and
   D = −step_l (K ⊙ ũ) 1 ⊙ ṽ row by row.
 * ``"decorrelated"`` (ours): the outer form with ũ multiplied by the damped inverse of the lifelong
-  second moment C_l of the normalised keys, see :class:`hiedit_env.rules.DecorrelatedRule`. Here
+  second moment C_l of the keys, see :class:`hiedit_env.rules.DecorrelatedRule`. Here
   C_l = (edits of this life) + prior_l (unrelated prompts), the second collected once in training by
   :meth:`Hypernetwork.calibrate`, so that what unrelated prompts have in common is left alone from
   the first edit on. The ridge and prior_l are learned.
@@ -39,7 +39,7 @@ from torch import Tensor, nn
 
 from hiedit_env.capture import Capture
 from hiedit_env.errors import SettingsError
-from hiedit_env.rules import DecorrelatedRule, LifelongRule, Tokens
+from hiedit_env.rules import DecorrelatedRule, Keys, LifelongRule, Tokens
 
 Form = Literal["outer", "ridge", "decorrelated"]
 Network = Literal["rows", "tokens"]
@@ -52,6 +52,8 @@ RULE_OF_FORM: Mapping[str, str] = {
 }
 #: The tokens a form uses by default.
 _DEFAULT_TOKENS: Mapping[str, Tokens] = {"outer": "all", "ridge": "answer", "decorrelated": "all"}
+
+_TINY = torch.finfo(torch.float32).eps
 
 
 class Block(nn.Module):
@@ -148,10 +150,13 @@ class Hypernetwork(DecorrelatedRule):
             forms and the answer's in the ridge form, as in the released configurations.
         ridge: Of the decorrelated form, and the λ the ridge form begins at.
         prior: Nominal weight of the unrelated prompts in C_l.
+        keys: Of the decorrelated form, which keys C_l is the second moment of: standardised as the
+            network's input, or ``"raw"``, as a changed layer meets them; a network for rows then
+            changes them by as many standard deviations.
         seed: Of the random initial values.
 
     Raises:
-        SettingsError: unknown form or network, or a size below 1.
+        SettingsError: unknown form, network or keys, or a size below 1.
     """
 
     name = "hypernetwork"
@@ -170,6 +175,7 @@ class Hypernetwork(DecorrelatedRule):
         tokens: Tokens | None = None,
         ridge: float | None = None,
         prior: float = 1.0,
+        keys: Keys = "standardised",
         seed: int = 0,
     ) -> None:
         if form not in get_args(Form):
@@ -195,6 +201,7 @@ class Hypernetwork(DecorrelatedRule):
             step_size=step_size,
             tokens=tokens or _DEFAULT_TOKENS[form],
             ridge=(3.0 if form == "decorrelated" else 1.0) if ridge is None else ridge,
+            keys=keys,
         )
         generator = torch.Generator().manual_seed(seed)
         self.net = nn.ModuleList(
@@ -221,11 +228,16 @@ class Hypernetwork(DecorrelatedRule):
         for i, moments in enumerate(found["moments"]):
             calibration |= {f"moments.{i}.{name}": value for name, value in moments.items()}
         for i, products in enumerate(found.get("products", ())):
-            # Mean products of standardised keys: symmetric, about 1, so half precision and one
-            # triangle are enough. Rounded here, so that saving changes nothing.
-            row, column = torch.triu_indices(*products.shape[1:], device=products.device)
-            mean = products[:, row, column] / max(found["moments"][i]["count"], 1)
-            calibration |= _each_once(f"products.{i}", f"places.{i}", mean.half())
+            mean = products / max(found["moments"][i]["count"], 1)
+            if self.keys == "raw":
+                sizes = mean.diagonal(dim1=1, dim2=2).sqrt().clamp_min(_TINY)
+                calibration[f"sizes.{i}"] = sizes
+                mean = mean / (sizes[:, :, None] * sizes[:, None])
+            # Mean products of keys of about unit size: symmetric, about 1, so half precision and
+            # one triangle are enough. Rounded here, so that saving changes nothing.
+            row, column = torch.triu_indices(*mean.shape[1:], device=mean.device)
+            packed = mean[:, row, column].half()
+            calibration |= _each_once(f"products.{i}", f"places.{i}", packed)
         self._set_calibration(calibration)
 
     def _set_calibration(self, calibration: dict[str, Any] | None) -> None:
@@ -240,6 +252,9 @@ class Hypernetwork(DecorrelatedRule):
             whole = torch.zeros(len(group), d_in, d_in, device=packed.device)
             rows = packed[calibration[f"places.{i}"]].float()
             whole[:, row, column] = whole[:, column, row] = rows
+            if self.keys == "raw":
+                sizes = calibration[f"sizes.{i}"]
+                whole *= sizes[:, :, None] * sizes[:, None]
             self._calibrated_products.append(whole * calibration[f"moments.{i}.count"])
         self.reset()
 
@@ -305,8 +320,8 @@ class Hypernetwork(DecorrelatedRule):
         weight = self.prior * net.log_prior[places].exp()
         return own + weight[:, None, None] * self._calibrated_products[group][places]
 
-    def _left(self, group: int, places: list[int], keys: Tensor) -> Tensor:
-        return self._kind._left(self, group, places, keys)
+    def _left(self, group: int, places: list[int], standardised: Tensor, keys: Tensor) -> Tensor:
+        return self._kind._left(self, group, places, standardised, keys)
 
     def _steps(self, group: int, places: list[int]) -> Tensor:
         net = self.net[group]
@@ -323,10 +338,13 @@ class Hypernetwork(DecorrelatedRule):
     ) -> tuple[Tensor, Tensor]:
         net = self.net[group]
         assert isinstance(net, GroupNet)
-        left, right = net(*self._normalised(group, places, keys, gradients), places)
+        own, right = self._normalised(group, places, keys, gradients)
+        left, right = net(own, right, places)
         step = self._steps(group, places)
         if self.form != "ridge":
-            return self._left(group, places, left), right * step
+            if self.keys == "raw" and left is not own:
+                keys = keys + self._moments[group].unscale(left - own, places)
+            return self._left(group, places, left, keys), right * step
         # (K ⊙ ũ) 1: as UltraEdit's ‖ũ‖² once K is normalised too.
         wanted = (keys * left).sum(2, keepdim=True) * right * step
         ridge = self.ridge * net.log_ridge[places].exp()

@@ -72,7 +72,10 @@ LOADERS: Mapping[str, str] = MappingProxyType(
 
 #: Arguments that parameters were trained for.
 _STRUCTURE = frozenset(
-    {"form", "network", "rank", "blocks", "hidden", "embedding", "rule", "size", "normalize"}
+    {
+        *("form", "network", "rank", "blocks", "keys"),
+        *("hidden", "embedding", "rule", "size", "normalize"),
+    }
 )
 
 #: Belongs to the low level, though it is no argument of it.

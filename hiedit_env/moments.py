@@ -71,6 +71,15 @@ class RunningMoments:
         """
         return rows.float() / picked(self.deviation, places)[..., start:]
 
+    def unscale(self, rows: Tensor, places: list[int]) -> Tensor:
+        """Rows times the standard deviation of their columns, which are the first ones.
+
+        Args:
+            rows: len(places) × T × up to size columns.
+            places: Which of the layers kept here the rows belong to.
+        """
+        return rows * picked(self.deviation, places)[..., : rows.shape[2]]
+
     def state_dict(self) -> dict[str, Any]:
         """The statistics; the tensors are never written in place."""
         return {"count": self.count, "mean": self.mean, "squares": self.squares}

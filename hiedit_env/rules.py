@@ -10,7 +10,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from numbers import Real
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, get_args
 
 import numpy as np
 import torch
@@ -23,6 +23,7 @@ from hiedit_env.moments import RunningMoments
 from hiedit_env.updates import LowRankUpdate, layer_groups
 
 Tokens = Literal["answer", "all"]
+Keys = Literal["standardised", "raw"]
 
 
 class UpdateRule(ABC):
@@ -242,9 +243,9 @@ class LifelongRule(UpdateRule):
         rows = self._moments[group].normalise(torch.cat((keys, gradients), 2), places)
         return rows[..., : keys.shape[2]], rows[..., keys.shape[2] :]
 
-    def _left(self, group: int, places: list[int], keys: Tensor) -> Tensor:
-        """Left factors from normalised keys, G × T × d_in."""
-        return keys
+    def _left(self, group: int, places: list[int], standardised: Tensor, keys: Tensor) -> Tensor:
+        """Left factors, G × T × d_in, from keys as they are standardised and as they are."""
+        return standardised
 
     def _steps(self, group: int, places: list[int]) -> float | Tensor:
         """Factors on the nominal step size, G × 1 × 1, or one number."""
@@ -279,7 +280,7 @@ class LifelongRule(UpdateRule):
             d_in = keys.shape[2]
             moments = self._moments[number]
             normalised = moments.normalise(torch.cat((keys, gradients), 2), places)
-            left = self._left(number, places, normalised[..., :d_in])
+            left = self._left(number, places, normalised[..., :d_in], keys)
             right = moments.scale(gradients, places, d_in) * self._steps(number, places)
             self._enter(updates, [group[place] for place in places], left, right, multipliers)
         return tuple(updates)
@@ -303,18 +304,27 @@ class OuterProductRule(LifelongRule):
 
 
 class DecorrelatedRule(LifelongRule):
-    """Outer product with decorrelated keys: Δ_l = −step κ ((C + ridge c̄ I)⁻¹ ũᵀ) ṽ.
+    """Outer product with decorrelated keys: Δ_l = −step κ ((C + ridge c̄ I)⁻¹ ûᵀ) ṽ.
 
-    C is the lifelong second moment of the standardised keys, c̄ the mean of its diagonal, and κ
-    gives the left factor the norm it had before. Directions that the keys of many facts share
+    C is the lifelong second moment of the keys û, c̄ the mean of its diagonal, and κ gives the left
+    factor the norm of ũ, the standardised keys. Directions that the keys of many facts share
     (question words, punctuation) are damped, so that edits of different facts interfere less; what
     sets a fact's keys apart is kept. It costs one Cholesky factorisation of d_in × d_in per layer
     and step. Our own; MEMIT (arXiv 2210.07229) weighs keys by the inverse covariance of a corpus,
     and recursive least squares by that of the past.
 
+    With ``keys="standardised"`` û is ũ. With ``"raw"`` it is u itself: a changed layer answers the
+    keys that come, mean included and not divided by anything, so that only then Σ (kᵀ left)² over
+    the keys k seen so far is what the inverse makes small.
+
     Args:
-        ridge: Positive; 0 would whiten the keys, infinity gives the plain outer product.
+        ridge: Positive; 0 would whiten the keys, infinity gives a plain outer product.
+        keys: Which keys C is the second moment of.
         **settings: As for :class:`UpdateRule`.
+
+    Raises:
+        SettingsError: unknown ``keys``, a ridge that is not positive, or what :class:`UpdateRule`
+            refuses.
     """
 
     name = "decorrelated"
@@ -327,9 +337,13 @@ class DecorrelatedRule(LifelongRule):
         device: torch.device,
         *,
         ridge: float = 3.0,
+        keys: Keys = "standardised",
         **settings: Any,
     ) -> None:
         self.ridge = _positive(ridge, "ridge")
+        if keys not in get_args(Keys):
+            raise SettingsError(f"keys must be one of {get_args(Keys)}, got {keys!r}")
+        self.keys: Keys = keys
         super().__init__(shapes, device, **settings)
 
     def reset(self) -> None:
@@ -346,8 +360,10 @@ class DecorrelatedRule(LifelongRule):
         super().observe(capture)
         with torch.no_grad():
             for number, group in enumerate(self.groups):
-                places = list(range(len(group)))
-                keys, _ = self._normalised(number, places, *self._rows(capture, group))
+                keys, gradients = self._rows(capture, group)
+                if self.keys == "standardised":
+                    places = list(range(len(group)))
+                    keys, _ = self._normalised(number, places, keys, gradients)
                 # A new tensor, never in place: saved states hold the old one.
                 self._products[number] = torch.baddbmm(self._products[number], keys.mT, keys)
 
@@ -372,19 +388,20 @@ class DecorrelatedRule(LifelongRule):
         self, group: int, places: list[int], keys: Tensor, gradients: Tensor
     ) -> tuple[Tensor, Tensor]:
         left, right = self._normalised(group, places, keys, gradients)
-        return self._left(group, places, left), right
+        return self._left(group, places, left, keys), right
 
-    def _left(self, group: int, places: list[int], keys: Tensor) -> Tensor:
+    def _left(self, group: int, places: list[int], standardised: Tensor, keys: Tensor) -> Tensor:
         """Keys, G × r × d_in, damped in the directions shared by the keys seen so far."""
+        own = keys if self.keys == "raw" else standardised
         # The number of rows cancels: only the direction of the result counts.
         matrix = self._second_moment(group, places)
         mean = matrix.diagonal(dim1=1, dim2=2).mean(1, keepdim=True)
         added = self._ridges(group, places) * mean + torch.finfo(torch.float32).tiny
         matrix.diagonal(dim1=1, dim2=2).add_(added)
         factor = torch.linalg.cholesky_ex(matrix).L
-        damped = torch.cholesky_solve(keys.mT, factor).mT
+        damped = torch.cholesky_solve(own.mT, factor).mT
         size = torch.linalg.vector_norm(damped, dim=(1, 2), keepdim=True)
-        wanted = torch.linalg.vector_norm(keys, dim=(1, 2), keepdim=True)
+        wanted = torch.linalg.vector_norm(standardised, dim=(1, 2), keepdim=True)
         scale: Tensor = wanted / (size + torch.finfo(torch.float32).tiny)
         return damped * scale
 

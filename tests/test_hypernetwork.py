@@ -13,7 +13,7 @@ from agents.hypernetwork import RULE_OF_FORM, Hypernetwork
 from agents.step_sizes import StepSizePolicy
 from hiedit_env.capture import Capture
 from hiedit_env.errors import SettingsError
-from hiedit_env.rules import UpdateRule, make_rule
+from hiedit_env.rules import Keys, UpdateRule, make_rule
 from tests.lives import SELECTION, L, make
 
 ALL = np.ones(L, bool)
@@ -244,10 +244,13 @@ def calibrated(env: Any, captures: list[Capture], **settings: Any) -> Hypernetwo
     return low
 
 
-def test_calibration_damps_what_unrelated_prompts_have_in_common(captures: list[Capture]) -> None:
+@pytest.mark.parametrize("keys", ["standardised", "raw"])
+def test_calibration_damps_what_unrelated_prompts_have_in_common(
+    captures: list[Capture], keys: Keys
+) -> None:
     """C = products of the life + prior · products of the calibration, by the dense formula."""
     env = make(SELECTION)
-    low = calibrated(env, captures[:2], prior=0.5, ridge=0.2)
+    low = calibrated(env, captures[:2], prior=0.5, ridge=0.2, keys=keys)
     low.observe(captures[2])
     (update,) = [u for i, u in enumerate(low.propose(captures[2], ALL)) if i == 0]
     assert update is not None
@@ -261,21 +264,48 @@ def test_calibration_damps_what_unrelated_prompts_have_in_common(captures: list[
 
     moment = torch.zeros(d_in, d_in, dtype=torch.float64)
     for i, weight in enumerate((0.5, 0.5, 1.0)):
-        # Keys enter as they are normalised at the time.
-        keys = normalised(rows[: i + 1], rows[i])[:, :d_in]
-        moment += weight * keys.mT @ keys
+        # Standardised ones enter as they are at the time.
+        seen = rows[i].double() if keys == "raw" else normalised(rows[: i + 1], rows[i])
+        moment += weight * seen[:, :d_in].mT @ seen[:, :d_in]
     now = normalised(rows, rows[2])[:, :d_in]
-    damped = now @ torch.linalg.inv(moment + 0.2 * moment.diagonal().mean() * torch.eye(d_in))
+    own = rows[2][:, :d_in].double() if keys == "raw" else now
+    damped = own @ torch.linalg.inv(moment + 0.2 * moment.diagonal().mean() * torch.eye(d_in))
     wanted = damped * now.norm() / damped.norm()
     assert place == 0
     torch.testing.assert_close(update.left.double(), wanted, rtol=2e-2, atol=2e-3)
 
 
-def test_a_calibration_is_saved_and_outlives_lives(captures: list[Capture]) -> None:
+def test_a_network_for_rows_moves_raw_keys_by_standard_deviations(
+    captures: list[Capture],
+) -> None:
     env = make(SELECTION)
-    low = calibrated(env, captures[:2])
+    low = shaken(calibrated(env, captures[:2], keys="raw", ridge=0.2))
+    low.observe(captures[2])
+    (update,) = [u for i, u in enumerate(low.propose(captures[2], ALL)) if i == 0]
+    keys, gradients = (rows[:1] for rows in captures[2].stacked(low.groups[0]))
+    everything = torch.cat([torch.cat(c.stacked(low.groups[0]), 2)[0] for c in captures]).double()
+    both = torch.cat((keys, gradients), 2)[0].double()
+    d_in = keys.shape[2]
+    with torch.no_grad():
+        old = ((both - everything.mean(0)) / everything.std(0))[None]
+        new, _ = low.net[0].double()(old[..., :d_in], old[..., d_in:], [0])
+        low.net[0].float()
+        moved = keys[0].double() + everything.std(0)[:d_in] * (new - old[..., :d_in])[0]
+        moment = low._second_moment(0, [0])[0].double()
+        ridge = 0.2 * low.net[0].log_ridge[0].exp().double() * moment.diagonal().mean()
+        damped = moved @ torch.linalg.inv(moment + ridge * torch.eye(d_in))
+        wanted = damped * new.norm() / damped.norm()
+    torch.testing.assert_close(update.left.double(), wanted, rtol=2e-2, atol=2e-3)
+
+
+@pytest.mark.parametrize("keys", ["standardised", "raw"])
+def test_a_calibration_is_saved_and_outlives_lives(captures: list[Capture], keys: Keys) -> None:
+    env = make(SELECTION)
+    low = calibrated(env, captures[:2], keys=keys)
     assert low.is_calibrated
-    other = Hypernetwork(env.llm.shapes, env.llm.device, form="decorrelated", rank=2, seed=4)
+    shapes = env.llm.shapes
+    settings: dict[str, Any] = {"form": "decorrelated", "rank": 2, "keys": keys}
+    other = Hypernetwork(shapes, env.llm.device, seed=4, **settings)
     assert not other.is_calibrated
     other.load_state(low.state())
     for rule in (low, other):
@@ -288,7 +318,7 @@ def test_a_calibration_is_saved_and_outlives_lives(captures: list[Capture]) -> N
         assert two is not None
         assert torch.equal(one.left, two.left)
         assert torch.equal(one.right, two.right)
-    plain = Hypernetwork(env.llm.shapes, env.llm.device, form="decorrelated", rank=2)
+    plain = Hypernetwork(shapes, env.llm.device, **settings)
     plain.observe(captures[2])
     first = plain.propose(captures[2], ALL)[0]
     assert first is not None

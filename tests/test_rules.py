@@ -18,6 +18,7 @@ from hiedit_env.rules import (
     RULES,
     DecorrelatedRule,
     GradientRule,
+    Keys,
     OuterProductRule,
     RidgeRule,
     UpdateRule,
@@ -214,18 +215,21 @@ def test_rules_equal_their_dense_formulas(tokens: Any, count: int) -> None:
 
 
 @pytest.mark.parametrize("ridge", [0.3, 3.0])
-def test_decorrelated_rule_equals_its_dense_formula(ridge: float) -> None:
+@pytest.mark.parametrize("keys", ["standardised", "raw"])
+def test_decorrelated_rule_equals_its_dense_formula(keys: str, ridge: float) -> None:
     seen = captures(4)
-    rule = by_name("decorrelated", tokens="all", step_size=0.2, ridge=ridge)
+    rule = by_name("decorrelated", tokens="all", step_size=0.2, ridge=ridge, keys=keys)
     for capture in seen:
         rule.observe(capture)
     for layer, update in enumerate(rule.propose(seen[-1], ALL)):
         # Each capture's keys count as they were standardised when they were seen.
-        past = [standardised(seen[: i + 1], layer, "all")[2] for i in range(4)]
-        _, _, u_hat, v_hat = standardised(seen, layer, "all")
+        which = 2 if keys == "standardised" else 0
+        past = [standardised(seen[: i + 1], layer, "all")[which] for i in range(4)]
+        raw, _, u_hat, v_hat = standardised(seen, layer, "all")
         moment = sum(u.T @ u for u in past) / sum(len(u) for u in past)
         size = moment.trace() / len(moment)
-        damped = np.linalg.solve(moment + ridge * size * np.eye(len(moment)), u_hat.T).T
+        own = u_hat if keys == "standardised" else raw
+        damped = np.linalg.solve(moment + ridge * size * np.eye(len(moment)), own.T).T
         damped *= np.linalg.norm(u_hat) / np.linalg.norm(damped)
         wanted = -0.2 * damped.T @ v_hat
         plain = -0.2 * u_hat.T @ v_hat
@@ -233,6 +237,27 @@ def test_decorrelated_rule_equals_its_dense_formula(ridge: float) -> None:
         np.testing.assert_allclose(
             dense(update), wanted, rtol=1e-3, atol=1e-3 * np.abs(wanted).max()
         )
+
+
+def test_raw_keys_answer_the_seen_ones_least() -> None:
+    """Σ (kᵀ left)² over the keys seen, where the own key's answer is 1: R⁻¹ k has the least."""
+    rng = np.random.default_rng(3)
+    rows = np.array([3.0, -2.0, 0.0, 1.0]) + rng.normal(size=(40, 4)) * [1.0, 0.1, 2.0, 0.5]
+    answers = {}
+    kinds: tuple[Keys, ...] = ("standardised", "raw")
+    for keys in kinds:
+        rule = DecorrelatedRule([(4, 2)], CPU, ridge=1e-4, keys=keys, tokens="all")
+        for row in rows:
+            capture = capture_of([list(row)], [list(rng.normal(size=2))])
+            rule.observe(capture)
+        update = rule.propose(capture, np.ones(1, bool))[0]
+        assert update is not None
+        left = update.left[0].double().numpy()
+        answers[keys] = ((rows @ left / (rows[-1] @ left)) ** 2).sum()
+    # The least there is, with a Lagrange multiplier: 1 / (kᵀ R⁻¹ k).
+    least = 1 / (rows[-1] @ np.linalg.solve(rows.T @ rows, rows[-1]))
+    assert answers["raw"] == pytest.approx(least, rel=0.02)
+    assert answers["standardised"] > 1.5 * least
 
 
 def test_decorrelated_rule_with_a_large_ridge_is_the_outer_product() -> None:
