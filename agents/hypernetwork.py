@@ -39,7 +39,7 @@ from torch import Tensor, nn
 
 from hiedit_env.capture import Capture
 from hiedit_env.errors import SettingsError
-from hiedit_env.rules import DecorrelatedRule, Keys, LifelongRule, Tokens
+from hiedit_env.rules import DecorrelatedRule, Gradients, Keys, LifelongRule, Tokens
 
 Form = Literal["outer", "ridge", "decorrelated"]
 Network = Literal["rows", "tokens"]
@@ -153,10 +153,12 @@ class Hypernetwork(DecorrelatedRule):
         keys: Of the decorrelated form, which keys C_l is the second moment of: standardised as the
             network's input, or ``"raw"``, as a changed layer meets them; a network for rows then
             changes them by as many standard deviations.
+        gradients: Whether the mean is taken away from value gradients before they are divided by
+            their standard deviation (``"standardised"``) or not (``"scaled"``).
         seed: Of the random initial values.
 
     Raises:
-        SettingsError: unknown form, network or keys, or a size below 1.
+        SettingsError: unknown form, network, keys or gradients, or a size below 1.
     """
 
     name = "hypernetwork"
@@ -176,6 +178,7 @@ class Hypernetwork(DecorrelatedRule):
         ridge: float | None = None,
         prior: float = 1.0,
         keys: Keys = "standardised",
+        gradients: Gradients = "standardised",
         seed: int = 0,
     ) -> None:
         if form not in get_args(Form):
@@ -202,6 +205,7 @@ class Hypernetwork(DecorrelatedRule):
             tokens=tokens or _DEFAULT_TOKENS[form],
             ridge=(3.0 if form == "decorrelated" else 1.0) if ridge is None else ridge,
             keys=keys,
+            gradients=gradients,
         )
         generator = torch.Generator().manual_seed(seed)
         self.net = nn.ModuleList(

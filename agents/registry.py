@@ -73,7 +73,7 @@ LOADERS: Mapping[str, str] = MappingProxyType(
 #: Arguments that parameters were trained for.
 _STRUCTURE = frozenset(
     {
-        *("form", "network", "rank", "blocks", "keys"),
+        *("form", "network", "rank", "blocks", "keys", "gradients"),
         *("hidden", "embedding", "rule", "size", "normalize"),
     }
 )

@@ -24,6 +24,7 @@ from hiedit_env.updates import LowRankUpdate, layer_groups
 
 Tokens = Literal["answer", "all"]
 Keys = Literal["standardised", "raw"]
+Gradients = Literal["standardised", "scaled"]
 
 
 class UpdateRule(ABC):
@@ -317,14 +318,19 @@ class DecorrelatedRule(LifelongRule):
     keys that come, mean included and not divided by anything, so that only then Σ (kᵀ left)² over
     the keys k seen so far is what the inverse makes small.
 
+    With ``gradients="standardised"`` ṽ are value gradients with their mean taken away, over their
+    standard deviation, as in MEND and what followed it. With ``"scaled"`` no mean is taken away: it
+    would be written with every edit again, at all its tokens, those too that cost nothing.
+
     Args:
         ridge: Positive; 0 would whiten the keys, infinity gives a plain outer product.
         keys: Which keys C is the second moment of.
+        gradients: What ṽ is.
         **settings: As for :class:`UpdateRule`.
 
     Raises:
-        SettingsError: unknown ``keys``, a ridge that is not positive, or what :class:`UpdateRule`
-            refuses.
+        SettingsError: unknown ``keys`` or ``gradients``, a ridge that is not positive, or what
+            :class:`UpdateRule` refuses.
     """
 
     name = "decorrelated"
@@ -338,12 +344,18 @@ class DecorrelatedRule(LifelongRule):
         *,
         ridge: float = 3.0,
         keys: Keys = "standardised",
+        gradients: Gradients = "standardised",
         **settings: Any,
     ) -> None:
         self.ridge = _positive(ridge, "ridge")
-        if keys not in get_args(Keys):
-            raise SettingsError(f"keys must be one of {get_args(Keys)}, got {keys!r}")
+        for name, given, known in (
+            ("keys", keys, get_args(Keys)),
+            ("gradients", gradients, get_args(Gradients)),
+        ):
+            if given not in known:
+                raise SettingsError(f"{name} must be one of {known}, got {given!r}")
         self.keys: Keys = keys
+        self.gradients: Gradients = gradients
         super().__init__(shapes, device, **settings)
 
     def reset(self) -> None:
@@ -366,6 +378,14 @@ class DecorrelatedRule(LifelongRule):
                     keys, _ = self._normalised(number, places, keys, gradients)
                 # A new tensor, never in place: saved states hold the old one.
                 self._products[number] = torch.baddbmm(self._products[number], keys.mT, keys)
+
+    def _normalised(
+        self, group: int, places: list[int], keys: Tensor, gradients: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        left, right = super()._normalised(group, places, keys, gradients)
+        if self.gradients == "scaled":
+            right = self._moments[group].scale(gradients, places, keys.shape[2])
+        return left, right
 
     def _second_moment(self, group: int, places: list[int]) -> Tensor:
         """Unnormalised second moments of the keys, G × d_in × d_in, the caller's to change."""

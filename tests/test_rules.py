@@ -216,16 +216,25 @@ def test_rules_equal_their_dense_formulas(tokens: Any, count: int) -> None:
 
 @pytest.mark.parametrize("ridge", [0.3, 3.0])
 @pytest.mark.parametrize("keys", ["standardised", "raw"])
-def test_decorrelated_rule_equals_its_dense_formula(keys: str, ridge: float) -> None:
+@pytest.mark.parametrize("gradients", ["standardised", "scaled"])
+def test_decorrelated_rule_equals_its_dense_formula(
+    keys: str, gradients: str, ridge: float
+) -> None:
     seen = captures(4)
-    rule = by_name("decorrelated", tokens="all", step_size=0.2, ridge=ridge, keys=keys)
+    settings = {"ridge": ridge, "keys": keys, "gradients": gradients}
+    rule = by_name("decorrelated", tokens="all", step_size=0.2, **settings)
     for capture in seen:
         rule.observe(capture)
     for layer, update in enumerate(rule.propose(seen[-1], ALL)):
         # Each capture's keys count as they were standardised when they were seen.
         which = 2 if keys == "standardised" else 0
         past = [standardised(seen[: i + 1], layer, "all")[which] for i in range(4)]
-        raw, _, u_hat, v_hat = standardised(seen, layer, "all")
+        raw, v, u_hat, v_hat = standardised(seen, layer, "all")
+        if gradients == "scaled":
+            everything = np.concatenate(
+                [standardised(seen[: i + 1], layer, "all")[1] for i in range(4)]
+            )
+            v_hat = v / everything.std(0, ddof=1)
         moment = sum(u.T @ u for u in past) / sum(len(u) for u in past)
         size = moment.trace() / len(moment)
         own = u_hat if keys == "standardised" else raw
@@ -258,6 +267,27 @@ def test_raw_keys_answer_the_seen_ones_least() -> None:
     least = 1 / (rows[-1] @ np.linalg.solve(rows.T @ rows, rows[-1]))
     assert answers["raw"] == pytest.approx(least, rel=0.02)
     assert answers["standardised"] > 1.5 * least
+
+
+def test_tokens_without_a_gradient_write_nothing_where_gradients_are_scaled() -> None:
+    capture = capture_of([[1, 0], [3, 4], [2, 2]], [[2, 1], [0, 0], [6, -1]])
+    for gradients, nothing in (("standardised", False), ("scaled", True)):
+        rule = by_name_of([(2, 2)], gradients=gradients)
+        rule.observe(capture)
+        update = rule.propose(capture, np.ones(1, bool))[0]
+        assert update is not None
+        assert bool((update.right[1] == 0).all()) is nothing
+
+
+def test_unknown_keys_and_gradients_are_refused() -> None:
+    with pytest.raises(SettingsError, match=r"keys must be one of.*'standardised', 'raw'.*'x'"):
+        by_name_of([(2, 2)], keys="x")
+    with pytest.raises(SettingsError, match=r"gradients must be one of.*'scaled'.*1"):
+        by_name_of([(2, 2)], gradients=1)
+
+
+def by_name_of(shapes: list[tuple[int, int]], **settings: Any) -> UpdateRule:
+    return make_rule("decorrelated", shapes, CPU, {"tokens": "all", **settings})
 
 
 def test_decorrelated_rule_with_a_large_ridge_is_the_outer_product() -> None:
