@@ -154,12 +154,15 @@ class PolicyRouter(nn.Module):
             training, from what :meth:`reset` was seeded with. A policy that was trained with an
             entropy bonus spreads its edits over all layers that do well, which the best choice
             undoes.
+        temperature: What the scores are divided by where acting draws. Above 1 a stream's edits are
+            spread further than in training, over more layers.
         hidden: Hidden units.
         embedding: Columns of the layer embedding.
         seed: Of the random initial values.
 
     Raises:
-        SettingsError: K outside 1 … L, a share outside (0, 1], or an unknown size.
+        SettingsError: K outside 1 … L, a share outside (0, 1], an unknown size, or a temperature
+            that is not positive.
     """
 
     name = "policy"
@@ -175,6 +178,7 @@ class PolicyRouter(nn.Module):
         history: bool = True,
         normalize: bool = False,
         deterministic: bool = True,
+        temperature: float = 1.0,
         hidden: int = 64,
         embedding: int = 8,
         seed: int = 0,
@@ -188,7 +192,10 @@ class PolicyRouter(nn.Module):
         if layers_per_edit is None:
             layers_per_edit = max(1, int(share * num_layers))
         self.layers_per_edit = _checked_size(layers_per_edit, num_layers)
+        if not 0 < temperature < float("inf"):
+            raise SettingsError(f"temperature must be a number > 0, got {temperature!r}")
         self.history, self.deterministic = history, deterministic
+        self.temperature = temperature
         self._generator = torch.Generator()
         features = LAYER_FEATURES + GLOBAL_FEATURES
         self.moments = RunningMoments(1, features, device) if normalize else None
@@ -260,9 +267,10 @@ class PolicyRouter(nn.Module):
         """
         if self.moments is not None and generator is not None:
             self.moments.update(self.features(observation)[None])
+        scores = self.scores(observation)
         if generator is None and not self.deterministic:
             generator = self._generator
-        scores = self.scores(observation)
+            scores = scores / self.temperature
         if self.size == "fixed":
             return _plackett_luce(scores, self.layers_per_edit, generator)
         return _independent(scores, generator)
