@@ -228,6 +228,35 @@ def test_a_policy_that_is_not_deterministic_acts_as_it_was_trained(size: str) ->
     assert len({tuple(best.choose(seen, NOTHING).layers) for _ in range(20)}) == 1
 
 
+@pytest.mark.parametrize("size", ["fixed", "learned"])
+def test_acting_draws_at_a_temperature_and_training_does_not(size: str) -> None:
+    """Scores over T, enumerated: one of three layers, or each on its own with odds exp(score/T)."""
+    scores = [2.0, 0.0, -1.0]
+    router = PolicyRouter(
+        3,
+        CPU,
+        size=size,  # type: ignore[arg-type]
+        layers_per_edit=1,
+        deterministic=False,
+        temperature=4.0,
+    )
+    with torch.no_grad():
+        router.bias.copy_(torch.tensor(scores))
+    router.reset(0)
+    seen = observation(3)
+    for temperature, generator in ((4.0, None), (1.0, torch.Generator().manual_seed(0))):
+        drawn = np.mean([router.choose(seen, NOTHING, generator).layers for _ in range(2000)], 0)
+        odds = np.exp(np.array(scores) / temperature)
+        wanted = odds / odds.sum() if size == "fixed" else odds / (1 + odds)
+        np.testing.assert_allclose(drawn, wanted, atol=0.04)
+
+
+@pytest.mark.parametrize("temperature", [0.0, -1.0, float("inf"), float("nan")])
+def test_a_temperature_out_of_range_is_refused(temperature: float) -> None:
+    with pytest.raises(SettingsError, match="temperature must be a number > 0"):
+        PolicyRouter(4, CPU, temperature=temperature)
+
+
 def test_a_learned_size_begins_at_the_wanted_one() -> None:
     router = PolicyRouter(8, CPU, size="learned", layers_per_edit=2)
     assert router.scores(observation(8)).sigmoid().sum().item() == pytest.approx(2, rel=1e-5)
