@@ -27,8 +27,6 @@ HIEDIT = AgentSpec(
         "rank": 64,
         "ridge": 0.1,
         "prior": 8.0,
-        "keys": "raw",
-        "gradients": "scaled",
         "facts": 4,
         "probes": 4,
         "look_ahead": True,
