@@ -158,7 +158,8 @@ class Hypernetwork(DecorrelatedRule):
         seed: Of the random initial values.
 
     Raises:
-        SettingsError: unknown form, network, keys or gradients, or a size below 1.
+        SettingsError: unknown form, network, keys or gradients, a size below 1, or raw keys for a
+            form that has no second moment of keys.
     """
 
     name = "hypernetwork"
@@ -190,6 +191,10 @@ class Hypernetwork(DecorrelatedRule):
         if network == "tokens" and blocks != 1:
             raise SettingsError(
                 f"network='tokens' has no blocks, so blocks={blocks!r} means nothing"
+            )
+        if keys == "raw" and form != "decorrelated":
+            raise SettingsError(
+                f"form={form!r} has no second moment of keys, so keys={keys!r} means nothing"
             )
         self.form: Form = form
         #: Which statistics are kept: the decorrelated form alone needs the products of keys.
@@ -290,6 +295,10 @@ class Hypernetwork(DecorrelatedRule):
         for i in range(len(self.groups)):
             if f"products.{i}" in found and f"places.{i}" not in found:
                 found |= _each_once(f"products.{i}", f"places.{i}", found[f"products.{i}"])
+        if found and ("sizes.0" in found) != (self.keys == "raw"):
+            raise SettingsError(
+                f"keys={self.keys!r}, but the calibration that was saved is of the other kind of keys"
+            )
         self.net.load_state_dict(own)
         self._set_calibration(found or None)
 

@@ -99,7 +99,7 @@ class Plan:
         """The text with folders and K in their places."""
         return text.format(
             k=self.layers_per_edit,
-            low=self.out / "low",
+            low=self.out / "calibrated",
             trained=self.out / "trained",
             high=self.out / high,
         )
@@ -179,7 +179,7 @@ def parts(plan: Plan, run: Run, jobs: int = 1) -> None:
 
     # In the order in which they are needed: what waits never holds the place of what it waits for.
     with ThreadPoolExecutor(jobs) as pool:
-        low = pool.submit(train, "low", plan.low(0, "low"))
+        low = pool.submit(train, "calibrated", plan.low(0, "calibrated"))
         plain = pool.submit(unedited)
         done = [low, plain]
         base = pool.submit(train, _BASE, plan.high(_BASE), low)

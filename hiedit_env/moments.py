@@ -64,12 +64,15 @@ class RunningMoments:
     def scale(self, rows: Tensor, places: list[int], start: int) -> Tensor:
         """Rows over the standard deviation of the columns from ``start`` on; no mean is taken away.
 
+        After a single row the deviation is that row's own size, as in :meth:`normalise`.
+
         Args:
             rows: len(places) × T × (size − start).
             places: Which of the layers kept here the rows belong to.
             start: First column.
         """
-        return rows.float() / picked(self.deviation, places)[..., start:]
+        size = self.mean.abs() + _TINY if self.count == 1 else self.deviation
+        return rows.float() / picked(size, places)[..., start:]
 
     def unscale(self, rows: Tensor, places: list[int]) -> Tensor:
         """Rows times the standard deviation of their columns, which are the first ones.

@@ -325,6 +325,19 @@ def test_a_calibration_is_saved_and_outlives_lives(captures: list[Capture], keys
     assert not torch.equal(first.left, low.propose(captures[2], ALL)[0].left)  # type: ignore[union-attr]
 
 
+def test_keys_of_another_kind_than_those_calibrated_are_refused(captures: list[Capture]) -> None:
+    env = make(SELECTION)
+    kinds: tuple[Keys, ...] = ("standardised", "raw")
+    for keys, other in (kinds, kinds[::-1]):
+        saved = calibrated(env, captures[:2], keys=keys).state()
+        low = calibrated(env, captures[:2], keys=other)
+        with pytest.raises(SettingsError, match="is of the other kind of keys"):
+            low.load_state(saved)
+    for form in ("outer", "ridge"):
+        with pytest.raises(SettingsError, match=r"keys='raw' means nothing"):
+            Hypernetwork(env.llm.shapes, env.llm.device, form=form, keys="raw")  # type: ignore[arg-type]
+
+
 def test_layers_that_read_one_input_are_calibrated_alike_and_saved_once() -> None:
     block = ("model.layers.1.mlp.{up,gate}_proj", "model.layers.1.self_attn.{q,o}_proj")
     env = make(SELECTION, layers=block)

@@ -79,7 +79,7 @@ def test_rows_are_made_once_and_put_together(
     parts(plan, in_here(calls))  # type: ignore[arg-type]
     made = [(command[0], Path(command[-1]).name) for command in calls]
     assert made == [
-        ("train", "low"),
+        ("train", "calibrated"),
         ("compare", "unedited.part"),
         ("train", "hiedit"),
         ("train", "trained"),
@@ -99,7 +99,7 @@ def test_rows_are_made_once_and_put_together(
     # Rows differ in what they name, and in nothing that would make them another comparison.
     low, trained = (
         json.loads((plan.out / name / "agent.json").read_text(encoding="utf-8"))
-        for name in ("low", "trained")
+        for name in ("calibrated", "trained")
     )
     assert low["log"] == {}
     assert trained["log"] != {}
@@ -122,8 +122,8 @@ def test_after_a_failure_nothing_more_is_begun(tmp_path: Path) -> None:
     plan = replace(plan_of_nothing(("hiedit", "no-history")), out=tmp_path)
     with pytest.raises(SettingsError, match="no room"):
         parts(plan, fails)
-    assert set(calls) <= {"low", "unedited.part"}
-    assert "low" in calls
+    assert set(calls) <= {"calibrated", "unedited.part"}
+    assert "calibrated" in calls
 
 
 def test_every_variant_leaves_out_one_thing() -> None:
@@ -139,10 +139,10 @@ def test_every_variant_leaves_out_one_thing() -> None:
                 # Its agent or one more option, its name and its folder.
                 assert len({text for text in differing if text not in (name, "hiedit")}) <= 4
         else:
-            assert "/hiedit" in plan.rows(name)[2] or "/low" in plan.rows(name)[2]
+            assert "/hiedit" in plan.rows(name)[2] or "/calibrated" in plan.rows(name)[2]
     assert plan.rows("one-step")[2] == "one-step=out/hiedit?max_steps_per_edit=1"
     assert plan.rows("trained-low")[2] == "trained-low=out/hiedit+out/trained"
-    assert plan.low(0, "low")[1] == "random-layers?layers_per_edit=3+hiedit?step_size=1e-4"
+    assert plan.low(0, "calibrated")[1] == "random-layers?layers_per_edit=3+hiedit?step_size=1e-4"
 
 
 def plan_of_nothing(variants: tuple[str, ...]) -> Plan:

@@ -279,6 +279,17 @@ def test_tokens_without_a_gradient_write_nothing_where_gradients_are_scaled() ->
         assert bool((update.right[1] == 0).all()) is nothing
 
 
+def test_after_one_row_scaled_gradients_are_their_signs() -> None:
+    """There is no deviation yet: as standardised ones, they are over the row's own size."""
+    capture = capture_of([[1, 3]], [[2, -0.5]])
+    for gradients in ("standardised", "scaled"):
+        rule = by_name_of([(2, 2)], gradients=gradients, step_size=0.5)
+        rule.observe(capture)
+        update = rule.propose(capture, np.ones(1, bool))[0]
+        assert update is not None
+        np.testing.assert_allclose(update.right, [[-0.5, 0.5]], rtol=1e-5)
+
+
 def test_unknown_keys_and_gradients_are_refused() -> None:
     with pytest.raises(SettingsError, match=r"keys must be one of.*'standardised', 'raw'.*'x'"):
         by_name_of([(2, 2)], keys="x")

@@ -199,5 +199,22 @@ def test_fewer_trajectories_than_there_are_is_refused(
 
 
 def test_what_parameters_were_trained_for_cannot_be_changed(trained: Path) -> None:
-    with pytest.raises(SettingsError, match=r"'normalize' of .* was fixed when it was trained"):
-        make_agent(f"{trained}?high.normalize=true")
+    for given, name in (
+        ("high.normalize=true", "normalize"),
+        ("keys=raw", "keys"),
+        ("gradients=scaled", "gradients"),
+    ):
+        with pytest.raises(SettingsError, match=rf"'{name}' of .* was fixed when it was trained"):
+            make_agent(f"{trained}?{given}")
+
+
+def test_nor_of_an_agent_that_ships() -> None:
+    for given in ("gradients=scaled", "keys=raw", "high.normalize=false"):
+        agent = spec_agent(f"hiedit?{given}")
+        with pytest.raises(
+            SettingsError, match="that ships for smollm2-135m was fixed when it was"
+        ):
+            agent.training_facts("smollm2-135m")
+        # To be trained it takes them.
+        assert agent.training_facts("smollm2-135m", trained=False) == frozenset()
+    assert spec_agent("hiedit?step_size=1e-4").training_facts("smollm2-135m")
