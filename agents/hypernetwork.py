@@ -297,7 +297,8 @@ class Hypernetwork(DecorrelatedRule):
                 found |= _each_once(f"products.{i}", f"places.{i}", found[f"products.{i}"])
         if found and ("sizes.0" in found) != (self.keys == "raw"):
             raise SettingsError(
-                f"keys={self.keys!r}, but the calibration that was saved is of the other kind of keys"
+                f"keys={self.keys!r}, but the calibration that was saved is of the other kind of "
+                "keys"
             )
         self.net.load_state_dict(own)
         self._set_calibration(found or None)

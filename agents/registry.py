@@ -253,8 +253,8 @@ class SpecAgent:
         fixed = sorted(given for given in spec.given if given.rpartition(".")[2] in _STRUCTURE)
         if fixed:
             raise SettingsError(
-                f"{', '.join(fixed)} of the agent {spec.name!r} that ships for {model} was fixed when "
-                "it was trained; train one of your own, or give its folder"
+                f"{', '.join(fixed)} of the agent {spec.name!r} that ships for {model} was fixed "
+                "when it was trained; train one of your own, or give its folder"
             )
         high = {k: v for k, v in spec.high_settings.items() if f"high.{k}" in spec.given}
         low = {k: v for k, v in spec.low_settings.items() if f"low.{k}" in spec.given}
