@@ -17,7 +17,8 @@ from hiedit_env.envs.settings import MODEL_RULE_SETTINGS
 from hiedit_env.errors import CheckpointError, HieditError, SettingsError
 from hiedit_env.layer_choice import CHOICES
 from hiedit_env.resident import ResidentLLM
-from hiedit_env.rules import RULES, UpdateRule, make_rule
+from hiedit_env.rule_names import RULES, make_rule
+from hiedit_env.rules import UpdateRule
 
 #: Learned high levels; the simple choices of the environment are high levels too.
 ROUTERS: Mapping[str, type] = {k.name: k for k in (StraightThroughRouter, PolicyRouter)}

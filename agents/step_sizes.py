@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from agents.rescaled import RescaledRule
 from hiedit_env.capture import Capture
 from hiedit_env.errors import SettingsError
-from hiedit_env.rules import RULES, make_rule
+from hiedit_env.rule_names import RULES, make_rule
 from hiedit_env.updates import LowRankUpdate
 
 #: What the policy sees of a layer, see :meth:`StepSizePolicy.multipliers`.

@@ -13,7 +13,8 @@ from agents.hypernetwork import RULE_OF_FORM, Hypernetwork
 from agents.step_sizes import StepSizePolicy
 from hiedit_env.capture import Capture
 from hiedit_env.errors import SettingsError
-from hiedit_env.rules import Keys, UpdateRule, make_rule
+from hiedit_env.rule_names import make_rule
+from hiedit_env.rules import Keys, UpdateRule
 from tests.lives import SELECTION, L, make
 
 ALL = np.ones(L, bool)

@@ -14,15 +14,14 @@ from torch import Tensor
 from hiedit_env.capture import Capture
 from hiedit_env.errors import SettingsError
 from hiedit_env.moments import RunningMoments
+from hiedit_env.rule_names import RULES, make_rule
 from hiedit_env.rules import (
-    RULES,
     DecorrelatedRule,
     GradientRule,
     Keys,
     OuterProductRule,
     RidgeRule,
     UpdateRule,
-    make_rule,
 )
 from hiedit_env.updates import LowRankUpdate
 from tests.factories import PROMPTS, fake_capture, normal, prompt

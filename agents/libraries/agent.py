@@ -22,7 +22,8 @@ from hiedit_env.envs.actions import check_only_step_sizes
 from hiedit_env.envs.base import EditingEnv
 from hiedit_env.envs.settings import rule_settings
 from hiedit_env.errors import ActionError, CheckpointError, SettingsError
-from hiedit_env.rules import UpdateRule, make_rule
+from hiedit_env.rule_names import make_rule
+from hiedit_env.rules import UpdateRule
 from hiedit_env.updates import LowRankUpdate
 from hiedit_env.wrappers import SequentialSelection
 

@@ -37,7 +37,8 @@ from hiedit_env.observations import Observer, View
 from hiedit_env.passes import Passes, run
 from hiedit_env.quality import Evaluator, LocalityReference, RewardKind
 from hiedit_env.resident import ResidentLLM
-from hiedit_env.rules import UpdateRule, make_rule
+from hiedit_env.rule_names import make_rule
+from hiedit_env.rules import UpdateRule
 from hiedit_env.tensor_cache import TensorCache
 from hiedit_env.updates import Updates
 

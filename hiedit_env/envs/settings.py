@@ -16,7 +16,7 @@ from hiedit_env.datasets import stream
 from hiedit_env.errors import SettingsError
 from hiedit_env.quality import check_judging
 from hiedit_env.requests import Request
-from hiedit_env.rules import make_rule
+from hiedit_env.rule_names import make_rule
 
 #: Weight of every term of the reward; a mapping given by the user overrides single entries.
 DEFAULT_WEIGHTS: Mapping[str, float] = {
