@@ -15,6 +15,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import shlex
 import shutil
 import subprocess
 import sys
@@ -241,7 +242,8 @@ def in_a_process(threads: int) -> Run:
     environment = {**os.environ, "OMP_NUM_THREADS": str(threads), "OMP_WAIT_POLICY": "PASSIVE"}
 
     def run(command: Sequence[str], log: Path) -> None:
-        print("hiedit", *command, flush=True)
+        # In one piece: several processes are begun at the same time.
+        print(f"{shlex.join(['hiedit', *command])}\n", end="", flush=True)
         whole = [sys.executable, "-m", "benchmarks.cli", *command]
         errors = log.with_suffix(".err")
         with log.open("wb") as out, errors.open("wb") as err:
