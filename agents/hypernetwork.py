@@ -24,7 +24,8 @@ The update then has one of three forms:
   :meth:`Hypernetwork.calibrate`, so that what unrelated prompts have in common is left alone from
   the first edit on. The ridge and prior_l are learned.
 
-B, b, shift and c begin at 0, so an untrained hypernetwork *is* the closed-form rule of its form.
+B, b, shift and c begin at 0, so an untrained hypernetwork *is* the closed-form rule of its form;
+only the ridge form differs from the ridge rule, which has ‖ũ‖² in the place of (K ⊙ ũ) 1.
 The architecture of the rows is that of the released code of RLEdit and HiEdit (``nets.py``), except
 that step_l and λ_l are learned as logarithms, so that they stay positive.
 """
@@ -44,7 +45,7 @@ from hiedit_env.rules import DecorrelatedRule, Gradients, Keys, LifelongRule, To
 Form = Literal["outer", "ridge", "decorrelated"]
 Network = Literal["rows", "tokens"]
 
-#: The closed-form rule that an untrained hypernetwork of a form is.
+#: The closed-form rule that an untrained hypernetwork of a form is, and for ridge is nearest to.
 RULE_OF_FORM: Mapping[str, str] = {
     "outer": "outer-product",
     "ridge": "ridge",
@@ -228,10 +229,16 @@ class Hypernetwork(DecorrelatedRule):
         Args:
             captures: Of unrelated prompts at the unedited weights.
         """
+        before = self._calibration
         self._calibration = None
         self.reset()
-        for capture in captures:
-            self.observe(capture)
+        try:
+            for capture in captures:
+                self.observe(capture)
+        except BaseException:
+            self._calibration = before
+            self.reset()
+            raise
         found = self.state_dict()
         calibration: dict[str, Any] = {}
         for i, moments in enumerate(found["moments"]):

@@ -80,7 +80,12 @@ class Choice:
 
 @runtime_checkable
 class HighLevel(Protocol):
-    """A policy over options: which layers to edit for a fact."""
+    """A policy over options: which layers to edit for a fact.
+
+    One that is trained (see :class:`~agents.protocol.Trainable`) learns by the policy gradient,
+    from the ``log_probability`` of what it sampled; or, with an attribute ``straight_through =
+    True``, from the gradient of the low level's objective in its ``gates``.
+    """
 
     @property
     def name(self) -> str:
@@ -97,7 +102,9 @@ class HighLevel(Protocol):
         Args:
             observation: The environment's observation.
             capture: The fact's keys and value gradients.
-            generator: Samples from the policy if given (training); else the best choice is taken.
+            generator: Samples from the policy if given (training); without it, the choice is the
+                one to act with, which may be the best one or be drawn from what ``reset`` was
+                seeded with.
         """
 
 
@@ -158,7 +165,7 @@ class HierarchicalAgent:
         self._env: EditingEnv | None = None
 
     def reset(self, env: gym.Env[Any, Any], seed: int) -> None:
-        """Seeds the high level and hands the low level to the environment.
+        """Seeds both levels and hands the low one to the environment.
 
         Raises:
             SettingsError: not a LayerSelection environment, or other layers than the low level's.
@@ -166,6 +173,8 @@ class HierarchicalAgent:
         self._env = layer_selection(env, self.name)
         self._env.use_low_level(self.low, max_steps_per_edit=self.max_steps_per_edit)
         self.high.reset(seed)
+        if self.low is not None:
+            self.low.seed(seed)
 
     def select_action(self, observation: Observation, info: dict[str, Any]) -> NDArray[np.int8]:
         """L int8, the layers for the present fact."""

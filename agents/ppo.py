@@ -15,6 +15,7 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import sys
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
@@ -31,6 +32,7 @@ from tqdm import tqdm
 
 import hiedit_env
 from agents.checkpoints import fact_hashes, facts_entry, trained_facts
+from agents.libraries.command import run_script
 from hiedit_env.envs.base import EditingEnv
 from hiedit_env.errors import CheckpointError, ResultsExistError, SettingsError
 from hiedit_env.files import write_bytes
@@ -84,6 +86,12 @@ class Args:
                 f"total_steps must be at least num_envs × num_steps = "
                 f"{self.num_envs * self.num_steps}, got {self.total_steps}"
             )
+        for name in ("gamma", "gae_lambda"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise SettingsError(f"{name} must be from 0 to 1, got {getattr(self, name)!r}")
+        for name in ("learning_rate", "clip", "max_grad_norm"):
+            if not 0 < getattr(self, name) < math.inf:
+                raise SettingsError(f"{name} must be a number > 0, got {getattr(self, name)!r}")
         if self.num_envs * self.num_steps < self.minibatches:
             raise SettingsError("there are more minibatches than facts collected per update")
 
@@ -218,8 +226,15 @@ def train(args: Args, out: Path | None = None, *, progress: bool = True) -> Acto
                     log_probabilities[t], _ = model.log_probability(observation, action)
                     values[t] = model.value(observation)
                 observations[t], actions[t] = observation, action
-                found, reward, terminated, truncated, _ = envs.step(action.numpy().astype(np.int8))
+                found, reward, terminated, truncated, info = envs.step(
+                    action.numpy().astype(np.int8)
+                )
                 rewards[t] = torch.from_numpy(reward)
+                cut = truncated & ~terminated
+                if cut.any():
+                    # Nothing has ended but the counting: what would have followed is looked at.
+                    ahead = model.value(torch.from_numpy(np.stack(info["final_obs"][cut])))
+                    rewards[t, torch.from_numpy(cut)] += args.gamma * ahead.detach()
                 ends[t] = torch.from_numpy(terminated | truncated)
                 observation = torch.from_numpy(found)
 
@@ -377,4 +392,4 @@ def _setting(text: str) -> tuple[str, Any]:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(run_script(main))

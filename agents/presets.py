@@ -9,12 +9,36 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from types import MappingProxyType
+from typing import Any
 
 from agents.spec import AgentSpec
 
-_MEND_LOSS = {"locality_weight": 1.0, "l2": 1e-2, "locality_reference": "previous"}
-_MALMEN_LOSS = {"locality_weight": 0.6, "l2": 1e-4, "locality_reference": "previous"}
+_REFERENCE: dict[str, Any] = {"locality_reference": "previous"}
+_MEND_LOSS: dict[str, Any] = {"locality_weight": 1.0, "l2": 1e-2, **_REFERENCE}
+_MALMEN_LOSS: dict[str, Any] = {"locality_weight": 0.6, "l2": 1e-4, **_REFERENCE}
 _ONE_EDIT = {"retention_window": 0, "retention_weight": 0.0}
+
+
+def _remembered(locality_weight: float, window: int = 10, decay: float = 0.95) -> dict[str, Any]:
+    """Memory backtracking: over the last k edits the papers *sum* with weights μ^age.
+
+    The environment's levels are means, so their weights are the sums of those of a full memory:
+    Σ_{1…k} μ^i = 7.62 for retention, and λ Σ_{0…k} μ^i = 8.62 λ for locality.
+    """
+    ages = [decay**age for age in range(window + 1)]
+    return {
+        "retention_window": window,
+        "retention_decay": decay,
+        "retention_weight": round(sum(ages[1:]), 3),
+        "locality_weight": round(locality_weight * sum(ages), 3),
+    }
+
+
+#: What the means leave out.
+_MEMORY = (
+    "; remembered edits count by their own prompts, not by paraphrases, and where fewer than k are "
+    "remembered as much as k"
+)
 
 HIEDIT = AgentSpec(
     name="hiedit",
@@ -59,9 +83,9 @@ HIEDIT_PAPER = AgentSpec(
     high_settings={"hidden": 256},
     low_settings={"form": "outer", "rank": 256, "blocks": 2},
     max_steps_per_edit=1,
-    train={**_MEND_LOSS, "retention_window": 10, "retention_decay": 0.95},
+    train={**_MEND_LOSS, **_remembered(_MEND_LOSS["locality_weight"])},
     source="arXiv 2604.11214 and config/editor/hiedit.yaml of its released code; step size, rank "
-    "and learning rates ours",
+    "and learning rates ours" + _MEMORY,
 )
 RLEDIT = AgentSpec(
     name="rledit",
@@ -69,9 +93,9 @@ RLEDIT = AgentSpec(
     low="hypernetwork",
     low_settings={"form": "ridge", "rank": 128, "blocks": 4},
     max_steps_per_edit=1,
-    train={**_MALMEN_LOSS, "retention_window": 10, "retention_decay": 0.95},
+    train={**_MALMEN_LOSS, **_remembered(_MALMEN_LOSS["locality_weight"])},
     source="arXiv 2502.05759 and config/editor/rledit.yaml of its released code; step size, rank "
-    "and learning rate ours",
+    "and learning rate ours" + _MEMORY,
 )
 MEND = AgentSpec(
     name="mend",

@@ -6,7 +6,7 @@
 ``oracle``                the best choice, on ``hiedit/Planted-v0`` only
 ``DIR``                   a trained agent: a folder that ``hiedit train`` wrote
 ``HIGH+LOW``              any high level over any low level; either may also be a DIR, of which
-                          that level is taken
+                          that level is taken, or a ``module:Class`` of your own
 ``ppo:DIR``               a policy that ``python -m agents.ppo`` trained; so do ``sb3:DIR`` and the
                           prefixes of the other libraries
 ``module:Class``          an agent of your own
@@ -48,8 +48,9 @@ from agents.options import HierarchicalAgent, layer_selection
 from agents.presets import PRESETS
 from agents.protocol import Agent, Observation, Trainable
 from agents.simple import LayerChoiceAgent, OracleAgent
-from agents.spec import HIGH_LEVELS, LEARNED_LOW, LOW_LEVELS, ROUTERS, AgentSpec
+from agents.spec import HIGH_LEVELS, LOW_LEVELS, AgentSpec
 from hiedit_env.errors import CheckpointError, SettingsError
+from hiedit_env.imports import import_named
 from hiedit_env.layer_choice import CHOICES, SIZELESS
 from hiedit_env.resident import ResidentLLM
 
@@ -98,7 +99,7 @@ class SpecAgent:
         name: How it is called in tables and files.
         high, low: Spec of which the high and the low level are taken, and the folder with their
             trained parameters (None: as the spec makes them).
-        layers_per_edit: Overrides the high level's K if it was not trained.
+        layers_per_edit: Overrides the high level's K, unless that is taken from a folder.
 
     Raises:
         CheckpointError: a folder that is no trained agent.
@@ -178,13 +179,24 @@ class SpecAgent:
         """
         found: frozenset[str] = frozenset()
         for own, folder, learned in (
-            (self._high, self._high_folder, self._high.high in ROUTERS),
-            (self._low, self._low_folder, self._low.low in LEARNED_LOW),
+            (self._high, self._high_folder, self._high.learned_high),
+            (self._low, self._low_folder, self._low.learned_low),
         ):
             _, place = self._resolved(own, folder, model, trained)
             if learned and place is not None:
                 found |= trained_facts(read_record(place))
         return found
+
+    def seeded(self, seed: int) -> SpecAgent:
+        """The same agent with initial values drawn from a seed, where none was given."""
+        high, low = self._high, self._low
+        if self._high_folder is None:
+            high = high.with_seed(seed, high=True, low=high is low and self._low_folder is None)
+        if low is self._high:
+            low = high
+        elif self._low_folder is None:
+            low = low.with_seed(seed, low=True)
+        return SpecAgent(self.name, (high, self._high_folder), (low, self._low_folder))
 
     def with_low_settings(self, **settings: Any) -> SpecAgent:
         """The same agent with other arguments of its low level."""
@@ -332,7 +344,7 @@ def spec_agent(name: str, layers_per_edit: int | None = None) -> SpecAgent:
     # A folder or a number may have a "+" in it: the first one between two known parts counts.
     pluses = [] if is_trained(name) else [i for i, sign in enumerate(name) if sign == "+"]
     for place in pluses:
-        high, low = _part(name[:place]), _low_part(name[place + 1 :])
+        high, low = _high_part(name[:place]), _low_part(name[place + 1 :])
         if high is not None and low is not None:
             _refuse_unused(name[:place], "high")
             _refuse_unused(name[place + 1 :], "low")
@@ -354,12 +366,12 @@ def spec_agent(name: str, layers_per_edit: int | None = None) -> SpecAgent:
             f"unknown agent {name!r}; choose one of {', '.join(AGENTS)}, give the folder of a "
             "trained agent, HIGH+LOW for any two levels, or 'module:Class'"
         )
-    place = next((i for i in pluses if _part(name[:i]) is not None), pluses[0])
+    place = next((i for i in pluses if _high_part(name[:i]) is not None), pluses[0])
     first, second = name[:place], name[place + 1 :]
-    if _part(first) is None:
+    if _high_part(first) is None:
         raise SettingsError(
             f"unknown high level {first!r}; choose one of {', '.join(HIGH_LEVELS)}, a named agent, "
-            "or the folder of a trained one"
+            "the folder of a trained one, or 'module:Class'"
         )
     raise SettingsError(
         f"unknown low level {second!r}; choose one of {', '.join(LOW_LEVELS)}, a named agent, the "
@@ -399,6 +411,14 @@ def _part(name: str) -> tuple[AgentSpec, Path | None] | None:
     if base in HIGH_LEVELS:
         return _with_query(AgentSpec(base, base), query, "high"), None
     return None
+
+
+def _high_part(name: str) -> tuple[AgentSpec, Path | None] | None:
+    base, _, query = (name, "", "") if is_trained(name) else name.partition("?")
+    own = ":" in base and base.partition(":")[0] not in LOADERS
+    if own and not is_trained(base):
+        return _with_query(AgentSpec(base, base), query, "high"), None
+    return _part(name)
 
 
 def _low_part(name: str) -> tuple[AgentSpec, Path | None] | None:
@@ -468,11 +488,7 @@ def _steps(item: str, text: str) -> int:
 
 
 def _import(name: str) -> Callable[..., Any]:
-    module_name, _, attribute = name.partition(":")
-    try:
-        found: Any = getattr(importlib.import_module(module_name), attribute)
-    except (ImportError, AttributeError, ValueError) as error:
-        raise SettingsError(f"agent {name!r} cannot be imported: {error}") from error
+    found: Any = import_named(name, "agent")
     if not callable(found):
         raise SettingsError(f"agent {name!r} is not a class: {type(found).__name__}")
     made: Callable[..., Any] = found

@@ -12,7 +12,7 @@ how the parameters move them through the fact's own update is left out (first or
 move the bound of its size.
 
 The earlier requests are those the agent itself edited in this life, without their paraphrases (what
-was answered when it came, or had no layer chosen, was not edited).
+was answered when it came, or had no layer chosen, was not edited), each with its latest answer.
 The unrelated prompts are from training, each once with the unedited model's own answer and once
 with the true one; at both, the unedited model's distribution is what is kept. Nothing that an
 evaluation asks is looked at. It is experience replay (Lin 1992) on the weights of the model that is
@@ -55,7 +55,8 @@ class Rehearsal(Hypernetwork):
             give, so that it also mends what that update damages; at the present ones if not.
         end_answers: Whether a rehearsed answer is followed by the tokenizer's end token, and the
             present request is rehearsed too: the model learns to give the answer and stop.
-        seed: Of the initial values and of what is rehearsed when.
+        seed: Of the initial values; and with that of a life (:meth:`seed`) of what is rehearsed
+            when.
         cache_bytes: Bound of the memory for the unedited model's log-probabilities.
         **settings: As for :class:`~agents.hypernetwork.Hypernetwork`.
 
@@ -97,7 +98,7 @@ class Rehearsal(Hypernetwork):
         self.largest, self.look_ahead = largest, look_ahead
         end = llm.tokenizer.eos_token_id
         self._end: tuple[int, ...] = (end,) if end_answers and end is not None else ()
-        self._seed = seed
+        self._seed, self._life = seed, 0
         self._bank: tuple[EncodedPrompt, ...] = ()
         self._unedited = UneditedLogProbs(llm, cache_bytes)
         self._past: tuple[EncodedPrompt, ...] = ()
@@ -131,26 +132,34 @@ class Rehearsal(Hypernetwork):
     def load_state(self, state: Mapping[str, Any]) -> None:
         """Puts a saved :meth:`state` back."""
         rest = dict(state)
-        self._bank = tuple(self._prompt(prompt, answer) for prompt, answer in rest.pop("bank"))
+        bank = tuple(self._prompt(prompt, answer) for prompt, answer in rest.pop("bank"))
         super().load_state(rest)
+        self._bank = bank
 
     def _prompt(self, prompt: Sequence[int], answer: Sequence[int]) -> EncodedPrompt:
         """An unrelated prompt that is given by its tokens alone, as it is saved."""
         decode = self.llm.encoder.decode
         return EncodedPrompt(decode(prompt), decode(answer), tuple(prompt), tuple(answer))
 
+    def seed(self, seed: int) -> None:
+        """Of what is rehearsed when, in the lives that begin from now on."""
+        self._life = seed
+
     def reset(self) -> None:
         """Forgets the statistics and the requests of this life."""
         super().reset()
         self._past = ()
-        self._rng = np.random.default_rng([self._seed, 3])
+        self._rng = np.random.default_rng([self._seed, 3, self._life])
 
     def observe(self, capture: Capture) -> None:
         """Takes one capture into the statistics, and its request into the memory."""
         super().observe(capture)
         if not self._past or self._past[-1] != capture.prompt:
-            # A new tuple: saved states hold the old one.
-            self._past = (*self._past, capture.prompt)
+            # A prompt that is given another answer has that one from now on. A new tuple: saved
+            # states hold the old one.
+            asked = capture.prompt.prompt_ids
+            others = (prompt for prompt in self._past if prompt.prompt_ids != asked)
+            self._past = (*others, capture.prompt)
 
     def state_dict(self) -> dict[str, Any]:
         """Statistics, memory and random state of this life."""
@@ -173,13 +182,15 @@ class Rehearsal(Hypernetwork):
         multipliers: NDArray[np.float32] | Tensor | None = None,
     ) -> tuple[LowRankUpdate | None, ...]:
         """The hypernetwork's update of the fact, and that of what is rehearsed, as one."""
-        updates = super().compute(capture, layers, multipliers)
-        earlier = [prompt for prompt in self._past if prompt != capture.prompt]
+        own = super().compute(capture, layers)
+        written = _times(own, multipliers)
+        present = capture.prompt.prompt_ids
+        earlier = [prompt for prompt in self._past if prompt.prompt_ids != present]
         facts, probes = self._draw(earlier, self.facts), self._draw(self._bank, self.probes)
         if self._end:
             facts = [self._ended(prompt) for prompt in (capture.prompt, *facts)]
         if not (facts or probes) or not layers.any():
-            return updates
+            return written
         references = [self._unedited.get(probe) for probe in probes]
 
         def loss(logits: Tensor, batch: PromptBatch) -> Tensor:
@@ -198,17 +209,19 @@ class Rehearsal(Hypernetwork):
         prompts = [*facts, *probes]
         if self.look_ahead:
             try:
-                rows = self.llm.gradients(prompts, loss, updates)
+                rows = self.llm.gradients(prompts, loss, written)
             except NonFiniteUpdateError:
                 # Refused where it is written, which ends the life.
-                return updates
+                return written
         else:
             rows = self._rows_at_present(prompts, loss)
-        mended = self.correct(rows, layers, multipliers)
-        return tuple(
+        mended = self.correct(rows, layers)
+        # Bounded as if all were written: a multiplier of 0 would leave no bound to differentiate.
+        joined = tuple(
             None if one is None or two is None else _joined(one, self._bounded(two, one))
-            for one, two in zip(updates, mended, strict=True)
+            for one, two in zip(own, mended, strict=True)
         )
+        return _times(joined, multipliers)
 
     def _bounded(self, update: LowRankUpdate, other: LowRankUpdate) -> LowRankUpdate:
         """An update no larger than ``largest`` times another one."""
@@ -244,6 +257,19 @@ class Rehearsal(Hypernetwork):
         if limit is not None and prompt.length >= limit:
             return prompt
         return replace(prompt, answer_ids=(*prompt.answer_ids, *self._end))
+
+
+def _times(
+    updates: Sequence[LowRankUpdate | None], multipliers: NDArray[np.float32] | Tensor | None
+) -> tuple[LowRankUpdate | None, ...]:
+    """Every layer's update times its multiplier; gradients flow into a tensor of them."""
+    if multipliers is None:
+        return tuple(updates)
+    factors = torch.as_tensor(multipliers)
+    return tuple(
+        None if u is None else LowRankUpdate(u.left, u.right * factor.to(u.right))
+        for u, factor in zip(updates, factors, strict=True)
+    )
 
 
 def _joined(one: LowRankUpdate, two: LowRankUpdate) -> LowRankUpdate:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
 from torch import Tensor
 
 from hiedit_env.capture import Capture
@@ -27,6 +29,14 @@ class RescaledRule(UpdateRule):
     def reset(self) -> None:
         """Forgets the rule's statistics; parameters stay."""
         self.rule.reset()
+
+    def seed(self, seed: int) -> None:
+        """Seeds the rule inside."""
+        self.rule.seed(seed)
+
+    def look(self, observe: Callable[[], NDArray[np.float32]]) -> None:
+        """Lets the rule inside look."""
+        self.rule.look(observe)
 
     def observe(self, capture: Capture) -> None:
         """Takes one capture into the rule's statistics."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal, get_args
+from typing import Any, ClassVar, Literal, get_args
 
 import numpy as np
 import torch
@@ -54,6 +54,7 @@ class StraightThroughRouter(nn.Module):
     """
 
     name = "straight-through"
+    straight_through: ClassVar[bool] = True
 
     def __init__(
         self,
@@ -102,7 +103,8 @@ class StraightThroughRouter(nn.Module):
             ).float()
             if learn_moments:
                 self.moments[place].update(rows)
-            rows = self.moments[place].normalise(rows, list(range(len(group))))
+            if self.moments[place].count:
+                rows = self.moments[place].normalise(rows, list(range(len(group))))
             inner = self.encoders[place](rows).relu()
             parts.append((self.scales[place] * inner + self.shifts[place]).mean(1))
         hidden = torch.cat(parts)[self._order]

@@ -72,6 +72,7 @@ def run_option(
         paid = 0.0 if judge == "never" else paid
         return Outcome(paid, discount, steps, observation, ended, info)
     while True:
+        life.rule.look(env.observe)
         capture = life.observe()
         updates = (policy or option.updates)(capture)
         steps += 1

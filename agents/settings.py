@@ -30,7 +30,9 @@ class TrainSettings:
     window: int = _option(
         0, "facts per optimiser step; 0 for one step per trajectory (RLEdit's trajectory level)"
     )
-    low_learning_rate: float = _option(1e-3, "Adam's, for the low level")
+    low_learning_rate: float = _option(
+        1e-3, "Adam's, for the low level; ten times as much for step sizes, ridges and the like"
+    )
     high_learning_rate: float = _option(3e-3, "Adam's, for the high level")
     train_low: bool = _option(True, "whether the low level is trained")
     train_high: bool = _option(True, "whether the high level is trained")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -9,12 +10,14 @@ from typing import Any
 from agents.arguments import check_arguments
 from agents.hypernetwork import RULE_OF_FORM, Hypernetwork
 from agents.options import HighLevel, UntrainedChoice
+from agents.protocol import Trainable
 from agents.rehearsal import Rehearsal
 from agents.routers import PolicyRouter, StraightThroughRouter
 from agents.step_sizes import StepSizePolicy
 from hiedit_env.checks import whole_number
 from hiedit_env.envs.settings import MODEL_RULE_SETTINGS
 from hiedit_env.errors import CheckpointError, HieditError, SettingsError
+from hiedit_env.imports import import_named
 from hiedit_env.layer_choice import CHOICES
 from hiedit_env.resident import ResidentLLM
 from hiedit_env.rule_names import RULES, make_rule
@@ -36,7 +39,8 @@ class AgentSpec:
 
     Args:
         name: How the agent is called.
-        high: A name of :data:`HIGH_LEVELS`.
+        high: A name of :data:`HIGH_LEVELS`, or ``"module:Class"``, made as ``Class(num_layers,
+            device, **high_settings)``.
         low: A name of :data:`LOW_LEVELS` or ``"module:Class"``; None for the environment's own.
         high_settings, low_settings: Keyword arguments of the two.
         max_steps_per_edit: Horizon of an option; None for the environment's own.
@@ -60,9 +64,10 @@ class AgentSpec:
     given: frozenset[str] = field(default=frozenset(), compare=False)
 
     def __post_init__(self) -> None:
-        if self.high not in HIGH_LEVELS:
+        if self.high not in HIGH_LEVELS and ":" not in self.high:
             raise SettingsError(
-                f"unknown high level {self.high!r}; choose one of {', '.join(HIGH_LEVELS)}"
+                f"unknown high level {self.high!r}; choose one of {', '.join(HIGH_LEVELS)}, or "
+                "give 'module:Class'"
             )
         if self.low is not None and self.low not in LOW_LEVELS and ":" not in self.low:
             raise SettingsError(
@@ -87,7 +92,29 @@ class AgentSpec:
     @property
     def learns(self) -> bool:
         """Whether there is anything to train."""
-        return self.high in ROUTERS or self.low in LEARNED_LOW
+        return self.learned_high or self.learned_low
+
+    @property
+    def learned_high(self) -> bool:
+        """Whether the high level has parameters."""
+        return _is_trainable(ROUTERS, self.high, "high level")
+
+    @property
+    def learned_low(self) -> bool:
+        """Whether the low level has parameters."""
+        return self.low is not None and _is_trainable(LEARNED_LOW, self.low, "low level")
+
+    def with_seed(self, seed: int, *, high: bool = False, low: bool = False) -> AgentSpec:
+        """The same with a seed for the initial values of levels that take one and have none yet."""
+        settings = {"high": dict(self.high_settings), "low": dict(self.low_settings)}
+        for wanted, level, known, name in (
+            (high, "high", ROUTERS, self.high),
+            (low, "low", LEARNED_LOW, self.low),
+        ):
+            kind = _class_of(known, name, f"{level} level") if wanted and name else None
+            if kind is not None and "seed" in inspect.signature(kind).parameters:
+                settings[level].setdefault("seed", seed)
+        return replace(self, high_settings=settings["high"], low_settings=settings["low"])
 
     def with_layers_per_edit(self, layers_per_edit: int | None) -> AgentSpec:
         """The same with another K; unchanged where None."""
@@ -109,6 +136,14 @@ class AgentSpec:
                 return StraightThroughRouter(llm.shapes, llm.device, **settings)
             if self.high == PolicyRouter.name:
                 return PolicyRouter(len(llm.layers), llm.device, **settings)
+            own = _class_of({}, self.high, "high level")
+            if own is not None:
+                made = own(len(llm.layers), llm.device, **settings)
+                if not isinstance(made, HighLevel):
+                    raise SettingsError(
+                        f"{self.high!r} is no high level; it needs name, reset and choose"
+                    )
+                return made
             return UntrainedChoice(self.high, len(llm.layers), **settings)
         except HieditError:
             raise
@@ -195,3 +230,13 @@ class AgentSpec:
                 f"the record of a trained agent says what this version does not know: {error}"
             ) from error
         return spec
+
+
+def _class_of(known: Mapping[str, type], name: str, what: str) -> Any:
+    """The class of a learned level or of one of your own; None for all others."""
+    return import_named(name, what) if ":" in name else known.get(name)
+
+
+def _is_trainable(known: Mapping[str, type], name: str, what: str) -> bool:
+    kind = _class_of(known, name, what)
+    return isinstance(kind, type) and issubclass(kind, Trainable)

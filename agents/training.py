@@ -40,7 +40,6 @@ from agents.hypernetwork import Hypernetwork
 from agents.lasting import LastingDamage
 from agents.options import Choice, HierarchicalAgent, Option
 from agents.protocol import Observation, Trainable
-from agents.routers import PolicyRouter, StraightThroughRouter
 from agents.runner import Outcome, run_option
 from agents.settings import TrainSettings
 from hiedit_env.capture import Capture
@@ -102,8 +101,8 @@ class Trainer:
                 "--train-low trains, and --trajectories 0 calibrates and nothing more)"
             )
         env.use_low_level(agent.low, max_steps_per_edit=agent.max_steps_per_edit)
-        self._gated = "high" in self.optimizers and isinstance(self.high, StraightThroughRouter)
-        self._sampled = "high" in self.optimizers and isinstance(self.high, PolicyRouter)
+        self._gated = "high" in self.optimizers and getattr(self.high, "straight_through", False)
+        self._sampled = "high" in self.optimizers and not self._gated
         #: Whether the objective's gradient is needed at all.
         self._differentiated = "low" in self.optimizers or self._gated
         self._generator = torch.Generator()
@@ -156,7 +155,10 @@ class Trainer:
         settings = self.settings
         seed = np.random.SeedSequence([settings.seed, number])
         self._generator.manual_seed(int(seed.generate_state(1, np.uint64)[0] >> 1))
-        self.high.reset(int(seed.generate_state(2)[1]))
+        levels = seed.generate_state(3)
+        self.high.reset(int(levels[1]))
+        if self.agent.low is not None:
+            self.agent.low.seed(int(levels[2]))
         rng = np.random.default_rng(seed)
         facts = stream(self.requests, settings.edits_per_trajectory, rng)
         observation, _ = self.env.reset(seed=0, options={"requests": facts})
@@ -192,14 +194,18 @@ class Trainer:
         state = env.save_state()
         choices: list[Choice] = []
         rewards: list[float] = []
-        for _ in range(settings.samples_per_fact - 1):
-            choices.append(self.high.choose(observation, env.capture, self._generator))
-            rewards.append(self._reward(choices[-1].layers))
-            env.restore_state(state)
         baseline = 0.0
-        if settings.intrinsic:
-            baseline = self._reward(np.ones(len(env.llm.layers), bool))
+        try:
+            for _ in range(settings.samples_per_fact - 1):
+                choices.append(self.high.choose(observation, env.capture, self._generator))
+                rewards.append(self._reward(choices[-1].layers))
+                env.restore_state(state)
+            if settings.intrinsic:
+                baseline = self._reward(np.ones(len(env.llm.layers), bool))
+                env.restore_state(state)
+        except BaseException:
             env.restore_state(state)
+            raise
         choices.append(self.high.choose(observation, env.capture, self._generator))
         outcome = self._run(choices[-1], tally)
         advantages = np.array([*rewards, outcome.reward]) - baseline
@@ -295,7 +301,12 @@ class Trainer:
         entropies: list[Tensor] = []
         for options in tried:
             for option in options:
-                assert option.choice.log_probability is not None
+                if option.choice.log_probability is None:
+                    raise SettingsError(
+                        f"the high level {self.high.name!r} has parameters, but its choice has no "
+                        "log_probability to learn from (or say straight_through = True, and give "
+                        "gates)"
+                    )
                 # Each counts a share, since they tell of one fact.
                 log_probabilities.append(option.choice.log_probability / len(options))
                 advantages.append(option.advantage)

@@ -63,7 +63,8 @@ VARIANTS: Mapping[str, Variant] = {
     "no-history": Variant(train=(_POLICY + "&high.history=false+{low}",)),
     "one-step": Variant("{high}?max_steps_per_edit=1"),
     "trained-low": Variant("{high}+{trained}"),
-    "no-rehearsal": Variant("{high}?facts=0&probes=0"),
+    "no-end-token": Variant("{high}?end_answers=false"),
+    "no-rehearsal": Variant("{high}?facts=0&probes=0&end_answers=false"),
     "no-look-ahead": Variant("{high}?look_ahead=false"),
 }
 #: Where the level of a row comes from that trains none of its own.

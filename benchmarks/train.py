@@ -104,7 +104,7 @@ def train(
             without(inner.requests, excluded), held_out=settings.held_out, seed=settings.seed
         )
         training = without(training, held_out)
-        agent, spec = build(editor, inner, run)
+        agent, spec = build(editor, inner, run, settings.seed)
         # What the files of facts hold has to be the same too when a run is resumed.
         folder.settings["facts"] = {"training": fingerprint(training), "number": len(training)}
         if folder.finished:
@@ -148,7 +148,8 @@ def _checked(run: TrainingRun) -> SpecAgent:
     if not editor.spec.learns:
         raise SettingsError(
             f"agent {run.agent!r} has nothing to train; give a learned high level (policy, "
-            "straight-through) or low level (hypernetwork, rehearsal, step-sizes)"
+            "straight-through) or low level (hypernetwork, rehearsal, step-sizes), or one of your "
+            "own that has parameters"
         )
     if editor.spec.high == "no-edit":
         raise SettingsError(
@@ -185,11 +186,12 @@ def make_env(
 
 
 def build(
-    editor: SpecAgent, env: EditingEnv, run: TrainingRun
+    editor: SpecAgent, env: EditingEnv, run: TrainingRun, seed: int
 ) -> tuple[HierarchicalAgent, AgentSpec]:
     """The agent to train, and the spec that makes it again."""
     if run.step_size is not None:
         editor = editor.with_low_settings(step_size=run.step_size)
+    editor = editor.seeded(seed)
     agent = editor.build(env.llm, run.model, trained=False)
     if run.max_steps_per_edit is not None:
         agent.max_steps_per_edit = run.max_steps_per_edit

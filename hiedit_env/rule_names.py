@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 
 from hiedit_env.errors import SettingsError
+from hiedit_env.imports import import_named
 from hiedit_env.rules import (
     DecorrelatedRule,
     GradientRule,
@@ -35,11 +35,7 @@ def make_rule(
         SettingsError: unknown name, or settings the rule does not take.
     """
     if ":" in name:
-        module, _, attribute = name.partition(":")
-        try:
-            rule = getattr(importlib.import_module(module), attribute)
-        except (ImportError, AttributeError, TypeError, ValueError) as error:
-            raise SettingsError(f"update rule {name!r} cannot be imported: {error}") from error
+        rule = import_named(name, "update rule")
         if not (isinstance(rule, type) and issubclass(rule, UpdateRule)):
             raise SettingsError(f"{name!r} is not a subclass of hiedit_env.rules.UpdateRule")
     elif name in RULES:

@@ -67,6 +67,9 @@ class UpdateRule(ABC):
     def reset(self) -> None:  # noqa: B027 - a rule need not keep statistics
         """Forgets all statistics: a new editing life begins."""
 
+    def seed(self, seed: int) -> None:  # noqa: B027 - a rule need not draw anything
+        """What the rule draws in the lives to come follows from this; called before a life."""
+
     def observe(self, capture: Capture) -> None:  # noqa: B027
         """Takes one capture into the lifelong statistics; called once before :meth:`propose`."""
 
@@ -418,7 +421,9 @@ class DecorrelatedRule(LifelongRule):
         mean = matrix.diagonal(dim1=1, dim2=2).mean(1, keepdim=True)
         added = self._ridges(group, places) * mean + torch.finfo(torch.float32).tiny
         matrix.diagonal(dim1=1, dim2=2).add_(added)
-        factor = torch.linalg.cholesky_ex(matrix).L
+        factor, failed = torch.linalg.cholesky_ex(matrix)
+        # No number, so that the update is refused where it is written; asking would stall a device.
+        factor = factor.masked_fill((failed > 0)[:, None, None], torch.nan)
         damped = torch.cholesky_solve(own.mT, factor).mT
         size = torch.linalg.vector_norm(damped, dim=(1, 2), keepdim=True)
         wanted = torch.linalg.vector_norm(standardised, dim=(1, 2), keepdim=True)

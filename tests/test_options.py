@@ -43,6 +43,33 @@ def test_an_option_run_step_by_step_is_one_step_of_the_environment(
     assert two.life.written_counts.tolist() == one.life.written_counts.tolist()
 
 
+class LookingRule(OuterProductRule):
+    """Notes what it was shown before each update."""
+
+    def reset(self) -> None:
+        super().reset()
+        self.seen: list[np.ndarray] = []
+
+    def look(self, observe: Any) -> None:
+        self.seen.append(observe())
+
+
+def test_a_rule_is_shown_what_the_environment_shows_it() -> None:
+    found = []
+    for stepwise in (False, True):
+        env = make(SELECTION)
+        rule = LookingRule(env.llm.shapes, env.llm.device, step_size=1e-4)
+        env.use_low_level(rule)
+        env.reset(seed=3)
+        if stepwise:
+            run_option(env, option(env))
+        else:
+            env.step(HALF.astype(np.int8))
+        found.append(rule.seen)
+    assert len(found[0]) > 1
+    np.testing.assert_array_equal(found[0], found[1])
+
+
 def test_an_option_cannot_begin_on_an_answered_fact() -> None:
     env = make(SELECTION, max_steps_per_edit=30)
     env.reset(seed=0)

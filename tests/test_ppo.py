@@ -14,6 +14,7 @@ import pytest
 import torch
 
 import hiedit_env
+from agents import ppo
 from agents.checkpoints import fact_hashes
 from agents.ppo import ActorCritic, Args, estimate, main, train
 from agents.registry import make_agent
@@ -40,6 +41,29 @@ def test_advantages_by_hand() -> None:
     # Second: 3 + 1 − 1 = 3;  1 − 0 = 1;  0 + 0 − 1 + 0.4 · 1 = −0.6.
     wanted = torch.tensor([[1.8, -0.6], [2.0, 1.0], [0.0, 3.0]])
     torch.testing.assert_close(found, wanted)
+
+
+def test_a_life_that_is_cut_short_is_paid_for_what_would_have_followed(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """With a value of 8 everywhere, the last reward before the cut counts γ · 8 more."""
+    seen: list[torch.Tensor] = []
+    own = ppo.estimate
+
+    def note(rewards: torch.Tensor, *rest: Any) -> torch.Tensor:
+        seen.append(rewards.clone())
+        return own(rewards, *rest)
+
+    monkeypatch.setattr(ppo, "estimate", note)
+    monkeypatch.setattr(ActorCritic, "value", lambda _, seen: torch.full((len(seen),), 8.0))
+    toy = {"num_layers": 4, "num_edits": 16}
+    args = replace(SHORT, env_id="hiedit/Toy-v0", num_steps=3, total_steps=6, gamma=0.25)
+    args = replace(args, value_weight=0.0)
+    train(replace(args, env=toy), progress=False)
+    train(replace(args, env={**toy, "max_episode_steps": 2}), progress=False)
+    plain, cut = seen
+    # After the cut other facts follow.
+    torch.testing.assert_close(cut[:2] - plain[:2], torch.tensor([[0.0, 0.0], [2.0, 2.0]]))
 
 
 def test_probabilities_and_entropy_of_independent_coins() -> None:
@@ -114,9 +138,13 @@ def test_a_policy_refuses_other_spaces_and_folders(tmp_path: Path) -> None:
         ({"num_envs": 0}, "num_envs"),
         ({"total_steps": 3}, "total_steps must be at least"),
         ({"minibatches": 500}, "minibatches"),
+        ({"gamma": 1.5}, "gamma must be from 0 to 1, got 1.5"),
+        ({"gae_lambda": -0.1}, "gae_lambda"),
+        ({"learning_rate": 0.0}, "learning_rate must be a number > 0"),
+        ({"clip": math.inf}, "clip"),
     ],
 )
-def test_rubbish_settings_are_refused(settings: dict[str, int], message: str) -> None:
+def test_rubbish_settings_are_refused(settings: dict[str, float], message: str) -> None:
     with pytest.raises(SettingsError, match=message):
         Args(**settings)  # type: ignore[arg-type]
 

@@ -317,8 +317,6 @@ def test_no_multiplier_no_update() -> None:
     gates[2] = 1.0
     capture = env.life.observe()
     random = low._rng.bit_generator.state
-    # Otherwise what is not written of the fact would bound what is rehearsed.
-    low.largest = 1e9
     gated = low.compute(capture, ALL, gates)
     low._rng.bit_generator.state = random
     plain = low.compute(capture, ALL)
@@ -327,6 +325,80 @@ def test_no_multiplier_no_update() -> None:
         assert two is not None
         wanted = two.dense() if layer == 2 else torch.zeros_like(two.dense())
         torch.testing.assert_close(one.dense(), wanted)
+
+
+def test_a_gate_of_zero_has_the_slope_of_the_whole_update() -> None:
+    """Without looking ahead an update is linear in its gate, the rehearsed part and all."""
+    env = make(SELECTION, num_edits=3)
+    low = rehearsing(env, look_ahead=False)
+    env.use_low_level(low)
+    env.reset(seed=0)
+    env.step(np.ones(L, np.int8))
+    capture = env.life.observe()
+    random = low._rng.bit_generator.state
+    gates = torch.zeros(L)
+    gates[2] = 1.0
+    gates.requires_grad_(True)
+    made = low.compute(capture, ALL, gates)
+    low._rng.bit_generator.state = random
+    whole = low.compute(capture, ALL)
+    total = torch.zeros(())
+    wanted = []
+    for layer, (one, two) in enumerate(zip(made, whole, strict=True)):
+        assert one is not None
+        assert two is not None
+        weights = torch.randn(one.dense().shape, generator=torch.Generator().manual_seed(layer))
+        total = total + (weights * one.dense()).sum()
+        wanted.append((weights * two.dense()).sum().detach())
+    (slopes,) = torch.autograd.grad(total, gates)
+    torch.testing.assert_close(slopes, torch.stack(wanted), rtol=1e-4, atol=1e-8)
+
+
+def test_a_prompt_is_rehearsed_with_its_latest_answer() -> None:
+    env = make(SELECTION, num_edits=None)
+    low = rehearsing(env)
+    first, second = env.requests[:2]
+    for request, answer in ((first, first.answer), (second, second.answer), (first, second.answer)):
+        low.observe(env.llm.read(env.llm.encode(request.prompt, answer)).capture())
+    found = [(prompt.prompt, prompt.answer) for prompt in low._past]
+    encoded = env.llm.encode(first.prompt, second.answer)
+    other = env.llm.encode(second.prompt, second.answer)
+    assert found == [(other.prompt, other.answer), (encoded.prompt, encoded.answer)]
+
+
+def test_what_is_rehearsed_follows_from_the_seed_of_the_life() -> None:
+    env = make(SELECTION, num_edits=None)
+    low = rehearsing(env, probes=3)
+
+    def drawn(seed: int) -> list[str]:
+        low.seed(seed)
+        low.reset()
+        return [prompt.prompt for _ in range(3) for prompt in low._draw(low._bank, 3)]
+
+    one, again, other = drawn(1), drawn(1), drawn(2)
+    assert one == again
+    assert one != other
+
+
+def test_a_calibration_that_fails_leaves_the_old_one() -> None:
+    env = make(SELECTION)
+    low = rehearsing(env)
+    before = {k: torch.as_tensor(v) for k, v in low.state().items() if k != "bank"}
+
+    def broken() -> Any:
+        yield probes(env, 1)[0]
+        raise ValueError("no more")
+
+    with pytest.raises(ValueError, match="no more"):
+        low.calibrate(broken())
+    bank = low._bank
+    assert bank
+    assert all(torch.equal(before[name], torch.as_tensor(low.state()[name])) for name in before)
+    wrong = {**low.state(), "bank": []}
+    del wrong[next(name for name in before if not name.startswith("calibration"))]
+    with pytest.raises(RuntimeError):
+        low.load_state(wrong)
+    assert low._bank == bank
 
 
 def test_training_leaves_out_what_an_evaluation_asks(tmp_path: Path) -> None:

@@ -471,6 +471,18 @@ def test_rules_by_name() -> None:
     assert own.step_size == 0.5
 
 
+def test_a_moment_that_has_no_square_root_makes_an_update_that_is_refused(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def indefinite(self: DecorrelatedRule, group: int, places: list[int]) -> torch.Tensor:
+        return torch.tensor([[[1.0, 3.0], [3.0, 1.0]]])
+
+    monkeypatch.setattr(DecorrelatedRule, "_second_moment", indefinite)
+    rule = DecorrelatedRule([(2, 1)], torch.device("cpu"), ridge=0.1)
+    left = rule._left(0, [0], torch.ones(1, 3, 2), torch.ones(1, 3, 2))
+    assert left.isnan().all()
+
+
 @pytest.mark.parametrize(
     ("name", "settings", "message"),
     [

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import Tensor
 
 from agents.hypernetwork import Hypernetwork
@@ -233,6 +234,116 @@ def test_same_seed_same_parameters(agent: str) -> None:
             assert torch.equal(torch.as_tensor(value), torch.as_tensor(two[name][path])), path
 
 
+@pytest.mark.parametrize("agent", ["policy+hypernetwork", "policy+ridge", "hiedit"])
+def test_another_seed_begins_elsewhere(tmp_path: Path, agent: str) -> None:
+    settings = replace(SHORT, trajectories=1, evaluation_edits=0, calibration=4)
+    run = replace(RUN, agent=agent)
+    states = []
+    for seed in (0, 1):
+        out = tmp_path / str(seed)
+        train(run, replace(settings, seed=seed), out, progress=False)
+        states.append(load_file(out / "agent.safetensors"))
+        level = json.loads((out / "agent.json").read_text())["high"]
+        assert level["settings"]["seed"] == seed
+    # Random from the beginning, and moved by one step of Adam at most.
+    assert (states[0]["high.embedding"] - states[1]["high.embedding"]).abs().mean() > 0.5
+    for path in states[0]:
+        if path.startswith("low.") and path.endswith(".a"):
+            assert (states[0][path] - states[1][path]).abs().mean() > 0.01
+
+
+class OwnRouter(PolicyRouter):
+    """A learned high level of one's own."""
+
+    name = "own"
+
+
+class OwnStep(OuterProductRule):
+    """A learned low level of one's own: one number."""
+
+    name = "own-step"
+
+    def __init__(self, *arguments: Any, **settings: Any) -> None:
+        super().__init__(*arguments, **settings)
+        self.log_step = torch.nn.Parameter(torch.zeros(1))
+
+    def compute(self, capture: Any, layers: Any, multipliers: Any = None) -> Any:
+        step = self.log_step.exp().expand(L)
+        return super().compute(capture, layers, step if multipliers is None else step * multipliers)
+
+    def parameters(self) -> list[torch.nn.Parameter]:
+        return [self.log_step]
+
+    def state(self) -> dict[str, Any]:
+        return {"log_step": self.log_step.detach()}
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        self.log_step.data.copy_(state["log_step"])
+
+
+class Silent(OwnRouter):
+    """A learned high level that does not say how likely its choice was."""
+
+    def choose(self, observation: Any, capture: Any, generator: Any = None) -> Choice:
+        return Choice(super().choose(observation, capture, generator).layers)
+
+
+class NoLevel:
+    """Chooses nothing."""
+
+    def __init__(self, num_layers: int, device: torch.device) -> None:
+        pass
+
+
+@pytest.mark.parametrize("high", ["all-layers", f"{__name__}:OwnRouter?layers_per_edit=2"])
+@pytest.mark.parametrize("low", ["ridge", f"{__name__}:OwnStep"])
+def test_levels_of_ones_own_are_trained_and_played(tmp_path: Path, high: str, low: str) -> None:
+    run = replace(RUN, agent=f"{high}+{low}")
+    if run.agent == "all-layers+ridge":
+        with pytest.raises(SettingsError, match="nothing to train"):
+            train(run, SHORT, tmp_path, progress=False)
+        return
+    train(run, SHORT, tmp_path / "own", progress=False)
+    state = load_file(tmp_path / "own" / "agent.safetensors")
+    assert any(path.startswith("high.") for path in state) == ("OwnRouter" in high)
+    assert ("low.log_step" in state) == ("OwnStep" in low)
+    if "OwnStep" in low:
+        assert state["low.log_step"].item() != 0
+    agent = spec_agent(str(tmp_path / "own"))
+    env = make(SELECTION)
+    agent.reset(env, 0)
+    observation, info = env.reset(seed=0)
+    chosen = agent.select_action(observation, info)
+    assert chosen.sum() == (2 if "OwnRouter" in high else L)
+
+
+def test_a_high_level_that_says_no_probability_is_refused(tmp_path: Path) -> None:
+    run = replace(RUN, agent=f"{__name__}:Silent+ridge")
+    with pytest.raises(SettingsError, match="no log_probability to learn from"):
+        train(run, SHORT, tmp_path, progress=False)
+    with pytest.raises(SettingsError, match="is no high level"):
+        train(replace(RUN, agent=f"{__name__}:NoLevel+hypernetwork"), SHORT, tmp_path / "x")
+
+
+def test_options_that_are_only_tried_leave_nothing_behind(monkeypatch: pytest.MonkeyPatch) -> None:
+    env = make(SELECTION, num_edits=None)
+    built = spec_agent("policy+ridge").build(env.llm)
+    trainer = Trainer(env, built, env.requests, SHORT)
+    before: list[str] = []
+    own = Trainer._reward
+
+    def fails(self: Trainer, layers: np.ndarray) -> float:
+        before.append(env.llm.weights_fingerprint())
+        own(self, layers)
+        assert env.llm.weights_fingerprint() != before[0]
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Trainer, "_reward", fails)
+    with pytest.raises(KeyboardInterrupt):
+        trainer.trajectory(0)
+    assert env.llm.weights_fingerprint() == before[0]
+
+
 def test_windows_step_more_often_than_trajectories() -> None:
     env = make(SELECTION, num_edits=None)
     for window, steps in ((0, 1), (2, 2), (3, 2), (1, 4)):
@@ -321,6 +432,15 @@ def test_resuming_on_other_facts_is_refused(tmp_path: Path) -> None:
     file.write_text(json.dumps(facts[::-1]))
     with pytest.raises(SettingsError, match="training was"):
         train(run, SHORT, out, resume=True, progress=False)
+
+
+def test_remembered_edits_weigh_what_the_papers_sums_do() -> None:
+    """Σ μ^i over ages 1 … 10 and 0 … 10, μ = 0.95, by the geometric series."""
+    past = 0.95 * (1 - 0.95**10) / 0.05
+    for name, weight in (("rledit", 0.6), ("hiedit-paper", 1.0)):
+        found = spec_agent(name).spec.train
+        assert found["retention_weight"] == pytest.approx(past, abs=1e-3)
+        assert found["locality_weight"] == pytest.approx(weight * (1 + past), abs=1e-3)
 
 
 def test_the_papers_objectives_and_statistics_are_theirs() -> None:
