@@ -9,7 +9,8 @@ Everything is measured in one run on one machine and reported as ratios.
   and all positions, dense in-place writes, as in the released code of HiEdit
   (``editor/hiedit.py``). It caches nothing, so that it runs the unedited model on the unrelated
   prompts again at every step. Steps of the two are interleaved, on the same facts.
-* ``training``: one training step of the agent ``rledit`` with 10 remembered edits.
+* ``training``: one training step of the agents ``rledit`` and ``hiedit``, as their presets have it
+  but for a step after every fact, with 10 remembered edits.
 * ``tiny``: ``hiedit/LayerSelection-v0`` with its defaults, on one thread.
 * ``vector``: eight of its lives as a vector environment, against eight single environments stepped
   in turn, on the same facts with the same actions; on one thread, episodes of the two interleaved.
@@ -25,7 +26,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any, cast
 
@@ -42,6 +43,7 @@ from agents.registry import spec_agent
 from agents.settings import TrainSettings
 from agents.training import Trainer
 from benchmarks.results import write_text
+from benchmarks.train import TrainingRun, build, make_env
 from hiedit_env.capture import Capture
 from hiedit_env.envs.base import EditingEnv
 from hiedit_env.levels import EncodedFact
@@ -228,31 +230,34 @@ def measure_model(model: str, dataset: str | None, edits: int, device: str) -> d
     }
 
 
-def measure_training(model: str, dataset: str | None, edits: int, device: str) -> dict[str, Any]:
-    """One training step of ``rledit`` (one edit, its loss, gradient and Adam), 10 edits remembered.
+def measure_training(
+    agent: str, model: str, dataset: str | None, edits: int, device: str
+) -> dict[str, Any]:
+    """One training step of an agent as its preset has it, 10 edits remembered.
 
-    A step is a capture, the update of all layers, the objective over 23 or so prompts with the
-    update as an overlay, its gradient in the hypernetwork, the optimiser and the write.
+    For ``rledit`` a step is a capture, the update of all layers, the objective over 23 or so
+    prompts with the update as an overlay, its gradient in the hypernetwork, the optimiser and the
+    write; for ``hiedit`` three options of several steps, each judged, two of which are undone, and
+    the optimiser.
     """
-    env = gymnasium.make(
-        "hiedit/LayerSelection-v0",
-        model=model,
-        dataset=dataset,
-        num_edits=None,
-        device=device,
-        disable_env_checker=True,
-    )
-    base = env.unwrapped
-    assert isinstance(base, EditingEnv)
-    agent = spec_agent("rledit").build(base.llm, model, trained=False)
-    settings = TrainSettings(edits_per_trajectory=11 + edits, window=1)
-    trainer = Trainer(base, agent, base.requests, settings)
-    times: list[float] = []
-    trainer.trajectory(0, lambda _: times.append(clock(base.llm.device)))
+    editor = spec_agent(agent)
+    own = {"retention_window": 10, "window": 1, "edits_per_trajectory": 11 + edits}
+    # How much it is calibrated on is nothing to a step.
+    settings = TrainSettings(**{**editor.spec.train, **own, "calibration": 20})
+    run = TrainingRun(agent=agent, model=model, dataset=dataset, device=device)
+    with closing(make_env(run, settings, editor, progress=False)) as env:
+        base = env.unwrapped
+        assert isinstance(base, EditingEnv)
+        built, _ = build(editor, base, run, settings.seed)
+        trainer = Trainer(base, built, base.requests, settings)
+        trainer.calibrate()
+        times: list[float] = []
+        trainer.trajectory(0, lambda _: times.append(clock(base.llm.device)))
+        remembered = len(base.life.remembered)
     seconds = np.diff(times)[10:]
     return {
-        "agent": "rledit",
-        "remembered_edits": len(base.life.remembered),
+        "agent": agent,
+        "remembered_edits": remembered,
         "step_seconds": float(np.median(seconds)),
         "longest_step_seconds": float(seconds.max()),
     }
@@ -359,7 +364,10 @@ def main(arguments: list[str] | None = None) -> None:
         "tiny": measure_tiny(given.tiny_steps),
         "vector": measure_vector(8, 20),
         "model": measure_model(given.model, given.dataset, given.edits, given.device),
-        "training": measure_training(given.model, given.dataset, given.edits, given.device),
+        "training": [
+            measure_training(agent, given.model, given.dataset, given.edits, given.device)
+            for agent in ("rledit", "hiedit")
+        ],
         "peak_memory_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
         "versions": {
             "python": platform.python_version(),

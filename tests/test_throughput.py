@@ -106,8 +106,10 @@ def test_what_is_measured() -> None:
     assert "peak_device_memory_mb" not in result
 
 
-def test_training_steps_are_timed_with_a_full_memory() -> None:
-    found = measure_training("tiny", None, 2, "cpu")
+@pytest.mark.parametrize("agent", ["rledit", "hiedit"])
+def test_training_steps_are_timed_with_a_full_memory(agent: str) -> None:
+    found = measure_training(agent, "tiny", None, 2, "cpu")
+    assert found["agent"] == agent
     assert found["remembered_edits"] == 10
     assert 0 < found["step_seconds"] <= found["longest_step_seconds"]
 
