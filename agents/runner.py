@@ -12,7 +12,7 @@ from agents.options import Option
 from agents.protocol import Observation
 from hiedit_env.capture import Capture
 from hiedit_env.envs.base import EditingEnv
-from hiedit_env.envs.semantics import Judge
+from hiedit_env.envs.semantics import Judging
 from hiedit_env.updates import Updates
 
 #: Called before every primitive step with the capture; returns the updates to write.
@@ -46,7 +46,7 @@ def run_option(
     *,
     gamma: float = 1.0,
     policy: Policy | None = None,
-    judge: Judge = "fact",
+    judge: Judging = "fact",
 ) -> Outcome:
     """Runs an option on the present fact of a LayerSelection environment.
 

@@ -45,7 +45,7 @@ from agents.settings import TrainSettings
 from hiedit_env.capture import Capture
 from hiedit_env.datasets import stream
 from hiedit_env.envs.base import EditingEnv
-from hiedit_env.envs.semantics import Judge
+from hiedit_env.envs.semantics import Judging
 from hiedit_env.errors import NonFiniteUpdateError, SettingsError
 from hiedit_env.requests import Probe, Request
 from hiedit_env.updates import LowRankUpdate, Updates
@@ -235,7 +235,7 @@ class Trainer:
 
         policy = learn if self._differentiated else None
         # What is paid is only needed where it is learned from.
-        judge: Judge = "fact" if self._sampled else "never"
+        judge: Judging = "fact" if self._sampled else "never"
         outcome = run_option(
             self.env, option, gamma=self.settings.gamma, policy=policy, judge=judge
         )

@@ -1,6 +1,6 @@
 """Where the editable weight matrices of a language model are: the table, the presets, the search.
 
-A *layer* is one candidate weight matrix of an MLP. Everything that depends on the kind of model is
+A *layer* is one candidate weight matrix of a block. Everything that depends on the kind of model is
 a row of :data:`ARCHITECTURES`; the layers that were edited in published work are in
 :data:`PRESETS`. Models that are in neither can be edited too, by giving patterns.
 """

@@ -20,7 +20,7 @@ from hiedit_env.architectures import find_candidates
 from hiedit_env.capture import Capture
 from hiedit_env.datasets import load_requests, stream
 from hiedit_env.editing import LEVELS, EditingLife
-from hiedit_env.envs.semantics import Judge, Paid, StepSemantics
+from hiedit_env.envs.semantics import Judging, Paid, StepSemantics
 from hiedit_env.envs.settings import (
     MODEL_DATASETS,
     RENDER_MODES,
@@ -251,7 +251,7 @@ class EditingEnv(StepSemantics, gym.Env[NDArray[np.float32], Any], gym.utils.EzP
         life = self.life
         return life.evaluator.loss(life.fact, life.remembered, updates, self.weights_of_terms, l2)
 
-    def apply(self, updates: Updates, *, judge: Judge = "step", rule_made: bool = False) -> Step:
+    def apply(self, updates: Updates, *, judge: Judging = "step", rule_made: bool = False) -> Step:
         """Writes the given updates as one primitive step of the present fact.
 
         Args:

@@ -17,7 +17,7 @@ from hiedit_env.passes import Passes
 from hiedit_env.resident import ResidentLLM
 
 #: When updates that were handed in are judged.
-Judge = Literal["step", "fact", "never"]
+Judging = Literal["step", "fact", "never"]
 #: Runs one or more primitive steps; gives L bool, the layers written.
 Body = Callable[[], Passes[NDArray[np.bool_]]]
 #: A step without its observation: reward (a float, or a scalar tensor where levels are kept on the
@@ -40,7 +40,7 @@ class StepSemantics:
         """Called when a new fact begins."""
 
     def _pay(
-        self, body: Body, body_all: Body, *, rule_made: bool = True, judge: Judge = "step"
+        self, body: Body, body_all: Body, *, rule_made: bool = True, judge: Judging = "step"
     ) -> Passes[Paid]:
         baseline: dict[str, float] = {}
         if self.intrinsic:
@@ -74,7 +74,7 @@ class StepSemantics:
         return reward, self.life.ended, info
 
     def _attempt(
-        self, body: Body, *, rule_made: bool, judge: Judge = "step"
+        self, body: Body, *, rule_made: bool, judge: Judging = "step"
     ) -> Passes[tuple[dict[str, float], dict[str, float | bool], NDArray[np.bool_], str | None]]:
         """Runs and judges a body: terms, metrics, layers, error.
 
