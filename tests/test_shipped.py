@@ -11,9 +11,16 @@ import pytest
 from numpy.typing import NDArray
 from safetensors import safe_open
 
-from agents.checkpoints import JSON_FILE, TENSOR_FILE, read_record
+from agents.checkpoints import (
+    JSON_FILE,
+    TENSOR_FILE,
+    fact_hashes,
+    read_record,
+    trained_facts,
+)
 from agents.registry import SHIPPED, default_agent, make_agent, spec_agent
 from benchmarks.demo import default_agents
+from hiedit_env.datasets import load_requests
 from hiedit_env.envs.planted import Planted
 
 FOLDERS = sorted(SHIPPED.iterdir())
@@ -39,6 +46,11 @@ def test_it_is_small_and_says_where_it_comes_from(folder: Path) -> None:
     facts = "planted-facts" if run["model"] == "planted" else "world-facts"
     assert (run["dataset"], run["exclude"]) == (f"{facts}-train", f"{facts}-test")
     assert "/" not in run["agent"]
+    # All of them but the few that no trajectory drew or that were held out.
+    seen, others = (fact_hashes(load_requests(f"{facts}-{half}")) for half in ("train", "test"))
+    assert trained_facts(record) <= seen
+    assert len(trained_facts(record)) > 0.6 * len(seen)
+    assert not trained_facts(record) & others
     assert folder.name == f"{record['name']}-{run['model']}"
 
 
