@@ -34,10 +34,10 @@ def _remembered(locality_weight: float, window: int = 10, decay: float = 0.95) -
     }
 
 
-#: What the means leave out.
+#: What differs from the papers' sums.
 _MEMORY = (
-    "; remembered edits count by their own prompts, not by paraphrases, and where fewer than k are "
-    "remembered as much as k"
+    "; the edit is judged half by its prompt and half by its paraphrases, remembered ones by their "
+    "prompts, and fewer than k remembered ones count as much as k"
 )
 
 HIEDIT = AgentSpec(
