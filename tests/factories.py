@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import Tensor
+from torch.nn import functional as F
 from transformers import (
     CONFIG_MAPPING,
     AutoModelForCausalLM,
@@ -18,7 +19,7 @@ from transformers import (
 from hiedit_env.architectures import ARCHITECTURES, find_candidates
 from hiedit_env.capture import Capture
 from hiedit_env.resident import ResidentLLM
-from hiedit_env.tokenization import EncodedPrompt
+from hiedit_env.tokenization import EncodedPrompt, PromptBatch
 from hiedit_env.updates import LowRankUpdate
 
 HIDDEN, INNER, BLOCKS = 16, 24, 3
@@ -181,3 +182,10 @@ def all_bits(model: torch.nn.Module) -> dict[str, bytes]:
         name: parameter.detach().contiguous().view(torch.uint8).numpy().tobytes()
         for name, parameter in model.named_parameters()
     }
+
+
+def mean_losses(logits: Tensor, batch: PromptBatch) -> Tensor:
+    """Sum over the prompts of a batch of their mean losses per answer token."""
+    sizes = [len(prompt.answer_ids) for prompt in batch.prompts]
+    pairs = zip(torch.split(logits, sizes), torch.split(batch.labels, sizes), strict=True)
+    return torch.stack([F.cross_entropy(x, y) for x, y in pairs]).sum()

@@ -448,29 +448,6 @@ def test_proposing_observes_nothing_and_reset_forgets(name: str) -> None:
     assert proposed(rule, first) == wanted
 
 
-# -- by name, and errors ------------------------------------------------------------------------
-
-
-class HalfRule(GradientRule):
-    """A rule of one's own."""
-
-    name = "half"
-    default_step_size = 0.5
-
-
-def test_rules_by_name() -> None:
-    assert {name: type(by_name(name)) for name in RULES} == {
-        "decorrelated": DecorrelatedRule,
-        "outer-product": OuterProductRule,
-        "ridge": RidgeRule,
-        "gradient": GradientRule,
-    }
-    assert by_name("ridge", step_size=0.3).step_size == 0.3
-    own = by_name(f"{__name__}:HalfRule")
-    assert isinstance(own, HalfRule)
-    assert own.step_size == 0.5
-
-
 def test_a_moment_that_has_no_square_root_makes_an_update_that_is_refused(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -481,28 +458,3 @@ def test_a_moment_that_has_no_square_root_makes_an_update_that_is_refused(
     rule = DecorrelatedRule([(2, 1)], torch.device("cpu"), ridge=0.1)
     left = rule._left(0, [0], torch.ones(1, 3, 2), torch.ones(1, 3, 2))
     assert left.isnan().all()
-
-
-@pytest.mark.parametrize(
-    ("name", "settings", "message"),
-    [
-        ("ultra", {}, "unknown update rule 'ultra'.*outer-product, ridge, gradient.*of your own"),
-        ("no_such_module:Rule", {}, "cannot be imported.*no_such_module"),
-        (":Rule", {}, "cannot be imported"),
-        (".rules:GradientRule", {}, "cannot be imported"),
-        (f"{__name__}:Nothing", {}, "cannot be imported.*Nothing"),
-        (f"{__name__}:ALL", {}, "not a subclass of"),
-        ("gradient", {"ridge": 1.0}, "'gradient'.*ridge"),
-        ("gradient", {"step_size": 0}, "step_size must be a positive number, got 0"),
-        ("gradient", {"step_size": -1e-4}, "positive number, got -0.0001"),
-        ("gradient", {"step_size": math.nan}, "positive number, got nan"),
-        ("gradient", {"step_size": "big"}, "step_size must be a positive number, got 'big'"),
-        ("ridge", {"tokens": "some"}, "must be 'answer' or 'all', got 'some'"),
-        ("ridge", {"ridge": 0.0}, "ridge must be a positive number, got 0.0"),
-        ("ridge", {"ridge": math.nan}, "ridge must be a positive number, got nan"),
-        ("ridge", {"ridge": "1"}, "ridge must be a positive number, got '1'"),
-    ],
-)
-def test_errors(name: str, settings: dict[str, Any], message: str) -> None:
-    with pytest.raises(SettingsError, match=message):
-        by_name(name, **settings)
