@@ -5,6 +5,7 @@ WORKERS ?= 2
 PYTEST_ARGS ?=
 
 PACKAGES := hiedit_env agents benchmarks
+LINKS := .links
 PYTHON := .venv/bin/python
 STAMP := .venv/.setup-done
 # RLlib, skrl, Tianshou and TorchRL have one of their own: RLlib wants an older Gymnasium.
@@ -12,7 +13,7 @@ LIBRARIES := .venv-libraries
 LIBRARIES_PYTHON := $(LIBRARIES)/bin/python
 LIBRARIES_STAMP := $(LIBRARIES)/.setup-done
 # A comma would end an argument of "call".
-LIBRARIES_EXTRAS := dev,libraries
+LIBRARIES_EXTRAS := test,demo,plots,sb3-contrib,libraries
 # Twice quiet: pip still prints errors, but no warnings.
 PIP := -m pip -q -q --disable-pip-version-check
 # One thread per worker: small matrices are slower on several threads than on one.
@@ -73,12 +74,12 @@ demo: setup ## edit a real language model and write the results to demo/
 	.venv/bin/hiedit demo --out "$$out"
 
 test: lint types ## everything that must pass: lint, types, doctests and tests
-	@$(PYTEST) --doctest-modules $(PACKAGES) tests
+	@$(PYTEST) tests
 
 test-libraries: setup $(LIBRARIES_STAMP) ## train agents of the RL libraries until they beat random
-	@$(PYTEST) --dist load -m libraries tests/test_sb3.py
+	@$(PYTEST) --dist load -m libraries tests/agents/rl/test_sb3.py
 	@OMP_NUM_THREADS=1 $(LIBRARIES_PYTHON) -m pytest -n $(WORKERS) $(PYTEST_ARGS) \
-		-m libraries tests/test_library_scripts.py
+		-m libraries tests/agents/rl/test_library_scripts.py
 
 ifneq ($(shell cat $(LIBRARIES_STAMP) 2>/dev/null),$(CURDIR))
 .PHONY: $(LIBRARIES_STAMP)
@@ -98,10 +99,12 @@ lint: setup ## check style and formatting
 	@$(PYTHON) -m ruff format --check .
 
 types: setup ## check types
+	@mkdir -p $(LINKS) && ln -sfn ../agents $(LINKS)/hiedit_agents && \
+		ln -sfn ../benchmarks $(LINKS)/hiedit_benchmarks
 	@$(PYTHON) -m mypy
 
 doctest: setup ## run the examples of the docstrings only
-	@$(PYTEST) --doctest-modules $(PACKAGES)
+	@$(PYTEST) tests/test_doctests.py
 
 unit: setup ## run the tests only
 	@$(PYTEST) tests

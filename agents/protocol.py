@@ -26,7 +26,7 @@ class Agent(Protocol):
                 observation, action, reward, terminated, truncated, next_observation, next_info
             )
 
-    :func:`agents.registry.make_agent` says how an agent is made from its name.
+    :func:`hiedit_agents.registry.make_agent` says how an agent is made from its name.
     """
 
     @property

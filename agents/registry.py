@@ -2,13 +2,13 @@
 
 ========================  =====================================================================
 ``all-layers``, …         a simple choice of layers over the environment's update rule
-``hiedit``, ``rledit``, … a named agent (:mod:`agents.presets`) with the weights that ship with it
+``hiedit``, ``rledit``, … a named agent with the weights that ship with it
 ``oracle``                the best choice, on ``hiedit/Planted-v0`` only
 ``DIR``                   a trained agent: a folder that ``hiedit train`` wrote
 ``HIGH+LOW``              any high level over any low level; either may also be a DIR, of which
                           that level is taken, or a ``module:Class`` of your own
-``ppo:DIR``               a policy that ``python -m agents.ppo`` trained; so do ``sb3:DIR`` and the
-                          prefixes of the other libraries
+``ppo:DIR``               a policy that ``python -m hiedit_agents.rl.ppo`` trained; so do
+                          ``sb3:DIR`` and the prefixes of the other libraries
 ``module:Class``          an agent of your own
 ========================  =====================================================================
 
@@ -30,9 +30,9 @@ from types import MappingProxyType
 from typing import Any
 
 import gymnasium as gym
-from numpy.typing import NDArray
-
-from agents.checkpoints import (
+from hiedit_agents.hierarchy.options import HierarchicalAgent, layer_selection
+from hiedit_agents.hierarchy.simple import LayerChoiceAgent, OracleAgent
+from hiedit_agents.named.checkpoints import (
     JSON_FILE,
     TENSOR_FILE,
     check_fits,
@@ -42,17 +42,16 @@ from agents.checkpoints import (
     read_state,
     trained_facts,
 )
-from agents.libraries.networks import library_of
-from agents.libraries.record import JSON_FILE as POLICY_FILE
-from agents.options import HierarchicalAgent, layer_selection
-from agents.presets import PRESETS
-from agents.protocol import Agent, Observation, Trainable
-from agents.simple import LayerChoiceAgent, OracleAgent
-from agents.spec import HIGH_LEVELS, LOW_LEVELS, AgentSpec
-from hiedit_env.errors import CheckpointError, SettingsError
-from hiedit_env.imports import import_named
-from hiedit_env.layer_choice import CHOICES, SIZELESS
-from hiedit_env.resident import ResidentLLM
+from hiedit_agents.named.presets import PRESETS
+from hiedit_agents.named.spec import HIGH_LEVELS, LOW_LEVELS, AgentSpec
+from hiedit_agents.policies.networks import library_of
+from hiedit_agents.policies.record import JSON_FILE as POLICY_FILE
+from hiedit_agents.protocol import Agent, Observation, Trainable
+from numpy.typing import NDArray
+
+from hiedit_env.errors import CheckpointError, SettingsError, import_named
+from hiedit_env.resident.resident import ResidentLLM
+from hiedit_env.rules.layer_choice import CHOICES, SIZELESS
 
 #: Where the trained agents that ship with hiedit are: a folder per agent and model.
 SHIPPED = Path(__file__).parent / "trained"
@@ -63,11 +62,13 @@ _OF_THE_LOW = frozenset({"train_low", "low_learning_rate", "lasting", "lasting_p
 #: Policies trained in another way: prefix → module whose ``load(folder)`` makes an agent.
 LOADERS: Mapping[str, str] = MappingProxyType(
     {
-        "ppo": "agents.ppo",
-        "sb3": "agents.sb3",
-        "sb3-contrib": "agents.sb3_contrib",
+        "ppo": "hiedit_agents.rl.ppo",
+        "sb3": "hiedit_agents.rl.train_sb3",
+        "sb3-contrib": "hiedit_agents.rl.train_sb3_contrib",
         # Played without the libraries that trained them.
-        **dict.fromkeys(("rllib", "skrl", "tianshou", "torchrl"), "agents.libraries.networks"),
+        **dict.fromkeys(
+            ("rllib", "skrl", "tianshou", "torchrl"), "hiedit_agents.policies.networks"
+        ),
     }
 )
 
@@ -292,7 +293,7 @@ class SpecAgent:
         return self._built[1].select_action(observation, info)
 
     def update(self, *transition: Any, **named: Any) -> None:
-        """Learns nothing here; :mod:`agents.training` trains."""
+        """Learns nothing here; :mod:`hiedit_agents.hierarchy.trainer` trains."""
 
 
 def make_agent(name: str, *, layers_per_edit: int | None = None) -> Agent:

@@ -1,6 +1,7 @@
 """Writes ``docs/environments.md`` from the docstrings of the environments and wrappers.
 
-Run ``python -m benchmarks.make_docs`` after a docstring was changed; a test compares the two.
+Run ``python -m hiedit_benchmarks.make_docs`` after a docstring was changed; a test compares the
+two.
 """
 
 from __future__ import annotations
@@ -13,17 +14,18 @@ from pathlib import Path
 from hiedit_env import wrappers
 from hiedit_env.envs.layer_selection import LayerSelection
 from hiedit_env.envs.lifelong_edit import LifelongEdit
+from hiedit_env.envs.observations import Observer
 from hiedit_env.envs.planted import Planted
 from hiedit_env.envs.step_size import StepSize
 from hiedit_env.envs.vector import VectorEditing
-from hiedit_env.observations import Observer
 from hiedit_env.testing.toy import ToyEditing
 
 PAGE = Path(__file__).parents[1] / "docs" / "environments.md"
 
 _HEAD = """# The environments
 
-*Written from the docstrings by `python -m benchmarks.make_docs`; they are the specification.*
+*Written from the docstrings by `python -m hiedit_benchmarks.make_docs`; they are the
+specification.*
 """
 _ENVIRONMENTS: Sequence[tuple[str, type]] = (
     ("`hiedit/LifelongEdit-v0`", LifelongEdit),

@@ -1,9 +1,16 @@
-"""Every error a user of hiedit can cause, one class each.
+"""Every error a user of hiedit can cause, one class each, and the checks that many parts share.
 
 All derive from :class:`HieditError`, and also from the closest built-in class, so that both
 ``except HieditError`` and ``except ValueError`` do what a reader expects. A message names the value
 that was wrong and what would be right, and is raised before anything has changed.
 """
+
+from __future__ import annotations
+
+import importlib
+from typing import Any
+
+import numpy as np
 
 
 class HieditError(Exception):
@@ -65,3 +72,37 @@ class ResultsExistError(HieditError, FileExistsError):
 
 class CheckpointError(HieditError, ValueError):
     """A trained agent or kept statistics that cannot be read, or made for another model."""
+
+
+def whole_number(value: object, name: str, least: int) -> int:
+    """A setting that counts something.
+
+    Raises:
+        SettingsError: not a whole number, or below ``least``.
+
+    >>> whole_number(3, "max_steps_per_edit", 1)
+    3
+    """
+    if isinstance(value, bool) or not isinstance(value, int | np.integer) or value < least:
+        raise SettingsError(f"{name} must be ≥ {least} and a whole number, got {value!r}")
+    return int(value)
+
+
+def import_named(name: str, what: str) -> Any:
+    """The object called ``"package.module:Name"``.
+
+    Args:
+        name: What to import.
+        what: How messages call it.
+
+    Raises:
+        SettingsError: there is no such module, or nothing of that name in it.
+
+    >>> import_named("fractions:Fraction", "number").__name__
+    'Fraction'
+    """
+    module, _, attribute = name.partition(":")
+    try:
+        return getattr(importlib.import_module(module), attribute)
+    except (ImportError, AttributeError, TypeError, ValueError) as error:
+        raise SettingsError(f"{what} {name!r} cannot be imported: {error}") from error

@@ -16,12 +16,10 @@ skips a block where a module of an optional library is not installed.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
 import pytest
-import torch
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -63,15 +61,6 @@ def blocks(text: str, page: str) -> list[Block]:
 
 ALL = [block for page in PAGES for block in blocks(page.read_text(), str(page.relative_to(ROOT)))]
 PYTHON = [block for block in ALL if block.language == "python"]
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    """A model this small is many times slower on threads that have to wait for each other."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.mark.parametrize("block", PYTHON, ids=lambda block: block.place)

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from benchmarks.make_docs import PAGE, page
+from hiedit_benchmarks.make_docs import PAGE, page
 
 
 def test_the_page_is_up_to_date() -> None:
-    assert PAGE.read_text(encoding="utf-8") == page(), "run: python -m benchmarks.make_docs"
+    assert PAGE.read_text(encoding="utf-8") == page(), "run: python -m hiedit_benchmarks.make_docs"
 
 
 def test_nothing_of_the_markup_is_left() -> None:

@@ -15,12 +15,13 @@ from gymnasium.error import ResetNeeded
 from numpy.typing import NDArray
 from torch import Tensor
 
-from hiedit_env import rendering
-from hiedit_env.architectures import find_candidates
-from hiedit_env.capture import Capture
-from hiedit_env.datasets import load_requests, stream
-from hiedit_env.editing import LEVELS, EditingLife
-from hiedit_env.envs.semantics import Judging, Paid, StepSemantics
+from hiedit_env.datasets.load import load_requests
+from hiedit_env.datasets.streams import stream
+from hiedit_env.envs import rendering
+from hiedit_env.envs.accounting import Judging, Paid, StepSemantics
+from hiedit_env.envs.episode import LEVELS, EditingLife
+from hiedit_env.envs.observations import Observer, View
+from hiedit_env.envs.scheduler import Passes, run
 from hiedit_env.envs.settings import (
     MODEL_DATASETS,
     RENDER_MODES,
@@ -29,18 +30,17 @@ from hiedit_env.envs.settings import (
     rule_settings,
 )
 from hiedit_env.envs.settings import reward_weights as weights_of_terms
-from hiedit_env.envs.state import EnvState
+from hiedit_env.envs.state import EnvState, History
 from hiedit_env.errors import HieditError, SettingsError
-from hiedit_env.history import History
-from hiedit_env.loading import load_model
-from hiedit_env.observations import Observer, View
-from hiedit_env.passes import Passes, run
-from hiedit_env.quality import Evaluator, LocalityReference, RewardKind
-from hiedit_env.resident import ResidentLLM
-from hiedit_env.rule_names import make_rule
-from hiedit_env.rules import UpdateRule
-from hiedit_env.tensor_cache import TensorCache
-from hiedit_env.updates import Updates
+from hiedit_env.evaluation.reward import Evaluator, LocalityReference, RewardKind
+from hiedit_env.model.architectures import find_candidates
+from hiedit_env.model.loading import load_model
+from hiedit_env.resident.capture import Capture
+from hiedit_env.resident.low_rank import Updates
+from hiedit_env.resident.prefix_cache import TensorCache
+from hiedit_env.resident.resident import ResidentLLM
+from hiedit_env.rules.base import UpdateRule
+from hiedit_env.rules.names import make_rule
 
 Step = tuple[NDArray[np.float32], float, bool, bool, dict[str, Any]]
 
@@ -236,7 +236,7 @@ class EditingEnv(StepSemantics, gym.Env[NDArray[np.float32], Any], gym.utils.EzP
         """What the model would lose by these updates, without writing them.
 
         Args:
-            updates: One :class:`~hiedit_env.updates.LowRankUpdate` or None per layer.
+            updates: One :class:`~hiedit_env.resident.low_rank.LowRankUpdate` or None per layer.
             l2: Weight η of Σ_l ‖Δ_l‖²_F.
 
         Returns:
@@ -255,8 +255,8 @@ class EditingEnv(StepSemantics, gym.Env[NDArray[np.float32], Any], gym.utils.EzP
         """Writes the given updates as one primitive step of the present fact.
 
         Args:
-            updates: One :class:`~hiedit_env.updates.LowRankUpdate` or None per layer; detached
-                before they are written.
+            updates: One :class:`~hiedit_env.resident.low_rank.LowRankUpdate` or None per layer;
+                detached before they are written.
             judge: When the model is judged and levels are paid: at every ``"step"``, once at the
                 end of the ``"fact"`` (what the levels rose by until then is paid there), or
                 ``"never"``. A step without judgement is paid 0, and its ``metrics`` hold only what

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from hiedit_env.envs.actions import check_selection
 from hiedit_env.envs.base import EditingEnv
-from hiedit_env.passes import Passes
+from hiedit_env.envs.scheduler import Passes
 
 
 class LayerSelection(EditingEnv):

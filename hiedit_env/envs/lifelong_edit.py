@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from hiedit_env.envs.actions import check_layers, check_step_sizes, split_dict
 from hiedit_env.envs.base import EditingEnv
-from hiedit_env.passes import Passes
+from hiedit_env.envs.scheduler import Passes
 
 
 class LifelongEdit(EditingEnv):
@@ -31,12 +31,12 @@ class LifelongEdit(EditingEnv):
     ## Observation Space
     ``Box(-1, 1, (22 L + 5,), float32)``: pooled activations of every layer on the present fact and
     the state of its weight, then five numbers about fact and stream; see
-    :class:`hiedit_env.observations.Observer`. Torch agents find the full keys and value gradients
-    in ``env.unwrapped.capture``.
+    :class:`hiedit_env.envs.observations.Observer`. Torch agents find the full keys and value
+    gradients in ``env.unwrapped.capture``.
 
     ## Rewards
     ``reward = sum(info["reward_terms"].values())``. After every step the edited model has a level
-    in each of four terms (see :class:`hiedit_env.quality.Evaluator`):
+    in each of four terms (see :class:`hiedit_env.evaluation.reward.Evaluator`):
 
     - ``edit``: success on this fact and its paraphrases,
     - ``locality``: agreement with the reference model on unrelated prompts,
@@ -69,13 +69,13 @@ class LifelongEdit(EditingEnv):
     ``efficacy`` and ``answered``, and zeros.
 
     ## Arguments
-    - ``model``: a name, folder or hub id for :func:`hiedit_env.loading.load_model`.
+    - ``model``: a name, folder or hub id for :func:`hiedit_env.model.loading.load_model`.
     - ``dataset``: ``"world-facts"``, ``"tiny-facts"``, ``"planted-facts"`` or a path; None
       picks the one for the model.
     - ``num_edits``: length of the stream; None for all facts.
     - ``max_steps_per_edit``: most primitive steps per fact; 1 is the papers' setting.
     - ``update_rule``: ``"decorrelated"``, ``"outer-product"``, ``"ridge"``, ``"gradient"`` or
-      ``"module:Class"``; see :mod:`hiedit_env.rules`.
+      ``"module:Class"``; see :mod:`hiedit_env.rules.base`.
     - ``reward_weights``: overrides of
       ``{edit: 1, locality: 1, sparsity: 0.1, retention: 1, collapse: 10}``.
     - ``device``, ``dtype``: where the model lives; ``"cpu"``, ``"cuda"``, …; ``"float32"``, ….

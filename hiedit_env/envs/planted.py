@@ -11,10 +11,10 @@ from typing import Any, Self
 import numpy as np
 from numpy.typing import NDArray
 
-from hiedit_env.capture import Reading
 from hiedit_env.envs.layer_selection import LayerSelection
+from hiedit_env.envs.scheduler import Passes, run_together
 from hiedit_env.errors import SettingsError
-from hiedit_env.passes import Passes, run_together
+from hiedit_env.resident.capture import Reading
 
 #: Most layers whose subsets are enumerated.
 MOST_LAYERS = 12
@@ -48,8 +48,8 @@ class Oracle:
 class Planted(LayerSelection):
     """Choose the layers of each fact, in a model in which the layer of every fact is known.
 
-    :class:`~hiedit_env.envs.layer_selection.LayerSelection` on the model ``"planted"``, whose
-    facts were trained into one known layer each and into no other (``benchmarks/make_planted.py``
+    :class:`~hiedit_env.envs.layer_selection.LayerSelection` on the model ``"planted"``, whose facts
+    were trained into one known layer each and into no other (``benchmarks/worlds/make_planted.py``
     says how), and an oracle that finds the best option exactly, by trying all of them. What is not
     said here is said there and in :class:`~hiedit_env.envs.lifelong_edit.LifelongEdit`.
 

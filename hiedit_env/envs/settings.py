@@ -11,12 +11,11 @@ from typing import Any
 import numpy as np
 import torch
 
-from hiedit_env.checks import whole_number
-from hiedit_env.datasets import stream
-from hiedit_env.errors import SettingsError
-from hiedit_env.quality import check_judging
-from hiedit_env.requests import Request
-from hiedit_env.rule_names import make_rule
+from hiedit_env.datasets.requests import Request
+from hiedit_env.datasets.streams import stream
+from hiedit_env.errors import SettingsError, whole_number
+from hiedit_env.evaluation.reward import check_judging
+from hiedit_env.rules.names import make_rule
 
 #: Weight of every term of the reward; a mapping given by the user overrides single entries.
 DEFAULT_WEIGHTS: Mapping[str, float] = {

@@ -9,13 +9,12 @@ import numpy as np
 from gymnasium import spaces
 from numpy.typing import NDArray
 
-from hiedit_env.checks import whole_number
 from hiedit_env.envs.actions import check_only_step_sizes
 from hiedit_env.envs.base import EditingEnv
+from hiedit_env.envs.scheduler import Passes
 from hiedit_env.envs.state import EnvState
-from hiedit_env.errors import SettingsError
-from hiedit_env.layer_choice import CHOICES, make_choice
-from hiedit_env.passes import Passes
+from hiedit_env.errors import SettingsError, whole_number
+from hiedit_env.rules.layer_choice import CHOICES, make_choice
 
 
 class StepSize(EditingEnv):

@@ -13,15 +13,14 @@ from gymnasium.vector import AutoresetMode, VectorEnv
 from gymnasium.vector.utils import batch_space
 from numpy.typing import NDArray
 
-from hiedit_env.checks import whole_number
+from hiedit_env.envs.accounting import Paid
 from hiedit_env.envs.base import EditingEnv
 from hiedit_env.envs.layer_selection import LayerSelection
 from hiedit_env.envs.lifelong_edit import LifelongEdit
 from hiedit_env.envs.planted import Planted
-from hiedit_env.envs.semantics import Paid
+from hiedit_env.envs.scheduler import Passes, run_together
 from hiedit_env.envs.step_size import StepSize
-from hiedit_env.errors import ActionError, SettingsError
-from hiedit_env.passes import Passes, run_together
+from hiedit_env.errors import ActionError, SettingsError, whole_number
 
 T = TypeVar("T")
 E = TypeVar("E", bound=EditingEnv)

@@ -6,10 +6,9 @@ from typing import Any
 
 import gymnasium as gym
 
-from hiedit_env.checks import whole_number
-from hiedit_env.datasets import load_requests
-from hiedit_env.errors import SettingsError
-from hiedit_env.requests import Request
+from hiedit_env.datasets.load import load_requests
+from hiedit_env.datasets.requests import Request
+from hiedit_env.errors import SettingsError, whole_number
 
 _TOY = "hiedit/Toy-v0"
 

@@ -14,9 +14,8 @@ from gymnasium import spaces
 from gymnasium.error import ResetNeeded
 from numpy.typing import NDArray
 
-from hiedit_env.checks import whole_number
 from hiedit_env.envs.actions import check_selection
-from hiedit_env.errors import SettingsError
+from hiedit_env.errors import SettingsError, whole_number
 
 Step = tuple[NDArray[np.float32], float, bool, bool, dict[str, Any]]
 

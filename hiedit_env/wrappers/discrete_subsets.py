@@ -11,9 +11,8 @@ import numpy as np
 from gymnasium import spaces
 from numpy.typing import ArrayLike, NDArray
 
-from hiedit_env.checks import whole_number
 from hiedit_env.envs.actions import check_index, check_layers
-from hiedit_env.errors import ActionError, SettingsError
+from hiedit_env.errors import ActionError, SettingsError, whole_number
 from hiedit_env.wrappers.spaces import chosen_layers
 
 

@@ -12,9 +12,8 @@ from gymnasium import spaces
 from gymnasium.error import ResetNeeded
 from numpy.typing import NDArray
 
-from hiedit_env.checks import whole_number
 from hiedit_env.envs.actions import check_index
-from hiedit_env.errors import ActionError, SettingsError
+from hiedit_env.errors import ActionError, SettingsError, whole_number
 from hiedit_env.wrappers.spaces import chosen_layers
 
 #: What a masked action does.

@@ -1,0 +1,105 @@
+"""What an option leaves behind for the rest of a life, so that a low level can be charged for it.
+
+An update made for one fact stays in the weights while all later facts are edited, asked, and not
+asked. The objective of the present fact sees that once; a life sees it again and again. So a low
+level is charged, as often as there are edits to come (``lasting``, 0 for no charge), for
+
+    retention weight × mean over n earlier facts of (−log p(y | x) + mean over paraphrases) / 2
+    + λ × mean over n unrelated prompts of KL[p_unedited ‖ p]
+
+with both drawn anew for every fact: the facts from all earlier ones of this life, the prompts from
+all training facts. It stands for what later facts will lose by the present option; the number of
+edits to come is a constant, so that a policy is learned that does not depend on a life's length.
+(Ours; the memory of HiEdit and RLEdit holds the last k edits, and each counts once.)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from hiedit_agents.hierarchy.references import UneditedLogProbs
+from hiedit_agents.hierarchy.train_settings import TrainSettings
+from torch import Tensor
+
+from hiedit_env.datasets.requests import Request
+from hiedit_env.envs.base import EditingEnv
+from hiedit_env.model.tokenization import EncodedFact, EncodedPrompt
+from hiedit_env.resident.batched import scores_together
+from hiedit_env.resident.low_rank import Updates
+
+
+class LastingDamage:
+    """Measures, on a sample, what the present weights are worth to the rest of a life.
+
+    Args:
+        env: The environment that is trained in; its ``reward_weights`` weigh the two sums.
+        requests: Training facts, whose unrelated prompts are drawn from.
+        settings: Of the training: ``lasting`` edits to come, ``lasting_prompts`` n.
+        cache_bytes: Bound of the memory for the unedited model's log-probabilities.
+    """
+
+    def __init__(
+        self,
+        env: EditingEnv,
+        requests: Sequence[Request],
+        settings: TrainSettings,
+        cache_bytes: int = 256 * 2**20,
+    ) -> None:
+        self.env, self.settings = env, settings
+        self._probes = list(dict.fromkeys(p for request in requests for p in request.locality))
+        self._unedited = UneditedLogProbs(env.llm, cache_bytes)
+        self._facts: list[EncodedFact] = []
+        self._references: dict[EncodedPrompt, Tensor] = {}
+
+    def draw(self, rng: np.random.Generator) -> None:
+        """Draws what the present fact's updates are measured on; not the fact itself.
+
+        Raises:
+            PromptError: a drawn unrelated prompt that cannot be tokenised.
+        """
+        life, count, weights = self.env.life, self.settings.lasting_prompts, self._weights
+        own = life.fact.request.locality
+        earlier = life.facts[: life.position]
+        # Nothing that weighs nothing: 0 times a loss that is not finite would be no number.
+        facts = _some(len(earlier), count if weights["retention"] else 0, rng)
+        # As many more as the present fact has, which are left out.
+        places = _some(len(self._probes), count + len(own) if weights["locality"] else 0, rng)
+        probes = [p for p in (self._probes[i] for i in places) if p not in own][:count]
+        encoded = [self.env.llm.encode(probe.prompt, probe.answer) for probe in probes]
+        self._facts = [earlier[i] for i in facts]
+        self._references = {probe: self._unedited.get(probe) for probe in encoded}
+
+    def loss(self, updates: Updates | None = None) -> Tensor:
+        """The charge at the present weights, with updates as an overlay.
+
+        Args:
+            updates: As for :meth:`~hiedit_env.envs.base.EditingEnv.loss`; None for none.
+
+        Returns:
+            Scalar tensor, differentiable in the factors of ``updates``.
+
+        Raises:
+            UpdateShapeError, NonFiniteUpdateError: updates that do not fit or are not finite.
+        """
+        prompts: list[EncodedPrompt] = list(self._references)
+        weights = [self._weights["locality"] / max(len(prompts), 1)] * len(prompts)
+        for fact in self._facts:
+            share = self._weights["retention"] / len(self._facts)
+            own = share / 2 if fact.paraphrases else share
+            prompts += (fact.prompt, *fact.paraphrases)
+            weights += (own, *[(share - own) / len(fact.paraphrases) for _ in fact.paraphrases])
+        llm = self.env.llm
+        losses, _, kl, _ = scores_together([(llm, prompts, self._references)], updates)[0].unbind(1)
+        values = torch.cat((kl[: len(self._references)], -losses[len(self._references) :]))
+        return self.settings.lasting * (values @ values.new_tensor(weights))
+
+    @property
+    def _weights(self) -> dict[str, float]:
+        return self.env.weights_of_terms
+
+
+def _some(number: int, count: int, rng: np.random.Generator) -> list[int]:
+    """At most ``count`` different indices below ``number``."""
+    return [int(i) for i in rng.choice(number, min(count, number), replace=False)]

@@ -1,0 +1,277 @@
+"""A low level that rehearses: every update also mends what earlier ones have damaged.
+
+At every primitive step a few requests edited earlier and a few unrelated prompts are run, at the
+present weights or, with ``look_ahead``, at those that the fact's own update would give, and the
+loss
+
+    Σ −log p(y_i | x_i)  +  Σ KL[p_unedited ‖ p]
+
+(mean over each one's tokens) gives a second low-rank update of the same layers, by the same
+decorrelated rule. With ``look_ahead`` training takes the gradients at those weights as constants:
+how the parameters move them through the fact's own update is left out (first order). So is how they
+move the bound of its size.
+
+The earlier requests are those the agent itself edited in this life, without their paraphrases (what
+was answered when it came, or had no layer chosen, was not edited), each with its latest answer.
+The unrelated prompts are from training, each once with the unedited model's own answer and once
+with the true one; at both, the unedited model's distribution is what is kept. Nothing that an
+evaluation asks is looked at. It is experience replay (Lin 1992) on the weights of the model that is
+edited; HiEdit's and RLEdit's memory of the last k edits acts in training only.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import torch
+from hiedit_agents.hierarchy.hypernetwork import Hypernetwork
+from hiedit_agents.hierarchy.references import UneditedLogProbs
+from numpy.typing import NDArray
+from torch import Tensor
+from torch.nn import functional as F
+
+from hiedit_env.errors import NonFiniteUpdateError, SettingsError
+from hiedit_env.evaluation.metrics import UneditedAnswers
+from hiedit_env.model.tokenization import EncodedPrompt, PromptBatch
+from hiedit_env.resident.capture import Capture, GradientRows
+from hiedit_env.resident.low_rank import LowRankUpdate
+from hiedit_env.resident.resident import ResidentLLM
+
+
+class Rehearsal(Hypernetwork):
+    """A hypernetwork in decorrelated form that rehearses.
+
+    Args:
+        llm: The model, at which the rehearsed prompts are run.
+        facts: Earlier requests per primitive step.
+        probes: Unrelated prompts per primitive step; there are none before calibration.
+        fact_weight, probe_weight: Weights of the two sums.
+        largest: Bound of the size (Frobenius norm) of what is rehearsed, as a multiple of the
+            fact's own update, layer by layer.
+        look_ahead: Whether what is rehearsed is run at the weights that the fact's own update would
+            give, so that it also mends what that update damages; at the present ones if not.
+        end_answers: Whether a rehearsed answer is followed by the tokenizer's end token, and the
+            present request is rehearsed too: the model learns to give the answer and stop.
+        seed: Of the initial values; and with that of a life (:meth:`seed`) of what is rehearsed
+            when.
+        cache_bytes: Bound of the memory for the unedited model's log-probabilities.
+        **settings: As for :class:`~hiedit_agents.hierarchy.hypernetwork.Hypernetwork`.
+
+    Raises:
+        SettingsError: a negative number of prompts, or a weight that is negative or not finite.
+    """
+
+    name = "rehearsal"
+
+    def __init__(
+        self,
+        llm: ResidentLLM,
+        *,
+        facts: int = 4,
+        probes: int = 4,
+        fact_weight: float = 1.0,
+        probe_weight: float = 1.0,
+        largest: float = 2.0,
+        look_ahead: bool = False,
+        end_answers: bool = False,
+        seed: int = 0,
+        cache_bytes: int = 256 * 2**20,
+        **settings: Any,
+    ) -> None:
+        for count in (facts, probes):
+            if not isinstance(count, int) or count < 0:
+                raise SettingsError(
+                    f"facts and probes must be whole numbers ≥ 0, got {facts!r} and {probes!r}"
+                )
+        for weight in (fact_weight, probe_weight, largest):
+            if not 0 <= weight < float("inf"):
+                raise SettingsError(
+                    "fact_weight, probe_weight and largest must be numbers ≥ 0, got "
+                    f"{fact_weight!r}, {probe_weight!r} and {largest!r}"
+                )
+        self.llm = llm
+        self.facts, self.probes = facts, probes
+        self.fact_weight, self.probe_weight = fact_weight, probe_weight
+        self.largest, self.look_ahead = largest, look_ahead
+        end = llm.tokenizer.eos_token_id
+        self._end: tuple[int, ...] = (end,) if end_answers and end is not None else ()
+        self._seed, self._life = seed, 0
+        self._bank: tuple[EncodedPrompt, ...] = ()
+        self._unedited = UneditedLogProbs(llm, cache_bytes)
+        self._past: tuple[EncodedPrompt, ...] = ()
+        #: Accumulated changes of the weights (never written in place), prompts, and their rows.
+        self._latest: tuple[tuple[Tensor | None, ...], list[EncodedPrompt], GradientRows] | None = (
+            None
+        )
+        super().__init__(llm.shapes, llm.device, **{"form": "decorrelated", **settings}, seed=seed)
+
+    # -- what is rehearsed ----------------------------------------------------------------------
+
+    def calibrate(self, captures: Iterable[Capture]) -> None:
+        """Takes the statistics, and the prompts themselves for rehearsal."""
+        prompts: list[EncodedPrompt] = []
+
+        def noted() -> Iterable[Capture]:
+            for capture in captures:
+                prompts.append(capture.prompt)
+                yield capture
+
+        super().calibrate(noted())
+        own = UneditedAnswers(self.llm).get(prompts)
+        found = [self._prompt(p.prompt_ids, p.answer_ids) for p in (*own, *prompts)]
+        self._bank = tuple(dict.fromkeys(found))
+
+    def state(self) -> dict[str, Any]:
+        """Parameters, calibration, and the tokens of the unrelated prompts."""
+        bank = [[list(p.prompt_ids), list(p.answer_ids)] for p in self._bank]
+        return {**super().state(), "bank": bank}
+
+    def load_state(self, state: Mapping[str, Any]) -> None:
+        """Puts a saved :meth:`state` back."""
+        rest = dict(state)
+        bank = tuple(self._prompt(prompt, answer) for prompt, answer in rest.pop("bank"))
+        super().load_state(rest)
+        self._bank = bank
+
+    def _prompt(self, prompt: Sequence[int], answer: Sequence[int]) -> EncodedPrompt:
+        """An unrelated prompt that is given by its tokens alone, as it is saved."""
+        decode = self.llm.encoder.decode
+        return EncodedPrompt(decode(prompt), decode(answer), tuple(prompt), tuple(answer))
+
+    def seed(self, seed: int) -> None:
+        """Of what is rehearsed when, in the lives that begin from now on."""
+        self._life = seed
+
+    def reset(self) -> None:
+        """Forgets the statistics and the requests of this life."""
+        super().reset()
+        self._past = ()
+        self._rng = np.random.default_rng([self._seed, 3, self._life])
+
+    def observe(self, capture: Capture) -> None:
+        """Takes one capture into the statistics, and its request into the memory."""
+        super().observe(capture)
+        if not self._past or self._past[-1] != capture.prompt:
+            # A prompt that is given another answer has that one from now on. A new tuple: saved
+            # states hold the old one.
+            asked = capture.prompt.prompt_ids
+            others = (prompt for prompt in self._past if prompt.prompt_ids != asked)
+            self._past = (*others, capture.prompt)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Statistics, memory and random state of this life."""
+        own = {"past": self._past, "random": self._rng.bit_generator.state}
+        return {**super().state_dict(), **own}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Puts saved statistics back, bit for bit."""
+        super().load_state_dict(state)
+        if "past" in state:
+            self._past = state["past"]
+            self._rng.bit_generator.state = state["random"]
+
+    # -- the update -----------------------------------------------------------------------------
+
+    def compute(
+        self,
+        capture: Capture,
+        layers: NDArray[np.bool_],
+        multipliers: NDArray[np.float32] | Tensor | None = None,
+    ) -> tuple[LowRankUpdate | None, ...]:
+        """The hypernetwork's update of the fact, and that of what is rehearsed, as one."""
+        own = super().compute(capture, layers)
+        written = _times(own, multipliers)
+        present = capture.prompt.prompt_ids
+        earlier = [prompt for prompt in self._past if prompt.prompt_ids != present]
+        facts, probes = self._draw(earlier, self.facts), self._draw(self._bank, self.probes)
+        if self._end:
+            facts = [self._ended(prompt) for prompt in (capture.prompt, *facts)]
+        if not (facts or probes) or not layers.any():
+            return written
+        references = [self._unedited.get(probe) for probe in probes]
+
+        def loss(logits: Tensor, batch: PromptBatch) -> Tensor:
+            sizes = [len(prompt.answer_ids) for prompt in batch.prompts]
+            parts, labels = torch.split(logits, sizes), torch.split(batch.labels, sizes)
+            total = logits.new_zeros(())
+            for part, label in zip(parts[: len(facts)], labels, strict=False):
+                total = total + self.fact_weight * F.cross_entropy(part, label)
+            for part, reference in zip(parts[len(facts) :], references, strict=True):
+                divergence = F.kl_div(
+                    part.log_softmax(-1), reference, reduction="batchmean", log_target=True
+                )
+                total = total + self.probe_weight * divergence
+            return total
+
+        prompts = [*facts, *probes]
+        if self.look_ahead:
+            try:
+                rows = self.llm.gradients(prompts, loss, written)
+            except NonFiniteUpdateError:
+                # Refused where it is written, which ends the life.
+                return written
+        else:
+            rows = self._rows_at_present(prompts, loss)
+        mended = self.correct(rows, layers)
+        # Bounded as if all were written: a multiplier of 0 would leave no bound to differentiate.
+        joined = tuple(
+            None if one is None or two is None else _joined(one, self._bounded(two, one))
+            for one, two in zip(own, mended, strict=True)
+        )
+        return _times(joined, multipliers)
+
+    def _bounded(self, update: LowRankUpdate, other: LowRankUpdate) -> LowRankUpdate:
+        """An update no larger than ``largest`` times another one."""
+        with torch.no_grad():
+            sizes = [u.squared_norm().clamp_min(0).sqrt() for u in (update, other)]
+            factor = (self.largest * sizes[1] / sizes[0].clamp_min(1e-30)).clamp_max(1.0)
+        return LowRankUpdate(update.left, update.right * factor)
+
+    def _rows_at_present(
+        self, prompts: list[EncodedPrompt], loss: Callable[[Tensor, PromptBatch], Tensor]
+    ) -> GradientRows:
+        """Gradients at the present weights; not computed again where both are as the last time.
+
+        Options that are tried from one saved state all begin with the same rehearsal.
+        """
+        weights = tuple(self.llm.snapshot().changes.values())
+        if self._latest is not None:
+            old_weights, old_prompts, rows = self._latest
+            same = all(a is b for a, b in zip(weights, old_weights, strict=True))
+            if same and prompts == old_prompts:
+                return rows
+        rows = self.llm.gradients(prompts, loss)
+        self._latest = weights, prompts, rows
+        return rows
+
+    def _draw(self, prompts: Sequence[EncodedPrompt], count: int) -> list[EncodedPrompt]:
+        chosen = self._rng.choice(len(prompts), min(count, len(prompts)), replace=False)
+        return [prompts[i] for i in chosen]
+
+    def _ended(self, prompt: EncodedPrompt) -> EncodedPrompt:
+        """The same request with the end token after its answer, if there is room for it."""
+        limit = self.llm.encoder.max_length
+        if limit is not None and prompt.length >= limit:
+            return prompt
+        return replace(prompt, answer_ids=(*prompt.answer_ids, *self._end))
+
+
+def _times(
+    updates: Sequence[LowRankUpdate | None], multipliers: NDArray[np.float32] | Tensor | None
+) -> tuple[LowRankUpdate | None, ...]:
+    """Every layer's update times its multiplier; gradients flow into a tensor of them."""
+    if multipliers is None:
+        return tuple(updates)
+    factors = torch.as_tensor(multipliers)
+    return tuple(
+        None if u is None else LowRankUpdate(u.left, u.right * factor.to(u.right))
+        for u, factor in zip(updates, factors, strict=True)
+    )
+
+
+def _joined(one: LowRankUpdate, two: LowRankUpdate) -> LowRankUpdate:
+    """The sum of two updates of one layer."""
+    return LowRankUpdate(torch.cat((one.left, two.left)), torch.cat((one.right, two.right)))

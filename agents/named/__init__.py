@@ -1,0 +1,1 @@
+"""Agents by name: as plain data, as presets, on disk."""

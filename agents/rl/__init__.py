@@ -1,0 +1,1 @@
+"""Training scripts: PPO in one file, and one script for every library of reinforcement learning."""

@@ -1,0 +1,398 @@
+r"""Proximal policy optimisation over layer sets, in one file, read from top to bottom.
+
+    python -m hiedit_agents.rl.ppo --out runs/ppo \
+        --env model=planted dataset=planted-facts-train num_edits=20
+    hiedit compare --model planted --dataset planted-facts-test --num-edits 20 --out table \
+        --agents ppo:runs/ppo random-layers
+
+Each layer is chosen by an independent coin whose probability the policy gives: PPO (arXiv
+1707.06347) with clipped ratios, generalised advantages (arXiv 1506.02438), an entropy bonus and a
+linear schedule. One environment step is one fact, so γ looks ahead over facts. N lives are trained
+on at once.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import sys
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+import gymnasium as gym
+import numpy as np
+import safetensors.torch
+import torch
+from gymnasium.vector import AutoresetMode, VectorEnv
+from hiedit_agents.named.checkpoints import fact_hashes, facts_entry, trained_facts
+from hiedit_agents.rl.command import run_script
+from numpy.typing import NDArray
+from torch import Tensor, nn
+from tqdm import tqdm
+
+import hiedit_env
+from hiedit_env.envs.base import EditingEnv
+from hiedit_env.errors import CheckpointError, ResultsExistError, SettingsError
+from hiedit_env.files import write_bytes
+
+JSON_FILE, TENSOR_FILE, LOG_FILE = "ppo.json", "ppo.safetensors", "train.jsonl"
+
+
+@dataclass(frozen=True, slots=True)
+class Args:
+    """What can be set; every field is an option of the command line."""
+
+    env_id: str = "hiedit/LayerSelection-v0"
+    """environment whose actions are MultiBinary(L)"""
+    env: Mapping[str, Any] = field(default_factory=dict)
+    """its keyword arguments, as name=value"""
+    num_envs: int = 8
+    """lives that are trained on at once"""
+    total_steps: int = 20_000
+    """facts seen in all, over all lives"""
+    num_steps: int = 16
+    """facts of every life between two updates"""
+    learning_rate: float = 3e-3
+    """of Adam, falling linearly to 0"""
+    gamma: float = 0.5
+    """discount per fact"""
+    gae_lambda: float = 0.95
+    """λ of the generalised advantage estimate"""
+    epochs: int = 4
+    """passes over the collected facts per update"""
+    minibatches: int = 4
+    """parts the collected facts are split into"""
+    clip: float = 0.2
+    """how far from 1 the ratio of probabilities is followed"""
+    entropy_weight: float = 0.01
+    """weight of the entropy bonus, per layer"""
+    value_weight: float = 0.5
+    """weight of the value loss"""
+    max_grad_norm: float = 0.5
+    """norm that gradients are clipped to"""
+    hidden: int = 64
+    """units in each of the two hidden layers"""
+    seed: int = 0
+    """of initial values, streams, samples and minibatches"""
+
+    def __post_init__(self) -> None:
+        for name in ("num_envs", "total_steps", "num_steps", "epochs", "minibatches", "hidden"):
+            if getattr(self, name) < 1:
+                raise SettingsError(f"{name} must be ≥ 1, got {getattr(self, name)!r}")
+        if self.total_steps < self.num_envs * self.num_steps:
+            raise SettingsError(
+                f"total_steps must be at least num_envs × num_steps = "
+                f"{self.num_envs * self.num_steps}, got {self.total_steps}"
+            )
+        for name in ("gamma", "gae_lambda"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise SettingsError(f"{name} must be from 0 to 1, got {getattr(self, name)!r}")
+        for name in ("learning_rate", "clip", "max_grad_norm"):
+            if not 0 < getattr(self, name) < math.inf:
+                raise SettingsError(f"{name} must be a number > 0, got {getattr(self, name)!r}")
+        if self.num_envs * self.num_steps < self.minibatches:
+            raise SettingsError("there are more minibatches than facts collected per update")
+
+
+class ActorCritic(nn.Module):
+    """Policy and value over one observation vector.
+
+    Args:
+        size: Numbers in an observation.
+        num_layers: L.
+        hidden: Units per hidden layer.
+        generator: Draws the initial values (orthogonal); the policy begins at even odds.
+    """
+
+    def __init__(self, size: int, num_layers: int, hidden: int, generator: torch.Generator) -> None:
+        super().__init__()
+
+        def linear(inputs: int, outputs: int, gain: float) -> nn.Linear:
+            # Not initialised by torch, which would draw from its global generator.
+            layer = nn.Linear(inputs, outputs, device="meta").to_empty(device="cpu")
+            nn.init.orthogonal_(layer.weight, gain, generator=generator)
+            nn.init.zeros_(layer.bias)
+            return layer
+
+        def body(outputs: int, gain: float) -> nn.Sequential:
+            return nn.Sequential(
+                linear(size, hidden, math.sqrt(2)),
+                nn.Tanh(),
+                linear(hidden, hidden, math.sqrt(2)),
+                nn.Tanh(),
+                linear(hidden, outputs, gain),
+            )
+
+        self.actor, self.critic = body(num_layers, 0.01), body(1, 1.0)
+
+    def value(self, observations: Tensor) -> Tensor:
+        """N × size to N."""
+        values: Tensor = self.critic(observations)[:, 0]
+        return values
+
+    def log_probability(self, observations: Tensor, actions: Tensor) -> tuple[Tensor, Tensor]:
+        """Of N × L choices (0 or 1), summed over layers; and the entropy, mean over layers: N."""
+        logits = self.actor(observations)
+        losses = nn.functional.binary_cross_entropy_with_logits(logits, actions, reduction="none")
+        # Of a coin: (1 − p) z − log p.
+        entropy = logits * (1 - logits.sigmoid()) - nn.functional.logsigmoid(logits)
+        return -losses.sum(1), entropy.mean(1)
+
+
+def make_envs(args: Args) -> VectorEnv[Any, Any, Any]:
+    """N lives; one resident model for all of them where the id has a vector form."""
+    if gym.spec(args.env_id).vector_entry_point is not None:
+        return gym.make_vec(
+            args.env_id,
+            args.num_envs,
+            vectorization_mode="vector_entry_point",
+            autoreset_mode=AutoresetMode.SAME_STEP,
+            **args.env,
+        )
+    settings = {"autoreset_mode": AutoresetMode.SAME_STEP}
+    return gym.make_vec(
+        args.env_id, args.num_envs, vectorization_mode="sync", vector_kwargs=settings, **args.env
+    )
+
+
+def estimate(
+    rewards: Tensor, values: Tensor, ends: Tensor, last: Tensor, gamma: float, gae_lambda: float
+) -> Tensor:
+    """Generalised advantages A_t = δ_t + γ λ A_{t+1}, δ_t = r_t + γ V_{t+1} − V_t.
+
+    Args:
+        rewards: T × N.
+        values: T × N, V_t.
+        ends: T × N, 1 where a life ended with the fact: nothing is looked ahead over it.
+        last: N, value of what follows.
+        gamma: Discount.
+        gae_lambda: λ.
+    """
+    advantages, advantage, following = torch.zeros_like(rewards), torch.zeros_like(last), last
+    for t in reversed(range(len(rewards))):
+        going = 1 - ends[t]
+        delta = rewards[t] + gamma * following * going - values[t]
+        advantage = delta + gamma * gae_lambda * going * advantage
+        advantages[t], following = advantage, values[t]
+    return advantages
+
+
+def train(args: Args, out: Path | None = None, *, progress: bool = True) -> ActorCritic:
+    """Trains a policy, and saves it with its log.
+
+    Args:
+        args: Settings.
+        out: Folder for policy and log; None keeps both in memory only.
+        progress: Whether to show a bar with the mean reward per fact.
+
+    Raises:
+        ResultsExistError: ``out`` holds a policy.
+        SettingsError: an environment whose actions are not MultiBinary.
+    """
+    if out is not None and (out / JSON_FILE).exists():
+        raise ResultsExistError(f"{out} holds a trained policy; give another --out")
+    envs = make_envs(args)
+    if not isinstance(envs.single_action_space, gym.spaces.MultiBinary):
+        raise SettingsError(
+            f"{args.env_id} has actions {envs.single_action_space}; this PPO chooses layers, as in "
+            "hiedit/LayerSelection-v0"
+        )
+    seen_shape, chosen_shape = envs.single_observation_space.shape, envs.single_action_space.shape
+    assert seen_shape is not None
+    size, num_layers = seen_shape[0], chosen_shape[0]
+    lives = [life.unwrapped for life in getattr(envs.unwrapped, "envs", ())]
+    facts = fact_hashes(r for life in lives if isinstance(life, EditingEnv) for r in life.requests)
+    generator = torch.Generator().manual_seed(args.seed)
+    model = ActorCritic(size, num_layers, args.hidden, generator)
+    optimizer = torch.optim.Adam(model.parameters(), lr=args.learning_rate, eps=1e-5)
+
+    rows: list[dict[str, float]] = []
+    updates = args.total_steps // (args.num_envs * args.num_steps)
+    shape = (args.num_steps, args.num_envs)
+    observations, actions = torch.zeros(*shape, size), torch.zeros(*shape, num_layers)
+    log_probabilities, rewards, ends, values = (torch.zeros(shape) for _ in range(4))
+    observation = torch.from_numpy(envs.reset(seed=args.seed)[0])
+    with tqdm(total=updates, desc="ppo", disable=not progress) as bar:
+        for update in range(updates):
+            optimizer.param_groups[0]["lr"] = args.learning_rate * (1 - update / updates)
+
+            # Collect: one action per life and fact.
+            for t in range(args.num_steps):
+                with torch.no_grad():
+                    odds = model.actor(observation).sigmoid()
+                    action = (torch.rand(odds.shape, generator=generator) < odds).float()
+                    log_probabilities[t], _ = model.log_probability(observation, action)
+                    values[t] = model.value(observation)
+                observations[t], actions[t] = observation, action
+                found, reward, terminated, truncated, info = envs.step(
+                    action.numpy().astype(np.int8)
+                )
+                rewards[t] = torch.from_numpy(reward)
+                cut = truncated & ~terminated
+                if cut.any():
+                    # Nothing has ended but the counting: what would have followed is looked at.
+                    ahead = model.value(torch.from_numpy(np.stack(info["final_obs"][cut])))
+                    rewards[t, torch.from_numpy(cut)] += args.gamma * ahead.detach()
+                ends[t] = torch.from_numpy(terminated | truncated)
+                observation = torch.from_numpy(found)
+
+            with torch.no_grad():
+                last = model.value(observation)
+            advantages = estimate(rewards, values, ends, last, args.gamma, args.gae_lambda)
+            targets = advantages + values
+
+            # Improve: several epochs over shuffled minibatches.
+            flat = [x.flatten(0, 1) for x in (observations, actions, log_probabilities)]
+            flat += [advantages.flatten(), targets.flatten()]
+            for _ in range(args.epochs):
+                order = torch.randperm(len(flat[0]), generator=generator)
+                for part in order.chunk(args.minibatches):
+                    seen, chosen, before, gain, target = (x[part] for x in flat)
+                    log_probability, entropy = model.log_probability(seen, chosen)
+                    ratio = (log_probability - before).exp()
+                    gain = (gain - gain.mean()) / (gain.std(correction=0) + 1e-8)
+                    clipped = ratio.clamp(1 - args.clip, 1 + args.clip)
+                    policy_loss = -torch.min(ratio * gain, clipped * gain).mean()
+                    value_loss = 0.5 * (model.value(seen) - target).square().mean()
+                    loss = policy_loss + args.value_weight * value_loss
+                    loss = loss - args.entropy_weight * entropy.mean()
+                    optimizer.zero_grad()
+                    torch.autograd.backward(loss)
+                    nn.utils.clip_grad_norm_(model.parameters(), args.max_grad_norm)
+                    optimizer.step()
+
+            # reward: mean per fact. layers: mean number chosen. entropy: in nats per layer, of the
+            # last minibatch. value_loss: likewise.
+            rows.append(
+                {
+                    "steps": float((update + 1) * args.num_envs * args.num_steps),
+                    "reward": float(rewards.mean()),
+                    "layers": float(actions.sum(2).mean()),
+                    "entropy": float(entropy.mean().detach()),
+                    "value_loss": float(value_loss.detach()),
+                }
+            )
+            bar.set_postfix_str(f"reward {rows[-1]['reward']:.3f}", refresh=False)
+            bar.update()
+    envs.close()
+    if out is not None:
+        save(model, args, size, num_layers, facts, rows, out)
+    return model
+
+
+# -- files and use --------------------------------------------------------------------------------
+
+
+def save(
+    model: ActorCritic,
+    args: Args,
+    size: int,
+    num_layers: int,
+    facts: Collection[str],
+    rows: Sequence[Mapping[str, float]],
+    out: Path,
+) -> None:
+    """Writes the policy, its settings and its log; the settings, which make it usable, last."""
+    out.mkdir(parents=True, exist_ok=True)
+    log = "".join(json.dumps(dict(row)) + "\n" for row in rows)
+    write_bytes(out / LOG_FILE, log.encode())
+    write_bytes(out / TENSOR_FILE, safetensors.torch.save(model.state_dict()))
+    record = {
+        "args": {**asdict(args), "env": dict(args.env)},
+        "observation_size": size,
+        "num_layers": num_layers,
+        "hiedit": hiedit_env.__version__,
+        "training": facts_entry(facts),
+    }
+    write_bytes(out / JSON_FILE, (json.dumps(record, indent=1) + "\n").encode())
+
+
+class PPOAgent:
+    """A trained policy as an agent: a layer is written where its coin shows it more often than not.
+
+    Args:
+        folder: What :func:`train` wrote.
+
+    Raises:
+        CheckpointError: it is no such folder.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.name = f"ppo:{folder}"
+        try:
+            record = json.loads((folder / JSON_FILE).read_text(encoding="utf-8"))
+            self.size, self.num_layers = record["observation_size"], record["num_layers"]
+            self._facts = trained_facts(record)
+            hidden = record["args"]["hidden"]
+            self.model = ActorCritic(self.size, self.num_layers, hidden, torch.Generator())
+            self.model.load_state_dict(safetensors.torch.load_file(folder / TENSOR_FILE))
+        except (OSError, ValueError, KeyError, TypeError, RuntimeError) as error:
+            raise CheckpointError(
+                f"{folder} holds no policy of hiedit_agents.rl.ppo: {error}"
+            ) from error
+
+    def reset(self, env: gym.Env[Any, Any], seed: int) -> None:
+        """Checks that the environment is like the one it was trained in.
+
+        Raises:
+            CheckpointError: other spaces.
+        """
+        spaces = (env.observation_space.shape, env.action_space.shape)
+        if spaces != ((self.size,), (self.num_layers,)):
+            raise CheckpointError(
+                f"{self.name} was trained on {self.size} observed numbers and {self.num_layers} "
+                f"layers; this environment has shapes {spaces[0]} and {spaces[1]}"
+            )
+
+    def training_facts(self, model: str) -> frozenset[str]:
+        """:func:`~hiedit_agents.named.checkpoints.fact_hashes` of what it was trained on."""
+        return self._facts
+
+    @torch.no_grad()
+    def select_action(
+        self, observation: NDArray[np.float32], info: Mapping[str, Any]
+    ) -> NDArray[np.int8]:
+        """L int8, the layers for the present fact."""
+        logits = self.model.actor(torch.from_numpy(observation)[None])[0]
+        chosen: NDArray[np.int8] = (logits > 0).numpy().astype(np.int8)
+        return chosen
+
+    def update(self, *transition: Any, **named: Any) -> None:
+        """Learns nothing here."""
+
+
+load = PPOAgent
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """The command line."""
+    parser = argparse.ArgumentParser(prog="python -m hiedit_agents.rl.ppo", description=__doc__)
+    parser.add_argument("--out", type=Path, required=True, help="folder of the policy")
+    for entry in fields(Args):
+        flag = "--" + entry.name.replace("_", "-")
+        if entry.name == "env":
+            parser.add_argument(flag, nargs="*", default=[], metavar="NAME=VALUE")
+        else:
+            parser.add_argument(flag, type=type(entry.default), default=entry.default)
+    given = vars(parser.parse_args(arguments))
+    out = given.pop("out")
+    given["env"] = dict(_setting(text) for text in given["env"])
+    train(Args(**given), out)
+    print(f"trained policy: {out} (hiedit compare --agents ppo:{out})")
+
+
+def _setting(text: str) -> tuple[str, Any]:
+    name, equals, value = text.partition("=")
+    if not equals:
+        raise SettingsError(f"--env takes name=value, got {text!r}")
+    try:
+        return name, json.loads(value)
+    except ValueError:
+        return name, value
+
+
+if __name__ == "__main__":
+    sys.exit(run_script(main))

@@ -1,0 +1,1 @@
+"""The console script ``hiedit`` and what its commands do."""

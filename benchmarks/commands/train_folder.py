@@ -1,0 +1,150 @@
+"""The folder of a training run: its checkpoints, and whether it can be gone on with."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from hiedit_agents.hierarchy.train_settings import describe
+from hiedit_agents.hierarchy.trainer import LogRow, Trainer
+from hiedit_agents.named.checkpoints import (
+    JSON_FILE,
+    check_fits,
+    flatten,
+    part,
+    read_record,
+    read_state,
+    save_agent,
+)
+from hiedit_agents.named.spec import AgentSpec
+from hiedit_benchmarks.comparison.results import plain
+
+from hiedit_env.envs.base import EditingEnv
+from hiedit_env.errors import ResultsExistError, SettingsError
+
+
+def parameters(trainer: Trainer) -> dict[str, Any]:
+    """State of the levels that have parameters, by name."""
+    return {name: level.state() for name, level in trainer.levels().items()}
+
+
+class TrainingFolder:
+    """``out/checkpoint-N``: the agent, the optimisers and the log after N trajectories.
+
+    Args:
+        out: The folder.
+        settings: What a run that is gone on with, or was finished, must have been made with.
+        resume: Whether the folder may hold either.
+
+    Raises:
+        ResultsExistError: it does, and ``resume`` is False.
+    """
+
+    def __init__(self, out: Path, settings: Mapping[str, Any], resume: bool) -> None:
+        self.out, self.settings = out, plain(settings)
+        self.finished = (out / JSON_FILE).exists()
+        if self.finished and not resume:
+            raise ResultsExistError(
+                f"{out} holds a trained agent already; give another --out, or --resume to see what "
+                "it reached"
+            )
+        if self._all() and not resume:
+            raise ResultsExistError(
+                f"{out} holds checkpoints already; give another --out, or --resume to go on"
+            )
+
+    def create(self) -> None:
+        """Makes the folder; called once everything that can be wrong has been checked.
+
+        Raises:
+            SettingsError: it cannot be made.
+        """
+        try:
+            self.out.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise SettingsError(f"folder {self.out} cannot be made: {error}") from error
+
+    def save(
+        self, trainer: Trainer, spec: AgentSpec, about: Mapping[str, Any], rows: list[LogRow]
+    ) -> None:
+        """Writes the state after ``len(rows)`` trajectories; agent.json comes last."""
+        folder = self.out / f"checkpoint-{len(rows):06d}"
+        optimizers, _ = flatten({"optimizer": trainer.optimizer_state()})
+        state = {**parameters(trainer), **optimizers}
+        save_agent(folder, spec, state, {**about, "log": rows})
+        for older in self._all():
+            if older != folder:
+                shutil.rmtree(older)
+
+    def load(self, trainer: Trainer, env: EditingEnv) -> list[LogRow]:
+        """Goes back to the last checkpoint; returns the log so far, empty if there is none."""
+        found = self._all()
+        if not found:
+            return []
+        folder = found[-1]
+        record = read_record(folder)
+        check_fits(folder, record, env.llm)
+        self._check_same(record)
+        rows: list[LogRow] = record["log"]
+        wanted = self.settings["settings"]["trajectories"]
+        if wanted < len(rows):
+            raise SettingsError(
+                f"cannot resume {self.out}: {len(rows)} trajectories are done, and trajectories "
+                f"is now {wanted}; give at least as many, or another --out"
+            )
+        state = read_state(folder, record, env.llm.device)
+        for name, level in trainer.levels().items():
+            level.load_state(part(state, name))
+        trainer.load_optimizer_state(part(state, "optimizer"))
+        return rows
+
+    def result(self) -> dict[str, Any]:
+        """What the evaluation of a finished run with the same settings found.
+
+        Raises:
+            SettingsError: it was trained with other settings, or on fewer or more trajectories.
+        """
+        record = read_record(self.out)
+        self._check_same(record)
+        done = record["training"]["settings"]["trajectories"]
+        wanted = self.settings["settings"]["trajectories"]
+        if wanted != done:
+            raise SettingsError(
+                f"cannot resume {self.out}: it finished after {done} trajectories, and what "
+                f"{'more' if wanted > done else 'fewer'} would go on from was removed then; give "
+                "another --out"
+            )
+        self.clear()
+        print(f"hiedit: {self.out} is finished already; nothing is trained", file=sys.stderr)
+        file = self.out / "evaluation.json"
+        if not file.exists():
+            return {}
+        found: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+        return found
+
+    def _check_same(self, record: Mapping[str, Any]) -> None:
+        """Compares the settings with those of a record, all but the number of trajectories."""
+        # What a setting that an older record lacks did then: nothing, as by default.
+        defaults = {"settings": {key: default for key, (default, _) in describe().items()}}
+        for name, values in self.settings.items():
+            old = {**defaults.get(name, {}), **record["training"].get(name, {})}
+            for key, value in values.items():
+                # A longer run goes on from a shorter one.
+                if key != "trajectories" and old.get(key) != value:
+                    raise SettingsError(
+                        f"cannot resume {self.out}: {key} was {old.get(key)!r} and is now "
+                        f"{value!r}; give another --out"
+                    )
+
+    def clear(self) -> None:
+        """Removes the checkpoints of a finished run."""
+        for folder in self._all():
+            shutil.rmtree(folder)
+
+    def _all(self) -> list[Path]:
+        complete = [f for f in self.out.glob("checkpoint-*") if (f / JSON_FILE).is_file()]
+        return sorted(complete)

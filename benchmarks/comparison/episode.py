@@ -1,0 +1,214 @@
+"""Playing one life: one agent, one stream of facts, what was written and how well it went."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import gymnasium as gym
+import numpy as np
+from hiedit_agents.protocol import Agent
+from numpy.typing import NDArray
+from tqdm import tqdm
+
+from hiedit_env.datasets.requests import Request
+from hiedit_env.envs.base import EditingEnv
+from hiedit_env.envs.planted import Oracle, Planted
+from hiedit_env.evaluation.metrics import Progress
+
+
+@dataclass(frozen=True, slots=True)
+class FinishedEdit:
+    """One fact's edit.
+
+    Args:
+        layers: L bool, layers written.
+        steps: Primitive steps taken.
+        reward: Reward paid.
+        metrics: The environment's metrics at the end of the edit; shares from 0 to 1.
+        oracle: What every option would have been paid, where the environment knows.
+        true_layers: L bool, the layers that held the fact, where the environment knows.
+    """
+
+    layers: NDArray[np.bool_]
+    steps: int
+    reward: float
+    metrics: dict[str, float]
+    oracle: Oracle | None = None
+    true_layers: NDArray[np.bool_] | None = None
+
+    @property
+    def one_step_regret(self) -> float:
+        """What the best option would have been paid more there; NaN where that is not known."""
+        return float("nan") if self.oracle is None else self.oracle.reward - self.reward
+
+
+@dataclass(frozen=True, slots=True)
+class Episode:
+    """One life.
+
+    Args:
+        requests: The F facts of the stream.
+        edits: One per finished edit; fewer than F where the life ended early.
+        error_type: Why it ended early, None if it did not.
+        seconds: Wall-clock time of choosing, editing and judging, without the reset and without
+            asking the oracle.
+        ending: Reward paid for the fact at which it ended early, 0 if it did not.
+    """
+
+    requests: tuple[Request, ...]
+    edits: tuple[FinishedEdit, ...]
+    error_type: str | None
+    seconds: float
+    ending: float = 0.0
+
+    def right_after(self) -> dict[str, float]:
+        """Efficacy of each fact right after its own edit, mean over edits in percent."""
+        accuracy = [edit.metrics["efficacy"] for edit in self.edits]
+        answered = [edit.metrics["answered"] for edit in self.edits]
+        return {"token_accuracy": _percent(accuracy), "exact_match": _percent(answered)}
+
+    def against_oracle(self, best: Sequence[float] | None) -> dict[str, float]:
+        """How good the choices were, where the right ones are known; else nothing.
+
+        Args:
+            best: Rewards of the life that the oracle lives on the same stream with the
+                environment's own low level, fact by fact.
+
+        Returns:
+            In the unit of the reward, per fact: ``regret``, what the oracle's life was paid more
+            (the fact at which a life ended early and those it did not reach count as what was
+            paid there), and
+            ``one_step_regret``, what the best option would have been paid more at the agent's own
+            states with its own low level, mean over the finished edits; where a life is ruined, or
+            a low level does nothing, that is little, since there nothing helps. In percent of the
+            facts that were not answered before anything was written, so of those where a choice
+            mattered: ``true_layer_share`` (the true layers were among those written),
+            ``true_layer_exact_share`` (they were just those written) and
+            ``true_layer_best_share`` (the oracle's best option was to write just them).
+        """
+        known = [e for e in self.edits if e.oracle is not None and e.true_layers is not None]
+        if best is None:
+            return {}
+        among, exact, is_best = [], [], []
+        for edit in known:
+            assert edit.oracle is not None and edit.true_layers is not None  # noqa: PT018
+            if edit.steps == 0:
+                continue
+            among.append(bool((edit.layers | ~edit.true_layers).all()))
+            exact.append(np.array_equal(edit.layers, edit.true_layers))
+            is_best.append(np.array_equal(edit.oracle.layers, edit.true_layers))
+        paid = [edit.reward for edit in known]
+        # Otherwise ending early would pay for those to whom the rest would cost much.
+        paid += [self.ending] * (len(best) - len(paid))
+        one_step = [edit.one_step_regret for edit in known]
+        return {
+            "regret": float(np.mean(best) - np.mean(paid)),
+            "one_step_regret": float(np.mean(one_step)) if one_step else float("nan"),
+            "true_layer_share": _percent(among),
+            "true_layer_exact_share": _percent(exact),
+            "true_layer_best_share": _percent(is_best),
+        }
+
+
+def play(
+    env: gym.Env[Any, Any],
+    agent: Agent,
+    seed: int,
+    *,
+    options: dict[str, Any] | None = None,
+    progress: bool = True,
+) -> Episode:
+    """Plays one life in ``hiedit/LayerSelection-v0``; the edited model stays in the environment.
+
+    Args:
+        env: The environment.
+        agent: Reset with ``seed``, as the environment is.
+        seed: Same seed, same stream, whatever the agent.
+        options: Passed to ``env.reset``.
+        progress: Whether to show a bar on standard error.
+    """
+    # The agent before may have brought its own; one that has any brings it when it is reset.
+    inner = unwrapped(env)
+    inner.use_low_level(None)
+    agent.reset(env, seed)
+    observation, info = env.reset(seed=seed, options=options)
+    requests = tuple(fact.request for fact in inner.life.facts)
+    edits: list[FinishedEdit] = []
+    ended, error, ending = False, None, 0.0
+    start, asking = time.perf_counter(), 0.0
+    with bar(f"{agent.name}, seed {seed}: editing", len(requests), progress) as shown:
+        accuracy = 0.0
+        while not ended:
+            oracle = None
+            if isinstance(inner, Planted):
+                began = time.perf_counter()
+                oracle = inner.oracle()
+                asking += time.perf_counter() - began
+            action = agent.select_action(observation, info)
+            following, reward, terminated, truncated, info = env.step(action)
+            agent.update(observation, action, float(reward), terminated, truncated, following, info)
+            observation, ended = following, terminated or truncated
+            error = info.get("error_type")
+            if not info["edit_over"]:
+                ending = float(reward)
+                continue
+            edits.append(
+                FinishedEdit(
+                    layers=np.asarray(info["layers"], bool),
+                    steps=int(info["edit_steps"]),
+                    reward=float(reward),
+                    metrics={name: float(value) for name, value in info["metrics"].items()},
+                    oracle=oracle,
+                    true_layers=None if oracle is None else np.asarray(info["true_layers"], bool),
+                )
+            )
+            accuracy += edits[-1].metrics["efficacy"]
+            # Not refreshed here: update() decides when the bar is drawn.
+            shown.set_postfix_str(
+                f"right after {100 * accuracy / len(edits):.1f} %, {edits[-1].layers.sum()} layers",
+                refresh=False,
+            )
+            shown.update()
+    seconds = time.perf_counter() - start - asking
+    return Episode(requests, tuple(edits), error, seconds, ending if error else 0.0)
+
+
+def unwrapped(env: gym.Env[Any, Any]) -> EditingEnv:
+    """The hiedit environment inside its wrappers."""
+    inner = env.unwrapped
+    assert isinstance(inner, EditingEnv)
+    return inner
+
+
+@contextmanager
+def bar(label: str, total: int, shown: bool) -> Iterator[Any]:
+    """A progress bar on standard error; in a log file it moves every ten seconds only."""
+    interval = 0.3 if sys.stderr.isatty() else 10.0
+    with tqdm(
+        total=total, desc=label, file=sys.stderr, disable=not shown, mininterval=interval
+    ) as made:
+        yield made
+
+
+@contextmanager
+def stage_bars(label: str, shown: bool) -> Iterator[Progress]:
+    """A ``Progress`` callback that shows one bar, renamed with every stage."""
+    with bar(label, 1, shown) as made:
+
+        def progress(stage: str, done: int, total: int) -> None:
+            made.total = total
+            made.set_description_str(f"{label}: {stage}", refresh=False)
+            # Going back at a new stage: tqdm only counts up by itself.
+            made.n = done
+            made.refresh() if done == total else made.update(0)
+
+        yield progress
+
+
+def _percent(values: Sequence[float]) -> float:
+    return 100.0 * float(np.mean(values)) if values else float("nan")

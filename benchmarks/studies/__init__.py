@@ -1,0 +1,1 @@
+"""Measurements: ablations, the efficacy-agreement curve, speed and memory."""

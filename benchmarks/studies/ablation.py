@@ -1,0 +1,314 @@
+r"""What each part of ``hiedit`` brings: leaves out or changes one part at a time, and compares.
+
+    python -m hiedit_benchmarks.studies.ablation \
+        --train FILE --evaluate FILE --layers PATTERN … --out DIR
+
+One low level is calibrated, as in ``hiedit train hiedit``, then a high level is trained over it for
+every variant that has one of its own (the others only act in another way; ``trained-low`` acts
+through a low level that is trained too), then every variant edits the same streams. Each training
+and each variant's streams are a process of their own, ``--jobs`` at a time; what is finished is
+kept, so that the same command goes on where it was stopped. It ends with the table of ``hiedit
+compare`` and its paired differences from ``hiedit``, in ``DIR/table``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shlex
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from hiedit_agents.named.checkpoints import JSON_FILE
+from hiedit_benchmarks.comparison.results import plain, write_json
+
+from hiedit_env.errors import HieditError, SettingsError
+from hiedit_env.files import write_bytes
+
+#: Runs one ``hiedit`` command line; what it prints goes to a file.
+Run = Callable[[Sequence[str], Path], None]
+
+
+@dataclass(frozen=True, slots=True)
+class Variant:
+    """One row of the table.
+
+    Args:
+        agent: Played agent; ``{low}``, ``{trained}`` and ``{high}`` stand for folders: the low
+            level as it is calibrated, the one that is trained too, and what ``train`` makes.
+        train: Agent and options that its high level is trained with, over ``{low}``; nothing where
+            ``hiedit``'s own is played.
+    """
+
+    agent: str = "{high}"
+    train: tuple[str, ...] = ()
+
+
+#: The high level of ``hiedit``, and its settings: they are drawn in acting as in training.
+_POLICY = "hiedit?high.layers_per_edit={k}&high.deterministic=false"
+
+VARIANTS: Mapping[str, Variant] = {
+    "hiedit": Variant(train=(_POLICY + "+{low}",)),
+    "random-choice": Variant("random-layers?layers_per_edit={k}+{low}"),
+    "best-choice": Variant("{high}?high.deterministic=true"),
+    "straight-through": Variant(
+        train=("straight-through?layers_per_edit={k}+{low}", "--high-learning-rate", "0.01")
+    ),
+    "learned-size": Variant(train=(_POLICY + "&high.size=learned+{low}",)),
+    "intrinsic": Variant(train=(_POLICY + "+{low}", "--intrinsic")),
+    "no-history": Variant(train=(_POLICY + "&high.history=false+{low}",)),
+    "one-step": Variant("{high}?max_steps_per_edit=1"),
+    "trained-low": Variant("{high}+{trained}"),
+    "no-end-token": Variant("{high}?end_answers=false"),
+    "no-rehearsal": Variant("{high}?facts=0&probes=0&end_answers=false"),
+    "no-look-ahead": Variant("{high}?look_ahead=false"),
+}
+#: Where the level of a row comes from that trains none of its own.
+_BASE = "hiedit"
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """Everything the command line says.
+
+    Args:
+        out: The folder.
+        train: Options of every ``hiedit train``.
+        compare: Options of every ``hiedit compare``.
+        layers_per_edit: K.
+        low_settings: Behind the low level's name, as ``name=value&name=value``.
+        low_window: Facts per optimiser step of the low level; None for the preset's.
+        low_trajectories, high_trajectories: Editing lives to train either level on, the low one
+            for ``trained-low`` alone.
+        variants: Names of the rows, ``hiedit`` first.
+    """
+
+    out: Path
+    train: tuple[str, ...]
+    compare: tuple[str, ...]
+    layers_per_edit: int
+    low_settings: str
+    low_window: int | None
+    low_trajectories: int
+    high_trajectories: int
+    variants: tuple[str, ...]
+
+    def filled(self, text: str, high: str = _BASE) -> str:
+        """The text with folders and K in their places."""
+        return text.format(
+            k=self.layers_per_edit,
+            low=self.out / "calibrated",
+            trained=self.out / "trained",
+            high=self.out / high,
+        )
+
+    def low(self, trajectories: int, folder: str) -> list[str]:
+        """Command line that trains a low level, or with no trajectories only calibrates it."""
+        query = f"?{self.low_settings}" if self.low_settings else ""
+        agent = self.filled("random-layers?layers_per_edit={k}+hiedit") + query
+        window = () if self.low_window is None else ("--window", str(self.low_window))
+        count = ("--train-low", "--trajectories", str(trajectories))
+        return ["train", agent, *self.train, *window, *count, *self._to(folder)]
+
+    def high(self, name: str) -> list[str]:
+        """Command line that trains a variant's high level."""
+        agent, *options = (self.filled(text) for text in VARIANTS[name].train)
+        count = ("--trajectories", str(self.high_trajectories))
+        own = ("--no-train-low", "--name", name)
+        return ["train", agent, *self.train, *own, *options, *count, *self._to(name)]
+
+    def rows(self, name: str) -> list[str]:
+        """Command line that plays a variant's streams."""
+        variant = VARIANTS[name]
+        agent = self.filled(variant.agent, name if variant.train else _BASE)
+        folder = f"rows/{name}"
+        return ["compare", "--agents", f"{name}={agent}", *self.compare, *self._to(folder)]
+
+    def table(self) -> list[str]:
+        """Command line that prints everything as one table."""
+        agents = [self.rows(name)[2] for name in self.variants]
+        return [
+            *("compare", "--agents", *agents, "--baseline", _BASE),
+            *self.compare,
+            *self._to("table"),
+        ]
+
+    def _to(self, folder: str) -> list[str]:
+        return ["--resume", "--out", str(self.out / folder)]
+
+
+def parts(plan: Plan, run: Run, jobs: int = 1) -> None:
+    """Does what is not done yet, ``jobs`` processes at a time.
+
+    Raises:
+        SettingsError: an unknown variant, none that the others are compared with, or a folder that
+            was begun with other settings.
+    """
+    unknown = set(plan.variants) - set(VARIANTS)
+    if unknown or _BASE not in plan.variants:
+        raise SettingsError(
+            f"variants must be {_BASE} and any of {', '.join(VARIANTS)}; got {plan.variants}"
+        )
+    out = plan.out
+    (out / "logs").mkdir(parents=True, exist_ok=True)
+    _check_same(plan)
+
+    def train(folder: str, command: list[str], *after: Future[None]) -> None:
+        _wait(after)
+        if not (out / folder / JSON_FILE).exists():
+            run(command, out / "logs" / f"{folder}.txt")
+
+    def play(name: str, *after: Future[None]) -> None:
+        _wait(after)
+        folder = out / "rows" / name
+        if not folder.exists():
+            # So that the unedited model is measured once.
+            shutil.copytree(out / "rows" / "unedited", folder)
+        if not (folder / "summary.json").exists():
+            run(plan.rows(name), out / "logs" / f"rows-{name}.txt")
+
+    def unedited() -> None:
+        if not (out / "rows" / "unedited" / "results.jsonl").exists():
+            command = ["compare", "--agents", "no-edit", *plan.compare]
+            folder = out / "rows" / "unedited.part"
+            run([*command, "--resume", "--out", str(folder)], out / "logs" / "rows-unedited.txt")
+            (folder / "summary.json").unlink()
+            folder.rename(out / "rows" / "unedited")
+
+    # In the order in which they are needed: what waits never holds the place of what it waits for.
+    with ThreadPoolExecutor(jobs) as pool:
+        low = pool.submit(train, "calibrated", plan.low(0, "calibrated"))
+        plain = pool.submit(unedited)
+        done = [low, plain]
+        base = pool.submit(train, _BASE, plan.high(_BASE), low)
+        trained: list[Future[None]] = []
+        if "trained-low" in plan.variants:
+            command = plan.low(plan.low_trajectories, "trained")
+            trained.append(pool.submit(train, "trained", command))
+        own = dict.fromkeys(plan.variants, base)
+        for name in plan.variants:
+            if name != _BASE and VARIANTS[name].train:
+                own[name] = pool.submit(train, name, plan.high(name), low)
+        needed = [*done, *trained, *own.values()]
+        for name in plan.variants:
+            also = trained if name == "trained-low" else []
+            needed.append(pool.submit(play, name, own[name], *done, *also))
+        wait(needed, return_when=FIRST_EXCEPTION)
+        # Where one has failed, what has not begun is not begun any more.
+        pool.shutdown(wait=True, cancel_futures=True)
+    _wait([future for future in needed if not future.cancelled()])
+    _merge([out / "rows" / name for name in plan.variants], out / "table")
+    run(plan.table(), out / "logs" / "table.txt")
+    print((out / "logs" / "table.txt").read_text(encoding="utf-8"))
+
+
+def _check_same(plan: Plan) -> None:
+    """Notes what the folder is made with; what is kept in it must have been made with the same."""
+    file = plan.out / "plan.json"
+    # More rows may be added.
+    wanted = {name: value for name, value in plain(asdict(plan)).items() if name != "variants"}
+    if file.exists():
+        old = json.loads(file.read_text(encoding="utf-8"))
+        for name, value in wanted.items():
+            if old.get(name) != value:
+                raise SettingsError(
+                    f"{plan.out} was begun with {name} {old.get(name)!r} and not {value!r}; give "
+                    "another --out"
+                )
+    write_json(file, wanted)
+
+
+def _wait(futures: Sequence[Future[None]]) -> None:
+    for future in futures:
+        future.result()
+
+
+def _merge(folders: Sequence[Path], into: Path) -> None:
+    """The rows of several comparisons of the same streams as one."""
+    (into / "runs").mkdir(parents=True, exist_ok=True)
+    lines: dict[str, None] = {}
+    for folder in folders:
+        lines |= dict.fromkeys((folder / "results.jsonl").read_text("utf-8").splitlines())
+        for path in (folder / "runs").iterdir():
+            shutil.copyfile(path, into / "runs" / path.name)
+    write_bytes(into / "results.jsonl", "".join(f"{line}\n" for line in lines).encode("utf-8"))
+
+
+def in_a_process(threads: int) -> Run:
+    """Runs command lines as processes of so many threads each."""
+    environment = {**os.environ, "OMP_NUM_THREADS": str(threads), "OMP_WAIT_POLICY": "PASSIVE"}
+
+    def run(command: Sequence[str], log: Path) -> None:
+        # In one piece: several processes are begun at the same time.
+        print(f"{shlex.join(['hiedit', *command])}\n", end="", flush=True)
+        whole = [sys.executable, "-m", "hiedit_benchmarks.commands.cli", *command]
+        errors = log.with_suffix(".err")
+        with log.open("wb") as out, errors.open("wb") as err:
+            done = subprocess.run(whole, env=environment, stdout=out, stderr=err, check=False)
+        if done.returncode:
+            last = errors.read_text("utf-8", errors="replace").splitlines()[-1:]
+            raise SettingsError(f"{''.join(last)} (in hiedit {' '.join(command)}; see {errors})")
+
+    return run
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Returns 0, or 1 if something failed."""
+    parser = argparse.ArgumentParser(
+        prog="python -m hiedit_benchmarks.studies.ablation", description=__doc__
+    )
+    parser.add_argument("--train", required=True, metavar="NAME_OR_FILE", help="training facts")
+    parser.add_argument("--evaluate", required=True, metavar="NAME_OR_FILE", help="other facts")
+    parser.add_argument("--out", required=True, type=Path, metavar="DIR")
+    parser.add_argument("--model", default="smollm2-135m")
+    parser.add_argument("--layers", nargs="+", required=True, metavar="PATTERN")
+    parser.add_argument("--layers-per-edit", type=int, required=True, metavar="K")
+    parser.add_argument("--low-settings", default="", metavar="NAME=VALUE&…")
+    parser.add_argument("--low-window", type=int, help="facts per optimiser step of the low level")
+    parser.add_argument("--low-trajectories", type=int, default=6)
+    parser.add_argument("--high-trajectories", type=int, default=8)
+    parser.add_argument("--edits-per-trajectory", type=int, default=25)
+    parser.add_argument("--num-edits", type=int, default=100, help="facts per stream")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="one stream each")
+    parser.add_argument("--generation", action="store_true", help="also generate answers")
+    parser.add_argument("--variants", nargs="+", default=list(VARIANTS), metavar="NAME")
+    parser.add_argument("--jobs", type=int, default=1, help="processes at a time")
+    given = parser.parse_args(arguments)
+    common = ("--model", given.model, "--layers", *given.layers)
+    plan = Plan(
+        out=given.out,
+        train=(
+            *common,
+            *("--dataset", given.train, "--exclude", given.evaluate, "--evaluation-edits", "0"),
+            *("--edits-per-trajectory", str(given.edits_per_trajectory), "--no-tensorboard"),
+        ),
+        compare=(
+            *common,
+            *("--dataset", given.evaluate, "--num-edits", str(given.num_edits)),
+            *("--seeds", *map(str, given.seeds)),
+            *(() if given.generation else ("--no-generation",)),
+        ),
+        layers_per_edit=given.layers_per_edit,
+        low_settings=given.low_settings,
+        low_window=given.low_window,
+        low_trajectories=given.low_trajectories,
+        high_trajectories=given.high_trajectories,
+        variants=tuple(given.variants),
+    )
+    try:
+        threads = max(1, (os.cpu_count() or 1) // given.jobs)
+        parts(plan, in_a_process(threads), given.jobs)
+    except HieditError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,103 @@
+"""Memory and time of many lives on one model.
+
+``python -m hiedit_benchmarks.studies.vector_memory``
+
+Reads the process's resident memory from /proc, so it runs on Linux only. The C library keeps freed
+tensors of a few megabytes for itself unless it is told to map them one by one, which shows what is
+really held::
+
+    MALLOC_MMAP_THRESHOLD_=1000000 python -m hiedit_benchmarks.studies.vector_memory
+"""
+
+from __future__ import annotations
+
+import argparse
+import ctypes
+import json
+import os
+import time
+from pathlib import Path
+from typing import Any
+
+import gymnasium
+import numpy as np
+
+import hiedit_env  # noqa: F401 - registers the environments
+from hiedit_env.envs.vector import VectorEditing
+
+
+def measure(
+    model: str, lives: int, steps: int, device: str = "cpu", update_rule: str = "decorrelated"
+) -> dict[str, Any]:
+    """Edits all layers of every life, again and again, one primitive step per fact.
+
+    Args:
+        model: Name or path.
+        lives: N.
+        steps: Facts per life.
+        device: Of the model.
+        update_rule: Name of the rule; its statistics are every life's own.
+
+    Returns:
+        ``unedited_mb``, resident memory after a first step that wrote nothing; ``edited_mb`` and
+        ``seconds`` after and of each of the following steps; ``updates_mb``, what the accumulated
+        changes of all lives hold at the end.
+    """
+    envs = gymnasium.make_vec(
+        "hiedit/LayerSelection-v0",
+        lives,
+        vectorization_mode="vector_entry_point",
+        model=model,
+        num_edits=steps + 1,
+        max_steps_per_edit=1,
+        device=device,
+        update_rule=update_rule,
+    ).unwrapped
+    assert isinstance(envs, VectorEditing)
+    assert envs.action_space.shape is not None
+    envs.reset(seed=0)
+    envs.step(np.zeros(envs.action_space.shape, np.int8))
+    unedited = _resident_mb()
+    edited, seconds = [], []
+    for _ in range(steps):
+        start = time.perf_counter()
+        envs.step(np.ones(envs.action_space.shape, np.int8))
+        seconds.append(time.perf_counter() - start)
+        edited.append(_resident_mb())
+    changes = [env.llm.change(i) for env in envs.envs for i in range(len(env.llm.layers))]
+    size = sum(change.nbytes for change in changes if change is not None)
+    return {
+        "lives": lives,
+        "unedited_mb": unedited,
+        "edited_mb": edited,
+        "updates_mb": size / 2**20,
+        "seconds": seconds,
+    }
+
+
+def _resident_mb() -> float:
+    # What is free in the heap is given back first, where the C library can: it is nobody's.
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if trim is not None:
+        trim(0)
+    pages = int(Path("/proc/self/statm").read_text(encoding="ascii").split()[1])
+    return pages * os.sysconf("SC_PAGE_SIZE") / 2**20
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Runs the measurement and prints it as JSON."""
+    parser = argparse.ArgumentParser(
+        prog="python -m hiedit_benchmarks.studies.vector_memory", description=__doc__
+    )
+    parser.add_argument("--model", default="smollm2-135m")
+    parser.add_argument("--lives", type=int, default=8)
+    parser.add_argument("--steps", type=int, default=3)
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--update-rule", default="decorrelated")
+    given = parser.parse_args(arguments)
+    found = measure(given.model, given.lives, given.steps, given.device, given.update_rule)
+    print(json.dumps(found, indent=1))
+
+
+if __name__ == "__main__":
+    main()

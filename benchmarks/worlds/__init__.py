@@ -1,0 +1,1 @@
+"""Scripts that make the built-in models and their facts again."""

@@ -1,0 +1,1 @@
+"""Data sets: requests, file formats, splits and streams. No torch."""

@@ -1,0 +1,302 @@
+"""One editing life: a stream of facts written, one after another, into one resident LLM.
+
+No Gymnasium here. The environments add spaces, checks and information to it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from hiedit_env.datasets.requests import Request
+from hiedit_env.envs.scheduler import Judge, Passes, Read
+from hiedit_env.errors import SettingsError, whole_number
+from hiedit_env.evaluation.reward import Evaluator, References
+from hiedit_env.evaluation.reward_terms import Quality
+from hiedit_env.model.tokenization import EncodedFact
+from hiedit_env.resident.capture import Capture, Reading
+from hiedit_env.resident.low_rank import Updates
+from hiedit_env.resident.resident import ResidentLLM
+from hiedit_env.resident.weights import WeightSnapshot
+from hiedit_env.rules.base import UpdateRule
+
+#: Terms of the reward that measure a state and are paid as differences within a fact.
+LEVELS = ("edit", "locality", "sparsity", "retention")
+
+
+class NumericalCollapse(Exception):
+    """The model's loss stopped being finite; raised inside, after nothing can be kept."""
+
+
+@dataclass(frozen=True, slots=True)
+class LifeState:
+    """Everything needed to go on from a point of a life, bit for bit.
+
+    Args:
+        facts: The whole stream.
+        position: Index of the present fact; the length of the stream when it is over.
+        steps: Primitive steps taken on the present fact.
+        written: L bool, layers written for the present fact.
+        paid: Levels already paid out as reward for the present fact.
+        written_counts: L int64, number of finished facts that wrote each layer.
+        ended: Whether the life is over, by its stream's end or by collapse.
+        weights: State of the candidate weights.
+        rule: Statistics of the update rule.
+        references: What unrelated prompts are compared with.
+        reading: The present fact at the present weights, if it was read already.
+        observed: The capture the rule's statistics have taken in last, if of the present fact.
+
+    Tensors are shared with the life, which never writes them in place, so saving is cheap.
+    """
+
+    facts: tuple[EncodedFact, ...]
+    position: int
+    steps: int
+    written: NDArray[np.bool_]
+    paid: Mapping[str, float]
+    written_counts: NDArray[np.int64]
+    ended: bool
+    weights: WeightSnapshot
+    rule: Mapping[str, Any]
+    references: References
+    reading: Reading | None
+    observed: Capture | None
+
+
+class EditingLife:
+    """The state machine behind every environment.
+
+    ``start`` → (``primitive`` … → ``judge``) … → ``advance`` to the next fact → … → ended. These
+    four are generators that yield the passes they need: :func:`.passes.run` drives them.
+
+    Args:
+        llm: The resident model.
+        rule: Turns captures into updates; keeps the lifelong statistics.
+        evaluator: Judges the edited model.
+        max_steps_per_edit: Most primitive steps on one fact.
+        stop_when_answered: Whether a fact ends as soon as it is answered (teacher-forced argmax),
+            and is left alone if it is answered before the first step. If not, every fact takes
+            exactly ``max_steps_per_edit`` steps.
+        retention_window: k, how many past edits are remembered.
+    """
+
+    paid: dict[str, float]
+    _reading: Reading | None
+    _observed: Capture | None
+
+    def __init__(
+        self,
+        llm: ResidentLLM,
+        rule: UpdateRule,
+        evaluator: Evaluator,
+        *,
+        max_steps_per_edit: int,
+        stop_when_answered: bool,
+        retention_window: int,
+    ) -> None:
+        self.llm, self.evaluator = llm, evaluator
+        self.stop_when_answered = stop_when_answered
+        self.retention_window = whole_number(retention_window, "retention_window", 0)
+        self.use(rule, max_steps_per_edit)
+
+    def use(self, rule: UpdateRule, max_steps_per_edit: int) -> None:
+        """Takes another rule and number of steps; a life under way is over without a trace."""
+        self.max_steps_per_edit = whole_number(max_steps_per_edit, "max_steps_per_edit", 1)
+        self.rule = rule
+        self.facts: tuple[EncodedFact, ...] = ()
+        self.ended = True
+        self._reset_fact()
+
+    # -- where we are ---------------------------------------------------------------------------
+
+    @property
+    def fact(self) -> EncodedFact:
+        """The present fact; the last one when the stream is over."""
+        return self.facts[min(self.position, len(self.facts) - 1)]
+
+    @property
+    def remembered(self) -> tuple[EncodedFact, ...]:
+        """The last k facts edited before the present one, latest first."""
+        present = min(self.position, len(self.facts) - 1)
+        return self.facts[max(0, present - self.retention_window) : present][::-1]
+
+    @property
+    def reading(self) -> Reading:
+        """The present fact at the present weights."""
+        if self._reading is None:
+            self._reading = self.llm.read(self.fact.prompt)
+        return self._reading
+
+    @property
+    def capture(self) -> Capture:
+        """Keys and value gradients of the present fact at the present weights."""
+        return self.reading.capture()
+
+    @property
+    def edit_over(self) -> bool:
+        """Whether the present fact needs, or may have, no further step."""
+        if self.steps >= self.max_steps_per_edit:
+            return True
+        return self.stop_when_answered and self.reading.answered
+
+    # -- the way forward ------------------------------------------------------------------------
+
+    def start(self, requests: Sequence[Request]) -> Passes[None]:
+        """Begins a new life: unedited weights, fresh statistics, the first fact.
+
+        Raises:
+            PromptError: a request that cannot be tokenised; the life is left as it was.
+        """
+        if not requests:
+            raise SettingsError("a stream needs at least one request")
+        facts = tuple(self.evaluator.encode(request) for request in requests)
+        self.llm.restore_unedited()
+        self.rule.reset()
+        self.evaluator.forget_references()
+        self.facts, self.position, self.ended = facts, 0, False
+        self.written_counts = np.zeros(len(self.llm.layers), np.int64)
+        yield from self._begin_fact()
+
+    def propose(
+        self, layers: NDArray[np.bool_], multipliers: NDArray[np.float32] | None = None
+    ) -> Updates:
+        """The rule's updates for the present fact; its statistics take the capture in once."""
+        return self.rule.propose(self.observe(), layers, multipliers)
+
+    def observe(self) -> Capture:
+        """The present fact's capture, after the rule's statistics took it in (once)."""
+        capture = self.capture
+        if self._observed is not capture:
+            self.rule.observe(capture)
+            self._observed = capture
+        return capture
+
+    def primitive(self, updates: Updates) -> Passes[NDArray[np.bool_]]:
+        """Writes updates and reads the fact again: one primitive step.
+
+        Returns:
+            L bool, the layers written.
+
+        Raises:
+            NonFiniteUpdateError, UpdateShapeError: nothing was written.
+            NumericalCollapse: the fact's loss is no longer finite; the caller rolls back.
+        """
+        self.llm.commit(updates)
+        layers = np.array([update is not None for update in updates])
+        self.written |= layers
+        self.steps += 1
+        # After the last step nothing needs the fact alone: it is judged with the other prompts,
+        # always, so that what it is judged with never depends on an earlier save or restore.
+        last = self.steps >= self.max_steps_per_edit
+        if last or layers.any():
+            self._reading = None
+        if not last:
+            if self._reading is None:
+                self._reading = yield Read(self.llm, self.fact.prompt)
+            if not np.isfinite(self._reading.loss):
+                raise NumericalCollapse
+        return layers
+
+    def judge(self) -> Passes[tuple[dict[str, float], Quality]]:
+        """Levels of the present fact, and what they rose by since they were last paid.
+
+        Returns:
+            ``(differences by term, quality)``. Summed over a fact, the differences are its final
+            levels, however many primitive steps it took.
+
+        Raises:
+            NumericalCollapse: the quality is not finite; the caller rolls back.
+        """
+        quality: Quality = yield Judge(self.evaluator, self.fact, self.remembered, self._reading)
+        if not quality.finite:
+            raise NumericalCollapse
+        levels = {**quality.levels, "sparsity": self.sparsity}
+        rises = {term: levels[term] - self.paid[term] for term in LEVELS}
+        self.paid = levels
+        return rises, quality
+
+    def quality(self) -> Quality:
+        """The quality at the present weights, without any book-keeping."""
+        return self.evaluator.evaluate(self.fact, self.remembered, self._reading)
+
+    @property
+    def sparsity(self) -> float:
+        """Share of the candidate layers left alone for the present fact."""
+        return 1.0 - float(self.written.mean())
+
+    def advance(self) -> Passes[None]:
+        """Ends the present fact and begins the next, or ends the life."""
+        self.written_counts = self.written_counts + self.written
+        self.position += 1
+        if self.position == len(self.facts):
+            self.ended = True
+        else:
+            yield from self._begin_fact()
+
+    # -- the way back ---------------------------------------------------------------------------
+
+    def save(self) -> LifeState:
+        """The present state, for :meth:`restore`."""
+        return LifeState(
+            facts=self.facts,
+            position=self.position,
+            steps=self.steps,
+            written=self.written.copy(),
+            paid=dict(self.paid),
+            written_counts=self.written_counts.copy(),
+            ended=self.ended,
+            weights=self.llm.snapshot(),
+            rule=self.rule.state_dict(),
+            references=self.evaluator.references,
+            reading=self._reading,
+            observed=self._observed,
+        )
+
+    def restore(self, state: LifeState) -> None:
+        """Goes back to a saved state, bit for bit."""
+        self.llm.restore(state.weights)
+        self.rule.load_state_dict(state.rule)
+        self.facts = state.facts
+        self.position, self.steps = state.position, state.steps
+        self.written = state.written.copy()
+        self.paid = dict(state.paid)
+        self.written_counts = state.written_counts.copy()
+        self.ended = state.ended
+        # Not read again: it would be another capture to the rule, to be taken in once more.
+        self._reading, self._observed = state.reading, state.observed
+        self.evaluator.references = state.references
+
+    @contextmanager
+    def transaction(self) -> Iterator[None]:
+        """Undoes everything done in the body, weights included, if the body raises."""
+        before = self.save()
+        try:
+            yield
+        except BaseException:
+            self.restore(before)
+            raise
+
+    # -- inside ---------------------------------------------------------------------------------
+
+    def _reset_fact(self) -> None:
+        self.position = 0
+        self.steps = 0
+        self.written = np.zeros(len(self.llm.layers), bool)
+        self.written_counts = np.zeros(len(self.llm.layers), np.int64)
+        self.paid = dict.fromkeys(LEVELS, 0.0)
+        self._reading = None
+        self._observed = None
+
+    def _begin_fact(self) -> Passes[None]:
+        self.steps = 0
+        self.written = np.zeros(len(self.llm.layers), bool)
+        self.paid = dict.fromkeys(LEVELS, 0.0)
+        self._reading = None
+        self._observed = None
+        self.evaluator.begin(self.fact, self.remembered)
+        self._reading = yield Read(self.llm, self.fact.prompt)

@@ -1,0 +1,175 @@
+"""The compact observation: pooled activations of every layer, bounded, as one float32 vector."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from torch.nn import functional as F
+
+from hiedit_env.resident.capture import Capture
+from hiedit_env.resident.low_rank import layer_groups
+from hiedit_env.resident.resident import ResidentLLM, products
+
+#: Random projections of the pooled key and of the pooled value gradient, this many each.
+PROJECTIONS = 8
+#: Numbers per layer, see :class:`Observer`.
+LAYER_FEATURES = 6 + 2 * PROJECTIONS
+#: Numbers about the fact and the stream, see :class:`Observer`.
+GLOBAL_FEATURES = 5
+
+_TINY = 1e-30
+#: Widths of the columns of :meth:`Observer._measure`.
+_COLUMNS = [2, 1, 1, 1, 2, 2 * PROJECTIONS]
+
+
+@dataclass(frozen=True, slots=True)
+class View:
+    """What one life shows: the arguments of :meth:`Observer.__call__`, and its model."""
+
+    llm: ResidentLLM
+    capture: Capture
+    written_share: NDArray[np.float32]
+    steps_share: float
+    stream_share: float
+
+
+class Observer:
+    """Turns a capture and the state of the weights into an observation in [−1, 1].
+
+    The vector is L × ``LAYER_FEATURES`` numbers, layer after layer, then ``GLOBAL_FEATURES``.
+
+    Per layer:
+
+    ====== ==============================================================================
+    0      log10 of the root mean square of the keys, over 6
+    1      log10 of the root mean square of the value gradients, over 12
+    2      the layer's share of the summed gradient norms, ‖u_lᵀ v_l‖ / Σ ‖u_mᵀ v_m‖
+    3      accumulated change of the weight relative to its norm, ‖W − W₀‖ / ‖W₀‖, at most 1
+    4      cosine between the plain gradient and the accumulated change (positive: descending
+           on this fact undoes earlier edits)
+    5      share of the facts edited so far in which this layer was written
+    6–13   signs-projected mean key, unit length before projection, over 3
+    14–21  the same of the value gradient
+    ====== ==============================================================================
+
+    At the end: loss of the fact over 10, token accuracy, 1 if answered, share of the primitive
+    steps of this fact already used, share of the stream already done.
+
+    Args:
+        llm: The model whose layers are observed.
+        seed: Seed of the ±1 projection, which depends on nothing but it and the layer's size.
+    """
+
+    def __init__(self, llm: ResidentLLM, seed: int = 0) -> None:
+        self.llm = llm
+        self.size = len(llm.layers) * LAYER_FEATURES + GLOBAL_FEATURES
+        norms = [max(llm.base_norm(i), _TINY) for i in range(len(llm.layers))]
+        self._base_norms = torch.tensor(norms, device=llm.device)[:, None]
+        self._sizes = torch.tensor(llm.shapes, device=llm.device)
+        self._log_units = torch.tensor([6.0, 12.0], device=llm.device)
+        self._signs: dict[int, Tensor] = {}
+        for size in sorted({size for shape in llm.shapes for size in shape}):
+            generator = torch.Generator().manual_seed(seed)
+            signs = torch.randint(0, 2, (size, PROJECTIONS), generator=generator) * 2 - 1
+            self._signs[size] = signs.float().to(llm.device)
+        # Layers of one shape are stacked, so that a step costs a few kernels and not L times that.
+        self._groups = layer_groups(llm.shapes)
+        order = np.argsort([i for group in self._groups for i in group])
+        self._order = torch.from_numpy(order).to(llm.device)
+
+    def __call__(
+        self,
+        capture: Capture,
+        written_share: NDArray[np.float32],
+        steps_share: float,
+        stream_share: float,
+    ) -> NDArray[np.float32]:
+        """The observation of one fact at the present weights.
+
+        Args:
+            capture: The fact's keys and value gradients.
+            written_share: L numbers in [0, 1], feature 5.
+            steps_share: In [0, 1], share of the fact's primitive steps used.
+            stream_share: In [0, 1], share of the stream done.
+
+        Returns:
+            ``size`` float32 numbers in [−1, 1].
+        """
+        view = View(self.llm, capture, written_share, steps_share, stream_share)
+        observation: NDArray[np.float32] = self.batch([view])[0].cpu().numpy()
+        return observation
+
+    def batch(self, views: Sequence[View]) -> Tensor:
+        """Observations of several lives of one model, in few kernels.
+
+        Args:
+            views: N of them; their models are forks of one, or there is one life.
+
+        Returns:
+            N × ``size`` float32 in [−1, 1], on the model's device.
+        """
+        lengths = [len(view.capture.keys[0]) for view in views]
+        with torch.no_grad():
+            parts = [self._measure(group, views, max(lengths)) for group in self._groups]
+            rows = parts[0] if len(parts) == 1 else torch.cat(parts, 1)[:, self._order]
+            sizes, norms, inner, changes, totals, projections = torch.split(rows, _COLUMNS, 2)
+            tokens = torch.tensor(lengths, device=rows.device)[:, None, None]
+            written = torch.from_numpy(np.stack([v.written_share for v in views])).to(rows)
+            # What is projected has unit length: over 3, hardly any number leaves [−1, 1].
+            directions = projections.view(*projections.shape[:2], 2, -1) / (
+                3 * (totals + _TINY)[..., None]
+            )
+            columns = (
+                (sizes / (tokens * self._sizes).sqrt() + 1e-12).log10() / self._log_units,
+                norms / (norms.sum(1, keepdim=True) + _TINY),
+                changes / self._base_norms,
+                inner / (norms * changes + _TINY),
+                written[..., None],
+                directions.flatten(2),
+            )
+            facts = torch.stack([v.capture.numbers() for v in views])
+            answered = (facts[:, 1:] == 1).float()
+            shares = torch.tensor([(v.steps_share, v.stream_share) for v in views]).to(rows)
+            last = (facts[:, :1] / 10, facts[:, 1:], answered, shares)
+            flat = torch.cat((torch.cat(columns, 2).flatten(1), *last), 1)
+            # What is not finite, after numerical collapse, becomes 0 or a bound.
+            return flat.nan_to_num().clamp(-1.0, 1.0)
+
+    def _measure(self, group: list[int], views: Sequence[View], longest: int) -> Tensor:
+        """Of the G layers of one shape, N × G × ``_COLUMNS`` float32.
+
+        Norms of keys and of value gradients, norm of the gradient, its inner product with the
+        accumulated change, norm of that change, norms of the summed key and of the summed value
+        gradient, and the projections of these two sums.
+        """
+        stacks = [view.capture.stacked(group) for view in views]
+        # (N G) × T × size. Zeros in the place of missing tokens add nothing to any sum.
+        keys, gradients = (_padded([stack[side] for stack in stacks], longest) for side in (0, 1))
+        grams = (keys @ keys.mT) * (gradients @ gradients.mT)
+        changes = [view.llm.change(i) for view in views for i in group]
+        nothing = keys.new_zeros(())
+        moved = products(keys, changes, gradients.shape[2])
+        sums = (keys.sum(1), gradients.sum(1))
+        columns = (
+            torch.linalg.vector_norm(keys, dim=(1, 2)),
+            torch.linalg.vector_norm(gradients, dim=(1, 2)),
+            grams.sum((1, 2)).clamp_min(0).sqrt(),
+            (moved * gradients).sum((1, 2)),
+            torch.stack([nothing if c is None else torch.linalg.vector_norm(c) for c in changes]),
+            *(torch.linalg.vector_norm(total, dim=1) for total in sums),
+        )
+        projections = (total @ self._signs[total.shape[1]] for total in sums)
+        table = torch.cat((torch.stack(columns, 1), *projections), 1)
+        return table.view(len(views), len(group), -1)
+
+
+def _padded(blocks: Sequence[Tensor], longest: int) -> Tensor:
+    """N lives' G × T_n × size as (N G) × T × size, with zeros at the end."""
+    if len(blocks) == 1:
+        return blocks[0]
+    return torch.cat([F.pad(rows, (0, 0, 0, longest - rows.shape[1])) for rows in blocks])

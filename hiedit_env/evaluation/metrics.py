@@ -1,0 +1,290 @@
+"""The metrics of the field over a whole stream of facts, at the model's present weights.
+
+Efficacy (the requests' own prompts), generalization (their paraphrases), specificity (unrelated
+prompts) and retention (efficacy on the facts edited first), each read in four ways: with the
+answer given token by token (*teacher forcing*), which flatters because content and length are
+given away (arXiv 2509.22072), and generated freely.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from hiedit_env.datasets.requests import Request
+from hiedit_env.errors import PromptError, SettingsError
+from hiedit_env.evaluation.matching import EXTRA_TOKENS, is_match, starts_with
+from hiedit_env.model.tokenization import EncodedPrompt
+from hiedit_env.resident.resident import ResidentLLM
+
+#: ``(stage, done, total)``: called after every batch of prompts.
+Progress = Callable[[str, int, int], None]
+Scores = dict[str, NDArray[np.float64]]
+
+#: What is measured, and how each is read.
+METRICS = ("efficacy", "generalization", "specificity", "retention")
+READINGS = ("token_accuracy", "exact_match", "generation", "generation_prefix")
+
+#: Most facts that retention is measured on.
+RETENTION_LIMIT = 500
+#: Greedy tokens of the unedited model that ``agreement`` compares with.
+REFERENCE_TOKENS = 5
+
+
+def retention_size(num_facts: int) -> int:
+    """How many facts from the start of a stream retention is measured on: a third, 1 to 500.
+
+    >>> [retention_size(n) for n in (1, 5, 150, 9000)]
+    [1, 1, 50, 500]
+    """
+    return min(max(num_facts // 3, 1), RETENTION_LIMIT)
+
+
+class UneditedAnswers:
+    """The unedited model's own greedy answers, each computed once and kept.
+
+    Make one per model and hand it to every :func:`evaluate`, so that agents and seeds that share
+    prompts share the work.
+
+    Args:
+        llm: The model; its unedited weights are used whatever its present ones are.
+        max_tokens: Tokens of an answer; fewer where a token of ``llm.end_ids`` comes first.
+
+    Raises:
+        SettingsError: ``max_tokens`` below 1.
+    """
+
+    def __init__(self, llm: ResidentLLM, max_tokens: int = REFERENCE_TOKENS) -> None:
+        if max_tokens < 1:
+            raise SettingsError(f"max_tokens must be at least 1, got {max_tokens!r}")
+        self.llm, self.max_tokens = llm, max_tokens
+        self._answers: dict[tuple[int, ...], EncodedPrompt] = {}
+
+    def __len__(self) -> int:
+        """Number of different prompts answered so far."""
+        return len(self._answers)
+
+    def get(
+        self, prompts: Sequence[EncodedPrompt], progress: Progress | None = None
+    ) -> list[EncodedPrompt]:
+        """The prompts with the unedited model's greedy tokens in place of their answers.
+
+        Args:
+            prompts: Their own answers play no part.
+            progress: Called with the stage ``"reference"`` where something has to be computed.
+        """
+        missing = {p.prompt_ids: p for p in prompts if p.prompt_ids not in self._answers}
+        if missing:
+            with self.llm.unedited(), torch.inference_mode():
+                self._compute(list(missing.values()), progress)
+        return [self._answers[p.prompt_ids] for p in prompts]
+
+    def _compute(self, prompts: list[EncodedPrompt], progress: Progress | None) -> None:
+        # Whole prefixes are run again for each token: the logits are then those that teacher
+        # forcing gives, so that the unedited model agrees with itself also where two are close.
+        limit, ends = self.llm.encoder.max_length, self.llm.end_ids
+        generated: list[list[int]] = [[] for _ in prompts]
+        running = list(range(len(prompts)))
+        for step in range(self.max_tokens):
+            reads = [
+                EncodedPrompt(p.prompt, p.answer, (*p.prompt_ids, *generated[i]), (0,))
+                for i, p in ((i, prompts[i]) for i in running)
+            ]
+            for bucket in self.llm.buckets(reads):
+                batch = self.llm.batch([reads[k] for k in bucket])
+                logits = self.llm.answer_logits(batch, remember=False)
+                for k, token in zip(bucket, logits.argmax(-1).tolist(), strict=True):
+                    generated[running[k]].append(token)
+            running = [
+                i
+                for i in running
+                if generated[i][-1] not in ends
+                and (limit is None or len(prompts[i].prompt_ids) + len(generated[i]) < limit)
+            ]
+            if progress is not None:
+                progress("reference", step + 1, self.max_tokens)
+            if not running:
+                break
+        for p, ids in zip(prompts, generated, strict=True):
+            answer = self.llm.encoder.decode(ids)
+            self._answers[p.prompt_ids] = EncodedPrompt(p.prompt, answer, p.prompt_ids, tuple(ids))
+
+
+@dataclass(frozen=True, slots=True)
+class Evaluation:
+    """What :func:`evaluate` found.
+
+    Args:
+        per_fact: Metric → reading → F float64 in percent, in the order of the requests; NaN where
+            a fact has nothing to measure (no paraphrases, no unrelated prompts, and for retention
+            the facts after the first third).
+        answers: F texts, the greedy continuations of the requests' own prompts; empty where none
+            were asked for.
+    """
+
+    per_fact: Mapping[str, Scores]
+    answers: tuple[str, ...]
+
+    @property
+    def metrics(self) -> dict[str, dict[str, float]]:
+        """Metric → reading → mean over facts in percent; NaN where no fact has anything."""
+        return {
+            metric: {reading: _mean(values) for reading, values in scores.items()}
+            for metric, scores in self.per_fact.items()
+        }
+
+
+def evaluate(
+    llm: ResidentLLM,
+    requests: Sequence[Request],
+    reference: UneditedAnswers | None,
+    *,
+    generation: Collection[str] = METRICS,
+    progress: Progress | None = None,
+) -> Evaluation:
+    """Measures the model at its present weights on a stream of facts.
+
+    Every metric holds ``token_accuracy`` (share of answer tokens that are the argmax under teacher
+    forcing), ``exact_match`` (all of them are) and, where asked for, ``generation`` and
+    ``generation_prefix`` (:func:`~hiedit_env.evaluation.matching.is_match` and
+    :func:`~hiedit_env.evaluation.matching.starts_with` on the greedy continuation, of the answer's
+    tokens plus
+    ``EXTRA_TOKENS``). A fact's value is the mean over its prompts. Specificity is measured against
+    the true answers; its ``agreement`` is the share of tokens of the *unedited* model's own greedy
+    answers that are still the argmax, which shows damage that true answers hide.
+
+    Args:
+        llm: The model.
+        requests: F facts in stream order.
+        reference: The unedited model's answers; ``agreement`` is left out where None.
+        generation: Metrics to generate answers for, which takes most of the time; retention has
+            what efficacy has.
+        progress: Called after every batch, with the stages ``"reference"``, ``"teacher forcing"``
+            and ``"generation"``.
+
+    Raises:
+        SettingsError: no requests, an unknown metric, or a reference made for another model.
+        PromptError: a text that is empty or too long; names the request's source.
+    """
+    if not requests:
+        raise SettingsError("an evaluation needs at least one request")
+    if reference is not None and reference.llm is not llm:
+        raise SettingsError("the reference answers belong to another ResidentLLM; make them anew")
+    unknown = set(generation) - set(METRICS)
+    if unknown:
+        raise SettingsError(f"unknown metrics {sorted(unknown)}; known: {', '.join(METRICS)}")
+    groups = _encode(llm, requests)
+    own: dict[EncodedPrompt, EncodedPrompt] = {}
+    if reference is not None:
+        probes = list(itertools.chain.from_iterable(groups["specificity"]))
+        own = dict(zip(probes, reference.get(probes, progress), strict=True))
+    accuracy, exact = _teacher_forced(llm, [*_all(groups, groups), *own.values()], progress)
+    per_fact: dict[str, Scores] = {
+        metric: {
+            "token_accuracy": _per_fact(facts, accuracy),
+            "exact_match": _per_fact(facts, exact),
+        }
+        for metric, facts in groups.items()
+    }
+    wanted = [metric for metric in groups if metric in generation]
+    texts = _generate(llm, _all(groups, wanted), progress)
+    for reading, judge in (("generation", is_match), ("generation_prefix", starts_with)):
+        values = {p: float(judge(text, p.answer)) for p, text in texts.items()}
+        for metric in wanted:
+            per_fact[metric][reading] = _per_fact(groups[metric], values)
+    if reference is not None:
+        agreement = {p: accuracy[answered] for p, answered in own.items()}
+        per_fact["specificity"]["agreement"] = _per_fact(groups["specificity"], agreement)
+    early = np.arange(len(requests)) < retention_size(len(requests))
+    per_fact["retention"] = {
+        reading: np.where(early, values, np.nan) for reading, values in per_fact["efficacy"].items()
+    }
+    answers = tuple(texts[fact[0]] for fact in groups["efficacy"] if "efficacy" in wanted)
+    return Evaluation(per_fact, answers)
+
+
+# -- inside ---------------------------------------------------------------------------------------
+
+
+def _encode(
+    llm: ResidentLLM, requests: Sequence[Request]
+) -> dict[str, list[tuple[EncodedPrompt, ...]]]:
+    """Metric → per fact its prompts as tokens."""
+    groups: dict[str, list[tuple[EncodedPrompt, ...]]] = {m: [] for m in METRICS[:3]}
+    for request in requests:
+        try:
+            groups["efficacy"].append((llm.encode(request.prompt, request.answer),))
+            groups["generalization"].append(
+                tuple(llm.encode(text, request.answer) for text in request.paraphrases)
+            )
+            groups["specificity"].append(
+                tuple(llm.encode(probe.prompt, probe.answer) for probe in request.locality)
+            )
+        except PromptError as error:
+            raise PromptError(f"{request.source}: {error}") from error
+    return groups
+
+
+@torch.inference_mode()
+def _teacher_forced(
+    llm: ResidentLLM, prompts: Sequence[EncodedPrompt], progress: Progress | None
+) -> tuple[dict[EncodedPrompt, float], dict[EncodedPrompt, float]]:
+    """Share of correct answer tokens, and whether all are, by prompt; from 0 to 1."""
+    unique = list(dict.fromkeys(prompts))
+    accuracy: dict[EncodedPrompt, float] = {}
+    exact: dict[EncodedPrompt, float] = {}
+    for bucket in llm.buckets(unique):
+        batch = llm.batch([unique[i] for i in bucket])
+        correct = llm.answer_logits(batch).argmax(-1) == batch.labels
+        # Without float64, which not every device has: counts are exact, and divided here.
+        counts = batch.to_rows(correct, fill=False).sum(1).tolist()
+        for prompt, count in zip(batch.prompts, counts, strict=True):
+            accuracy[prompt] = count / len(prompt.answer_ids)
+            exact[prompt] = float(count == len(prompt.answer_ids))
+        if progress is not None:
+            progress("teacher forcing", len(accuracy), len(unique))
+    return accuracy, exact
+
+
+def _generate(
+    llm: ResidentLLM, prompts: Sequence[EncodedPrompt], progress: Progress | None
+) -> dict[EncodedPrompt, str]:
+    """Greedy continuations; prompts that differ in the wording of the answer only are run once."""
+    runs = {(p.prompt, len(p.answer_ids) + EXTRA_TOKENS): p for p in prompts}
+    # Similar budgets and lengths together, in the sizes that ResidentLLM.generate batches.
+    keys = sorted(runs, key=lambda key: (key[1], len(runs[key].prompt_ids)))
+    size = max(1, llm.max_batch_tokens // 64)
+    texts: dict[tuple[str, int], str] = {}
+    for start in range(0, len(keys), size):
+        group = keys[start : start + size]
+        made = llm.generate([prompt for prompt, _ in group], [budget for _, budget in group])
+        texts.update(zip(group, made, strict=True))
+        if progress is not None:
+            progress("generation", len(texts), len(keys))
+    return {p: texts[p.prompt, len(p.answer_ids) + EXTRA_TOKENS] for p in prompts}
+
+
+def _all(
+    groups: Mapping[str, Sequence[Sequence[EncodedPrompt]]], metrics: Iterable[str]
+) -> list[EncodedPrompt]:
+    """All prompts of some metrics."""
+    return [p for metric in metrics for fact in groups[metric] for p in fact]
+
+
+def _per_fact(
+    facts: Sequence[Sequence[EncodedPrompt]], values: Mapping[EncodedPrompt, float]
+) -> NDArray[np.float64]:
+    """Mean of each fact's values in percent; NaN for a fact without any."""
+    return np.array(
+        [100.0 * float(np.mean([values[p] for p in fact])) if fact else np.nan for fact in facts]
+    )
+
+
+def _mean(values: NDArray[np.float64]) -> float:
+    finite = values[np.isfinite(values)]
+    return float(finite.mean()) if len(finite) else float("nan")

@@ -1,0 +1,1 @@
+"""The language model as it is loaded: weights, tokens, texts, candidate layers, memory."""

@@ -1,0 +1,93 @@
+"""Greedy generation: batched, and by nothing but the argmax whatever settings a model brings."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from typing import Any, cast
+
+import torch
+from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+from hiedit_env.model.tokenization import PromptEncoder
+
+
+def end_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
+    """Tokens that end a generated text: the tokenizer's, and those the model came with.
+
+    Chat models often have several, of which the tokenizer knows one.
+    """
+    own = getattr(model.generation_config, "eos_token_id", None)
+    several = own if isinstance(own, list | tuple) else [own]
+    return frozenset(i for i in (tokenizer.eos_token_id, *several) if i is not None)
+
+
+@torch.inference_mode()
+def generate(
+    model: PreTrainedModel,
+    encoder: PromptEncoder,
+    prompts: Sequence[str],
+    max_new_tokens: Sequence[int],
+    max_batch: int,
+) -> list[str]:
+    """Greedy continuations, without the prompt and without special tokens.
+
+    Args:
+        model: Causal LM; its own generation settings are in place again afterwards.
+        encoder: Of the model's tokenizer and context length.
+        prompts: Texts to continue.
+        max_new_tokens: Budget of each; generation also ends at a token of :func:`end_ids` and where
+            the model's context ends.
+        max_batch: Most prompts in one pass.
+    """
+    encoded = [encoder.encode_prompt(prompt) for prompt in prompts]
+    # The last new token is never read, so it needs no position.
+    room = [(encoder.max_length or sys.maxsize) + 1 - len(ids) for ids in encoded]
+    budgets = [min(pair) for pair in zip(max_new_tokens, room, strict=True)]
+    texts = [""] * len(prompts)
+    tokenizer = encoder.tokenizer
+    pad, ends = tokenizer.pad_token_id or 0, end_ids(model, tokenizer)
+    make_config = cast(Any, GenerationConfig)  # untyped in transformers
+    for group in _groups(budgets, room, max_batch):
+        longest = max(len(encoded[i]) for i in group)
+        ids = torch.full((len(group), longest), pad, dtype=torch.int64)
+        mask = torch.zeros_like(ids)
+        for row, i in enumerate(group):
+            ids[row, longest - len(encoded[i]) :] = torch.tensor(encoded[i])
+            mask[row, longest - len(encoded[i]) :] = 1
+        config = make_config(
+            do_sample=False,
+            max_new_tokens=max(budgets[i] for i in group),
+            pad_token_id=pad,
+            eos_token_id=sorted(ends) or None,
+            bos_token_id=tokenizer.bos_token_id,
+        )
+        # Penalties and sampling settings that came with the model would be taken from its own.
+        own, model.generation_config = model.generation_config, make_config()
+        try:
+            output = cast(Any, model).generate(
+                ids.to(model.device),
+                attention_mask=mask.to(model.device),
+                generation_config=config,
+            )
+        finally:
+            model.generation_config = own
+        for row, i in enumerate(group):
+            new = output[row, longest : longest + budgets[i]].tolist()
+            # What pads a row that has ended need not be a special token.
+            stop = next((place for place, token in enumerate(new) if token in ends), None)
+            texts[i] = encoder.decode(new[:stop])
+    return texts
+
+
+def _groups(budgets: Sequence[int], room: Sequence[int], size: int) -> list[list[int]]:
+    """Prompts to continue together: at most ``size``, and none beyond the end of its context."""
+    groups: list[list[int]] = []
+    for i in sorted(range(len(budgets)), key=lambda i: (budgets[i], -room[i])):
+        # Budgets rise, so this prompt's is how long all of its group go on.
+        last = groups[-1] if groups else []
+        if last and len(last) < size and budgets[i] <= min(room[j] for j in last):
+            last.append(i)
+        else:
+            groups.append([i])
+    return groups

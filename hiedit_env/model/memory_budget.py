@@ -1,0 +1,122 @@
+"""How much memory editing a model takes, and how much there is."""
+
+from __future__ import annotations
+
+import os
+import re
+import sys
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from torch import nn
+from transformers import PreTrainedConfig, PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+from hiedit_env.errors import LayerError, NotEnoughMemoryError
+from hiedit_env.model.architectures import find_candidates
+
+_AUTO: Any = transformers.AutoModelForCausalLM
+
+
+def estimate_memory(
+    config: PreTrainedConfig, dtype: torch.dtype, *, trust_remote_code: bool = False
+) -> int:
+    """About how many bytes it takes to edit a model with the default update rule.
+
+    The sum, with b bytes per number of the model's dtype and 4 per float32, of
+
+    - the model: b per parameter;
+    - activations of one pass: b (d_in + d_out) per weight matrix, for 256 tokens;
+    - the candidate layers, by preset or default rule: b per weight for the unedited copy, and twice
+      4 for the accumulated change, before and after the step under way, which may be undone;
+    - the ``decorrelated`` rule's statistics: 4 d_in² per candidate layer, four times: kept, kept
+      from before the step, and two temporary copies for the factorisation.
+
+    Where no candidate layers are known, they are taken to be square matrices and a quarter of the
+    model. Nothing is loaded.
+    """
+    with torch.device("meta"):
+        model: PreTrainedModel = _AUTO.from_config(config, trust_remote_code=trust_remote_code)
+    parameters = sum(p.numel() for p in model.parameters())
+    try:
+        layers = find_candidates(model, name=config.name_or_path)
+        candidates = sum(layer.d_in * layer.d_out for layer in layers)
+        statistics = sum(layer.d_in**2 for layer in layers)
+    except LayerError:
+        candidates = statistics = parameters // 4
+    matrices = (m.weight for m in model.modules() if isinstance(m, nn.Linear | Conv1D))
+    activations = sum(sum(weight.shape) for weight in matrices)
+    in_dtype = parameters + 256 * activations + candidates
+    return in_dtype * dtype.itemsize + (2 * candidates + 4 * statistics) * 4
+
+
+def available_memory(device: torch.device) -> int | None:
+    """Bytes free on a device, or None where the system does not say.
+
+    In a container, what its limit leaves may be less than what the machine has.
+    """
+    if device.type == "cuda":
+        return int(torch.cuda.mem_get_info(device)[0])
+    rooms = [room for room in (_machine_memory(), _container_memory()) if room is not None]
+    return min(rooms, default=None)
+
+
+def require_memory(name: str, needed: int, device: torch.device, progress: bool) -> None:
+    """Checks that a model fits; says what it needs if asked to, or if that is more than half.
+
+    Args:
+        name: The model's name, for messages.
+        needed: Bytes.
+        device: Where it is to go.
+        progress: Whether to say it on standard error in any case.
+
+    Raises:
+        NotEnoughMemoryError: more is needed than is free.
+    """
+    free = available_memory(device)
+    room = "free memory unknown" if free is None else f"{free / 1e9:.1f} GB free"
+    if progress or (free is not None and 2 * needed > free):
+        print(f"loading {name} needs about {needed / 1e9:.2g} GB; {room}", file=sys.stderr)
+    if free is not None and needed > free:
+        raise NotEnoughMemoryError(
+            f"model {name!r} needs about {needed / 1e9:.2g} GB but {device} has {room}; choose a "
+            f"smaller model, dtype='bfloat16', or another device, or free some memory"
+        )
+
+
+def _machine_memory() -> int | None:
+    """Bytes that programs can still have of the machine's main memory."""
+    with suppress(OSError):
+        text = Path("/proc/meminfo").read_text(encoding="ascii")
+        if (found := re.search(r"^MemAvailable:\s+(\d+) kB", text, re.MULTILINE)) is not None:
+            return int(found[1]) * 1024
+    with suppress(AttributeError, ValueError, OSError):
+        return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    return None
+
+
+def _container_memory() -> int | None:
+    """Bytes left under the tightest memory limit (cgroup v2) this process is under."""
+    with suppress(OSError, ValueError):
+        text = Path("/proc/self/cgroup").read_text(encoding="utf-8")
+        if (own := re.search(r"^0::/(.*)$", text, re.MULTILINE)) is None:
+            return None
+        root = Path("/sys/fs/cgroup")
+        groups = [root / own[1], *(root / own[1]).parents]
+        rooms = [_room(group) for group in groups if group.is_relative_to(root)]
+        return min((room for room in rooms if room is not None), default=None)
+    return None
+
+
+def _room(group: Path) -> int | None:
+    """Limit of a control group minus its usage; file caches, given back when needed, are free."""
+    with suppress(OSError, ValueError):
+        limit = int((group / "memory.max").read_text(encoding="ascii"))
+        used = int((group / "memory.current").read_text(encoding="ascii"))
+        statistics = (group / "memory.stat").read_text(encoding="ascii")
+        caches = re.findall(r"^(?:in)?active_file (\d+)$", statistics, re.MULTILINE)
+        return max(0, limit - used + sum(map(int, caches)))
+    return None

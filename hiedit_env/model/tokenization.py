@@ -1,0 +1,428 @@
+"""The one place where text becomes tokens.
+
+A fact is a prompt and an answer. The model reads the prompt's tokens followed by the answer's
+tokens and is judged only on predicting the answer's. The field's convention, as in
+``data/zsre.py`` of ``yangfanww/hiedit`` (commit 1d76ab4), is kept: one space stands between prompt
+and answer, special tokens come only in front, and the last answer token is predicted but never
+read. Two details are settled here:
+
+- The prompt's tokens are always the ones the model sees when it answers by itself, so that
+  teacher forcing and free generation start from the same activations.
+- SentencePiece tokenizers that put their own space marker in front of any text do not get a
+  second one from the space before the answer.
+
+Batches are padded on the right whatever the tokenizer's ``padding_side`` says: the models are
+causal, so no real position ever sees the padding and no attention mask is needed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property, lru_cache
+from typing import TYPE_CHECKING, cast
+
+import torch
+from torch import Tensor
+
+from hiedit_env.datasets.requests import Request
+from hiedit_env.errors import ModelError, PromptError, SettingsError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+# Remembered encodings per encoder: about 2 kB each, and more than a life of editing asks for.
+_REMEMBERED = 16_384
+
+# Ordinary text that shows which special tokens a tokenizer adds, and on which side.
+_ORDINARY_TEXT = "The capital of France is Paris"
+
+
+@dataclass(frozen=True, slots=True)
+class EncodedPrompt:
+    """One prompt with its answer, as token ids.
+
+    Args:
+        prompt: The prompt, without white space at its end.
+        answer: The answer, without white space at its start.
+        prompt_ids: What the model sees before it answers: the special tokens the tokenizer puts
+            in front of a text, if any, then the prompt. At least one.
+        answer_ids: The tokens to predict, in order. At least one.
+
+    Raises:
+        PromptError: if ``prompt_ids`` or ``answer_ids`` is empty.
+
+    >>> encoded = EncodedPrompt("It is", "Lyon", prompt_ids=(1, 7, 8), answer_ids=(5, 6))
+    >>> encoded.input_ids
+    (1, 7, 8, 5)
+    >>> encoded.length, encoded.first_position
+    (4, 2)
+    """
+
+    prompt: str
+    answer: str
+    prompt_ids: tuple[int, ...]
+    answer_ids: tuple[int, ...]
+
+    def __post_init__(self) -> None:
+        if not self.prompt_ids:
+            raise _no_tokens("prompt", self.prompt)
+        if not self.answer_ids:
+            raise _no_tokens("answer", self.answer)
+
+    @property
+    def input_ids(self) -> tuple[int, ...]:
+        """What the model reads: all tokens but the last of the answer, which is only predicted."""
+        return self.prompt_ids + self.answer_ids[:-1]
+
+    @property
+    def length(self) -> int:
+        """Number of tokens the model reads, ``len(input_ids)``."""
+        return len(self.prompt_ids) + len(self.answer_ids) - 1
+
+    @property
+    def first_position(self) -> int:
+        """Position (from 0) in ``input_ids`` whose logits predict ``answer_ids[0]``."""
+        return len(self.prompt_ids) - 1
+
+
+@dataclass(frozen=True, slots=True)
+class EncodedFact:
+    """A request and everything that judges it, as tokens."""
+
+    request: Request
+    prompt: EncodedPrompt
+    paraphrases: tuple[EncodedPrompt, ...]
+    probes: tuple[EncodedPrompt, ...]
+
+
+class PromptEncoder:
+    """Turns prompts and answers into token ids with one tokenizer.
+
+    The text ``prompt + " " + answer`` is split into tokens as a whole. When the prompt's own
+    tokens are a prefix of the result, the rest is the answer; otherwise (a token straddles the
+    space) the answer is encoded by itself, with the one space that belongs to it. The space is
+    also put before answers in scripts written without spaces, such as Chinese: that is the
+    field's convention, and what keeps the prompt's tokens independent of the answer.
+
+    White space at the end of a prompt is dropped, since it would take the place of the space in
+    front of the answer; so is white space at the start of an answer. All other white space is
+    kept. Special tokens the tokenizer adds at the end of a text (an end-of-text token) are never
+    used. Encodings are remembered, the least recently used are forgotten first.
+
+    Args:
+        tokenizer: Any tokenizer of ``transformers``, fast or slow. Its settings are not changed.
+        max_length: The model's context length in tokens; ``None`` for no limit.
+
+    Raises:
+        SettingsError: if ``max_length`` is neither ``None`` nor a positive integer.
+        ModelError: if the tokenizer puts special tokens in the middle of ordinary text.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, max_length: int | None) -> None:
+        if max_length is not None and (type(max_length) is not int or max_length < 1):
+            raise SettingsError(f"max_length must be a positive int or None, got {max_length!r}")
+        self.tokenizer = tokenizer
+        self.max_length = max_length
+        self._leading = _leading_special_ids(tokenizer)
+        # Per instance, because the same text has other tokens under another tokenizer.
+        self._remembered_prompt = lru_cache(maxsize=_REMEMBERED)(self._encode_prompt)
+        self._remembered = lru_cache(maxsize=_REMEMBERED)(self._encode)
+
+    def encode(self, prompt: str, answer: str) -> EncodedPrompt:
+        """Encode a prompt together with its answer.
+
+        Args:
+            prompt: Text the model is asked to continue.
+            answer: The continuation, with or without its leading space.
+
+        Raises:
+            PromptError: if either text is not a string, is blank, cannot be written as UTF-8 or
+                yields no tokens, or if both together are longer than ``max_length``.
+        """
+        return self._remembered(
+            _checked(prompt, "prompt").rstrip(), _checked(answer, "answer").lstrip()
+        )
+
+    def encode_prompt(self, prompt: str) -> tuple[int, ...]:
+        """Encode a prompt for free generation: the ``prompt_ids`` of every ``encode(prompt, ...)``.
+
+        Raises:
+            PromptError: as in :meth:`encode`, or if the prompt leaves no room for an answer token.
+        """
+        text = _checked(prompt, "prompt").rstrip()
+        ids = self._remembered_prompt(text)
+        if self.max_length is not None and len(ids) >= self.max_length:
+            raise PromptError(
+                f"prompt {_first_words(text)!r} has {len(ids)} tokens and leaves no room for an "
+                f"answer in the model's context of {self.max_length}; shorten it"
+            )
+        return ids
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """Turn token ids into text, leaving out special tokens and changing no spaces."""
+        return _decode(self.tokenizer, ids, skip_special_tokens=True)
+
+    def _encode_prompt(self, prompt: str) -> tuple[int, ...]:
+        own_ids = _plain_ids(self.tokenizer, prompt)
+        if not own_ids:
+            raise _no_tokens("prompt", prompt)
+        return self._leading + own_ids
+
+    def _encode(self, prompt: str, answer: str) -> EncodedPrompt:
+        prompt_ids = self._remembered_prompt(prompt)
+        own_ids = prompt_ids[len(self._leading) :]
+        joined_ids = _plain_ids(self.tokenizer, f"{prompt} {answer}")
+        if joined_ids[: len(own_ids)] == own_ids:
+            answer_ids = joined_ids[len(own_ids) :]
+        else:
+            answer_ids = self._separate_answer_ids(own_ids, joined_ids, answer)
+        if self.max_length is not None and len(prompt_ids) + len(answer_ids) > self.max_length:
+            raise PromptError(
+                f"prompt {_first_words(prompt)!r} has {len(prompt_ids)} tokens and its answer "
+                f"{len(answer_ids)}, but the model's context holds {self.max_length}; shorten them"
+            )
+        return EncodedPrompt(prompt, answer, prompt_ids, answer_ids)
+
+    def _separate_answer_ids(
+        self, own_ids: tuple[int, ...], joined_ids: tuple[int, ...], answer: str
+    ) -> tuple[int, ...]:
+        """Encode the answer by itself so that, after the prompt, it reads as in the joined text.
+
+        Whether the tokenizer supplies the space or we have to is settled by decoding, not by
+        looking for a space marker, because markers differ between tokenizers.
+        """
+        wanted = _decode(self.tokenizer, joined_ids, skip_special_tokens=False)
+        with_space = _plain_ids(self.tokenizer, f" {answer}")
+        for ids in (with_space, _plain_ids(self.tokenizer, answer)):
+            if _decode(self.tokenizer, own_ids + ids, skip_special_tokens=False) == wanted:
+                return ids
+        return with_space
+
+
+@dataclass(frozen=True, eq=False)
+class PromptBatch:
+    """Prompts as right-padded tensors on one device; made by :func:`make_batch`.
+
+    B prompts, T tokens in the longest, N answer tokens in all, prompt after prompt.
+    ``logits[rows, positions]`` are the (N, vocabulary) logits to be judged against ``labels``.
+
+    Args:
+        prompts: The B prompts, in order.
+        rows: (N,) int64, each answer token's row in the batch.
+        positions: (N,) int64, the position whose logits predict it.
+        labels: (N,) int64, its id.
+        lengths: (B,) int64, number of real tokens in each row.
+        answer_lengths: (B,) int64, number of answer tokens of each prompt.
+        pad_id: Id that fills the rest of a row.
+    """
+
+    prompts: tuple[EncodedPrompt, ...]
+    rows: Tensor
+    positions: Tensor
+    labels: Tensor
+    lengths: Tensor
+    answer_lengths: Tensor
+    pad_id: int
+
+    @property
+    def longest(self) -> int:
+        """T."""
+        return max(prompt.length for prompt in self.prompts)
+
+    @cached_property
+    def input_ids(self) -> Tensor:
+        """(B, T) int64, padded on the right; made when it is asked for."""
+        longest = self.longest
+        padded = [
+            [*prompt.input_ids, *[self.pad_id] * (longest - prompt.length)]
+            for prompt in self.prompts
+        ]
+        return torch.tensor(padded, dtype=torch.int64, device=self.rows.device)
+
+    @cached_property
+    def _columns(self) -> Tensor:
+        """(N,) int64, each answer token's place (from 0) within its own answer."""
+        before = self.answer_lengths.cumsum(0) - self.answer_lengths
+        return torch.arange(len(self.rows), device=self.rows.device) - before[self.rows]
+
+    def to_rows(self, values: Tensor, fill: float | bool) -> Tensor:
+        """Lay out one value per answer token as one row per prompt.
+
+        Args:
+            values: (N,) tensor of any dtype.
+            fill: What stands after a row's own values.
+
+        Returns:
+            (B, longest answer) tensor of the same dtype, differentiable in ``values``.
+
+        Raises:
+            SettingsError: if ``values`` is not of shape (N,).
+
+        >>> batch = make_batch(
+        ...     [EncodedPrompt("a", "b", (1, 2), (3,)), EncodedPrompt("c", "d", (4,), (5, 6))],
+        ...     "cpu",
+        ... )
+        >>> batch.to_rows(torch.tensor([10, 20, 30]), fill=0).tolist()
+        [[10, 0], [20, 30]]
+        """
+        if values.shape != self.rows.shape:
+            raise SettingsError(
+                f"values have shape {tuple(values.shape)}; the batch has {len(self.rows)} answer "
+                f"tokens, so the shape must be ({len(self.rows)},)"
+            )
+        longest = max(len(prompt.answer_ids) for prompt in self.prompts)
+        empty = values.new_full((len(self.prompts), longest), fill)
+        # Each place is written once: unlike with index_add, a GPU's order of work cannot matter.
+        return empty.index_put((self.rows, self._columns), values)
+
+    def column_means(self, values: Tensor) -> Tensor:
+        """Mean over each prompt's answer tokens, all columns in one product; differentiable.
+
+        Args:
+            values: (N, columns) float32.
+
+        Returns:
+            (B, columns) float32; the mean of ones is exactly 1.
+        """
+        places = torch.arange(len(self.prompts), device=self.rows.device)
+        belongs = (places[:, None] == self.rows).to(values.dtype)
+        # Divided at the end: a sum of rounded quotients would miss 1 by an ulp.
+        return (belongs @ values) / self.answer_lengths[:, None]
+
+    def per_prompt_mean(self, values: Tensor) -> Tensor:
+        """Mean over each prompt's answer tokens: (N,) float to (B,), differentiable."""
+        return self.to_rows(values, fill=0.0).sum(dim=1) / self.answer_lengths
+
+    def per_prompt_all(self, correct: Tensor) -> Tensor:
+        """Whether all of a prompt's answer tokens are correct: (N,) bool to (B,) bool."""
+        return self.to_rows(correct, fill=True).all(dim=1)
+
+
+def make_batch(
+    prompts: Sequence[EncodedPrompt], device: torch.device | str, pad_id: int = 0
+) -> PromptBatch:
+    """Pad prompts on the right into one batch on ``device``.
+
+    Args:
+        prompts: At least one prompt; the order is kept.
+        device: Where the tensors go.
+        pad_id: Id that fills the rest of a row. Any id of the vocabulary will do, since no real
+            position of a causal model sees it.
+
+    Raises:
+        PromptError: if there are no prompts.
+
+    >>> batch = make_batch(
+    ...     [EncodedPrompt("a", "b", (1, 2, 3), (4, 5)), EncodedPrompt("c", "d", (6,), (7,))], "cpu"
+    ... )
+    >>> batch.input_ids.tolist()
+    [[1, 2, 3, 4], [6, 0, 0, 0]]
+    >>> batch.rows.tolist(), batch.positions.tolist(), batch.labels.tolist()
+    ([0, 0, 1], [2, 3, 0], [4, 5, 7])
+    """
+    if not prompts:
+        raise PromptError("a batch needs at least one prompt, got none")
+    rows: list[int] = []
+    positions: list[int] = []
+    labels: list[int] = []
+    for row, prompt in enumerate(prompts):
+        rows += [row] * len(prompt.answer_ids)
+        positions += range(prompt.first_position, prompt.length)
+        labels += prompt.answer_ids
+    sizes = [prompt.length for prompt in prompts], [len(prompt.answer_ids) for prompt in prompts]
+
+    # Together, since every tensor is a copy to the device.
+    tokens = torch.tensor((rows, positions, labels), dtype=torch.int64, device=device)
+    counts = torch.tensor(sizes, dtype=torch.int64, device=device)
+    return PromptBatch(
+        tuple(prompts), tokens[0], tokens[1], tokens[2], counts[0], counts[1], pad_id
+    )
+
+
+def length_buckets(prompts: Sequence[EncodedPrompt], max_tokens: int) -> list[list[int]]:
+    """Group prompts of similar length, so that batches hold little padding.
+
+    Args:
+        prompts: Any number of prompts.
+        max_tokens: Most tokens of a padded batch, count times longest. A prompt longer than this
+            gets a bucket of its own.
+
+    Returns:
+        Indices into ``prompts``, each exactly once, in buckets. Lengths never fall from one index
+        to the next, equal lengths keep their order, and the same input gives the same buckets.
+
+    Raises:
+        SettingsError: if ``max_tokens`` is below 1.
+
+    >>> prompts = [EncodedPrompt("a", "b", (1,) * n, (2,)) for n in (4, 2, 9, 2)]
+    >>> length_buckets(prompts, max_tokens=8)
+    [[1, 3], [0], [2]]
+    """
+    if max_tokens < 1:
+        raise SettingsError(f"max_tokens must be at least 1, got {max_tokens!r}")
+    buckets: list[list[int]] = []
+    for index in sorted(range(len(prompts)), key=lambda i: prompts[i].length):
+        # Lengths rise, so this prompt would be the longest of the bucket it joins.
+        if buckets and (len(buckets[-1]) + 1) * prompts[index].length <= max_tokens:
+            buckets[-1].append(index)
+        else:
+            buckets.append([index])
+    return buckets
+
+
+def _checked(text: object, name: str) -> str:
+    """Return ``text`` if it is a string with something in it that can be encoded."""
+    if not isinstance(text, str):
+        raise PromptError(f"{name} must be text, got {type(text).__name__}: {text!r:.60}")
+    if not text.strip():
+        raise PromptError(f"{name} is blank ({text!r:.60}); give it at least one character")
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise PromptError(
+            f"{name} {_first_words(text)!r} has half of a surrogate pair at character "
+            f"{error.start}; repair the text, it is not valid Unicode"
+        ) from error
+    return text
+
+
+def _no_tokens(name: str, text: str) -> PromptError:
+    return PromptError(
+        f"{name} {_first_words(text)!r} yields no tokens: this tokenizer drops all of its "
+        "characters; reword it or use another tokenizer"
+    )
+
+
+def _first_words(text: str) -> str:
+    """Enough of a text to find it again."""
+    start = " ".join(text.split()[:8])[:60]
+    return start if start == text else f"{start}..."
+
+
+def _plain_ids(tokenizer: PreTrainedTokenizerBase, text: str) -> tuple[int, ...]:
+    """Ids of the text alone. Too long a text is our error, not the tokenizer's warning."""
+    return tuple(tokenizer.encode(text, add_special_tokens=False, verbose=False))
+
+
+def _decode(
+    tokenizer: PreTrainedTokenizerBase, ids: Sequence[int], skip_special_tokens: bool
+) -> str:
+    # The clean-up would eat the space in front of punctuation. A list comes back for lists only.
+    options = {"skip_special_tokens": skip_special_tokens, "clean_up_tokenization_spaces": False}
+    return cast(str, tokenizer.decode(list(ids), **options))
+
+
+def _leading_special_ids(tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
+    """Ids the tokenizer puts in front of ordinary text, found by encoding such a text."""
+    plain = _plain_ids(tokenizer, _ORDINARY_TEXT)
+    full = tuple(tokenizer.encode(_ORDINARY_TEXT, verbose=False))
+    # From the right: if the text were all unknown tokens and these also served as special token,
+    # a special token in front is likelier than one behind.
+    for start in range(len(full) - len(plain), -1, -1):
+        if full[start : start + len(plain)] == plain:
+            return full[:start]
+    raise ModelError(
+        f"tokenizer {type(tokenizer).__name__} puts special tokens inside ordinary text "
+        f"({list(plain)} became {list(full)}); use one that adds them only at the ends"
+    )

@@ -1,0 +1,1 @@
+"""The resident model: exact editable weights, captures, low-rank updates, batched passes."""

@@ -1,0 +1,149 @@
+"""Several lives on one resident model, answered by few passes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from hiedit_env.model.tokenization import EncodedPrompt, PromptBatch
+from hiedit_env.resident.capture import Reading
+from hiedit_env.resident.low_rank import Updates
+from hiedit_env.resident.resident import ResidentLLM
+
+#: A life, and its place among those asked, with the places of its prompts in a batch's rows.
+Places = list[tuple[int, int]]
+
+
+def read_together(asked: Sequence[tuple[ResidentLLM, EncodedPrompt]]) -> list[Reading]:
+    """One request of each of several lives, as :meth:`.resident.ResidentLLM.read` would read it.
+
+    Args:
+        asked: Forks of one model, each with its request; or a single model of any kind.
+    """
+    longest = max(prompt.length for _, prompt in asked)
+    size = max(1, asked[0][0].max_batch_tokens // longest)
+    readings: list[Reading] = []
+    for start in range(0, len(asked), size):
+        lives, prompts = zip(*asked[start : start + size], strict=True)
+        readings += lives[0].read_lives(prompts, lives)
+    return readings
+
+
+def logits_together(
+    asked: Sequence[tuple[ResidentLLM, Sequence[EncodedPrompt]]], updates: Updates | None = None
+) -> Iterator[tuple[Places, PromptBatch, Tensor]]:
+    """Answer logits of the prompts of several lives, batch by batch.
+
+    Prompts are sorted by length within every life, and every batch holds equally many of each, so
+    that a life's rows lie together; where one has fewer left, its last is run again.
+
+    Args:
+        asked: Forks of one model, each with its prompts; or a single model of any kind.
+        updates: Overlay; for a single life only.
+
+    Yields:
+        For every row of the batch ``(life, prompt)`` as indices into ``asked``; the batch; and its
+        logits, answer tokens × vocabulary. A pair may come twice.
+    """
+    tables = [sorted(range(len(p)), key=lambda i: p[i].length) for _, p in asked]
+    present = [life for life, table in enumerate(tables) if table]
+    if not present:
+        return
+    width = max(len(table) for table in tables)
+    limit = asked[0][0].max_batch_tokens
+
+    def prompt(life: int, column: int) -> int:
+        return tables[life][min(column, len(tables[life]) - 1)]
+
+    # Rising from column to column.
+    lengths = [
+        max(asked[life][1][prompt(life, column)].length for life in present)
+        for column in range(width)
+    ]
+    most = max(1, limit // lengths[-1])
+    for first in range(0, len(present), most):
+        lives = present[first : first + most]
+        forks = [asked[life][0] for life in lives]
+        start = 0
+        while start < width:
+            stop = start + 1
+            while stop < width and len(lives) * (stop + 1 - start) * lengths[stop] <= limit:
+                stop += 1
+            columns = range(start, stop)
+            places = [(life, prompt(life, column)) for life in lives for column in columns]
+            batch = forks[0].batch([asked[life][1][i] for life, i in places])
+            yield places, batch, forks[0].answer_logits(batch, updates, lives=forks)
+            start = stop
+
+
+def scores_together(
+    asked: Sequence[tuple[ResidentLLM, Sequence[EncodedPrompt], Mapping[EncodedPrompt, Tensor]]],
+    updates: Updates | None = None,
+) -> list[Tensor]:
+    """How well several lives answer their prompts. A life's same prompt twice is run once.
+
+    Args:
+        asked: Forks of one model (or a single model of any kind), each with its P prompts and the
+            reference's log-probabilities (answer tokens × vocabulary) of some of them.
+        updates: Overlay, differentiable; for a single life only.
+
+    Returns:
+        Per life P × 4 float32: −nats, token accuracy, KL from the reference, argmax agreement with
+        it; the last two are 0 for prompts without a reference.
+    """
+    models = [llm for llm, _, _ in asked]
+    unique, numbers = zip(*(_numbered(prompts) for _, prompts, _ in asked), strict=True)
+    known = [
+        [references.get(prompt) for prompt in own]
+        for own, (_, _, references) in zip(unique, asked, strict=True)
+    ]
+    parts: list[Tensor] = []
+    rows: dict[tuple[int, int], int] = {}
+    for places, batch, logits in logits_together(list(zip(models, unique, strict=True)), updates):
+        start = sum(len(part) for part in parts)
+        values = _scores(batch, [known[life][i] for life, i in places], logits.float())
+        rows |= {place: start + i for i, place in enumerate(places)}
+        parts.append(batch.column_means(torch.stack(values, 1)))
+    if not parts:
+        return [torch.zeros(0, 4, device=model.device) for model in models]
+    table = torch.cat(parts)
+    return [
+        table[torch.tensor([rows[life, i] for i in own], dtype=torch.int64, device=table.device)]
+        for life, own in enumerate(numbers)
+    ]
+
+
+def _numbered(prompts: Sequence[EncodedPrompt]) -> tuple[list[EncodedPrompt], list[int]]:
+    """The different prompts, and for every prompt its place among them."""
+    places: dict[EncodedPrompt, int] = {}
+    numbers = [places.setdefault(prompt, len(places)) for prompt in prompts]
+    return list(places), numbers
+
+
+def _scores(
+    batch: PromptBatch, references: Sequence[Tensor | None], logits: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Per answer token: −nats, whether it is the argmax, KL from the reference, agreement."""
+    log_probs, predictions = logits.log_softmax(-1), logits.argmax(-1)
+    losses = log_probs.gather(1, batch.labels[:, None])[:, 0]
+    correct = (predictions == batch.labels).float()
+    kl, agree = torch.zeros_like(losses), torch.zeros_like(losses)
+    rows: list[int] = []
+    start = 0
+    for prompt, known in zip(batch.prompts, references, strict=True):
+        stop = start + len(prompt.answer_ids)
+        if known is not None:
+            rows += range(start, stop)
+        start = stop
+    if rows:
+        index = torch.tensor(rows, device=logits.device)
+        reference = torch.cat([known for known in references if known is not None])
+        now = log_probs[index]
+        divergence = F.kl_div(now, reference, reduction="none", log_target=True).sum(-1)
+        kl = kl.index_put((index,), divergence)
+        equal = (predictions[index] == reference.argmax(-1)).float()
+        agree = agree.index_put((index,), equal)
+    return losses, correct, kl, agree

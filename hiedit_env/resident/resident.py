@@ -1,0 +1,372 @@
+"""The resident LLM: the one model that is read, probed and edited.
+
+Everything that touches the network's activations is here; its weights are in :mod:`.weights`.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from hiedit_env.errors import ModelError, SettingsError
+from hiedit_env.model.architectures import CandidateLayer, block_list
+from hiedit_env.model.generation import end_ids, generate
+from hiedit_env.model.tokenization import (
+    EncodedPrompt,
+    PromptBatch,
+    PromptEncoder,
+    length_buckets,
+    make_batch,
+)
+from hiedit_env.resident.capture import GradientRows, PassGraph, Reading
+from hiedit_env.resident.low_rank import Updates
+from hiedit_env.resident.prefix_cache import TensorCache
+from hiedit_env.resident.split_model import SplitModel
+from hiedit_env.resident.weights import EditableWeights
+
+#: Numbers in several changes up to which they are stacked and multiplied as one.
+STACKED_NUMBERS = 2**18
+
+
+class ResidentLLM(EditableWeights):
+    """A causal LM in memory, its candidate layers, and the cheapest exact way to run it.
+
+    Only the blocks from the first candidate on are run (what is below is cached per prompt), only
+    answer positions meet the vocabulary projection, and prompts are batched by length.
+
+    Args:
+        model: Causal LM in eval mode; its parameters stop requiring gradients.
+        tokenizer: Its tokenizer.
+        layers: Candidate layers in forward order.
+        cache_bytes: Bound of the prefix cache.
+        max_batch_tokens: Bound of prompts × longest prompt in one pass.
+
+    Raises:
+        ModelError: if running the model in two halves does not give its own logits.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        layers: Sequence[CandidateLayer],
+        *,
+        cache_bytes: int = 256 * 2**20,
+        max_batch_tokens: int = 1024,
+    ) -> None:
+        self.model = model.train(False).requires_grad_(False)
+        super().__init__(layers)
+        self.tokenizer = tokenizer
+        self.max_batch_tokens = max_batch_tokens
+        limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+        self.encoder = PromptEncoder(tokenizer, limit)
+        self.cache = TensorCache(cache_bytes)
+        self.first_block = min(layer.block for layer in self.layers)
+        _, blocks_name = block_list(model)
+        self._split = SplitModel(model.base_model, blocks_name, self.first_block)
+        self._head = cast(torch.nn.Module, cast(Any, model).get_output_embeddings())
+        self._softcap = getattr(model.config.get_text_config(), "final_logit_softcapping", None)
+        self._check_split()
+
+    def fork(self) -> ResidentLLM:
+        """Another life's view of the same model: shared base weights, changes of its own.
+
+        What is committed to it is never written into the model but added to the layers' outputs as
+        it runs (in the model's dtype), so any number of forks live beside each other.
+        Caches are shared.
+
+        Raises:
+            SettingsError: this one has been edited; its forks would begin with its edits.
+        """
+        if any(change is not None for change in self._changes) and self.is_resident:
+            raise SettingsError(
+                "only an unedited model can be forked; call restore_unedited() first"
+            )
+        twin = copy.copy(self)
+        twin.is_resident = False
+        twin._forget()
+        return twin
+
+    # -- running ------------------------------------------------------------------------------
+
+    def encode(self, prompt: str, answer: str) -> EncodedPrompt:
+        """Tokens of a prompt and its answer, see :class:`.tokenization.PromptEncoder`."""
+        return self.encoder.encode(prompt, answer)
+
+    def batch(self, prompts: Sequence[EncodedPrompt]) -> PromptBatch:
+        """The prompts as one right-padded batch on the model's device."""
+        return make_batch(prompts, self.device)
+
+    def buckets(self, prompts: Sequence[EncodedPrompt]) -> list[list[int]]:
+        """Indices of the prompts grouped by length within ``max_batch_tokens``."""
+        return length_buckets(prompts, self.max_batch_tokens)
+
+    def answer_logits(
+        self,
+        batch: PromptBatch,
+        updates: Updates | None = None,
+        *,
+        remember: bool = True,
+        lives: Sequence[ResidentLLM] = (),
+    ) -> Tensor:
+        """Logits at the answer positions of a batch.
+
+        Args:
+            batch: From :meth:`batch`; N answer tokens in all.
+            updates: Overlay to apply for this pass only; gradients flow into its factors.
+            remember: Whether to use the prefix cache; without it the lower blocks run on the
+                batch as a whole, which is quicker for prompts met only once.
+            lives: Forks of one model that share the pass, the first with the first rows and so
+                on, each with equally many; none for this one alone.
+
+        Returns:
+            N × vocabulary, in the model's dtype.
+        """
+        hidden = self._prefix(batch) if remember else self._split.prefix(batch.input_ids)
+        with self._edited(lives or (self,)), self._overlay(updates):
+            return self._logits(self._split.suffix(hidden), batch)
+
+    def read(self, prompt: EncodedPrompt) -> Reading:
+        """Runs one request forward, recording what a later backward pass needs.
+
+        Works in every gradient mode of the caller.
+        """
+        return self.read_lives([prompt], [self])[0]
+
+    @torch.inference_mode(False)
+    def read_lives(
+        self, prompts: Sequence[EncodedPrompt], lives: Sequence[ResidentLLM]
+    ) -> list[Reading]:
+        """One request of each of several lives, in one pass; see :meth:`read`.
+
+        Args:
+            prompts: One per life.
+            lives: Forks of one model, or this one alone.
+        """
+        batch = self.batch(prompts)
+        logits, inputs, outputs = self._record(batch, lives)
+        with torch.enable_grad():
+            losses = F.cross_entropy(logits.float(), batch.labels, reduction="none")
+        graph = PassGraph(losses, 1 / batch.answer_lengths[batch.rows], inputs, outputs)
+        logits = logits.detach()
+        predictions = logits.argmax(-1)
+        correct = predictions == batch.labels
+        summaries = batch.column_means(torch.stack((losses.detach(), correct.float()), 1))
+        sizes = [len(prompt.answer_ids) for prompt in prompts]
+        parts = [torch.split(part, sizes) for part in (logits, predictions, correct)]
+        numbers = summaries.tolist()
+        return [
+            Reading(
+                prompt=prompt,
+                loss=numbers[i][0],
+                accuracy=numbers[i][1],
+                summary=summaries[i],
+                logits=parts[0][i],
+                predictions=parts[1][i],
+                correct=parts[2][i],
+                graph=graph,
+                row=i,
+            )
+            for i, prompt in enumerate(prompts)
+        ]
+
+    @torch.inference_mode(False)
+    def gradients(
+        self,
+        prompts: Sequence[EncodedPrompt],
+        loss: Callable[[Tensor, PromptBatch], Tensor],
+        updates: Updates | None = None,
+    ) -> GradientRows:
+        """One forward and backward pass of any loss over several prompts, at the present weights.
+
+        Args:
+            prompts: At least one; all in one batch.
+            loss: From logits (answer tokens × vocabulary, float32, in the order of the prompts) and
+                the batch to a scalar.
+            updates: Added to the weights for this pass only; constants, whatever they come from.
+
+        Returns:
+            Rows of the tokens that were read, padding left out.
+        """
+        batch = self.batch(prompts)
+        logits, inputs, outputs = self._record(batch, (self,), updates)
+        with torch.enable_grad():
+            gradients = torch.autograd.grad(loss(logits.float(), batch), outputs)
+        places = torch.arange(batch.longest, device=self.device)
+        real = places < batch.lengths[:, None]
+        return GradientRows(
+            keys=tuple(u.detach()[real] for u in inputs),
+            value_gradients=tuple(v[real] for v in gradients),
+        )
+
+    def _record(
+        self,
+        batch: PromptBatch,
+        lives: Sequence[ResidentLLM],
+        updates: Updates | None = None,
+    ) -> tuple[Tensor, list[Tensor], list[Tensor]]:
+        """Logits of a batch, and every layer's input and output, ready for a backward pass."""
+        hidden = self._prefix(batch)
+        inputs: list[Tensor | None] = [None] * len(self.layers)
+        outputs: list[Tensor | None] = [None] * len(self.layers)
+
+        def record(index: int) -> Any:
+            def hook(_module: torch.nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
+                if not output.requires_grad:
+                    output.requires_grad_(True)
+                inputs[index], outputs[index] = args[0], output
+
+            return hook
+
+        records = {i: record(i) for i in range(len(self.layers))}
+        fixed = updates and [None if update is None else update.detach() for update in updates]
+        edited = self._edited(lives)
+        with torch.enable_grad(), edited, self._overlay(fixed), self._hooks(records):
+            logits = self._logits(self._split.suffix(hidden), batch)
+        return logits, cast(list[Tensor], inputs), cast(list[Tensor], outputs)
+
+    @property
+    def end_ids(self) -> frozenset[int]:
+        """Tokens that end a generated text, see :func:`.generation.end_ids`."""
+        return end_ids(self.model, self.tokenizer)
+
+    def generate(self, prompts: Sequence[str], max_new_tokens: Sequence[int]) -> list[str]:
+        """Greedy continuations, see :func:`.generation.generate`.
+
+        Args:
+            prompts: Texts to continue.
+            max_new_tokens: Budget of each.
+        """
+        size = max(1, self.max_batch_tokens // 64)
+        with self._edited((self,)):
+            return generate(self.model, self.encoder, prompts, max_new_tokens, size)
+
+    # -- inside -------------------------------------------------------------------------------
+
+    def _prefix(self, batch: PromptBatch) -> Tensor:
+        """Hidden states entering the first candidate block, B × T × hidden size.
+
+        Computed one prompt at a time, so that a prompt's value never depends on what it was first
+        batched with: equal seeds give equal trajectories whatever happened before.
+        """
+        entries = []
+        for prompt in batch.prompts:
+            hidden = self.cache.get(prompt.input_ids)
+            if hidden is None:
+                ids = torch.tensor([prompt.input_ids], dtype=torch.int64, device=self.device)
+                hidden = self._split.prefix(ids)[0]
+                self.cache.put(prompt.input_ids, hidden)
+            entries.append(hidden)
+        if len(entries) == 1:
+            return entries[0][None]
+        return torch.nn.utils.rnn.pad_sequence(entries, batch_first=True)
+
+    def _logits(self, hidden: Tensor, batch: PromptBatch) -> Tensor:
+        logits = cast(Tensor, self._head(hidden[batch.rows, batch.positions]))
+        if self._softcap is not None:
+            logits = torch.tanh(logits / self._softcap) * self._softcap
+        return logits
+
+    @contextmanager
+    def _hooks(self, hooks: Mapping[int, Any]) -> Iterator[None]:
+        handles = []
+        try:
+            for i, hook in hooks.items():
+                handles.append(self.layers[i].module.register_forward_hook(hook))
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    @contextmanager
+    def _edited(self, lives: Sequence[ResidentLLM]) -> Iterator[None]:
+        """Adds the changes of forks; those of the resident model are in its weights."""
+
+        def add(changes: Sequence[Tensor | None]) -> Any:
+            def hook(_module: torch.nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
+                rows = args[0].reshape(len(changes), -1, args[0].shape[-1])
+                added = products(rows, changes, output.shape[-1])
+                return output + added.reshape(output.shape)
+
+            return hook
+
+        hooks: dict[int, Any] = {}
+        for i, layer in enumerate(self.layers):
+            changes = [life._added(i) for life in lives]
+            if layer.is_transposed:
+                changes = [None if change is None else change.mT for change in changes]
+            if any(change is not None for change in changes):
+                hooks[i] = add(changes)
+        with self._hooks(hooks):
+            yield
+
+    @contextmanager
+    def _overlay(self, updates: Updates | None) -> Iterator[None]:
+        if updates is None:
+            yield
+            return
+
+        def add(index: int) -> Any:
+            update = updates[index]
+            assert update is not None
+
+            def hook(_module: torch.nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
+                return output + update.apply(args[0])
+
+            return hook
+
+        self._check(updates)
+        with self._hooks({i: add(i) for i, update in enumerate(updates) if update is not None}):
+            yield
+
+    @torch.inference_mode()
+    def _check_split(self) -> None:
+        """Compares the two halves with the model's own forward on three tokens."""
+        ids = torch.arange(3, device=self.device)[None]
+        own = self.model(input_ids=ids, use_cache=False).logits.float()
+        hidden = self._split.suffix(self._split.prefix(ids))
+        ours = cast(Tensor, self._head(hidden))
+        if self._softcap is not None:
+            ours = torch.tanh(ours / self._softcap) * self._softcap
+        tolerance = 1e-3 if self.dtype == torch.float32 else 5e-2
+        error = float((ours.float() - own).abs().max() / own.abs().max().clamp_min(1e-6))
+        if not error <= tolerance:
+            raise ModelError(
+                f"running {type(self.model).__name__} in two halves changes its logits by a "
+                f"relative {error:.2g}; this architecture computes its logits in a way hiedit does "
+                "not know"
+            )
+
+
+def products(rows: Tensor, changes: Sequence[Tensor | None], d_out: int) -> Tensor:
+    """Several blocks of rows, each through a change of its own.
+
+    Args:
+        rows: N × T × d_in.
+        changes: N dense changes, d_in × d_out; None for one that is zero.
+        d_out: Columns of the result.
+
+    Returns:
+        N × T × d_out in the rows' dtype, differentiable in the rows.
+    """
+    if all(change is None for change in changes):
+        return rows.new_zeros(*rows.shape[:2], d_out)
+    if rows.shape[2] * d_out * len(changes) <= STACKED_NUMBERS:
+        empty = rows.new_zeros(rows.shape[2], d_out)
+        whole = torch.stack([empty if change is None else change for change in changes])
+        return rows @ whole.to(rows.dtype)
+    # What is stacked is a copy, and a backward pass would keep those of all layers.
+    none = rows.new_zeros(rows.shape[1], d_out)
+    return torch.stack(
+        [
+            none if change is None else block @ change.to(rows.dtype)
+            for block, change in zip(rows, changes, strict=True)
+        ]
+    )

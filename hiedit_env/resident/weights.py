@@ -1,0 +1,213 @@
+"""The candidate weights of a model: unedited values, accumulated changes, and the way back.
+
+Weights are written in two methods only: :meth:`EditableWeights.commit` and
+:meth:`EditableWeights.restore`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import cast
+
+import torch
+from torch import Tensor
+
+from hiedit_env.model.architectures import CandidateLayer
+from hiedit_env.resident.low_rank import Updates, check_updates
+
+
+@dataclass(frozen=True, slots=True)
+class WeightSnapshot:
+    """Bit-exact state of candidate weights, by layer index.
+
+    Args:
+        changes: The accumulated changes, float32 in the weight's own layout; None for a layer
+            that was never edited. They are never written in place.
+    """
+
+    changes: Mapping[int, Tensor | None]
+
+
+class EditableWeights:
+    """The candidate layers' weights, as the unedited ones plus accumulated float32 changes.
+
+    So small updates add up in half precision too, and the way back is exact.
+
+    Args:
+        layers: Candidate layers in forward order.
+    """
+
+    def __init__(self, layers: Sequence[CandidateLayer]) -> None:
+        self.layers = tuple(layers)
+        self.names = tuple(layer.name for layer in self.layers)
+        self.shapes = tuple((layer.d_in, layer.d_out) for layer in self.layers)
+        weight = self._weight(0)
+        self.device, self.dtype = weight.device, weight.dtype
+        #: Whether changes are written into the model; if not, whoever runs it adds them.
+        self.is_resident = True
+        self._base = tuple(self._weight(i).detach().clone() for i in range(len(self.layers)))
+        self._forget()
+
+    def _forget(self) -> None:
+        """Begins with no change, without writing anything."""
+        self._changes: list[Tensor | None] = [None] * len(self.layers)
+        self._digests: dict[int, tuple[tuple[object, ...], bytes]] = {}
+        self._is_suspended = False
+
+    # Never inference tensors, wherever this is called from: a change outlives the caller's mode.
+    @torch.inference_mode(False)
+    def commit(self, updates: Updates) -> WeightSnapshot:
+        """Writes updates into the weights: all of them, or none if anything fails on the way.
+
+        Args:
+            updates: One per layer; None leaves a layer alone.
+
+        Returns:
+            The weights of the changed layers as they were, for :meth:`restore`.
+
+        Raises:
+            NonFiniteUpdateError, UpdateShapeError: before anything is written.
+        """
+        self._check(updates)
+        changed = {i: update for i, update in enumerate(updates) if update is not None}
+        before = self.snapshot(changed)
+        try:
+            with torch.no_grad():
+                for i, update in changed.items():
+                    left, right = update.left.detach().float(), update.right.detach().float()
+                    if self.layers[i].is_transposed:
+                        left, right = right, left
+                    change = self._changes[i]
+                    # A new tensor: snapshots hold the old one.
+                    self._changes[i] = (
+                        left.mT @ right if change is None else torch.addmm(change, left.mT, right)
+                    )
+                    self._write(i)
+        except BaseException:
+            self.restore(before)
+            raise
+        return before
+
+    def snapshot(self, indices: Iterable[int] | None = None) -> WeightSnapshot:
+        """Bit-exact state of the weights of some layers (all by default); copies nothing."""
+        chosen = range(len(self.layers)) if indices is None else indices
+        return WeightSnapshot({i: self._changes[i] for i in chosen})
+
+    @torch.inference_mode(False)
+    def restore(self, snapshot: WeightSnapshot) -> None:
+        """Puts the weights of a snapshot back, bit for bit."""
+        for i, change in snapshot.changes.items():
+            if change is not self._changes[i]:
+                self._changes[i] = change
+                self._write(i)
+
+    @torch.inference_mode(False)
+    def restore_unedited(self) -> None:
+        """Puts the weights of the unedited model back, bit for bit."""
+        for i, change in enumerate(self._changes):
+            if change is not None:
+                self._changes[i] = None
+                self._write(i)
+
+    @contextmanager
+    def unedited(self) -> Iterator[None]:
+        """Runs the body with the unedited weights; copies nothing and always switches back."""
+        edited = {i: self._weight(i).data for i in self._written()}
+        self._is_suspended = True
+        try:
+            for i in edited:
+                self._weight(i).data = self._base[i]
+            yield
+        finally:
+            for i, weight in edited.items():
+                self._weight(i).data = weight
+            self._is_suspended = False
+
+    def change(self, index: int) -> Tensor | None:
+        """Edited minus unedited weight of one layer, d_in × d_out float32; None if never edited."""
+        change = self._changes[index]
+        if change is None:
+            return None
+        return change.mT if self.layers[index].is_transposed else change
+
+    def base_norm(self, index: int) -> float:
+        """Frobenius norm of one layer's unedited weight."""
+        return float(torch.linalg.vector_norm(self._base[index].float()))
+
+    def weights_fingerprint(self) -> str:
+        """16 hexadecimal digits that change when any single bit of a candidate weight changes.
+
+        Row and column sums of the weights' bits as integers, hashed: equal weights give equal
+        fingerprints on every machine, and a layer is read again only after it was written.
+        """
+        digest = hashlib.blake2b(digest_size=8)
+        for i in range(len(self.layers)):
+            version = self._version(i)
+            known = self._digests.get(i)
+            if known is None or not _same(known[0], version):
+                weight = self._present(i)
+                bits = weight.detach().view(_BITS[weight.element_size()])
+                sums = torch.cat([bits.sum(0, dtype=torch.int64), bits.sum(1, dtype=torch.int64)])
+                known = (version, hashlib.blake2b(sums.cpu().numpy().tobytes()).digest())
+                self._digests[i] = known
+            digest.update(known[1])
+        return digest.hexdigest()
+
+    # -- inside -------------------------------------------------------------------------------
+
+    def _written(self) -> list[int]:
+        """Layers whose change is in the model's own weights."""
+        changed = [i for i, change in enumerate(self._changes) if change is not None]
+        return changed if self.is_resident else []
+
+    def _version(self, index: int) -> tuple[object, ...]:
+        """Differs whenever a weight differs; what it holds is compared by identity."""
+        if not self.is_resident:
+            return (self._added(index),)
+        weight = self._weight(index)
+        # The version alone does not tell the unedited weights of :meth:`unedited` apart.
+        return weight.data_ptr(), weight._version
+
+    def _present(self, index: int) -> Tensor:
+        """One layer's weight as the model runs with it, in its own layout."""
+        if self.is_resident:
+            return self._weight(index)
+        change, base = self._added(index), self._base[index]
+        return base if change is None else (base + change).to(base.dtype)
+
+    def _added(self, index: int) -> Tensor | None:
+        """The change that has to be added to one layer's output as it runs."""
+        return None if self.is_resident or self._is_suspended else self._changes[index]
+
+    def _check(self, updates: Updates) -> None:
+        check_updates(updates, self.shapes, self.names, self.device, torch.finfo(self.dtype).max)
+
+    def _weight(self, index: int) -> Tensor:
+        return cast(Tensor, self.layers[index].module.weight)
+
+    def _write(self, index: int) -> None:
+        """Makes one weight the unedited one plus its accumulated change."""
+        if self._is_suspended:
+            raise RuntimeError("weights cannot be written inside ResidentLLM.unedited()")
+        if not self.is_resident:
+            return
+        weight, base, change = self._weight(index), self._base[index], self._changes[index]
+        # The weights need no gradient, so that none is recorded in any mode of the caller's.
+        if change is None:
+            weight.copy_(base)
+        elif weight.dtype == torch.float32:
+            torch.add(base, change, out=weight)
+        else:
+            # In float32, or in float64 for float64 weights.
+            weight.copy_(base + change)
+
+
+_BITS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+
+def _same(one: tuple[object, ...], other: tuple[object, ...]) -> bool:
+    # Tensors by identity: == would compare their entries.
+    return all(a is b or (isinstance(a, int) and a == b) for a, b in zip(one, other, strict=True))

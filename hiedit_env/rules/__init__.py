@@ -1,0 +1,1 @@
+"""Update rules: from a capture to low-rank updates; and simple choices of layers."""

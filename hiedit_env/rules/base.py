@@ -1,0 +1,181 @@
+"""Update rules: what to write into the chosen layers, given one capture.
+
+The rules here are closed-form and untrained; some keep lifelong statistics. Trained low levels, in
+``agents``, are rules with parameters. Every rule returns one low-rank update per chosen layer, with
+the sign and the step size inside ``right``.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping, Sequence
+from numbers import Real
+from typing import Any, ClassVar, Literal
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from hiedit_env.errors import SettingsError
+from hiedit_env.resident.capture import Capture
+from hiedit_env.resident.low_rank import LowRankUpdate, layer_groups
+
+Tokens = Literal["answer", "all"]
+
+
+class UpdateRule(ABC):
+    """From a capture to updates: base of the built-in rules and of trained low levels.
+
+    Args:
+        shapes: ``(d_in, d_out)`` per candidate layer.
+        device: Device of the model.
+        step_size: Nominal step size; an agent's step sizes multiply it.
+        tokens: Which tokens of the request count: those that predict the answer, or all read.
+
+    Raises:
+        SettingsError: unknown ``tokens`` or a step size that is not positive.
+    """
+
+    name: ClassVar[str]
+    default_step_size: ClassVar[float]
+    default_tokens: ClassVar[Tokens] = "answer"
+
+    def __init__(
+        self,
+        shapes: Sequence[tuple[int, int]],
+        device: torch.device,
+        *,
+        step_size: float | None = None,
+        tokens: Tokens | None = None,
+    ) -> None:
+        self.shapes = tuple(shapes)
+        #: Indices of the layers of one shape, computed side by side.
+        self.groups = layer_groups(self.shapes)
+        self.device = device
+        self.step_size = positive(
+            self.default_step_size if step_size is None else step_size, "step_size"
+        )
+        self.tokens = self.default_tokens if tokens is None else tokens
+        if self.tokens not in ("answer", "all"):
+            raise SettingsError(f"tokens must be 'answer' or 'all', got {self.tokens!r}")
+        self.reset()
+
+    def reset(self) -> None:  # noqa: B027 - a rule need not keep statistics
+        """Forgets all statistics: a new editing life begins."""
+
+    def seed(self, seed: int) -> None:  # noqa: B027 - a rule need not draw anything
+        """What the rule draws in the lives to come follows from this; called before a life."""
+
+    def observe(self, capture: Capture) -> None:  # noqa: B027
+        """Takes one capture into the lifelong statistics; called once before :meth:`propose`."""
+
+    def look(self, observe: Callable[[], NDArray[np.float32]]) -> None:  # noqa: B027
+        """Called by an environment before every :meth:`propose` of its own.
+
+        Args:
+            observe: Gives the environment's present observation; rules that do not need it cost
+                nothing.
+        """
+
+    @abstractmethod
+    def _factors(
+        self, group: int, places: list[int], keys: Tensor, gradients: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Factors for step size −1 of layers of one shape.
+
+        Args:
+            group: Index into ``self.groups``.
+            places: The G chosen layers, as indices into that group.
+            keys: G × T × d_in float32.
+            gradients: G × T × d_out float32.
+
+        Returns:
+            ``left`` G × r × d_in and ``right`` G × r × d_out; the update is −step leftᵀ right.
+        """
+
+    def propose(
+        self,
+        capture: Capture,
+        layers: NDArray[np.bool_],
+        multipliers: NDArray[np.float32] | None = None,
+    ) -> tuple[LowRankUpdate | None, ...]:
+        """Updates for the chosen layers, without gradients; see :meth:`compute`."""
+        with torch.no_grad():
+            return self.compute(capture, layers, multipliers)
+
+    def compute(
+        self,
+        capture: Capture,
+        layers: NDArray[np.bool_],
+        multipliers: NDArray[np.float32] | Tensor | None = None,
+    ) -> tuple[LowRankUpdate | None, ...]:
+        """Updates for the chosen layers; differentiable in the rule's parameters, if it has any.
+
+        Args:
+            capture: The request's keys and value gradients at the present weights.
+            layers: L bool, the layers to update.
+            multipliers: L factors on the nominal step size (1 where None); gradients flow into a
+                tensor.
+
+        Returns:
+            L entries, None for a layer not chosen. Float32.
+        """
+        updates: list[LowRankUpdate | None] = [None] * len(self.shapes)
+        for number, group in enumerate(self.groups):
+            places = [place for place, layer in enumerate(group) if layers[layer]]
+            if not places:
+                continue
+            factors = self._factors(number, places, *self._rows(capture, group, places))
+            self._enter(updates, [group[place] for place in places], *factors, multipliers)
+        return tuple(updates)
+
+    def _enter(
+        self,
+        updates: list[LowRankUpdate | None],
+        chosen: list[int],
+        left: Tensor,
+        right: Tensor,
+        multipliers: NDArray[np.float32] | Tensor | None,
+    ) -> None:
+        """Puts the updates of layers of one shape, from factors for step size −1, in their places.
+
+        Args:
+            updates: L entries.
+            chosen: Indices of the G layers.
+            left: G × r × d_in.
+            right: G × r × d_out.
+            multipliers: As for :meth:`compute`.
+        """
+        steps: float | Tensor = -self.step_size
+        if multipliers is not None:
+            factors = torch.as_tensor(multipliers[chosen], dtype=right.dtype, device=right.device)
+            steps = factors[:, None, None] * steps
+        pairs = zip(left.unbind(), (right * steps).unbind(), strict=True)
+        for layer, pair in zip(chosen, pairs, strict=True):
+            updates[layer] = LowRankUpdate(*pair)
+
+    def state_dict(self) -> dict[str, Any]:
+        """The lifelong statistics: tensors that are never written in place, and plain numbers."""
+        return {}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:  # noqa: B027
+        """Puts saved statistics back, bit for bit."""
+
+    def _rows(
+        self, capture: Capture, group: list[int], places: list[int] | None = None
+    ) -> tuple[Tensor, Tensor]:
+        start = capture.prompt.first_position if self.tokens == "answer" else 0
+        # Always whole groups: a capture keeps what it stacks, and there are 2^L choices of layers.
+        keys, gradients = capture.stacked(group)
+        if places is not None and len(places) < len(group):
+            keys, gradients = keys[places], gradients[places]
+        return (keys[:, start:], gradients[:, start:]) if start else (keys, gradients)
+
+
+def positive(value: object, name: str) -> float:
+    """A positive finite number, or a ``SettingsError`` that names it."""
+    is_number = isinstance(value, Real) and not isinstance(value, bool)
+    if not is_number or not 0 < float(value) < np.inf:  # type: ignore[arg-type]
+        raise SettingsError(f"{name} must be a positive number, got {value!r}")
+    return float(value)  # type: ignore[arg-type]

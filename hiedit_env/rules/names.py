@@ -1,0 +1,47 @@
+"""Update rules by name: the built-in ones, and those of your own."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+
+from hiedit_env.errors import SettingsError, import_named
+from hiedit_env.rules.base import UpdateRule
+from hiedit_env.rules.closed_form import DecorrelatedRule, GradientRule, OuterProductRule, RidgeRule
+
+#: Built-in rules by name.
+RULES: dict[str, type[UpdateRule]] = {
+    rule.name: rule for rule in (DecorrelatedRule, OuterProductRule, RidgeRule, GradientRule)
+}
+
+
+def make_rule(
+    name: str,
+    shapes: Sequence[tuple[int, int]],
+    device: torch.device,
+    settings: Mapping[str, Any] | None = None,
+) -> UpdateRule:
+    """A rule by name, or by ``"package.module:Class"`` for one of your own.
+
+    Raises:
+        SettingsError: unknown name, or settings the rule does not take.
+    """
+    if ":" in name:
+        rule = import_named(name, "update rule")
+        if not (isinstance(rule, type) and issubclass(rule, UpdateRule)):
+            raise SettingsError(f"{name!r} is not a subclass of hiedit_env.rules.base.UpdateRule")
+    elif name in RULES:
+        rule = RULES[name]
+    else:
+        raise SettingsError(
+            f"unknown update rule {name!r}; built in are {', '.join(RULES)}, and "
+            "'package.module:Class' names one of your own"
+        )
+    try:
+        return rule(shapes, device, **dict(settings or {}))
+    except SettingsError:
+        raise
+    except (TypeError, ValueError) as error:
+        raise SettingsError(f"update rule {name!r}: {error}") from error

@@ -1,0 +1,89 @@
+"""The trained agents that ship with the project."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import gymnasium as gym
+import numpy as np
+import pytest
+from hiedit_agents.named.checkpoints import (
+    JSON_FILE,
+    TENSOR_FILE,
+    fact_hashes,
+    read_record,
+    trained_facts,
+)
+from hiedit_agents.registry import SHIPPED, default_agent, make_agent, spec_agent
+from hiedit_benchmarks.commands.demo import default_agents
+from numpy.typing import NDArray
+from safetensors import safe_open
+
+from hiedit_env.datasets.load import load_requests
+from hiedit_env.envs.planted import Planted
+
+FOLDERS = sorted(SHIPPED.iterdir())
+
+
+def test_hiedit_ships_for_two_models_and_is_their_default() -> None:
+    names = [folder.name for folder in FOLDERS]
+    assert {"hiedit-smollm2-135m", "hiedit-planted"} <= set(names)
+    assert default_agent("smollm2-135m") == default_agent("planted") == "hiedit"
+    assert default_agent("tiny") == default_agent("") == "all-layers"
+    assert default_agents("smollm2-135m")[0] == "hiedit"
+    assert make_agent("hiedit").name == "hiedit"
+
+
+@pytest.mark.parametrize("folder", FOLDERS, ids=lambda folder: folder.name)
+def test_it_is_small_and_says_where_it_comes_from(folder: Path) -> None:
+    record = read_record(folder)
+    files = sorted(path.name for path in folder.iterdir())
+    assert files == [JSON_FILE, TENSOR_FILE]
+    assert sum(path.stat().st_size for path in folder.iterdir()) <= 10e6
+    run = record["training"]["run"]
+    # Trained on what ships, and not on the half that tables and the demo ask.
+    facts = "planted-facts" if run["model"] == "planted" else "world-facts"
+    assert (run["dataset"], run["exclude"]) == (f"{facts}-train", f"{facts}-test")
+    assert "/" not in run["agent"]
+    # All of them but the few that no trajectory drew or that were held out.
+    seen, others = (fact_hashes(load_requests(f"{facts}-{half}")) for half in ("train", "test"))
+    assert trained_facts(record) <= seen
+    assert len(trained_facts(record)) > 0.6 * len(seen)
+    assert not trained_facts(record) & others
+    assert folder.name == f"{record['name']}-{run['model']}"
+
+
+def test_the_planted_one_finds_the_true_layer_of_facts_it_was_not_trained_on() -> None:
+    assert sum(path.stat().st_size for path in (SHIPPED / "hiedit-planted").iterdir()) < 100_000
+    env = gym.make("hiedit/Planted-v0", dataset="planted-facts-test", num_edits=30)
+    agent = make_agent("hiedit")
+    agent.reset(env, seed=0)
+    observation, info = env.reset(seed=3)
+    paid, right = [], []
+    terminated = False
+    while not terminated:
+        action = agent.select_action(observation, info)
+        right.append(np.array_equal(action, true_of(env)))
+        observation, reward, terminated, _, info = env.step(action)
+        paid.append(float(reward))
+    # Writing nothing is paid about -5 a fact, and the best life a little more than 0.
+    assert np.mean(right) >= 0.9
+    assert np.mean(paid) > -0.3
+
+
+def true_of(env: gym.Env[Any, Any]) -> NDArray[np.int8]:
+    """The layers of the present fact."""
+    inner = env.unwrapped
+    assert isinstance(inner, Planted)
+    names = inner.life.fact.request.true_layers
+    return np.array([name in names for name in inner.llm.names], np.int8)
+
+
+def test_at_most_half_of_its_candidates_are_edited() -> None:
+    layers = spec_agent("hiedit").candidate_layers("smollm2-135m")
+    assert layers is not None
+    with safe_open(SHIPPED / "hiedit-smollm2-135m" / TENSOR_FILE, "pt") as file:
+        assert file.get_tensor("high.bias").shape == (len(layers),)
+    record = read_record(SHIPPED / "hiedit-smollm2-135m")
+    assert record["high"]["settings"]["layers_per_edit"] <= len(layers) / 2

@@ -1,0 +1,236 @@
+"""The console script: edited models load elsewhere, and mistakes give one clear line."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hiedit_benchmarks.commands import cli
+from hiedit_benchmarks.commands.cli import main
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+
+from hiedit_env.evaluation.matching import EXTRA_TOKENS
+from hiedit_env.model.loading import load_model
+
+FACTS = [
+    {"subject": "Belka", "prompt": "Belka lives in", "answer": "Averlund"},
+    {"subject": "Corrin", "prompt": "Corrin lives in", "answer": "Istrand"},
+    {"subject": "Dasmo", "prompt": "Dasmo lives in", "answer": "Averlund"},
+]
+LAYERS = ["model.layers.1.mlp.up_proj", "model.layers.2.mlp.down_proj"]
+
+
+@pytest.fixture
+def facts(tmp_path: Path) -> Path:
+    path = tmp_path / "facts.json"
+    path.write_text(json.dumps(FACTS))
+    return path
+
+
+def test_edit_saves_a_model_that_loads_anywhere(
+    facts: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "new" / "edited"
+    arguments = ["edit", "--facts", str(facts), "--out", str(out), "--model", "tiny"]
+    assert main([*arguments, "--layers", *LAYERS]) == 0
+    text = capsys.readouterr().out
+    assert "identical bit for bit" in text
+    assert [line for line in text.splitlines() if line in {f["prompt"] for f in FACTS}] == [
+        fact["prompt"] for fact in FACTS
+    ]
+    record = json.loads((out / "edits.json").read_text())
+    assert [(f["prompt"], f["answer"]) for f in record["facts"]] == [
+        (f["prompt"], f["answer"]) for f in FACTS
+    ]
+    # Only the candidate layers differ from the model that was edited, and all of them do.
+    original = load_model("tiny", progress=False).model.state_dict()
+    saved = load_file(out / "model.safetensors")
+    changed = {name for name, value in saved.items() if not torch.equal(value, original[name])}
+    assert changed == {f"{name}.weight" for name in LAYERS}
+    assert {name for f in record["facts"] for name in f["layers"]} == set(LAYERS)
+    # What the folder answers by itself is what the record says.
+    model: Any = AutoModelForCausalLM.from_pretrained(out)
+    tokenizer: Any = AutoTokenizer.from_pretrained(out)
+    for fact in record["facts"]:
+        ids = tokenizer(fact["prompt"], return_tensors="pt")["input_ids"]
+        whole = tokenizer(f"{fact['prompt']} {fact['answer']}", return_tensors="pt")["input_ids"]
+        with torch.no_grad():
+            guesses = model(whole).logits[0].argmax(-1)[ids.shape[1] - 1 : -1]
+            made = model.generate(
+                ids,
+                attention_mask=torch.ones_like(ids),
+                max_new_tokens=whole.shape[1] - ids.shape[1] + EXTRA_TOKENS,
+                do_sample=False,
+            )
+        assert fact["answered"] == torch.equal(guesses, whole[0, ids.shape[1] :])
+        assert fact["after"] == tokenizer.decode(made[0, ids.shape[1] :], skip_special_tokens=True)
+    last = record["facts"][-1]
+    assert last["before"] != last["after"] == " Averlund."
+    # Nothing comes after the last fact's own edit.
+    assert last["answered_right_after"] is last["answered"] is last["generated"] is True
+    assert not list(out.parent.glob(".edited*")), "no temporary folder is left"
+
+
+def test_edit_refuses_to_overwrite(
+    facts: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "mine").write_text("x")
+    command = ["edit", "--facts", str(facts), "--model", "tiny", "--out", str(tmp_path / "out")]
+    assert main(command) == 2
+    assert "not an empty folder" in one_error(capsys)
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["mine"]
+
+
+def test_edit_keeps_nothing_that_does_not_load_back(
+    facts: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    inner = PreTrainedModel.save_pretrained
+
+    def tamper(self: Any, folder: Path, **settings: Any) -> None:
+        inner(self, folder, **settings)
+        weights = load_file(Path(folder) / "model.safetensors")
+        weights["model.norm.weight"][0] *= 1 + 1e-5
+        save_file(weights, Path(folder) / "model.safetensors", metadata={"format": "pt"})
+
+    monkeypatch.setattr(PreTrainedModel, "save_pretrained", tamper)
+    command = ["edit", "--facts", str(facts), "--model", "tiny", "--out", str(tmp_path / "out")]
+    assert main(command) == 2
+    assert "loaded again, differs" in one_error(capsys)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["facts.json"]
+
+
+def one_error(capsys: pytest.CaptureFixture[str]) -> str:
+    """The only line of complaint; progress on the same stream apart."""
+    text = capsys.readouterr().err
+    lines = [line for line in text.splitlines() if line.startswith("hiedit: error: ")]
+    assert len(lines) == 1
+    assert "Traceback" not in text
+    return lines[0]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--model", "./nowhere"], "'./nowhere' is not an existing folder"),
+        (["--model", "tiny", "--agent", "nobody"], "unknown agent 'nobody'; choose one of no-edit"),
+        (["--model", "tiny", "--layers", "no.such.*"], "no.such"),
+        (["--model", "tiny", "--device", "abacus"], "device 'abacus' is not available"),
+        (["--model", "tiny", "--dtype", "int3"], "unknown dtype 'int3'"),
+        (["--model", "tiny", "--update-rule", "magic"], "magic"),
+        (["--model", "tiny", "--step-size", "-1"], "step_size must be a positive number, got -1.0"),
+        (["--model", "tiny", "--max-steps-per-edit", "0"], "max_steps_per_edit must be ≥ 1"),
+    ],
+)
+def test_mistakes_are_named_and_leave_nothing(
+    facts: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    arguments: list[str],
+    message: str,
+) -> None:
+    out = tmp_path / "out"
+    assert main(["edit", "--facts", str(facts), "--out", str(out), *arguments]) == 2
+    assert message in one_error(capsys)
+    assert not out.exists()
+
+
+@pytest.mark.parametrize("command", ["edit", "compare"])
+def test_malformed_rows_are_named(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], command: str
+) -> None:
+    path = tmp_path / "facts.jsonl"
+    rows = [FACTS[0], {**FACTS[1], "answer": 7}]
+    path.write_text("\n".join(json.dumps(row) for row in rows))
+    option = "--facts" if command == "edit" else "--dataset"
+    arguments = [command, option, str(path), "--model", "tiny", "--out", str(tmp_path / "out")]
+    assert main(arguments) == 2
+    error = one_error(capsys)
+    assert "facts.jsonl row 1" in error
+    assert "answer" in error
+
+
+def test_compare_prints_the_table_and_refuses_to_run_twice(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command = ["compare", "--model", "tiny", "--out", str(tmp_path / "out"), "--num-edits", "2"]
+    command += ["--agents", "fixed-layers", "--layers-per-edit", "2", "--no-generation"]
+    assert main(command) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].split()[0] == "agent"
+    assert [line.split()[0] for line in lines[1:3]] == ["no-edit", "fixed-layers"]
+    assert main(command) == 2
+    assert "--resume" in one_error(capsys)
+    assert main([*command, "--resume"]) == 0
+    assert main([*command, "--resume", "--layers-per-edit", "3"]) == 2
+    assert "'layers_per_edit' was 2 and is now 3" in one_error(capsys)
+
+
+def test_demo_shows_answers_table_and_picture(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "demo"
+    assert main(["demo", "--model", "tiny", "--num-edits", "3", "--out", str(out)]) == 0
+    text = capsys.readouterr().out
+    assert text.count("    before:") == text.count("    after:") == 3
+    assert "\nno-edit " in text
+    assert "\ngradient-norm " in text
+    assert str(out / "compare.png") in text
+    assert (out / "compare.png").stat().st_size > 10_000
+
+
+def test_demo_names_the_way_without_the_model(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["demo", "--model", "./nowhere", "--out", str(tmp_path / "demo")]) == 2
+    assert "hiedit demo --model tiny" in capsys.readouterr().err
+
+
+def test_interruption(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    def interrupt(_: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(cli, "_demo", interrupt)
+    assert main(["demo"]) == 130
+    assert "interrupted" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("given", "wanted"), [(None, "PASSIVE"), ("ACTIVE", "ACTIVE")])
+def test_waiting_threads_do_not_spin_unless_asked_to(
+    monkeypatch: pytest.MonkeyPatch, given: str | None, wanted: str
+) -> None:
+    # Set first in any case, so that monkeypatch puts back what was there.
+    monkeypatch.setenv("OMP_WAIT_POLICY", given or "")
+    if given is None:
+        monkeypatch.delenv("OMP_WAIT_POLICY")
+    seen = []
+    monkeypatch.setattr(cli, "_demo", lambda _: seen.append(os.environ["OMP_WAIT_POLICY"]))
+    assert main(["demo"]) == 0
+    assert seen == [wanted]
+
+
+@pytest.mark.parametrize("command", [[], ["edit"], ["compare"], ["demo"]])
+def test_help(command: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        main([*command, "--help"])
+    assert stopped.value.code == 0
+    assert "usage: hiedit" in capsys.readouterr().out
+
+
+def test_help_imports_nothing_heavy() -> None:
+    code = (
+        "import sys\nfrom hiedit_benchmarks.commands.cli import build_parser\n"
+        "build_parser().format_help()\n"
+        "assert not {'torch', 'transformers', 'matplotlib'} & set(sys.modules)"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)

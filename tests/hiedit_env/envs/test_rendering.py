@@ -1,0 +1,354 @@
+"""Text and pictures of small lives, against lines and pixels worked out by hand."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pytest
+from matplotlib import rcParams
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.colors import to_rgb
+from matplotlib.figure import Figure
+from numpy.typing import NDArray
+
+from hiedit_env.envs.rendering import (
+    METRICS,
+    UNWRITTEN,
+    WRITTEN,
+    draw_layers,
+    draw_metrics,
+    draw_shares,
+    metric_values,
+    render_ansi,
+    render_rgb,
+    running_mean,
+    short_layer_names,
+)
+from hiedit_env.envs.state import EditRecord, History
+from hiedit_env.errors import SettingsError
+
+NAMES = tuple(f"model.layers.{n}" for n in ("1.mlp.gate_proj", "1.mlp.up_proj", "12.mlp.down_proj"))
+DARK, LIGHT = (tuple(round(255 * part) for part in to_rgb(c)) for c in (WRITTEN, UNWRITTEN))
+
+
+def record(index: int, layers: Sequence[int], **metrics: float) -> EditRecord:
+    return EditRecord(
+        edit_index=index,
+        prompt=f"Fact {index} is",
+        answer="so",
+        layers=np.array(layers, bool),
+        steps=2,
+        reward=0.25,
+        metrics=metrics,
+    )
+
+
+def short_life() -> History:
+    """Three of four edits, with every way a metric can be absent."""
+    return History(
+        NAMES,
+        4,
+        [
+            record(0, [1, 0, 0], efficacy=1.0, generalization=0.5, answered=True),
+            record(1, [1, 1, 0], efficacy=0.5, generalization=1.0, retention=1.0),
+            record(2, [0, 1, 0], efficacy=0.0, retention=0.5),
+        ],
+    )
+
+
+def long_life(num_records: int, num_edits: int, num_layers: int = 3) -> History:
+    random = np.random.default_rng(7)
+    names = tuple(f"transformer.h.{i}.mlp.c_fc" for i in range(num_layers))
+    masks = random.random((num_records, num_layers)) < 0.5
+    return History(
+        names, num_edits, [record(i, mask, efficacy=0.5) for i, mask in enumerate(masks.tolist())]
+    )
+
+
+def an_axes() -> tuple[Any, Figure]:
+    figure = Figure((4, 3), dpi=100)
+    return FigureCanvasAgg(figure), figure
+
+
+# -- numbers and names ---------------------------------------------------------------------------
+
+
+def test_short_names_are_block_and_matrix() -> None:
+    assert short_layer_names(NAMES) == ("1 gate_proj", "1 up_proj", "12 down_proj")
+    assert short_layer_names(["transformer.h.3.mlp.c_fc"]) == ("3 c_fc",)
+    assert short_layer_names(["head", "a.body"]) == ("head", "body")
+    assert short_layer_names([]) == ()
+
+
+def test_names_that_would_collide_stay_whole() -> None:
+    experts = ("layers.4.mlp.experts.0.down_proj", "layers.4.mlp.experts.1.down_proj")
+    assert short_layer_names(experts) == experts
+
+
+def test_running_mean_by_hand() -> None:
+    nan = float("nan")
+    np.testing.assert_allclose(running_mean([3, 1, 2, 6], 3), [3, 2, 2, 3])
+    np.testing.assert_allclose(
+        running_mean([nan, 1, nan, nan, 5, np.inf], 2), [nan, 1, 1, nan, 5, 5]
+    )
+    assert running_mean([], 3).shape == (0,)
+    with pytest.raises(SettingsError, match="window must be ≥ 1, got 0"):
+        running_mean([1.0], 0)
+
+
+def test_absent_metrics_are_nan() -> None:
+    values = metric_values(short_life().records, "generalization")
+    assert values.dtype == np.float64
+    np.testing.assert_array_equal(values, [0.5, 1.0, np.nan])
+
+
+# -- text ----------------------------------------------------------------------------------------
+
+
+def test_text_of_three_edits() -> None:
+    assert render_ansi(short_life()).splitlines() == [
+        "edit 3 of 4",
+        "",
+        "layers written (■) in edits 1 to 3; share of all edits so far",
+        "1 gate_proj   ■■·    67%",
+        "1 up_proj     ·■■    67%",
+        "12 down_proj  ···     0%",
+        "",
+        "token accuracy, %      last edit     last 20   all edits",
+        "efficacy right after         0.0        50.0        50.0",
+        "generalization                 –        75.0        75.0",
+        "agreement                      –           –           –",
+        "retention                   50.0        75.0        75.0",
+        "",
+        "last edit: Fact 2 is → so",
+        "steps: 2, reward: +0.25",
+    ]
+
+
+@pytest.mark.parametrize("num_edits", [0, 4])
+def test_text_before_the_first_edit(num_edits: int) -> None:
+    lines = render_ansi(History(NAMES, num_edits)).splitlines()
+    assert lines[0] == f"edit 0 of {num_edits}"
+    assert lines[2] == "layers written: no edit is finished yet"
+    assert lines[3].split() == ["1", "gate_proj", "–"]
+    assert lines[-1].split() == ["retention", "–", "–", "–"]
+
+
+def test_text_shows_the_last_60_edits_and_the_share_of_all() -> None:
+    # Layer 0 is written by edits 11 and 70 only; 60 columns show edits 11 to 70.
+    records = [record(i, [i in (10, 69), i < 10, 0]) for i in range(70)]
+    lines = render_ansi(History(NAMES, 500, records)).splitlines()
+    assert lines[2].startswith("layers written (■) in edits 11 to 70;")
+    assert lines[3] == "1 gate_proj   ■" + 58 * "·" + "■    3%"  # 2 of 70
+    assert lines[4] == "1 up_proj     " + 60 * "·" + "   14%"  # 10 of 70, none in sight
+
+
+def test_text_tells_recent_from_all_edits() -> None:
+    # 2 wrong edits, then 20 right ones: 20 of 20 lately, 20 of 22 in all.
+    records = [record(i, [1, 0, 0], efficacy=float(i >= 2)) for i in range(22)]
+    lines = render_ansi(History(NAMES, 22, records)).splitlines()
+    assert "efficacy right after       100.0       100.0        90.9" in lines
+
+
+@pytest.mark.parametrize(
+    "prompt",
+    ["word " * 400, "字" * 200, "é" * 500, "e\N{COMBINING ACUTE ACCENT}" * 300, "x" * 99],
+)
+def test_text_fits_100_columns(prompt: str) -> None:
+    history = long_life(70, 100_000, 24)
+    history.records[-1] = replace(history.records[-1], prompt=prompt, answer=prompt, reward=-1e300)
+
+    def columns(line: str) -> int:
+        # Independent of the code under test: 字 takes two columns, the accent none.
+        return len(line) + line.count("字") - line.count("\N{COMBINING ACUTE ACCENT}")
+
+    lines = render_ansi(history).splitlines()
+    assert max(map(columns, lines)) <= 100
+    last = next(line for line in lines if line.startswith("last edit:"))
+    assert last.count("…") == 2
+    assert last.endswith("…")
+    assert columns(last) >= 96, "shortened more than needed"
+
+
+def test_a_prompt_that_just_fits_is_whole() -> None:
+    history = short_life()
+    fits = "x" * (100 - len("last edit: ") - len(" → so"))
+    for prompt, shown in ((fits, fits), (fits + "y", fits[:-1] + "…")):
+        history.records[-1] = replace(history.records[-1], prompt=prompt)
+        assert f"last edit: {shown} → so" in render_ansi(history).splitlines()
+
+
+def test_text_never_holds_line_breaks_or_escape_codes_of_a_prompt() -> None:
+    history = short_life()
+    history.records[-1] = replace(
+        history.records[-1], prompt="a\r\n\tb\x1b[31m\x00c", answer="d\ne"
+    )
+    assert "last edit: a b[31mc → d e" in render_ansi(history).split("\n")
+
+
+# -- picture -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("num_layers", "num_edits"), [(1, 1), (12, 3), (60, 300)])
+def test_pictures_of_an_episode_have_one_shape(num_layers: int, num_edits: int) -> None:
+    whole = long_life(num_edits, num_edits, num_layers)
+    for done in sorted({0, 1, num_edits}):
+        picture = render_rgb(History(whole.layer_names, num_edits, whole.records[:done]))
+        assert picture.shape == (540, 960, 3)
+        assert picture.dtype == np.uint8
+
+
+def test_a_picture_changes_with_a_mask_and_only_then() -> None:
+    life = long_life(5, 8)
+    before = render_rgb(life)
+    np.testing.assert_array_equal(render_rgb(life), before)
+    life.records[2].layers[1] ^= True
+    assert (render_rgb(life) != before).any()
+
+
+def rows_in_colour(picture: NDArray[np.uint8], colour: tuple[int, ...]) -> NDArray[np.intp]:
+    """Rows with more than 300 pixels of a colour, more than any text or legend has."""
+    return np.flatnonzero((picture == colour).all(-1).sum(1) > 300)
+
+
+def test_the_first_layer_is_on_top_of_the_picture() -> None:
+    tops = []
+    for layer in range(3):
+        mask = [int(i == layer) for i in range(3)]
+        picture = render_rgb(History(NAMES, 1, [record(0, mask)]))
+        dark, light = rows_in_colour(picture, DARK), rows_in_colour(picture, LIGHT)
+        assert len(light) == pytest.approx(2 * len(dark), abs=4)
+        tops.append(dark[0])
+    assert tops == sorted(set(tops))
+
+
+def test_no_layer_written_draws_no_dark_cell() -> None:
+    picture = render_rgb(History(NAMES, 1, [record(0, [0, 0, 0], efficacy=1.0)]))
+    assert len(rows_in_colour(picture, LIGHT)) > 100
+    assert len(rows_in_colour(picture, DARK)) == 0
+
+
+def test_cells_of_written_layers_are_dark() -> None:
+    masks = np.array([[1, 0, 0], [0, 1, 0], [0, 1, 1], [0, 0, 0]], bool)
+    canvas, figure = an_axes()
+    axes = figure.add_subplot()
+    draw_layers(axes, masks, NAMES, num_edits=5)
+    canvas.draw()
+    pixels = np.asarray(canvas.buffer_rgba())[::-1, :, :3]  # row 0 at the bottom, as matplotlib
+    for edit in range(5):
+        for layer in range(3):
+            x, y = axes.transData.transform((edit + 1, layer)).astype(int)
+            expected = (255, 255, 255) if edit == 4 else DARK if masks[edit, layer] else LIGHT
+            assert tuple(pixels[y, x]) == expected, (edit, layer)
+    assert [label.get_text() for label in axes.get_yticklabels()] == [
+        "1 gate_proj",
+        "1 up_proj",
+        "12 down_proj",
+    ]
+    assert axes.get_xlabel() == "edit"
+
+
+def test_many_edits_share_columns() -> None:
+    # 250 edits in at most 125 columns: two each. Layer 0 by even edits, 1 by all, 2 by the last.
+    edits = np.arange(249)
+    masks = np.stack((edits % 2 == 0, edits >= 0, edits == 248), 1)
+    axes = an_axes()[1].add_subplot()
+    mesh = draw_layers(axes, masks, NAMES, num_edits=250)
+    columns = np.asarray(mesh.get_array()).reshape(3, 125)
+    np.testing.assert_array_equal(columns[0], [0.5] * 124 + [1])  # the last column: one edit so far
+    np.testing.assert_array_equal(columns[1], 1)
+    np.testing.assert_array_equal(columns[2], [0] * 124 + [1])
+    assert axes.get_xlim() == (0.5, 250.5)
+    assert axes.get_xlabel() == "edit (2 per column)"
+
+
+def test_shares_of_several_lives_are_drawn_in_between() -> None:
+    mesh = draw_layers(an_axes()[1].add_subplot(), [[0.25, 1.0, 0.0]], NAMES)
+    np.testing.assert_array_equal(np.asarray(mesh.get_array()).ravel(), [0.25, 1.0, 0.0])
+
+
+def test_crowded_layers_leave_names_out_but_keep_them_legible() -> None:
+    axes = an_axes()[1].add_subplot()
+    draw_layers(axes, np.zeros((1, 100)), [f"layers.{i}.mlp.fc" for i in range(100)])
+    labels = axes.get_yticklabels()
+    assert 10 < len(labels) < 50
+    assert labels[0].get_text() == "0 fc"
+    assert float(labels[0].get_fontsize()) >= 5
+
+
+@pytest.mark.parametrize(
+    ("masks", "message"),
+    [
+        (np.zeros((4, 2)), r"3 of them.*\(4, 2\)"),
+        (np.zeros(3), r"edits × layers.*\(3,\)"),
+        (np.full((1, 3), 2.0), "2.0 to 2.0"),
+        (np.full((1, 3), np.nan), "nan to nan"),
+    ],
+)
+def test_bad_masks_are_named(masks: NDArray[np.float64], message: str) -> None:
+    with pytest.raises(SettingsError, match=message):
+        draw_layers(an_axes()[1].add_subplot(), masks, NAMES)
+
+
+def test_share_bars() -> None:
+    masks = np.array([[1, 0, 0], [1, 1, 0], [1, 1, 0], [1, 0, 0]], bool)
+    for given, expected in ((masks, [100, 50, 0]), (masks[:0], [0, 0, 0])):
+        axes = an_axes()[1].add_subplot()
+        assert [bar.get_width() for bar in draw_shares(axes, given)] == expected
+        assert axes.get_ylim() == (2.5, -0.5)
+
+
+def test_metric_lines_hold_the_running_means() -> None:
+    axes = an_axes()[1].add_subplot()
+    lines = draw_metrics(axes, short_life().records, num_edits=4, window=2)
+    points = {str(line.get_label()): np.asarray(line.get_xydata()).tolist() for line in lines}
+    assert points == {
+        "efficacy right after": [[1, 100], [2, 75], [3, 25]],
+        "generalization": [[1, 50], [2, 75], [3, 100]],
+        "agreement": [],
+        "retention": [[2, 100], [3, 75]],
+    }
+    assert axes.get_xlim() == (0.5, 4.5)
+    assert "last 2" in axes.get_ylabel()
+    looks = {(line.get_color(), line.get_linestyle()) for line in lines}
+    assert len({colour for colour, _ in looks}) == len({dash for _, dash in looks}) == len(METRICS)
+
+
+def test_a_single_edit_shows_as_a_dot() -> None:
+    canvas, figure = an_axes()
+    axes = figure.add_subplot()
+    draw_metrics(axes, [record(0, [1], efficacy=0.5)], num_edits=10)
+    canvas.draw()
+    x, y = axes.transData.transform((1, 50)).astype(int)
+    pixel = np.asarray(canvas.buffer_rgba())[::-1][y, x, :3]
+    assert tuple(pixel) == tuple(round(255 * part) for part in to_rgb(METRICS[0].colour))
+
+
+# -- manners -------------------------------------------------------------------------------------
+
+
+def test_rendering_leaves_the_settings_of_matplotlib_alone() -> None:
+    before = dict(rcParams)
+    render_rgb(short_life())
+    assert dict(rcParams) == before
+
+
+def test_matplotlib_is_imported_late_and_pyplot_never() -> None:
+    program = (
+        "import sys\n"
+        "from hiedit_env.envs import rendering\n"
+        "from hiedit_env.envs.state import History\n"
+        "rendering.render_ansi(History(('a.1.b',), 1))\n"
+        "print('matplotlib' in sys.modules)\n"
+        "rendering.render_rgb(History(('a.1.b',), 1))\n"
+        "print('matplotlib' in sys.modules, 'matplotlib.pyplot' in sys.modules)\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, check=True
+    )
+    assert done.stdout.split() == ["False", "True", "False"]

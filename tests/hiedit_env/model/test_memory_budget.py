@@ -1,0 +1,165 @@
+"""Memory: the estimate by hand, and what a machine and a container say is free."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import LlamaConfig
+
+from hiedit_env.errors import NotEnoughMemoryError
+from hiedit_env.model import loading
+from hiedit_env.model import memory_budget as memory
+from hiedit_env.model.loading import load_model
+from hiedit_env.model.memory_budget import available_memory, estimate_memory
+from tests.hiedit_env.model.test_loading import CONFIG, PARAMETERS, forbidden, save_model
+
+CPU = torch.device("cpu")
+MEMINFO = "MemTotal:  900 kB\nMemFree:   100 kB\nMemAvailable:    300 kB\n"
+
+
+def test_estimate_by_hand() -> None:
+    # Default layers of 3 blocks: one gate and one up projection, 16 × 24 each.
+    candidates = 2 * 16 * 24
+    # Per block four 16 → 16, three between 16 and 24; the head 16 → 8.
+    activations = 3 * (4 * 32 + 3 * 40) + 24
+    in_dtype = PARAMETERS + candidates + 256 * activations
+    # Change and change before, then four matrices of 16 × 16 for either layer.
+    in_float32 = 2 * candidates + 4 * 2 * 16**2
+    assert estimate_memory(CONFIG, torch.float32) == 4 * in_dtype + 4 * in_float32
+    assert estimate_memory(CONFIG, torch.bfloat16) == 2 * in_dtype + 4 * in_float32
+
+
+def test_large_inputs_cost_more(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Keys of down projections are longer, and their statistics grow with the square."""
+    find = memory.find_candidates
+
+    def down(model: Any, name: str) -> Any:
+        return find(model, "*layers.{0,1}.mlp.down_proj", name)
+
+    usual = estimate_memory(CONFIG, torch.float32)
+    monkeypatch.setattr(memory, "find_candidates", down)
+    assert estimate_memory(CONFIG, torch.float32) - usual == 4 * 4 * 2 * (24**2 - 16**2)
+
+
+def test_too_little_memory_is_found_before_loading(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save_model(tmp_path)
+    needed = estimate_memory(CONFIG, torch.float32)
+    for enough in (needed, None):
+        monkeypatch.setattr(memory, "available_memory", lambda _, free=enough: free)
+        load_model(str(tmp_path), progress=False)
+    monkeypatch.setattr(memory, "available_memory", lambda _: needed - 1)
+    monkeypatch.setattr(loading, "_read_weights", forbidden)
+    with pytest.raises(NotEnoughMemoryError, match=r"0\.00083 GB but cpu has 0\.0 GB free"):
+        load_model(str(tmp_path), progress=False)
+
+
+@pytest.mark.parametrize("progress", [False, True])
+@pytest.mark.parametrize(("spare", "tight"), [(0, False), (-1, True), (None, False)])
+def test_what_is_needed_is_said_when_it_is_much(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+    progress: bool,
+    spare: int | None,
+    tight: bool,
+) -> None:
+    save_model(tmp_path)
+    capfd.readouterr()
+    free = None if spare is None else 2 * estimate_memory(CONFIG, torch.float32) + spare
+    monkeypatch.setattr(memory, "available_memory", lambda _: free)
+    load_model(str(tmp_path), progress=progress)
+    out, err = capfd.readouterr()
+    assert out == ""
+    assert ("needs about 0.00083 GB" in err) is (progress or tight)
+    assert progress or err.count("\n") == tight
+
+
+def system(monkeypatch: pytest.MonkeyPatch, files: Mapping[str, str]) -> None:
+    """A machine with these files only."""
+
+    def read_text(self: Path, encoding: str) -> str:
+        if str(self) not in files:
+            raise FileNotFoundError(str(self))
+        return files[str(self)]
+
+    monkeypatch.setattr(Path, "read_text", read_text)
+
+
+def test_the_machines_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    system(monkeypatch, {"/proc/meminfo": MEMINFO})
+    assert available_memory(CPU) == 300 * 1024
+    system(monkeypatch, {"/proc/meminfo": ""})
+    pages = {"SC_AVPHYS_PAGES": 7, "SC_PAGE_SIZE": 4096}
+    monkeypatch.setattr(os, "sysconf", pages.__getitem__)
+    assert available_memory(CPU) == 7 * 4096
+    monkeypatch.delattr(os, "sysconf")
+    assert available_memory(CPU) is None
+
+
+ROOT = "/sys/fs/cgroup"
+
+
+def group(path: str, limit: str, used: int, stat: str = "anon 5\nfile 99\n") -> dict[str, str]:
+    return {
+        f"{ROOT}{path}/memory.max": f"{limit}\n",
+        f"{ROOT}{path}/memory.current": f"{used}\n",
+        f"{ROOT}{path}/memory.stat": stat,
+    }
+
+
+@pytest.mark.parametrize(
+    ("files", "wanted"),
+    [
+        # In a container of its own name space, and on a machine with nested groups.
+        ({"/proc/self/cgroup": "0::/\n", **group("", "1000", 300)}, 700),
+        ({"/proc/self/cgroup": "0::/a/b\n", **group("/a/b", "1000", 300)}, 700),
+        (
+            {
+                "/proc/self/cgroup": "0::/a/b\n",
+                **group("/a/b", "1000", 300),
+                **group("/a", "500", 400),
+            },
+            100,
+        ),
+        ({"/proc/self/cgroup": "0::/a\n", **group("/a", "max", 3), **group("", "50", 30)}, 20),
+        # What files only are cached for is as good as free.
+        (
+            {
+                "/proc/self/cgroup": "0::/\n",
+                **group("", "1000", 900, "inactive_anon 7\ninactive_file 30\nactive_file 20\n"),
+            },
+            150,
+        ),
+        ({"/proc/self/cgroup": "0::/\n", **group("", "1000", 1200)}, 0),
+        # No limit, one above what the machine has, version 1, and nothing to read.
+        ({"/proc/self/cgroup": "0::/\n", **group("", "max", 3)}, 300 * 1024),
+        ({"/proc/self/cgroup": "0::/\n", **group("", "999999999", 3)}, 300 * 1024),
+        ({"/proc/self/cgroup": "4:memory:/a\n", **group("/a", "10", 3)}, 300 * 1024),
+        ({"/proc/self/cgroup": "0::/a\n"}, 300 * 1024),
+    ],
+)
+def test_a_containers_limit_counts(
+    monkeypatch: pytest.MonkeyPatch, files: dict[str, str], wanted: int
+) -> None:
+    system(monkeypatch, {"/proc/meminfo": MEMINFO, **files})
+    assert available_memory(CPU) == wanted
+
+
+def test_a_model_without_known_layers_counts_a_quarter(monkeypatch: pytest.MonkeyPatch) -> None:
+    def nothing(*_: Any, **__: Any) -> None:
+        raise memory.LayerError("none")
+
+    config = LlamaConfig.from_dict(CONFIG.to_dict())
+    usual = estimate_memory(config, torch.float32)
+    monkeypatch.setattr(memory, "find_candidates", nothing)
+    # Instead of 2 · 16 · 24 weights (12 bytes each) and 2 · 16² numbers of statistics (16 bytes).
+    quarter = PARAMETERS // 4
+    wanted = usual - 12 * 2 * 16 * 24 - 16 * 2 * 16**2 + 28 * quarter
+    assert estimate_memory(config, torch.float32) == wanted

