@@ -8,6 +8,7 @@ that was wrong and what would be right, and is raised before anything has change
 from __future__ import annotations
 
 import importlib
+import importlib.util
 from typing import Any
 
 import numpy as np
@@ -58,12 +59,41 @@ class SettingsError(HieditError, ValueError):
 
 
 class MissingLibraryError(SettingsError, ImportError):
-    """A library that is not installed; names the extra of hiedit that installs it."""
+    """An optional library that is not installed; the message names the extra that brings it.
+
+    Args:
+        library: Name of the library, or several names joined by "and".
+        extra: Name of the extra in ``pyproject.toml``.
+    """
 
     def __init__(self, library: str, extra: str) -> None:
+        verb = "are" if " and " in library else "is"
         super().__init__(
-            f"{library} is not installed; install it with pip install 'hiedit[{extra}]'"
+            f"{library} {verb} not installed; "
+            f"in the checkout of hiedit run: pip install '.[{extra}]'"
         )
+
+
+def require_libraries(extra: str, *modules: str) -> None:
+    """Checks that optional libraries are installed, without importing them.
+
+    Args:
+        extra: The extra of ``pyproject.toml`` that brings them.
+        modules: Their import names, at the top level.
+
+    Raises:
+        MissingLibraryError: at least one is missing; all missing ones are named.
+    """
+    missing = [name for name in modules if not _is_installed(name)]
+    if missing:
+        raise MissingLibraryError(" and ".join(missing), extra)
+
+
+def _is_installed(module: str) -> bool:
+    try:
+        return importlib.util.find_spec(module) is not None
+    except ValueError:  # an entry of sys.modules that holds no module
+        return False
 
 
 class ResultsExistError(HieditError, FileExistsError):

@@ -29,7 +29,7 @@ from hiedit_env.datasets.load import load_requests
 from hiedit_env.datasets.requests import Request
 from hiedit_env.datasets.streams import fingerprint, split_by_subject, without
 from hiedit_env.envs.base import EditingEnv
-from hiedit_env.errors import SettingsError, whole_number
+from hiedit_env.errors import MissingLibraryError, SettingsError, whole_number
 from hiedit_env.evaluation.metrics import UneditedAnswers, evaluate
 
 
@@ -306,11 +306,8 @@ def _summary_writer(folder: Path, purge: int, progress: bool) -> Any:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError:
         if progress:
-            print(
-                "TensorBoard is not installed (pip install 'hiedit[train]'): train.jsonl "
-                "holds the same numbers",
-                file=sys.stderr,
-            )
+            missing = MissingLibraryError("TensorBoard", "train")
+            print(f"{missing} (train.jsonl holds the same numbers)", file=sys.stderr)
         return None
     return SummaryWriter(str(folder), purge_step=purge + 1)
 

@@ -37,6 +37,7 @@ from hiedit_env.errors import (
     ModelError,
     NotEnoughMemoryError,
     SettingsError,
+    require_libraries,
 )
 from hiedit_env.model.memory_budget import estimate_memory, require_memory
 
@@ -116,6 +117,8 @@ def load_model(
         DeviceError: if this machine has no such device.
         SettingsError: if the dtype is unknown.
         NotEnoughMemoryError: if it would not fit; raised before anything is loaded.
+        MissingLibraryError: ``"smollm2-135m"`` is not in the cache, and a library that converts it
+            is not installed; raised before anything is downloaded.
     """
     torch_dtype = check_dtype(dtype)
     place = check_device(device)
@@ -296,6 +299,8 @@ def _smollm2_folder(progress: bool) -> Path:
     target = cache_folder() / "smollm2-135m-q4_1-float32"
     if target.is_dir():
         return target
+    # transformers reads GGUF files through these two, and would say so only after the download.
+    require_libraries("demo", "gguf", "accelerate")
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(

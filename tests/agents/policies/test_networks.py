@@ -173,5 +173,5 @@ def test_a_script_without_its_library_names_the_extra(
 
     monkeypatch.delitem(sys.modules, f"hiedit_agents.rl.train_{library}", raising=False)
     monkeypatch.setattr(builtins, "__import__", without)
-    with pytest.raises(MissingLibraryError, match=rf"pip install 'hiedit\[{library}\]'"):
+    with pytest.raises(MissingLibraryError, match=rf"pip install '\.\[{library}\]'"):
         importlib.import_module(f"hiedit_agents.rl.train_{library}")

@@ -323,7 +323,9 @@ def test_a_missing_library_names_the_extra() -> None:
     error = MissingLibraryError("tianshou", "tianshou")
     assert isinstance(error, SettingsError)
     assert isinstance(error, ImportError)
-    assert str(error) == "tianshou is not installed; install it with pip install 'hiedit[tianshou]'"
+    assert str(error) == (
+        "tianshou is not installed; in the checkout of hiedit run: pip install '.[tianshou]'"
+    )
 
 
 # The margin

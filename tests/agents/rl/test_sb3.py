@@ -272,7 +272,7 @@ def test_without_the_library_the_extra_is_named(
     for name in [name for name in sys.modules if name.split(".")[0] == gone]:
         monkeypatch.setitem(sys.modules, name, None)
     extra = "sb3-contrib" if gone == "sb3_contrib" else "sb3"
-    with pytest.raises(SettingsError, match=rf"pip install 'hiedit\[{extra}\]'"):
+    with pytest.raises(SettingsError, match=rf"pip install '\.\[{extra}\]'"):
         importlib.reload(loaded)
 
 

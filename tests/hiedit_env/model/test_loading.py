@@ -28,7 +28,7 @@ from transformers import (
 )
 from transformers.utils import logging as hf_logging
 
-from hiedit_env.errors import DeviceError, ModelError, SettingsError
+from hiedit_env.errors import DeviceError, MissingLibraryError, ModelError, SettingsError
 from hiedit_env.model import loading
 from hiedit_env.model.loading import check_device, load_model
 
@@ -322,6 +322,32 @@ def test_wheel_is_converted_once(cache: Path, wheel: list[Path]) -> None:
     # One download, made beside its destination: a rename is atomic within one file system only.
     assert [folder.parent for folder in wheel] == [cache]
     assert [path.name for path in cache.iterdir()] == [PLACE]
+
+
+@pytest.mark.parametrize(
+    ("hidden", "named"),
+    [
+        (["gguf"], "gguf is"),
+        (["accelerate"], "accelerate is"),
+        (["gguf", "accelerate"], "gguf and"),
+    ],
+)
+def test_a_missing_library_is_noticed_before_the_download(
+    cache: Path,
+    wheel: list[Path],
+    monkeypatch: pytest.MonkeyPatch,
+    hidden: list[str],
+    named: str,
+) -> None:
+    for module in hidden:
+        monkeypatch.setitem(sys.modules, module, None)
+    with pytest.raises(MissingLibraryError, match=rf"^{named}.*run: pip install '\.\[demo\]'$"):
+        load_model("smollm2-135m", progress=False)
+    assert wheel == []
+    assert not cache.exists()
+    # A model converted before needs neither.
+    save_model(cache / PLACE)
+    assert load_model("smollm2-135m", progress=False).source == str(cache / PLACE)
 
 
 def test_local_folder_of_that_name_comes_first(
