@@ -15,7 +15,7 @@ Observation = NDArray[np.float32]
 class Agent(Protocol):
     """Chooses actions in one of the hiedit environments, and may learn from what happens.
 
-    A life is played as::
+    An episode is played as::
 
         agent.reset(env, seed)
         observation, info = env.reset(seed=seed)
@@ -34,7 +34,7 @@ class Agent(Protocol):
         """How the agent is called in tables and files."""
 
     def reset(self, env: gym.Env[Any, Any], seed: int) -> None:
-        """Makes ready for a new life; called before ``env.reset``.
+        """Makes ready for a new episode; called before ``env.reset``.
 
         Args:
             env: The environment to act on. Its spaces are known; torch agents keep

@@ -3,7 +3,7 @@
 ========================  =====================================================================
 ``all-layers``, …         a simple choice of layers over the environment's update rule
 ``hiedit``, ``rledit``, … a named agent with the weights that ship with it
-``oracle``                the best choice, on ``hiedit/Planted-v0`` only
+``oracle``                the best choice, on ``hiedit/Planted-v1`` only
 ``DIR``                   a trained agent: a folder that ``hiedit train`` wrote
 ``HIGH+LOW``              any high level over any low level; either may also be a DIR, of which
                           that level is taken, or a ``module:Class`` of your own
@@ -88,7 +88,7 @@ AGENTS: Mapping[str, str] = MappingProxyType(
     {
         **dict.fromkeys(CHOICES, "a simple choice of layers"),
         **{n: s.source for n, s in PRESETS.items()},
-        OracleAgent.name: "the best layers, found by trying all; on hiedit/Planted-v0 only",
+        OracleAgent.name: "the best layers, found by trying all; on hiedit/Planted-v1 only",
     }
 )
 
@@ -280,7 +280,7 @@ class SpecAgent:
         ), found
 
     def reset(self, env: gym.Env[Any, Any], seed: int) -> None:
-        """Builds the agent for the environment's model, once, and makes it ready for a life."""
+        """Builds the agent for the environment's model, once, and makes it ready for an episode."""
         inner = layer_selection(env, self.name)
         if self._built is None or self._built[0] is not inner.llm:
             self._built = inner.llm, self.build(inner.llm, inner.model_name)

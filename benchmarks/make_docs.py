@@ -28,12 +28,12 @@ _HEAD = """# The environments
 specification.*
 """
 _ENVIRONMENTS: Sequence[tuple[str, type]] = (
-    ("`hiedit/LifelongEdit-v0`", LifelongEdit),
-    ("`hiedit/LayerSelection-v0`", LayerSelection),
-    ("`hiedit/StepSize-v0`", StepSize),
+    ("`hiedit/LifelongEdit-v1`", LifelongEdit),
+    ("`hiedit/LayerSelection-v1`", LayerSelection),
+    ("`hiedit/StepSize-v1`", StepSize),
     ("Vector environments", VectorEditing),
-    ("`hiedit/Planted-v0`", Planted),
-    ("`hiedit/Toy-v0`", ToyEditing),
+    ("`hiedit/Planted-v1`", Planted),
+    ("`hiedit/Toy-v1`", ToyEditing),
     ("The observation", Observer),
 )
 

@@ -5,11 +5,11 @@ Importing this package registers the environments and imports neither torch nor 
 >>> import gymnasium, hiedit_env
 >>> for name in sorted(id for id in gymnasium.registry if id.startswith("hiedit/")):
 ...     print(name)
-hiedit/LayerSelection-v0
-hiedit/LifelongEdit-v0
-hiedit/Planted-v0
-hiedit/StepSize-v0
-hiedit/Toy-v0
+hiedit/LayerSelection-v1
+hiedit/LifelongEdit-v1
+hiedit/Planted-v1
+hiedit/StepSize-v1
+hiedit/Toy-v1
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ for _name, _module in (
     ("StepSize", "step_size"),
 ):
     register(
-        f"hiedit/{_name}-v0",
+        f"hiedit/{_name}-v1",
         entry_point=f"hiedit_env.envs.{_module}:{_name}",
         vector_entry_point=f"hiedit_env.envs.vector:Vector{_name}",
     )
-register("hiedit/Toy-v0", entry_point="hiedit_env.testing.toy:ToyEditing")
+register("hiedit/Toy-v1", entry_point="hiedit_env.testing.toy:ToyEditing")

@@ -1,16 +1,16 @@
-"""What an option leaves behind for the rest of a life, so that a low level can be charged for it.
+"""Damage of an option to the rest of an episode, as a penalty for training a low level.
 
 An update made for one fact stays in the weights while all later facts are edited, asked, and not
-asked. The objective of the present fact sees that once; a life sees it again and again. So a low
-level is charged, as often as there are edits to come (``lasting``, 0 for no charge), for
+asked. The objective of the present fact sees that once; an episode sees it again and again. So a
+low level is charged, as often as there are edits to come (``lasting``, 0 for no charge), for
 
     retention weight × mean over n earlier facts of (−log p(y | x) + mean over paraphrases) / 2
     + λ × mean over n unrelated prompts of KL[p_unedited ‖ p]
 
-with both drawn anew for every fact: the facts from all earlier ones of this life, the prompts from
-all training facts. It stands for what later facts will lose by the present option; the number of
-edits to come is a constant, so that a policy is learned that does not depend on a life's length.
-(Ours; the memory of HiEdit and RLEdit holds the last k edits, and each counts once.)
+with both drawn anew for every fact: the facts from all earlier ones of this episode, the prompts
+from all training facts. It stands for what later facts will lose by the present option; the number
+of edits to come is a constant, so that a policy is learned that does not depend on an episode's
+length. (Ours; the memory of HiEdit and RLEdit holds the last k edits, and each counts once.)
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from hiedit_env.resident.low_rank import Updates
 
 
 class LastingDamage:
-    """Measures, on a sample, what the present weights are worth to the rest of a life.
+    """Measures, on a sample, what the present weights are worth to the rest of an episode.
 
     Args:
         env: The environment that is trained in; its ``reward_weights`` weigh the two sums.
@@ -59,9 +59,9 @@ class LastingDamage:
         Raises:
             PromptError: a drawn unrelated prompt that cannot be tokenised.
         """
-        life, count, weights = self.env.life, self.settings.lasting_prompts, self._weights
-        own = life.fact.request.locality
-        earlier = life.facts[: life.position]
+        episode, count, weights = self.env.episode, self.settings.lasting_prompts, self._weights
+        own = episode.fact.request.locality
+        earlier = episode.facts[: episode.position]
         # Nothing that weighs nothing: 0 times a loss that is not finite would be no number.
         facts = _some(len(earlier), count if weights["retention"] else 0, rng)
         # As many more as the present fact has, which are left out.

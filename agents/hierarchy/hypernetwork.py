@@ -20,9 +20,9 @@ The update then has one of three forms:
   D = −step_l (K ⊙ ũ) 1 ⊙ ṽ row by row.
 * ``"decorrelated"`` (ours): the outer form with ũ multiplied by the damped inverse of the lifelong
   second moment C_l of the keys, see :class:`hiedit_env.rules.base.DecorrelatedRule`. Here
-  C_l = (edits of this life) + prior_l (unrelated prompts), the second collected once in training by
-  :meth:`Hypernetwork.calibrate`, so that what unrelated prompts have in common is left alone from
-  the first edit on. The ridge and prior_l are learned.
+  C_l = (edits of this episode) + prior_l (unrelated prompts), the second collected once in training
+  by :meth:`Hypernetwork.calibrate`, so that what unrelated prompts have in common is left alone
+  from the first edit on. The ridge and prior_l are learned.
 
 B, b, shift and c begin at 0, so an untrained hypernetwork *is* the closed-form rule of its form;
 only the ridge form differs from the ridge rule, which has ‖ũ‖² in the place of (K ⊙ ũ) 1.
@@ -225,7 +225,7 @@ class Hypernetwork(DecorrelatedRule):
         return list(self.net.parameters())
 
     def calibrate(self, captures: Iterable[Capture]) -> None:
-        """Collects what unrelated prompts have in common; every life begins with it.
+        """Collects what unrelated prompts have in common; every episode begins with it.
 
         Args:
             captures: Of unrelated prompts at the unedited weights.

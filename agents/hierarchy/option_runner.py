@@ -28,7 +28,7 @@ class Outcome:
         discount: γ^k after k primitive steps: what the next option's value counts for.
         steps: k.
         observation: After the option.
-        ended: Whether the life is over.
+        ended: Whether the episode is over.
         info: Of the last step.
     """
 
@@ -62,18 +62,18 @@ def run_option(
         judge: As for :meth:`~hiedit_env.envs.base.EditingEnv.apply`; ``"never"`` where the reward
             is not needed, which is most of a step's cost.
     """
-    life = env.life
+    episode = env.episode
     if gamma < 1 and judge == "fact":
         judge = "step"
     reward, discount, steps = 0.0, 1.0, 0
-    if not option.can_begin(life.capture) or not option.layers.any():
+    if not option.can_begin(episode.capture) or not option.layers.any():
         # Nothing is written: the environment judges the fact as it is.
         observation, paid, ended, _, info = env.step(np.zeros(len(option.layers), np.int8))
         paid = 0.0 if judge == "never" else paid
         return Outcome(paid, discount, steps, observation, ended, info)
     while True:
-        life.rule.look(env.observe)
-        capture = life.observe()
+        episode.rule.look(env.observe)
+        capture = episode.observe()
         updates = (policy or option.updates)(capture)
         steps += 1
         # An option may end before the environment's own horizon: it is paid for what it did.
@@ -83,5 +83,5 @@ def run_option(
         )
         reward += discount * paid
         discount *= gamma
-        if ended or info["edit_over"] or option.is_over(life.capture, steps):
+        if ended or info["edit_over"] or option.is_over(episode.capture, steps):
             return Outcome(reward, discount, steps, observation, ended, info)

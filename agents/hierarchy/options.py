@@ -92,7 +92,7 @@ class HighLevel(Protocol):
         """How it is called on the command line."""
 
     def reset(self, seed: int) -> None:
-        """Called when a life begins; ``seed`` is the only source of randomness."""
+        """Called when an episode begins; ``seed`` is the only source of randomness."""
 
     def choose(
         self, observation: Observation, capture: Capture, generator: torch.Generator | None = None
@@ -135,7 +135,7 @@ class UntrainedChoice:
 
 
 class HierarchicalAgent:
-    """Any high level over any low level, on ``hiedit/LayerSelection-v0``.
+    """Any high level over any low level, on ``hiedit/LayerSelection-v1``.
 
     The environment runs the options: :meth:`reset` gives it the low level.
 
@@ -146,7 +146,7 @@ class HierarchicalAgent:
         max_steps_per_edit: Horizon of the options; None for the environment's own.
 
     >>> import gymnasium, hiedit_env
-    >>> env = gymnasium.make("hiedit/LayerSelection-v0", num_edits=2)
+    >>> env = gymnasium.make("hiedit/LayerSelection-v1", num_edits=2)
     >>> agent = HierarchicalAgent("fixed", UntrainedChoice("fixed-layers", 6, 2))
     >>> agent.reset(env, seed=0)
     >>> agent.select_action(*env.reset(seed=0)).tolist()
@@ -206,7 +206,7 @@ def layer_selection(env: gym.Env[Any, Any], name: str) -> EditingEnv:
     inner = env.unwrapped
     if not isinstance(inner, EditingEnv) or not isinstance(env.action_space, spaces.MultiBinary):
         raise SettingsError(
-            f"agent {name!r} acts on hiedit/LayerSelection-v0, whose actions are MultiBinary; "
+            f"agent {name!r} acts on hiedit/LayerSelection-v1, whose actions are MultiBinary; "
             f"this environment's are {env.action_space}"
         )
     return inner

@@ -11,10 +11,10 @@ decorrelated rule. With ``look_ahead`` training takes the gradients at those wei
 how the parameters move them through the fact's own update is left out (first order). So is how they
 move the bound of its size.
 
-The earlier requests are those the agent itself edited in this life, without their paraphrases (what
-was answered when it came, or had no layer chosen, was not edited), each with its latest answer.
-The unrelated prompts are from training, each once with the unedited model's own answer and once
-with the true one; at both, the unedited model's distribution is what is kept. Nothing that an
+The earlier requests are those the agent itself edited in this episode, without their paraphrases
+(what was answered when it came, or had no layer chosen, was not edited), each with its latest
+answer. The unrelated prompts are from training, each once with the unedited model's own answer and
+once with the true one; at both, the unedited model's distribution is what is kept. Nothing that an
 evaluation asks is looked at. It is experience replay (Lin 1992) on the weights of the model that is
 edited; HiEdit's and RLEdit's memory of the last k edits acts in training only.
 """
@@ -55,7 +55,7 @@ class Rehearsal(Hypernetwork):
             give, so that it also mends what that update damages; at the present ones if not.
         end_answers: Whether a rehearsed answer is followed by the tokenizer's end token, and the
             present request is rehearsed too: the model learns to give the answer and stop.
-        seed: Of the initial values; and with that of a life (:meth:`seed`) of what is rehearsed
+        seed: Of the initial values; and with that of an episode (:meth:`seed`) of what is rehearsed
             when.
         cache_bytes: Bound of the memory for the unedited model's log-probabilities.
         **settings: As for :class:`~hiedit_agents.hierarchy.hypernetwork.Hypernetwork`.
@@ -98,7 +98,7 @@ class Rehearsal(Hypernetwork):
         self.largest, self.look_ahead = largest, look_ahead
         end = llm.tokenizer.eos_token_id
         self._end: tuple[int, ...] = (end,) if end_answers and end is not None else ()
-        self._seed, self._life = seed, 0
+        self._seed, self._episode = seed, 0
         self._bank: tuple[EncodedPrompt, ...] = ()
         self._unedited = UneditedLogProbs(llm, cache_bytes)
         self._past: tuple[EncodedPrompt, ...] = ()
@@ -142,14 +142,14 @@ class Rehearsal(Hypernetwork):
         return EncodedPrompt(decode(prompt), decode(answer), tuple(prompt), tuple(answer))
 
     def seed(self, seed: int) -> None:
-        """Of what is rehearsed when, in the lives that begin from now on."""
-        self._life = seed
+        """Of what is rehearsed when, in the episodes that begin from now on."""
+        self._episode = seed
 
     def reset(self) -> None:
-        """Forgets the statistics and the requests of this life."""
+        """Forgets the statistics and the requests of this episode."""
         super().reset()
         self._past = ()
-        self._rng = np.random.default_rng([self._seed, 3, self._life])
+        self._rng = np.random.default_rng([self._seed, 3, self._episode])
 
     def observe(self, capture: Capture) -> None:
         """Takes one capture into the statistics, and its request into the memory."""
@@ -162,7 +162,7 @@ class Rehearsal(Hypernetwork):
             self._past = (*others, capture.prompt)
 
     def state_dict(self) -> dict[str, Any]:
-        """Statistics, memory and random state of this life."""
+        """Statistics, memory and random state of this episode."""
         own = {"past": self._past, "random": self._rng.bit_generator.state}
         return {**super().state_dict(), **own}
 
@@ -211,7 +211,7 @@ class Rehearsal(Hypernetwork):
             try:
                 rows = self.llm.gradients(prompts, loss, written)
             except NonFiniteUpdateError:
-                # Refused where it is written, which ends the life.
+                # Refused where it is written, which ends the episode.
                 return written
         else:
             rows = self._rows_at_present(prompts, loss)

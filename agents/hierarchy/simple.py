@@ -16,7 +16,7 @@ from hiedit_env.rules.layer_choice import CHOICES
 
 
 class LayerChoiceAgent(HierarchicalAgent):
-    """Chooses layers on ``hiedit/LayerSelection-v0`` by an untrained rule.
+    """Chooses layers on ``hiedit/LayerSelection-v1`` by an untrained rule.
 
     The low level is the environment's own update rule.
 
@@ -29,7 +29,7 @@ class LayerChoiceAgent(HierarchicalAgent):
         SettingsError: unknown name.
 
     >>> import gymnasium, hiedit_env
-    >>> env = gymnasium.make("hiedit/LayerSelection-v0", num_edits=2)
+    >>> env = gymnasium.make("hiedit/LayerSelection-v1", num_edits=2)
     >>> agent = LayerChoiceAgent("fixed-layers", layers_per_edit=2)
     >>> agent.reset(env, seed=0)
     >>> agent.select_action(*env.reset(seed=0)).tolist()
@@ -57,13 +57,13 @@ class LayerChoiceAgent(HierarchicalAgent):
 
 
 class OracleAgent:
-    """Asks ``hiedit/Planted-v0`` for the best layers of every fact: what a choice can reach.
+    """Asks ``hiedit/Planted-v1`` for the best layers of every fact: what a choice can reach.
 
     Its regret is 0 by definition. The low level is the environment's own update rule.
 
     >>> import gymnasium, hiedit_env
     >>> agent = OracleAgent()
-    >>> env = gymnasium.make("hiedit/Planted-v0", num_edits=2)
+    >>> env = gymnasium.make("hiedit/Planted-v1", num_edits=2)
     >>> agent.reset(env, seed=0)
     >>> observation, info = env.reset(seed=0)
     >>> bool((agent.select_action(observation, info) == info["true_layers"]).all())
@@ -84,7 +84,7 @@ class OracleAgent:
         inner = env.unwrapped
         if not isinstance(inner, Planted):
             raise SettingsError(
-                "agent 'oracle' acts on hiedit/Planted-v0 only, where the right answer is known: "
+                "agent 'oracle' acts on hiedit/Planted-v1 only, where the right answer is known: "
                 "compare with --model planted"
             )
         inner.use_low_level(None)

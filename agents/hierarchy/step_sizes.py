@@ -67,7 +67,7 @@ FEATURES = 5
 class StepSizePolicy(RescaledRule):
     """Multiplies a closed-form rule's step, layer by layer, by ``10 ** tanh(network)``.
 
-    So every step lies within a decade around the nominal one, as in ``hiedit/StepSize-v0``. The
+    So every step lies within a decade around the nominal one, as in ``hiedit/StepSize-v1``. The
     network sees, per layer, the logarithms of the root mean squares of keys and value gradients,
     the layer's share of the gradient norms, the fact's loss and accuracy, and it has a learned
     offset per layer. Its last layer begins at 0: untrained, it *is* the rule.

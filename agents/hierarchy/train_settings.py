@@ -24,9 +24,9 @@ class TrainSettings:
     """
 
     trajectories: int = _option(
-        20, "editing lives to train on; with 0 a low level is calibrated and nothing more"
+        20, "episodes to train on; with 0 a low level is calibrated and nothing more"
     )
-    edits_per_trajectory: int = _option(30, "facts per life")
+    edits_per_trajectory: int = _option(30, "facts per episode")
     window: int = _option(
         0, "facts per optimiser step; 0 for one step per trajectory (RLEdit's trajectory level)"
     )
@@ -51,7 +51,7 @@ class TrainSettings:
         0.0, "edits to come that a trained low level is charged for what it leaves behind"
     )
     lasting_prompts: int = _option(
-        4, "earlier facts of the life, and unrelated prompts, that this is measured on"
+        4, "earlier facts of the episode, and unrelated prompts, that this is measured on"
     )
     samples_per_fact: int = _option(2, "options a policy router tries per fact")
     intrinsic: bool = _option(

@@ -1,6 +1,6 @@
 """Trains an agent on the environment: ``hiedit train``.
 
-One loop for every agent. A trajectory is one editing life on a stream of training facts. For each
+One loop for every agent. A trajectory is one episode on a stream of training facts. For each
 fact the high level chooses, the option runs, and
 
 * a trained low level gets the gradient of the environment's objective (edit, paraphrases,
@@ -19,7 +19,7 @@ fact the high level chooses, the option runs, and
   entropy weight independent of the scale of the rewards.
 
 With ``lasting`` the objective of a low level that is trained is also charged for what the option
-leaves behind for the rest of the life: :mod:`hiedit_agents.hierarchy.future_damage`. (A
+leaves behind for the rest of the episode: :mod:`hiedit_agents.hierarchy.future_damage`. (A
 straight-through router above it gets the same gradient.)
 
 Gradients are averaged over a window of facts or a whole trajectory, then Adam steps.
@@ -255,7 +255,7 @@ class Trainer:
 
         Returns:
             None after updates that wreck the model: they teach nothing, the environment ends the
-            life.
+            episode.
         """
         factors = [f for step in made for u in step if u is not None for f in (u.left, u.right)]
         leaves = [factor.detach().requires_grad_(factor.requires_grad) for factor in factors]
@@ -284,8 +284,10 @@ class Trainer:
         return run_option(self.env, option, gamma=self.settings.gamma).reward
 
     def _option(self, choice: Choice) -> Option:
-        life = self.env.life
-        return Option(choice.layers, life.rule, life.max_steps_per_edit, life.stop_when_answered)
+        episode = self.env.episode
+        return Option(
+            choice.layers, episode.rule, episode.max_steps_per_edit, episode.stop_when_answered
+        )
 
     # -- learning -------------------------------------------------------------------------------
 
@@ -293,7 +295,7 @@ class Trainer:
         """Gradient of −Σ log π(ω) A(ω) − entropy weight × Σ entropy over a window of facts.
 
         Args:
-            tried: For each fact the options tried, last the one the life went on with.
+            tried: For each fact the options tried, last the one the episode went on with.
         """
         settings = self.settings
         log_probabilities: list[Tensor] = []
@@ -396,7 +398,7 @@ class Tally:
         Args:
             outcome: What became of it.
             judged: Whether its reward was paid by the environment. If not, it is minus the loss
-                that was learned from, with what a life that ended early was paid for that.
+                that was learned from, with what an episode that ended early was paid for that.
         """
         own = self.losses[self._counted :]
         self._counted = len(self.losses)

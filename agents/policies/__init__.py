@@ -3,7 +3,8 @@
 A training script of a library (:mod:`hiedit_agents.rl.train_sb3` is the shortest) does three things
 with it:
 
-* :class:`Task` makes the environments: :meth:`Task.make_env`, :meth:`Task.make_envs` (N lives on
+* :class:`Task` makes the environments: :meth:`Task.make_env`, :meth:`Task.make_envs` (N
+environments on
   one resident model), :meth:`Task.make_vec` (the same as one Gymnasium vector environment);
 * :func:`save_policy` keeps the trained policy beside the library's own files, as
   ``policy.json`` and ``policy.safetensors``;

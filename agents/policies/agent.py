@@ -34,7 +34,7 @@ class Policy(Protocol):
     """A trained policy, as it acts when it is used: without exploring."""
 
     def begin(self) -> None:
-        """A new life begins; policies with a memory forget."""
+        """A new episode begins; policies with a memory forget."""
 
     def __call__(self, observation: Observation, mask: Mask) -> Any:
         """An action of the form's action space.
@@ -62,11 +62,11 @@ class FunctionPolicy:
 class PolicyStepSizes(RescaledRule):
     """A closed-form rule whose step sizes a policy chooses from the environment's observation.
 
-    What ``hiedit/StepSize-v0`` does with the policy's actions, inside an option.
+    What ``hiedit/StepSize-v1`` does with the policy's actions, inside an option.
 
     Args:
         rule: The rule.
-        policy: One without a memory: the same one serves every life that is tried.
+        policy: One without a memory: the same one serves every episode that is tried.
     """
 
     name: ClassVar[str] = "policy-step-sizes"
@@ -105,7 +105,7 @@ class PolicyStepSizes(RescaledRule):
 
 
 class PolicyAgent:
-    """A policy on ``hiedit/LayerSelection-v0``, ``hiedit/Planted-v0`` or the toy.
+    """A policy on ``hiedit/LayerSelection-v1``, ``hiedit/Planted-v1`` or the toy.
 
     ``layers``, ``box`` and ``discrete`` choose layers with one action. ``sequential`` is asked
     again and again for one fact, until it stops. ``step-sizes`` is a low level: the layers are
@@ -138,7 +138,7 @@ class PolicyAgent:
         return self.record.sizes.facts
 
     def reset(self, env: gym.Env[Any, Any], seed: int) -> None:
-        """Makes ready for a life; a policy over step sizes becomes the low level.
+        """Makes ready for an episode; a policy over step sizes becomes the low level.
 
         Raises:
             CheckpointError: other spaces than the policy was trained with.
@@ -222,4 +222,4 @@ def _remedy(env: gym.Env[Any, Any], sizes: Sizes) -> str:
         return "give it the environment without wrappers; it brings the one of its form"
     if isinstance(acted, spaces.Dict):
         return "FixedStepSize around it leaves MultiBinary(L)"
-    return "it acts in hiedit/LayerSelection-v0, whose actions are MultiBinary(L)"
+    return "it acts in hiedit/LayerSelection-v1, whose actions are MultiBinary(L)"

@@ -53,10 +53,10 @@ class LayerCoins(Independent):  # type: ignore[type-arg]  # not generic in older
 
 
 def as_multi_discrete(envs: VectorEnv[Any, Any, Any]) -> VectorEnv[Any, Any, Any]:
-    """Lives whose actions are ``MultiDiscrete([2] * L)``, for libraries without ``MultiBinary``.
+    """Environments with actions ``MultiDiscrete([2] * L)``, for libraries without ``MultiBinary``.
 
     Args:
-        envs: Lives with the actions MultiBinary(L).
+        envs: Environments with the actions MultiBinary(L).
     """
     layers = envs.single_action_space
     assert isinstance(layers, gym.spaces.MultiBinary)

@@ -27,7 +27,7 @@ FORMS: Mapping[str, str] = {
     "box": "Box(L), a layer is written above 0 (BoxLayers)",
     "discrete": "Discrete, one of all subsets of K layers (DiscreteSubsets)",
     "sequential": "Discrete(L + 1), one layer after another or stop (SequentialSelection)",
-    "step-sizes": "Box(L), step sizes of hiedit/StepSize-v0",
+    "step-sizes": "Box(L), step sizes of hiedit/StepSize-v1",
 }
 #: Form → the arguments its wrapper takes.
 _OPTIONS: Mapping[str, frozenset[str]] = {
@@ -60,8 +60,8 @@ class Task:
     Args:
         form: One of :data:`FORMS`.
         env: Keyword arguments of the environment, and ``id`` if it is not the one that follows from
-            the form: ``hiedit/StepSize-v0`` for ``step-sizes``, else ``hiedit/Planted-v0`` for
-            ``model="planted"`` and ``hiedit/LayerSelection-v0`` for every other model.
+            the form: ``hiedit/StepSize-v1`` for ``step-sizes``, else ``hiedit/Planted-v1`` for
+            ``model="planted"`` and ``hiedit/LayerSelection-v1`` for every other model.
             ``update_rule`` is the one the model is made for if none is given.
         options: Arguments of the form's wrapper: ``size`` of ``discrete``; ``max_layers``,
             ``allow_empty``, ``stop_at_max``, ``masked`` of ``sequential``.
@@ -84,9 +84,9 @@ class Task:
         if unknown:
             known = sorted(_OPTIONS.get(self.form, frozenset()))
             raise SettingsError(f"form {self.form!r} has no options {unknown}; it has {known}")
-        if (self.form == "step-sizes") != (self.id == "hiedit/StepSize-v0"):
+        if (self.form == "step-sizes") != (self.id == "hiedit/StepSize-v1"):
             raise SettingsError(
-                f"form {self.form!r} does not fit {self.id}: 'step-sizes' is hiedit/StepSize-v0, "
+                f"form {self.form!r} does not fit {self.id}: 'step-sizes' is hiedit/StepSize-v1, "
                 "the other forms are of ids whose actions are MultiBinary(L)"
             )
 
@@ -96,9 +96,9 @@ class Task:
         if "id" in self.env:
             return str(self.env["id"])
         if self.form == "step-sizes":
-            return "hiedit/StepSize-v0"
+            return "hiedit/StepSize-v1"
         planted = self.env.get("model") == "planted"
-        return "hiedit/Planted-v0" if planted else "hiedit/LayerSelection-v0"
+        return "hiedit/Planted-v1" if planted else "hiedit/LayerSelection-v1"
 
     @property
     def settings(self) -> dict[str, Any]:
@@ -132,7 +132,7 @@ class Task:
         return self.wrap(gym.make(self.id, **{**self.settings, **overrides}))
 
     def make_envs(self, count: int, **overrides: Any) -> list[gym.Env[Any, Any]]:
-        """``count`` environments in the task's form, whose lives share one resident model."""
+        """``count`` environments in the task's form that share one resident model."""
         whole_number(count, "count", 1)
         first = gym.make(self.id, **{**self.settings, **overrides})
         inner = first.unwrapped
@@ -148,10 +148,10 @@ class Task:
         autoreset_mode: AutoresetMode = AutoresetMode.SAME_STEP,
         **overrides: Any,
     ) -> VectorEnv[Any, Any, Any]:
-        """``count`` lives on one resident model as one Gymnasium vector environment.
+        """``count`` environments on one resident model as one Gymnasium vector environment.
 
-        Batched passes serve all lives at once wherever they step together, that is in every form
-        but ``sequential``. ``call("action_masks")`` gives the masks of that one.
+        Batched passes serve all environments at once wherever they step together, that is in every
+        form but ``sequential``. ``call("action_masks")`` gives the masks of that one.
         """
         whole_number(count, "count", 1)
         if self.form == "sequential" or gym.spec(self.id).vector_entry_point is None:
@@ -168,8 +168,8 @@ class Task:
         )
         if self.form in ("layers", "step-sizes"):
             return vector
-        life: Any = vector.unwrapped
-        shape = self.wrap(life.envs[0])
+        inner: Any = vector.unwrapped
+        shape = self.wrap(inner.envs[0])
         assert isinstance(shape, gym.ActionWrapper)
 
         def each(actions: Any) -> NDArray[np.int8]:

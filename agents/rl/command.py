@@ -24,8 +24,8 @@ class TrainingArguments:
         algorithm: Name of the algorithm.
         task: What to train on.
         out: Folder of the result.
-        steps: Environment steps in the task's form, over all lives.
-        num_envs: Lives that are trained on at once.
+        steps: Environment steps in the task's form, over all environments.
+        num_envs: Environments that are trained on at once.
         seed: Of everything.
         settings: The library's own hyperparameters that replace the script's.
         evaluations: How often the policy is evaluated while it is trained; 0 for never.
@@ -64,7 +64,7 @@ def parse_arguments(
 
     Raises:
         SettingsError: a form that the algorithm cannot act in, ``--env`` without ``name=value``,
-            or a number of steps, lives or evaluations that is none.
+            or a number of steps, environments or evaluations that is none.
         ResultsExistError: ``--out`` holds a trained policy.
     """
     parser = argparse.ArgumentParser(
@@ -80,8 +80,8 @@ def parse_arguments(
         "--form", choices=list(FORMS), help="how the environment is wrapped; by the algorithm"
     )
     parser.add_argument("--form-options", help="arguments of the form's wrapper", **pairs)
-    parser.add_argument("--steps", type=int, help="steps in all, over all lives")
-    parser.add_argument("--num-envs", type=int, help="lives on one resident model")
+    parser.add_argument("--steps", type=int, help="steps in all, over all environments")
+    parser.add_argument("--num-envs", type=int, help="environments on one resident model")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--set", help="hyperparameters of the library's algorithm", **pairs)
     parser.add_argument("--evaluations", type=int, default=4, help="evaluations during training")

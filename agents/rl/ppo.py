@@ -7,8 +7,8 @@ r"""Proximal policy optimisation over layer sets, in one file, read from top to 
 
 Each layer is chosen by an independent coin whose probability the policy gives: PPO (arXiv
 1707.06347) with clipped ratios, generalised advantages (arXiv 1506.02438), an entropy bonus and a
-linear schedule. One environment step is one fact, so γ looks ahead over facts. N lives are trained
-on at once.
+linear schedule. One environment step is one fact, so γ looks ahead over facts. N environments are
+trained on at once.
 """
 
 from __future__ import annotations
@@ -45,16 +45,16 @@ JSON_FILE, TENSOR_FILE, LOG_FILE = "ppo.json", "ppo.safetensors", "train.jsonl"
 class Args:
     """What can be set; every field is an option of the command line."""
 
-    env_id: str = "hiedit/LayerSelection-v0"
+    env_id: str = "hiedit/LayerSelection-v1"
     """environment whose actions are MultiBinary(L)"""
     env: Mapping[str, Any] = field(default_factory=dict)
     """its keyword arguments, as name=value"""
     num_envs: int = 8
-    """lives that are trained on at once"""
+    """environments that are trained on at once"""
     total_steps: int = 20_000
-    """facts seen in all, over all lives"""
+    """facts seen in all, over all environments"""
     num_steps: int = 16
-    """facts of every life between two updates"""
+    """facts of every environment between two updates"""
     learning_rate: float = 3e-3
     """of Adam, falling linearly to 0"""
     gamma: float = 0.5
@@ -143,7 +143,7 @@ class ActorCritic(nn.Module):
 
 
 def make_envs(args: Args) -> VectorEnv[Any, Any, Any]:
-    """N lives; one resident model for all of them where the id has a vector form."""
+    """N environments; one resident model for all of them where the id has a vector form."""
     if gym.spec(args.env_id).vector_entry_point is not None:
         return gym.make_vec(
             args.env_id,
@@ -166,7 +166,7 @@ def estimate(
     Args:
         rewards: T × N.
         values: T × N, V_t.
-        ends: T × N, 1 where a life ended with the fact: nothing is looked ahead over it.
+        ends: T × N, 1 where an environment ended with the fact: nothing is looked ahead over it.
         last: N, value of what follows.
         gamma: Discount.
         gae_lambda: λ.
@@ -198,13 +198,15 @@ def train(args: Args, out: Path | None = None, *, progress: bool = True) -> Acto
     if not isinstance(envs.single_action_space, gym.spaces.MultiBinary):
         raise SettingsError(
             f"{args.env_id} has actions {envs.single_action_space}; this PPO chooses layers, as in "
-            "hiedit/LayerSelection-v0"
+            "hiedit/LayerSelection-v1"
         )
     seen_shape, chosen_shape = envs.single_observation_space.shape, envs.single_action_space.shape
     assert seen_shape is not None
     size, num_layers = seen_shape[0], chosen_shape[0]
-    lives = [life.unwrapped for life in getattr(envs.unwrapped, "envs", ())]
-    facts = fact_hashes(r for life in lives if isinstance(life, EditingEnv) for r in life.requests)
+    vector_env = [one.unwrapped for one in getattr(envs.unwrapped, "envs", ())]
+    facts = fact_hashes(
+        r for one in vector_env if isinstance(one, EditingEnv) for r in one.requests
+    )
     generator = torch.Generator().manual_seed(args.seed)
     model = ActorCritic(size, num_layers, args.hidden, generator)
     optimizer = torch.optim.Adam(model.parameters(), lr=args.learning_rate, eps=1e-5)
@@ -219,7 +221,7 @@ def train(args: Args, out: Path | None = None, *, progress: bool = True) -> Acto
         for update in range(updates):
             optimizer.param_groups[0]["lr"] = args.learning_rate * (1 - update / updates)
 
-            # Collect: one action per life and fact.
+            # Collect: one action per environment and fact.
             for t in range(args.num_steps):
                 with torch.no_grad():
                     odds = model.actor(observation).sigmoid()

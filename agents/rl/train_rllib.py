@@ -5,7 +5,7 @@ r"""PPO of Ray RLlib.
     hiedit compare --model planted --dataset planted-facts-test --num-edits 20 --out table \
         --agents rllib:runs/rllib random-layers oracle
 
-RLlib's env runner makes N lives on one resident model (``gym_env_vectorize_mode=
+RLlib's env runner makes N environments on one resident model (``gym_env_vectorize_mode=
 "vector_entry_point"``) and shows their actions as MultiDiscrete([2] * L), since RLlib knows no
 MultiBinary. Everything runs in this process; every further env runner (``num_env_runners``) would
 hold a model of its own. DIR then holds what RLlib writes (``checkpoint/``, and its statistics of
@@ -49,7 +49,8 @@ except ImportError as error:
 
 #: The name that RLlib knows the environments by.
 NAME = "hiedit"
-#: Arguments of ``PPOConfig.training`` that differ from RLlib's own; the batch is of one life.
+#: Arguments of ``PPOConfig.training`` that differ from RLlib's own; the batch is of one
+#: environment.
 SETTINGS: Mapping[str, Any] = {
     "lr": 3e-3,
     "gamma": 0.5,
@@ -63,14 +64,14 @@ SETTINGS: Mapping[str, Any] = {
     "use_kl_loss": False,
     "grad_clip": 0.5,
 }
-#: Facts of every life between two updates.
+#: Facts of every environment between two updates.
 ROLLOUT = 16
 #: What is kept of every iteration's statistics of episodes.
 KEPT = ("episode_return_mean", "episode_return_min", "episode_return_max", "episode_len_mean")
 
 
-def make_lives(context: Mapping[str, Any]) -> VectorEnv[Any, Any, Any]:
-    """Lives as RLlib steps them.
+def make_environments(context: Mapping[str, Any]) -> VectorEnv[Any, Any, Any]:
+    """Environments as RLlib steps them.
 
     Args:
         context: ``task`` as :meth:`.task.Task.to_json` gives it, ``changes`` of the environment's
@@ -85,7 +86,7 @@ def make_lives(context: Mapping[str, Any]) -> VectorEnv[Any, Any, Any]:
 
 def register() -> None:
     """Makes the environments known to RLlib by :data:`NAME`."""
-    register_env(NAME, make_lives)
+    register_env(NAME, make_environments)
 
 
 @contextmanager
@@ -185,8 +186,8 @@ def train(args: TrainingArguments) -> None:
         algorithm.save_to_path(str((args.out / "checkpoint").resolve()))
         module = algorithm.get_module()
         policy, tensors = describe(module.encoder.actor_encoder, module.pi, head="pairs")
-        lives = algorithm.env_runner.env
-        sizes = args.task.sizes(lives)
+        vector_env = algorithm.env_runner.env
+        sizes = args.task.sizes(vector_env)
         algorithm.stop()
         # RLlib makes one in the home directory, which only Ray Tune would write to.
         shutil.rmtree(algorithm.logdir, ignore_errors=True)

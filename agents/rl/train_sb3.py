@@ -9,7 +9,7 @@ PPO and A2C choose layers, DQN picks one layer after another, SAC and TD3 choose
 makes other choices. DIR then holds what Stable-Baselines3 writes (``model.zip``,
 ``best_model.zip``, ``monitor.csv``, ``progress.csv``, ``evaluations.npz``) and what hiedit reads
 (``policy.json``, ``policy.safetensors``). To go on training, do as Stable-Baselines3 does:
-``PPO.load("DIR/model.zip", env=Lives(task.make_vec(16)))``.
+``PPO.load("DIR/model.zip", env=EditingVecEnv(task.make_vec(16)))``.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ import torch
 from hiedit_agents.policies import PolicyAgent, Task, read_policy, refuse_finished, save_policy
 from hiedit_agents.rl.command import TrainingArguments, parse_arguments, run_script
 from hiedit_agents.rl.hyperparameters import check_names, names_of
-from hiedit_agents.rl.sb3_lives import Lives
+from hiedit_agents.rl.sb3_vec_env import EditingVecEnv
 from numpy.typing import NDArray
 
 from hiedit_env.errors import CheckpointError, MissingLibraryError, SettingsError
@@ -51,8 +51,8 @@ class Algorithm:
     Args:
         make: Its class.
         forms: The forms it can act in, the default first.
-        steps: Default number of steps, over all lives.
-        num_envs: Default number of lives.
+        steps: Default number of steps, over all environments.
+        num_envs: Default number of environments.
         settings: Its arguments that differ from the library's own.
         policy: Its policy class, or the library's name of it.
         masks: Whether it asks for ``action_masks()``.
@@ -154,21 +154,23 @@ def train(
         # The algorithm would pick layers twice; that stops the picking.
         task = replace(task, options={"allow_empty": True, "masked": "stop", **task.options})
     args.out.mkdir(parents=True, exist_ok=True)
-    lives = VecMonitor(Lives(task.make_vec(args.num_envs)), str(args.out / "monitor.csv"))
+    vector_env = VecMonitor(
+        EditingVecEnv(task.make_vec(args.num_envs)), str(args.out / "monitor.csv")
+    )
     settings = {**how.settings, **args.settings}
     noise: dict[str, Any] = {}
     if how.noise:
-        count = task.sizes(lives.get_attr("unwrapped")[0]).layers
+        count = task.sizes(vector_env.get_attr("unwrapped")[0]).layers
         noise["action_noise"] = NormalActionNoise(np.zeros(count), np.full(count, how.noise))
     # A copy: the library writes into policy_kwargs.
     model = how.make(
-        how.policy, lives, seed=args.seed, device="cpu", **copy.deepcopy(settings), **noise
+        how.policy, vector_env, seed=args.seed, device="cpu", **copy.deepcopy(settings), **noise
     )
     model.set_logger(configure(str(args.out), ["csv"]))
     callback = others = None
     if args.evaluations:
-        # Lives of their own on a second model, perhaps on other facts.
-        others = VecMonitor(Lives(task.make_vec(args.num_envs, **args.eval_env)))
+        # Environments of their own on a second model, perhaps on other facts.
+        others = VecMonitor(EditingVecEnv(task.make_vec(args.num_envs, **args.eval_env)))
         others.seed(args.seed + 1_000_000)
         callback = how.evaluation(
             others,
@@ -189,7 +191,7 @@ def train(
         library=library,
         packages=packages,
     )
-    lives.close()
+    vector_env.close()
     if others is not None:
         others.close()
     model.logger.close()
@@ -248,13 +250,13 @@ def save(
         raise SettingsError(
             f"policy_kwargs must be plain JSON to be kept for hiedit compare, got {kwargs}"
         ) from error
-    lives: Any = model.get_env()
+    vector_env: Any = model.get_env()
     save_policy(
         Path(out),
         library=library,
         algorithm=names[0],
         task=task,
-        sizes=task.sizes(lives.get_attr("unwrapped")[0]),
+        sizes=task.sizes(vector_env.get_attr("unwrapped")[0]),
         policy={"kwargs": kwargs},
         tensors=model.policy.state_dict(),
         training={"steps": model.num_timesteps, **(training or {})},

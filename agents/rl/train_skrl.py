@@ -5,9 +5,9 @@ r"""PPO of skrl.
     hiedit compare --model planted --dataset planted-facts-test --num-edits 20 --out table \
         --agents skrl:runs/skrl random-layers oracle
 
-N lives on one resident model are one Gymnasium vector environment, which skrl steps as it is; its
-actions are shown as MultiDiscrete([2] * L), since skrl knows no MultiBinary. DIR then holds what
-skrl writes (``training/`` with TensorBoard files and ``checkpoints/``, ``evaluation/`` with
+N environments on one resident model are one Gymnasium vector environment, which skrl steps as it
+is; its actions are shown as MultiDiscrete([2] * L), since skrl knows no MultiBinary. DIR then holds
+what skrl writes (``training/`` with TensorBoard files and ``checkpoints/``, ``evaluation/`` with
 TensorBoard files) and what hiedit reads (``policy.json``, ``policy.safetensors``). To go on
 training, do as skrl does: ``agent.load("DIR/training/checkpoints/best_agent.pt")``.
 """
@@ -104,8 +104,8 @@ def train(args: TrainingArguments) -> PPO:
     refuse_finished(args.out)
     check_names(args.settings, names_of(PPO_CFG, taken=("experiment",)))
     set_seed(args.seed)
-    lives = args.task.make_vec(args.num_envs)
-    envs = wrap_env(as_multi_discrete(lives), verbose=False)
+    vector_env = args.task.make_vec(args.num_envs)
+    envs = wrap_env(as_multi_discrete(vector_env), verbose=False)
     spaces = {
         "observation_space": envs.observation_space,
         "action_space": envs.action_space,
@@ -136,36 +136,36 @@ def train(args: TrainingArguments) -> PPO:
         library="skrl",
         algorithm=args.algorithm,
         task=args.task,
-        sizes=args.task.sizes(lives),
+        sizes=args.task.sizes(vector_env),
         policy=policy,
         tensors=tensors,
         training={"steps": timesteps * args.num_envs, "seed": args.seed, "settings": settings}
         | results,
         packages=("skrl",),
     )
-    lives.close()
+    vector_env.close()
     return agent
 
 
 def evaluate(
-    models: Mapping[str, Model], lives: VectorEnv[Any, Any, Any], out: Path, seed: int
+    models: Mapping[str, Model], vector_env: VectorEnv[Any, Any, Any], out: Path, seed: int
 ) -> float:
-    """One episode of every life with the likeliest layers, by skrl's trainer.
+    """One episode of every environment with the likeliest layers, by skrl's trainer.
 
     Args:
         models: ``policy`` and ``value``.
-        lives: What to play.
+        vector_env: What to play.
         out: Folder in which ``evaluation/`` gets the TensorBoard files.
-        seed: Of the lives.
+        seed: Of the environments.
 
     Returns:
         Mean reward per episode.
     """
     set_seed(seed)
-    first: Any = lives.unwrapped
-    life = first.envs[0].unwrapped
-    timesteps = life.num_edits or len(life.requests)
-    envs = wrap_env(as_multi_discrete(lives), verbose=False)
+    first: Any = vector_env.unwrapped
+    one = first.envs[0].unwrapped
+    timesteps = one.num_edits or len(one.requests)
+    envs = wrap_env(as_multi_discrete(vector_env), verbose=False)
     experiment = {
         "directory": str(out),
         "experiment_name": "evaluation",
@@ -183,7 +183,7 @@ def evaluate(
     mean = float(player.tracking_data["Reward / Total reward (mean)"][-1])
     player.write_tracking_data(timestep=timesteps, timesteps=timesteps)
     player.writer.close()
-    lives.close()
+    vector_env.close()
     return mean
 
 

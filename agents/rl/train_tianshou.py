@@ -5,9 +5,10 @@ r"""PPO of Tianshou.
     hiedit compare --model planted --dataset planted-facts-test --num-edits 20 --out table \
         --agents tianshou:runs/tianshou random-layers oracle
 
-N lives on one resident model are one of Tianshou's vector environments (:class:`Lives`). DIR then
-holds what Tianshou writes (TensorBoard files; ``last.pth`` and the best evaluated ``best.pth``,
-state dicts of its algorithm) and what hiedit reads (``policy.json``, ``policy.safetensors``). To go
+N environments on one resident model are one of Tianshou's vector environments
+(:class:`EditingVectorEnv`). DIR then holds what Tianshou writes (TensorBoard files; ``last.pth``
+and the best evaluated ``best.pth``, state dicts of its algorithm) and what hiedit reads
+(``policy.json``, ``policy.safetensors``). To go
 on training, do as Tianshou does: ``algorithm.load_state_dict(torch.load("DIR/last.pth"))``.
 """
 
@@ -48,7 +49,7 @@ except ImportError as error:
 
 #: What ``--set`` can change.
 SETTINGS: Mapping[str, Any] = {
-    "rollout": 16,  # facts of every life between two updates
+    "rollout": 16,  # facts of every environment between two updates
     "epochs": 4,
     "batch_size": 64,
     "lr": 3e-3,
@@ -62,22 +63,22 @@ SETTINGS: Mapping[str, Any] = {
 }
 
 
-class Lives(BaseVectorEnv):
-    """Lives on one resident model as Tianshou's vector environment, stepped by batched passes.
+class EditingVectorEnv(BaseVectorEnv):
+    """Environments that share one resident model, as Tianshou's vector environment.
 
     Args:
-        envs: The lives, with autoreset disabled; Tianshou resets those that have ended.
+        envs: The environments, with autoreset disabled; Tianshou resets those that have ended.
     """
 
     def __init__(self, envs: VectorEnv[Any, Any, Any]) -> None:
         inner: Any = envs.unwrapped
-        super().__init__([_giving(life) for life in inner.envs], DummyEnvWorker)
-        self.lives = envs
+        super().__init__([_giving(one) for one in inner.envs], DummyEnvWorker)
+        self.envs = envs
 
     def reset(
         self, env_id: int | Sequence[int] | NDArray[Any] | None = None, **kwargs: Any
     ) -> tuple[NDArray[Any], NDArray[Any]]:
-        """Begins new episodes in some lives.
+        """Begins new episodes in some environments.
 
         Args:
             env_id: Which; None for all.
@@ -85,31 +86,31 @@ class Lives(BaseVectorEnv):
         """
         chosen = list(self._wrap_id(env_id))
         mask = np.isin(np.arange(self.env_num), chosen)
-        observations, _ = self.lives.reset(options={"reset_mask": mask}, **kwargs)
+        observations, _ = self.envs.reset(options={"reset_mask": mask}, **kwargs)
         return observations[chosen], _infos(chosen)
 
     def step(
         self, action: Any, id: int | Sequence[int] | NDArray[Any] | None = None
     ) -> tuple[NDArray[Any], ...]:
-        """One step of every life.
+        """One step of every environment.
 
         Raises:
-            SettingsError: not all lives are stepped.
+            SettingsError: not all environments are stepped.
         """
         chosen = list(self._wrap_id(id))
         if chosen != list(range(self.env_num)):
             raise SettingsError(
-                f"the lives are stepped together, all {self.env_num} of them, got {chosen}; "
-                "collect as many episodes as there are lives, or a number of steps"
+                f"the environments are stepped together, all {self.env_num} of them, got {chosen}; "
+                "collect as many episodes as there are environments, or a number of steps"
             )
-        observations, rewards, terminated, truncated, _ = self.lives.step(action)
+        observations, rewards, terminated, truncated, _ = self.envs.step(action)
         return observations, rewards, terminated, truncated, _infos(chosen)
 
     def seed(self, seed: int | list[int] | None = None) -> list[list[int] | None]:
         """Begins new episodes: of seed, seed + 1 and so on, or of a seed each."""
         # Gymnasium's vector environments take a list too, which their base class does not say.
         seeds: Any = seed
-        self.lives.reset(seed=seeds)
+        self.envs.reset(seed=seeds)
         return [None] * self.env_num
 
 
@@ -117,8 +118,8 @@ def _giving(env: gym.Env[Any, Any]) -> Callable[[], gym.Env[Any, Any]]:
     return lambda: env
 
 
-def _infos(lives: Sequence[int]) -> NDArray[Any]:
-    return np.array([{"env_id": life} for life in lives])
+def _infos(vector_env: Sequence[int]) -> NDArray[Any]:
+    return np.array([{"env_id": one} for one in vector_env])
 
 
 def train(args: TrainingArguments) -> PPO:
@@ -136,15 +137,15 @@ def train(args: TrainingArguments) -> PPO:
     settings = replaced(SETTINGS, args.settings)
     torch.manual_seed(args.seed)
     np.random.seed(args.seed)
-    lives = args.task.make_vec(args.num_envs, autoreset_mode=AutoresetMode.DISABLED)
-    sizes = args.task.sizes(lives)
+    vector_env = args.task.make_vec(args.num_envs, autoreset_mode=AutoresetMode.DISABLED)
+    sizes = args.task.sizes(vector_env)
     shape = {"hidden_sizes": settings["hidden_sizes"], "activation": nn.Tanh}
     actor = Net(state_shape=(sizes.observation,), action_shape=sizes.layers, **shape)
     policy = ProbabilisticActorPolicy(
         actor=actor,
         dist_fn=LayerCoins,
         deterministic_eval=True,
-        action_space=lives.single_action_space,
+        action_space=vector_env.single_action_space,
         action_scaling=False,
         action_bound_method=None,
     )
@@ -171,7 +172,7 @@ def train(args: TrainingArguments) -> PPO:
     result = algorithm.run_training(
         OnPolicyTrainerParams(
             training_collector=Collector(
-                algorithm, _seeded(lives, args.seed), VectorReplayBuffer(frames, args.num_envs)
+                algorithm, _seeded(vector_env, args.seed), VectorReplayBuffer(frames, args.num_envs)
             ),
             max_epochs=epochs,
             epoch_num_steps=max(args.steps // epochs, 1),
@@ -202,10 +203,10 @@ def train(args: TrainingArguments) -> PPO:
     return algorithm
 
 
-def _seeded(envs: VectorEnv[Any, Any, Any], seed: int) -> Lives:
-    lives = Lives(envs)
-    lives.seed(seed)
-    return lives
+def _seeded(envs: VectorEnv[Any, Any, Any], seed: int) -> EditingVectorEnv:
+    vector_env = EditingVectorEnv(envs)
+    vector_env.seed(seed)
+    return vector_env
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

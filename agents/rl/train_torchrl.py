@@ -5,8 +5,8 @@ r"""PPO of TorchRL.
     hiedit compare --model planted --dataset planted-facts-test --num-edits 20 --out table \
         --agents torchrl:runs/torchrl random-layers oracle
 
-N lives on one resident model are one Gymnasium vector environment with autoreset disabled, whose
-masked resets TorchRL's ``GymWrapper`` makes by itself. DIR then holds what TorchRL writes
+N environments on one resident model are one Gymnasium vector environment with autoreset disabled,
+whose masked resets TorchRL's ``GymWrapper`` makes by itself. DIR then holds what TorchRL writes
 (``training/`` with the scalars of its ``CSVLogger``; ``actor.pt``, ``critic.pt`` and the best
 evaluated ``best_actor.pt``, state dicts of its modules) and what hiedit reads (``policy.json``,
 ``policy.safetensors``). To go on training, do as TorchRL does:
@@ -45,7 +45,7 @@ except ImportError as error:
 
 #: What ``--set`` can change.
 SETTINGS: Mapping[str, Any] = {
-    "rollout": 16,  # facts of every life between two updates
+    "rollout": 16,  # facts of every environment between two updates
     "epochs": 4,
     "batch_size": 64,
     "lr": 3e-3,
@@ -72,9 +72,9 @@ def train(args: TrainingArguments) -> ProbabilisticActor:
     refuse_finished(args.out)
     settings = replaced(SETTINGS, args.settings)
     torch.manual_seed(args.seed)
-    lives = args.task.make_vec(args.num_envs, autoreset_mode=AutoresetMode.DISABLED)
-    envs = _wrapped(lives, args.seed)
-    sizes = args.task.sizes(lives)
+    vector_env = args.task.make_vec(args.num_envs, autoreset_mode=AutoresetMode.DISABLED)
+    envs = _wrapped(vector_env, args.seed)
+    sizes = args.task.sizes(vector_env)
 
     def network(outputs: int) -> MLP:
         return MLP(
@@ -177,9 +177,9 @@ def train(args: TrainingArguments) -> ProbabilisticActor:
     return actor
 
 
-def _wrapped(lives: Any, seed: int) -> EnvBase:
-    """Lives as a TorchRL environment with the reward of the episode so far."""
-    envs = TransformedEnv(GymWrapper(lives), RewardSum())
+def _wrapped(vector_env: Any, seed: int) -> EnvBase:
+    """Environments as a TorchRL environment with the reward of the episode so far."""
+    envs = TransformedEnv(GymWrapper(vector_env), RewardSum())
     envs.set_seed(seed)
     return envs
 

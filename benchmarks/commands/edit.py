@@ -80,7 +80,7 @@ def edit_model(
     inner = unwrapped(env)
     for request in inner.requests:
         # All of it, before anything else: an error here names the file's row.
-        inner.life.evaluator.encode(request)
+        inner.episode.evaluator.encode(request)
     before = _answers(inner.llm, inner.requests, "answers before", progress)
     episode = play(env, editor, 0, progress=progress)
     if episode.error_type is not None:

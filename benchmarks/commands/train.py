@@ -168,7 +168,7 @@ def make_env(
     """The environment an agent is trained in; the horizon is the agent's, where it has one."""
     with candidates_for([editor], run.model, run.layers) as layers:
         return gym.make(
-            "hiedit/LayerSelection-v0",
+            "hiedit/LayerSelection-v1",
             disable_env_checker=True,
             model=run.model,
             dataset=run.dataset,

@@ -15,7 +15,13 @@ from hiedit_agents.named.candidates import candidates_for
 from hiedit_agents.protocol import Agent
 from hiedit_agents.registry import is_trained, make_agent
 from hiedit_benchmarks.comparison.contamination import trained_on
-from hiedit_benchmarks.comparison.episode import Episode, FinishedEdit, play, stage_bars, unwrapped
+from hiedit_benchmarks.comparison.episode import (
+    FinishedEdit,
+    PlayedEpisode,
+    play,
+    stage_bars,
+    unwrapped,
+)
 from hiedit_benchmarks.comparison.figure import draw
 from hiedit_benchmarks.comparison.results import (
     UNEDITED,
@@ -201,7 +207,7 @@ def environment_id(settings: CompareSettings) -> str:
     planted = settings.model == "planted" and (
         settings.dataset is None or settings.dataset.startswith("planted-facts")
     )
-    return "hiedit/Planted-v0" if planted else "hiedit/LayerSelection-v0"
+    return "hiedit/Planted-v1" if planted else "hiedit/LayerSelection-v1"
 
 
 def make_env(settings: CompareSettings, progress: bool, **overrides: Any) -> gym.Env[Any, Any]:
@@ -220,7 +226,7 @@ def _facts_of(env: gym.Env[Any, Any]) -> dict[str, Any]:
     return {
         "dataset_fingerprint": fingerprint(inner.requests),
         "candidate_layers": list(inner.llm.names),
-        "step_size_used": inner.life.rule.step_size,
+        "step_size_used": inner.episode.rule.step_size,
     }
 
 
@@ -232,7 +238,7 @@ def _run(
     reference: UneditedAnswers,
     settings: CompareSettings,
     progress: bool,
-) -> tuple[Episode, Evaluation]:
+) -> tuple[PlayedEpisode, Evaluation]:
     episode = play(env, agent, seed, progress=progress)
     with stage_bars(f"{name}, seed {seed}: measuring", progress) as report:
         evaluation = evaluate(
@@ -257,7 +263,7 @@ def _best_rewards(env: gym.Env[Any, Any], seed: int, progress: bool) -> list[flo
 def _row(
     name: str,
     seed: int,
-    episode: Episode,
+    episode: PlayedEpisode,
     evaluation: Evaluation,
     best: Sequence[float] | None,
     settings: Mapping[str, Any],
@@ -286,7 +292,9 @@ def _average(values: Sequence[float]) -> float:
     return float(np.mean(values)) if values else 0.0
 
 
-def _details(env: gym.Env[Any, Any], episode: Episode, evaluation: Evaluation) -> dict[str, Any]:
+def _details(
+    env: gym.Env[Any, Any], episode: PlayedEpisode, evaluation: Evaluation
+) -> dict[str, Any]:
     requests = episode.requests
     return {
         "layer_names": unwrapped(env).llm.names,

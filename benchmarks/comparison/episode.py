@@ -1,4 +1,4 @@
-"""Playing one life: one agent, one stream of facts, what was written and how well it went."""
+"""Playing one episode: one agent, one stream of facts, what was written and how well it went."""
 
 from __future__ import annotations
 
@@ -48,12 +48,12 @@ class FinishedEdit:
 
 
 @dataclass(frozen=True, slots=True)
-class Episode:
-    """One life.
+class PlayedEpisode:
+    """One episode.
 
     Args:
         requests: The F facts of the stream.
-        edits: One per finished edit; fewer than F where the life ended early.
+        edits: One per finished edit; fewer than F where the episode ended early.
         error_type: Why it ended early, None if it did not.
         seconds: Wall-clock time of choosing, editing and judging, without the reset and without
             asking the oracle.
@@ -76,17 +76,17 @@ class Episode:
         """How good the choices were, where the right ones are known; else nothing.
 
         Args:
-            best: Rewards of the life that the oracle lives on the same stream with the
+            best: Rewards of the episode that the oracle lives on the same stream with the
                 environment's own low level, fact by fact.
 
         Returns:
-            In the unit of the reward, per fact: ``regret``, what the oracle's life was paid more
-            (the fact at which a life ended early and those it did not reach count as what was
+            In the unit of the reward, per fact: ``regret``, what the oracle's episode was paid more
+            (the fact at which an episode ended early and those it did not reach count as what was
             paid there), and
             ``one_step_regret``, what the best option would have been paid more at the agent's own
-            states with its own low level, mean over the finished edits; where a life is ruined, or
-            a low level does nothing, that is little, since there nothing helps. In percent of the
-            facts that were not answered before anything was written, so of those where a choice
+            states with its own low level, mean over the finished edits; where an episode is ruined,
+            or a low level does nothing, that is little, since there nothing helps. In percent of
+            the facts that were not answered before anything was written, so of those where a choice
             mattered: ``true_layer_share`` (the true layers were among those written),
             ``true_layer_exact_share`` (they were just those written) and
             ``true_layer_best_share`` (the oracle's best option was to write just them).
@@ -122,8 +122,8 @@ def play(
     *,
     options: dict[str, Any] | None = None,
     progress: bool = True,
-) -> Episode:
-    """Plays one life in ``hiedit/LayerSelection-v0``; the edited model stays in the environment.
+) -> PlayedEpisode:
+    """Plays one episode in ``hiedit/LayerSelection-v1``; the edited model stays in the environment.
 
     Args:
         env: The environment.
@@ -137,7 +137,7 @@ def play(
     inner.use_low_level(None)
     agent.reset(env, seed)
     observation, info = env.reset(seed=seed, options=options)
-    requests = tuple(fact.request for fact in inner.life.facts)
+    requests = tuple(fact.request for fact in inner.episode.facts)
     edits: list[FinishedEdit] = []
     ended, error, ending = False, None, 0.0
     start, asking = time.perf_counter(), 0.0
@@ -175,7 +175,7 @@ def play(
             )
             shown.update()
     seconds = time.perf_counter() - start - asking
-    return Episode(requests, tuple(edits), error, seconds, ending if error else 0.0)
+    return PlayedEpisode(requests, tuple(edits), error, seconds, ending if error else 0.0)
 
 
 def unwrapped(env: gym.Env[Any, Any]) -> EditingEnv:

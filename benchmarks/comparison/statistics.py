@@ -39,9 +39,10 @@ efficacy of each fact right after its own edit. agreement: with the unedited mod
 unrelated prompts."""
 
 ORACLE_LEGEND = """\
-regret: reward per fact that the oracle's own life was paid more (from the fact on at which a life
-ended early, what was paid there counts); one step: that the best choice of layers would have been
-paid more at each of the agent's states, with its low level (little where all is ruined already);
+regret: reward per fact that the oracle's own episode was paid more (from the fact on at which an
+episode ended early, what was paid there counts); one step: that the best choice of layers would
+have been paid more at each of the agent's states, with its low level (little where all is ruined
+already);
 true layer: facts, of those not answered beforehand, of which the layer that holds them was written;
 exactly: and no other."""
 

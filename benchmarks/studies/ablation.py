@@ -84,7 +84,7 @@ class Plan:
         layers_per_edit: K.
         low_settings: Behind the low level's name, as ``name=value&name=value``.
         low_window: Facts per optimiser step of the low level; None for the preset's.
-        low_trajectories, high_trajectories: Editing lives to train either level on, the low one
+        low_trajectories, high_trajectories: Episodes to train either level on, the low one
             for ``trained-low`` alone.
         variants: Names of the rows, ``hiedit`` first.
     """

@@ -11,8 +11,9 @@ Everything is measured in one run on one machine and reported as ratios.
   prompts again at every step. Steps of the two are interleaved, on the same facts.
 * ``training``: one training step of the agents ``rledit`` and ``hiedit``, as their presets have it
   but for a step after every fact, with 10 remembered edits.
-* ``tiny``: ``hiedit/LayerSelection-v0`` with its defaults, on one thread.
-* ``vector``: eight of its lives as a vector environment, against eight single environments stepped
+* ``tiny``: ``hiedit/LayerSelection-v1`` with its defaults, on one thread.
+* ``vector``: eight of its environments as a vector environment, against eight single environments
+stepped
   in turn, on the same facts with the same actions; on one thread, episodes of the two interleaved.
 """
 
@@ -128,7 +129,7 @@ class PlainLoop:
             The sum, over all prompts, of nats per answer token on the fact, its paraphrases and the
             remembered facts, and of KL(unedited ‖ edited) per answer token on unrelated prompts.
         """
-        llm, rule = self.llm, self.env.life.rule
+        llm, rule = self.llm, self.env.episode.rule
         probes = [*fact.probes, *(old.probes[0] for old in remembered if old.probes)]
         # Run again at every step: nothing is cached.
         with torch.no_grad(), llm.unedited():
@@ -184,7 +185,7 @@ class PlainLoop:
 def measure_model(model: str, dataset: str | None, edits: int, device: str) -> dict[str, Any]:
     """Overhead of ``env.step`` and its speed against the plain loop, with 10 remembered edits."""
     env = gymnasium.make(
-        "hiedit/LifelongEdit-v0",
+        "hiedit/LifelongEdit-v1",
         model=model,
         dataset=dataset,
         num_edits=10 + edits,
@@ -205,7 +206,7 @@ def measure_model(model: str, dataset: str | None, edits: int, device: str) -> d
     pass_seconds: list[float] = []
     plain_seconds: list[float] = []
     for _ in tqdm(range(edits), desc="measure", leave=False):
-        fact, remembered = base.life.fact, base.life.remembered
+        fact, remembered = base.episode.fact, base.episode.remembered
         start = clock(base.llm.device)
         plain.step(fact, remembered)
         plain_seconds.append(clock(base.llm.device) - start)
@@ -219,7 +220,7 @@ def measure_model(model: str, dataset: str | None, edits: int, device: str) -> d
     speedup = [p / s for p, s in zip(plain_seconds, step_seconds, strict=True)]
     return {
         "model": model,
-        "remembered_edits": len(base.life.remembered),
+        "remembered_edits": len(base.episode.remembered),
         "step_seconds": statistics.median(step_seconds),
         "pass_seconds": statistics.median(pass_seconds),
         "overhead_percent": 100 * statistics.median(overhead),
@@ -252,7 +253,7 @@ def measure_training(
         trainer.calibrate()
         times: list[float] = []
         trainer.trajectory(0, lambda _: times.append(clock(base.llm.device)))
-        remembered = len(base.life.remembered)
+        remembered = len(base.episode.remembered)
     seconds = np.diff(times)[10:]
     return {
         "agent": agent,
@@ -270,7 +271,7 @@ def peak_device_memory(device: torch.device) -> dict[str, float]:
 
 
 def measure_tiny(steps: int) -> dict[str, Any]:
-    """``LayerSelection-v0`` steps a second on one thread, defaults, all layers and random ones.
+    """``LayerSelection-v1`` steps a second on one thread, defaults, all layers and random ones.
 
     By the clock, and per second of processor time: the two agree where nothing else is running.
     """
@@ -278,7 +279,7 @@ def measure_tiny(steps: int) -> dict[str, Any]:
     torch.set_num_threads(1)
     result: dict[str, Any] = {}
     for name in ("all", "random"):
-        env = gymnasium.make("hiedit/LayerSelection-v0", disable_env_checker=True)
+        env = gymnasium.make("hiedit/LayerSelection-v1", disable_env_checker=True)
         env.action_space.seed(0)
         count = env.action_space.shape[0]  # type: ignore[index]
         rates, own_rates = [], []
@@ -299,27 +300,29 @@ def measure_tiny(steps: int) -> dict[str, Any]:
     return result
 
 
-def measure_vector(lives: int, steps: int) -> dict[str, Any]:
-    """Tiny ``LayerSelection-v0``: N lives together against N single environments, all layers.
+def measure_vector(num_envs: int, steps: int) -> dict[str, Any]:
+    """Tiny ``LayerSelection-v1``: N environments together against N single ones, all layers.
 
     Args:
-        lives: N.
-        steps: Steps of every life per episode.
+        num_envs: N.
+        steps: Steps of every environment per episode.
     """
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
-    name = "hiedit/LayerSelection-v0"
-    apart = [gymnasium.make(name, disable_env_checker=True, num_edits=steps) for _ in range(lives)]
+    name = "hiedit/LayerSelection-v1"
+    apart = [
+        gymnasium.make(name, disable_env_checker=True, num_edits=steps) for _ in range(num_envs)
+    ]
     together = gymnasium.make_vec(
         name,
-        lives,
+        num_envs,
         vectorization_mode="vector_entry_point",
         autoreset_mode="Disabled",
         num_edits=steps,
     )
     size = apart[0].action_space.shape
     assert size is not None
-    one, all_of_them = np.ones(size, np.int8), np.ones((lives, *size), np.int8)
+    one, all_of_them = np.ones(size, np.int8), np.ones((num_envs, *size), np.int8)
     seconds: dict[str, list[float]] = {"apart": [], "together": []}
     largest = 0.0
     for episode in range(5):
@@ -341,9 +344,9 @@ def measure_vector(lives: int, steps: int) -> dict[str, Any]:
     # The first episode fills the caches of both.
     ratios = [a / b for a, b in zip(seconds["apart"][1:], seconds["together"][1:], strict=True)]
     return {
-        "lives": lives,
-        "apart_steps_per_second": lives * steps / min(seconds["apart"][1:]),
-        "together_steps_per_second": lives * steps / min(seconds["together"][1:]),
+        "lives": num_envs,
+        "apart_steps_per_second": num_envs * steps / min(seconds["apart"][1:]),
+        "together_steps_per_second": num_envs * steps / min(seconds["together"][1:]),
         "times_faster": statistics.median(ratios),
         "largest_difference_of_rewards": largest,
     }

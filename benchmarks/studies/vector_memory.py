@@ -1,4 +1,4 @@
-"""Memory and time of many lives on one model.
+"""Memory and time of many environments on one model.
 
 ``python -m hiedit_benchmarks.studies.vector_memory``
 
@@ -27,25 +27,25 @@ from hiedit_env.envs.vector import VectorEditing
 
 
 def measure(
-    model: str, lives: int, steps: int, device: str = "cpu", update_rule: str = "decorrelated"
+    model: str, num_envs: int, steps: int, device: str = "cpu", update_rule: str = "decorrelated"
 ) -> dict[str, Any]:
-    """Edits all layers of every life, again and again, one primitive step per fact.
+    """Edits all layers of every environment, again and again, one primitive step per fact.
 
     Args:
         model: Name or path.
-        lives: N.
-        steps: Facts per life.
+        num_envs: N.
+        steps: Facts per environment.
         device: Of the model.
-        update_rule: Name of the rule; its statistics are every life's own.
+        update_rule: Name of the rule; its statistics are every environment's own.
 
     Returns:
         ``unedited_mb``, resident memory after a first step that wrote nothing; ``edited_mb`` and
         ``seconds`` after and of each of the following steps; ``updates_mb``, what the accumulated
-        changes of all lives hold at the end.
+        changes of all environments hold at the end.
     """
     envs = gymnasium.make_vec(
-        "hiedit/LayerSelection-v0",
-        lives,
+        "hiedit/LayerSelection-v1",
+        num_envs,
         vectorization_mode="vector_entry_point",
         model=model,
         num_edits=steps + 1,
@@ -67,7 +67,7 @@ def measure(
     changes = [env.llm.change(i) for env in envs.envs for i in range(len(env.llm.layers))]
     size = sum(change.nbytes for change in changes if change is not None)
     return {
-        "lives": lives,
+        "lives": num_envs,
         "unedited_mb": unedited,
         "edited_mb": edited,
         "updates_mb": size / 2**20,

@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
-from hiedit_env.envs.episode import LEVELS, EditingLife, NumericalCollapse
+from hiedit_env.envs.episode import LEVELS, EditingEpisode, NumericalCollapse
 from hiedit_env.envs.scheduler import Passes
 from hiedit_env.envs.state import EditRecord, History
 from hiedit_env.errors import NonFiniteUpdateError
@@ -29,7 +29,7 @@ class StepSemantics:
     """From a body of primitive steps to reward and information; see :class:`.LifelongEdit`."""
 
     llm: ResidentLLM
-    life: EditingLife
+    episode: EditingEpisode
     history: History
     weights_of_terms: dict[str, float]
     intrinsic: bool
@@ -44,9 +44,9 @@ class StepSemantics:
     ) -> Passes[Paid]:
         baseline: dict[str, float] = {}
         if self.intrinsic:
-            state = self.life.save()
+            state = self.episode.save()
             baseline, *_ = yield from self._attempt(body_all, rule_made=True)
-            self.life.restore(state)
+            self.episode.restore(state)
         terms, metrics, layers, error = yield from self._attempt(
             body, rule_made=rule_made, judge="step" if self.intrinsic else judge
         )
@@ -55,23 +55,23 @@ class StepSemantics:
         # A tensor where the evaluator keeps levels on the device.
         reward = reward if isinstance(reward, Tensor) else float(reward)
         self._edit_reward = self._edit_reward + reward
-        edit_index, steps = self.life.position, self.life.steps
+        edit_index, steps = self.episode.position, self.episode.steps
         edit_over = False
         if error is not None:
-            self.life.ended = True
+            self.episode.ended = True
         else:
-            edit_over = steps >= self.life.max_steps_per_edit or (
-                self.life.stop_when_answered and bool(metrics["answered"])
+            edit_over = steps >= self.episode.max_steps_per_edit or (
+                self.episode.stop_when_answered and bool(metrics["answered"])
             )
         info = self._info(terms, metrics, layers, edit_index, steps, edit_over)
         if error is not None:
             info["error_type"] = error
         if edit_over:
             self._record(dict(metrics))
-            yield from self.life.advance()
-            if not self.life.ended:
+            yield from self.episode.advance()
+            if not self.episode.ended:
                 self._begin_fact()
-        return reward, self.life.ended, info
+        return reward, self.episode.ended, info
 
     def _attempt(
         self, body: Body, *, rule_made: bool, judge: Judging = "step"
@@ -83,14 +83,14 @@ class StepSemantics:
         weights = self.weights_of_terms
         error = "numerical_collapse"
         try:
-            with self.life.transaction():
+            with self.episode.transaction():
                 layers = yield from body()
-                if judge == "never" or (judge == "fact" and not self.life.edit_over):
-                    if not np.isfinite(self.life.reading.loss):
+                if judge == "never" or (judge == "fact" and not self.episode.edit_over):
+                    if not np.isfinite(self.episode.reading.loss):
                         raise NumericalCollapse
                     nothing = dict.fromkeys((*LEVELS, "collapse"), 0.0)
-                    return nothing, self.life.reading.metrics, layers, None
-                rises, quality = yield from self.life.judge()
+                    return nothing, self.episode.reading.metrics, layers, None
+                rises, quality = yield from self.episode.judge()
         except NumericalCollapse:
             pass
         except NonFiniteUpdateError:
@@ -126,14 +126,14 @@ class StepSemantics:
         }
 
     def _record(self, metrics: dict[str, float]) -> None:
-        fact = self.life.fact.request
+        fact = self.episode.fact.request
         self.history.records.append(
             EditRecord(
-                edit_index=self.life.position,
+                edit_index=self.episode.position,
                 prompt=fact.prompt,
                 answer=fact.answer,
-                layers=self.life.written.copy(),
-                steps=self.life.steps,
+                layers=self.episode.written.copy(),
+                steps=self.episode.steps,
                 reward=float(self._edit_reward),
                 metrics=metrics,
             )

@@ -13,7 +13,7 @@ from hiedit_env.errors import ActionError
 
 
 def split_dict(action: Any, num_layers: int) -> tuple[Any, Any]:
-    """The parts of an action of ``hiedit/LifelongEdit-v0``: layers and step sizes, unchecked.
+    """The parts of an action of ``hiedit/LifelongEdit-v1``: layers and step sizes, unchecked.
 
     Raises:
         ActionError: not a mapping with exactly these keys; names the wrapper that would take it.
@@ -33,14 +33,14 @@ def split_dict(action: Any, num_layers: int) -> tuple[Any, Any]:
 
 
 def check_selection(action: Any, num_layers: int) -> NDArray[np.bool_]:
-    """A layer mask from a whole action of ``hiedit/LayerSelection-v0``.
+    """A layer mask from a whole action of ``hiedit/LayerSelection-v1``.
 
     Raises:
         ActionError: not L zeros and ones; names the wrapper that would take it.
     """
     remedies = {
-        "dict": "hiedit/LifelongEdit-v0 takes layers and step sizes",
-        "flat": "hiedit/LifelongEdit-v0 under hiedit_env.wrappers.FlattenAction takes 2 L numbers",
+        "dict": "hiedit/LifelongEdit-v1 takes layers and step sizes",
+        "flat": "hiedit/LifelongEdit-v1 under hiedit_env.wrappers.FlattenAction takes 2 L numbers",
         "floats": "hiedit_env.wrappers.BoxLayers takes L numbers from -1 to 1",
         "index": "hiedit_env.wrappers.DiscreteSubsets and SequentialSelection take one whole "
         "number",
@@ -50,15 +50,15 @@ def check_selection(action: Any, num_layers: int) -> NDArray[np.bool_]:
 
 
 def check_only_step_sizes(action: Any, num_layers: int) -> NDArray[np.float32]:
-    """Factors on the nominal step size from a whole action of ``hiedit/StepSize-v0``.
+    """Factors on the nominal step size from a whole action of ``hiedit/StepSize-v1``.
 
     Raises:
         ActionError: not L finite numbers in [−1, 1]; names the id that would take it.
     """
     remedies = {
-        "dict": "hiedit/LifelongEdit-v0 takes layers and step sizes",
-        "flat": "hiedit/LifelongEdit-v0 under hiedit_env.wrappers.FlattenAction takes 2 L numbers",
-        "mask": "hiedit/LayerSelection-v0 takes layers",
+        "dict": "hiedit/LifelongEdit-v1 takes layers and step sizes",
+        "flat": "hiedit/LifelongEdit-v1 under hiedit_env.wrappers.FlattenAction takes 2 L numbers",
+        "mask": "hiedit/LayerSelection-v1 takes layers",
     }
     with _advice(remedies, action, num_layers):
         return check_step_sizes(action, num_layers)

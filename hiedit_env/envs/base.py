@@ -19,7 +19,7 @@ from hiedit_env.datasets.load import load_requests
 from hiedit_env.datasets.streams import stream
 from hiedit_env.envs import rendering
 from hiedit_env.envs.accounting import Judging, Paid, StepSemantics
-from hiedit_env.envs.episode import LEVELS, EditingLife
+from hiedit_env.envs.episode import LEVELS, EditingEpisode
 from hiedit_env.envs.observations import Observer, View
 from hiedit_env.envs.scheduler import Passes, run
 from hiedit_env.envs.settings import (
@@ -100,7 +100,7 @@ class EditingEnv(StepSemantics, gym.Env[NDArray[np.float32], Any], gym.utils.EzP
         self._settle(ResidentLLM(loaded.model, loaded.tokenizer, candidates))
 
     def _settle(self, llm: ResidentLLM, cache: TensorCache | None = None) -> None:
-        """Builds on a model everything that belongs to one life.
+        """Builds on a model everything that belongs to one episode.
 
         Args:
             llm: The model.
@@ -119,7 +119,7 @@ class EditingEnv(StepSemantics, gym.Env[NDArray[np.float32], Any], gym.utils.EzP
             settings["update_rule"], llm.shapes, llm.device, rule_settings(settings)
         )
         self._own_max_steps = settings["max_steps_per_edit"]
-        self.life = EditingLife(
+        self.episode = EditingEpisode(
             llm,
             self._own_low_level,
             evaluator,
@@ -146,7 +146,7 @@ class EditingEnv(StepSemantics, gym.Env[NDArray[np.float32], Any], gym.utils.EzP
         twin = type(self).__new__(type(self))
         twin.__dict__.update(self.__dict__)
         twin._np_random, twin._np_random_seed = None, None
-        twin._settle(self.llm.fork(), self.life.evaluator.cache)
+        twin._settle(self.llm.fork(), self.episode.evaluator.cache)
         return twin
 
     # -- Gymnasium ------------------------------------------------------------------------------
@@ -154,7 +154,7 @@ class EditingEnv(StepSemantics, gym.Env[NDArray[np.float32], Any], gym.utils.EzP
     def reset(
         self, *, seed: int | None = None, options: dict[str, Any] | None = None
     ) -> tuple[NDArray[np.float32], dict[str, Any]]:
-        """Begins a new life: the unedited model and a stream drawn with the environment's seed.
+        """Begins a new episode: the unedited model and a stream drawn with the environment's seed.
 
         Args:
             seed: Seeds ``np_random``, from which the stream is drawn.
@@ -176,16 +176,16 @@ class EditingEnv(StepSemantics, gym.Env[NDArray[np.float32], Any], gym.utils.EzP
             super().reset(seed=seed)
             generator = self.np_random if self.shuffle else None
             facts = draw_stream(options, self.requests, self.num_edits, generator)
-            yield from self.life.start(facts)
+            yield from self.episode.start(facts)
         except HieditError:
             self._np_random, self._np_random_seed = random
             raise
-        self.history = History(self.llm.names, len(self.life.facts))
+        self.history = History(self.llm.names, len(self.episode.facts))
         self._edit_reward = 0.0
         self._begin_fact()
         nothing = dict.fromkeys((*LEVELS, "collapse"), 0.0)
         none = np.zeros(len(self.llm.layers), bool)
-        return self._info(nothing, self.life.reading.metrics, none, 0)
+        return self._info(nothing, self.episode.reading.metrics, none, 0)
 
     def step(self, action: Any) -> Step:
         """One step; what it means depends on the id, see the class docstring."""
@@ -214,14 +214,14 @@ class EditingEnv(StepSemantics, gym.Env[NDArray[np.float32], Any], gym.utils.EzP
 
     def view(self) -> View:
         """What the present observation is made of."""
-        life = self.life
-        share = life.written_counts / max(life.position, 1)
+        episode = self.episode
+        share = episode.written_counts / max(episode.position, 1)
         return View(
             llm=self.llm,
-            capture=life.capture,
+            capture=episode.capture,
             written_share=share.astype(np.float32),
-            steps_share=min(life.steps / life.max_steps_per_edit, 1.0),
-            stream_share=life.position / len(life.facts),
+            steps_share=min(episode.steps / episode.max_steps_per_edit, 1.0),
+            stream_share=episode.position / len(episode.facts),
         )
 
     # -- for torch agents -------------------------------------------------------------------------
@@ -230,7 +230,7 @@ class EditingEnv(StepSemantics, gym.Env[NDArray[np.float32], Any], gym.utils.EzP
     def capture(self) -> Capture:
         """The full keys and value gradients of the present fact, on the model's device."""
         self._require_running()
-        return self.life.capture
+        return self.episode.capture
 
     def loss(self, updates: Updates, *, l2: float = 0.0) -> Tensor:
         """What the model would lose by these updates, without writing them.
@@ -248,8 +248,10 @@ class EditingEnv(StepSemantics, gym.Env[NDArray[np.float32], Any], gym.utils.EzP
             UpdateShapeError, NonFiniteUpdateError: updates that do not fit or are not finite.
         """
         self._require_running()
-        life = self.life
-        return life.evaluator.loss(life.fact, life.remembered, updates, self.weights_of_terms, l2)
+        episode = self.episode
+        return episode.evaluator.loss(
+            episode.fact, episode.remembered, updates, self.weights_of_terms, l2
+        )
 
     def apply(self, updates: Updates, *, judge: Judging = "step", rule_made: bool = False) -> Step:
         """Writes the given updates as one primitive step of the present fact.
@@ -261,7 +263,7 @@ class EditingEnv(StepSemantics, gym.Env[NDArray[np.float32], Any], gym.utils.EzP
                 end of the ``"fact"`` (what the levels rose by until then is paid there), or
                 ``"never"``. A step without judgement is paid 0, and its ``metrics`` hold only what
                 the fact's own reading tells. With ``intrinsic`` every step is judged.
-            rule_made: Whether updates that are not finite end the life, as they do in ``step``,
+            rule_made: Whether updates that are not finite end the episode, as they do in ``step``,
                 and are not an error of the caller's.
 
         Returns:
@@ -274,8 +276,8 @@ class EditingEnv(StepSemantics, gym.Env[NDArray[np.float32], Any], gym.utils.EzP
         everything = np.ones(len(self.llm.layers), bool)
         reward, ended, info = run(
             self._pay(
-                lambda: self.life.primitive(updates),
-                lambda: self.life.primitive(self.life.propose(everything)),
+                lambda: self.episode.primitive(updates),
+                lambda: self.episode.primitive(self.episode.propose(everything)),
                 rule_made=rule_made,
                 judge=judge,
             )
@@ -287,7 +289,7 @@ class EditingEnv(StepSemantics, gym.Env[NDArray[np.float32], Any], gym.utils.EzP
     ) -> None:
         """Puts a live update rule in the place of the one the environment was made with.
 
-        The present life ends: :meth:`reset` begins one with the new rule.
+        The present episode ends: :meth:`reset` begins one with the new rule.
 
         Args:
             low_level: Made for ``llm.shapes`` on ``llm.device``; None for the environment's own.
@@ -304,13 +306,13 @@ class EditingEnv(StepSemantics, gym.Env[NDArray[np.float32], Any], gym.utils.EzP
                 f"the low level is made for layers of shapes {rule.shapes}, the environment's are "
                 f"{self.llm.shapes}; give both the same layers"
             )
-        self.life.use(rule, steps)
+        self.episode.use(rule, steps)
 
     def save_state(self) -> EnvState:
         """The whole state: weights, statistics, random state, position; bit-exact and cheap."""
         self._require_started()
         return EnvState(
-            life=self.life.save(),
+            episode=self.episode.save(),
             random=self.np_random.bit_generator.state,
             records=tuple(self.history.records),
             edit_reward=self._edit_reward,
@@ -320,11 +322,11 @@ class EditingEnv(StepSemantics, gym.Env[NDArray[np.float32], Any], gym.utils.EzP
         """A function that brings this environment back to where it is now, begun or not."""
         generator, seed = self._np_random, self._np_random_seed
         random = None if generator is None else generator.bit_generator.state
-        state = self.save_state() if self.life.facts else None
+        state = self.save_state() if self.episode.facts else None
 
         def back() -> None:
             if state is None:
-                self.life.use(self.life.rule, self.life.max_steps_per_edit)
+                self.episode.use(self.episode.rule, self.episode.max_steps_per_edit)
             else:
                 self.restore_state(state)
             self._np_random, self._np_random_seed = generator, seed
@@ -335,9 +337,9 @@ class EditingEnv(StepSemantics, gym.Env[NDArray[np.float32], Any], gym.utils.EzP
 
     def restore_state(self, state: EnvState) -> None:
         """Goes back (or forward) to a saved state of this environment, bit for bit."""
-        self.life.restore(state.life)
+        self.episode.restore(state.episode)
         self.np_random.bit_generator.state = state.random
-        self.history = History(self.llm.names, len(state.life.facts), list(state.records))
+        self.history = History(self.llm.names, len(state.episode.facts), list(state.records))
         self._edit_reward = state.edit_reward
 
     # -- what an id adds --------------------------------------------------------------------------
@@ -366,16 +368,16 @@ class EditingEnv(StepSemantics, gym.Env[NDArray[np.float32], Any], gym.utils.EzP
         self, layers: NDArray[np.bool_], multipliers: NDArray[np.float32] | None = None
     ) -> Passes[NDArray[np.bool_]]:
         """One primitive step by the update rule; an answered fact is left alone."""
-        if self.life.edit_over or not layers.any():
-            return self.life.primitive((None,) * len(self.llm.layers))
-        self.life.rule.look(self.observe)
-        return self.life.primitive(self.life.propose(layers, multipliers))
+        if self.episode.edit_over or not layers.any():
+            return self.episode.primitive((None,) * len(self.llm.layers))
+        self.episode.rule.look(self.observe)
+        return self.episode.primitive(self.episode.propose(layers, multipliers))
 
     def _require_started(self) -> None:
-        if not self.life.facts:
+        if not self.episode.facts:
             raise ResetNeeded("call reset() before anything else")
 
     def _require_running(self) -> None:
         self._require_started()
-        if self.life.ended:
-            raise ResetNeeded("the episode has ended; call reset() to begin a new life")
+        if self.episode.ended:
+            raise ResetNeeded("the episode has ended; call reset() to begin a new episode")

@@ -1,4 +1,4 @@
-"""One editing life: a stream of facts written, one after another, into one resident LLM.
+"""One episode: a stream of facts written, one after another, into one resident LLM.
 
 No Gymnasium here. The environments add spaces, checks and information to it.
 """
@@ -34,8 +34,8 @@ class NumericalCollapse(Exception):
 
 
 @dataclass(frozen=True, slots=True)
-class LifeState:
-    """Everything needed to go on from a point of a life, bit for bit.
+class EpisodeState:
+    """Everything needed to go on from a point of an episode, bit for bit.
 
     Args:
         facts: The whole stream.
@@ -44,14 +44,14 @@ class LifeState:
         written: L bool, layers written for the present fact.
         paid: Levels already paid out as reward for the present fact.
         written_counts: L int64, number of finished facts that wrote each layer.
-        ended: Whether the life is over, by its stream's end or by collapse.
+        ended: Whether the episode is over, by its stream's end or by collapse.
         weights: State of the candidate weights.
         rule: Statistics of the update rule.
         references: What unrelated prompts are compared with.
         reading: The present fact at the present weights, if it was read already.
         observed: The capture the rule's statistics have taken in last, if of the present fact.
 
-    Tensors are shared with the life, which never writes them in place, so saving is cheap.
+    Tensors are shared with the episode, which never writes them in place, so saving is cheap.
     """
 
     facts: tuple[EncodedFact, ...]
@@ -68,7 +68,7 @@ class LifeState:
     observed: Capture | None
 
 
-class EditingLife:
+class EditingEpisode:
     """The state machine behind every environment.
 
     ``start`` → (``primitive`` … → ``judge``) … → ``advance`` to the next fact → … → ended. These
@@ -105,7 +105,7 @@ class EditingLife:
         self.use(rule, max_steps_per_edit)
 
     def use(self, rule: UpdateRule, max_steps_per_edit: int) -> None:
-        """Takes another rule and number of steps; a life under way is over without a trace."""
+        """Takes another rule and number of steps; an episode under way is over without a trace."""
         self.max_steps_per_edit = whole_number(max_steps_per_edit, "max_steps_per_edit", 1)
         self.rule = rule
         self.facts: tuple[EncodedFact, ...] = ()
@@ -147,10 +147,10 @@ class EditingLife:
     # -- the way forward ------------------------------------------------------------------------
 
     def start(self, requests: Sequence[Request]) -> Passes[None]:
-        """Begins a new life: unedited weights, fresh statistics, the first fact.
+        """Begins a new episode: unedited weights, fresh statistics, the first fact.
 
         Raises:
-            PromptError: a request that cannot be tokenised; the life is left as it was.
+            PromptError: a request that cannot be tokenised; the episode is left as it was.
         """
         if not requests:
             raise SettingsError("a stream needs at least one request")
@@ -230,7 +230,7 @@ class EditingLife:
         return 1.0 - float(self.written.mean())
 
     def advance(self) -> Passes[None]:
-        """Ends the present fact and begins the next, or ends the life."""
+        """Ends the present fact and begins the next, or ends the episode."""
         self.written_counts = self.written_counts + self.written
         self.position += 1
         if self.position == len(self.facts):
@@ -240,9 +240,9 @@ class EditingLife:
 
     # -- the way back ---------------------------------------------------------------------------
 
-    def save(self) -> LifeState:
+    def save(self) -> EpisodeState:
         """The present state, for :meth:`restore`."""
-        return LifeState(
+        return EpisodeState(
             facts=self.facts,
             position=self.position,
             steps=self.steps,
@@ -257,7 +257,7 @@ class EditingLife:
             observed=self._observed,
         )
 
-    def restore(self, state: LifeState) -> None:
+    def restore(self, state: EpisodeState) -> None:
         """Goes back to a saved state, bit for bit."""
         self.llm.restore(state.weights)
         self.rule.load_state_dict(state.rule)

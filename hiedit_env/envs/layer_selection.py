@@ -1,4 +1,4 @@
-"""``hiedit/LayerSelection-v0``: which layers; one step is a whole option on one fact."""
+"""``hiedit/LayerSelection-v1``: which layers; one step is a whole option on one fact."""
 
 from __future__ import annotations
 
@@ -35,10 +35,12 @@ class LayerSelection(EditingEnv):
     (``edit_over`` is False); ``step`` then goes on with the steps left.
 
     ## Version History
-    - v0: first version.
+    - v1: ``agreement`` and ``recent_retention`` have one meaning each; the keys of
+      ``info`` never vary.
+    - v0: first version, never released.
 
     >>> import gymnasium, hiedit_env, numpy as np
-    >>> env = gymnasium.make("hiedit/LayerSelection-v0", num_edits=3)
+    >>> env = gymnasium.make("hiedit/LayerSelection-v1", num_edits=3)
     >>> observation, info = env.reset(seed=0)
     >>> observation, reward, terminated, truncated, info = env.step(np.ones(6, np.int8))
     >>> info["edit_over"], terminated
@@ -54,11 +56,11 @@ class LayerSelection(EditingEnv):
     def _run(self, *chosen: Any) -> Passes[NDArray[np.bool_]]:
         layers: NDArray[np.bool_] = chosen[0]
         written = np.zeros_like(layers)
-        while not self.life.edit_over:
+        while not self.episode.edit_over:
             written |= yield from self._primitive(layers)
             if not layers.any():
                 # Nothing will change any more: the option's remaining steps are spent at once.
-                self.life.steps = self.life.max_steps_per_edit
+                self.episode.steps = self.episode.max_steps_per_edit
         return written
 
     def _run_all(self, *chosen: Any) -> Passes[NDArray[np.bool_]]:

@@ -1,4 +1,4 @@
-"""``hiedit/LifelongEdit-v0``: which layers, and how strongly, one primitive update at a time."""
+"""``hiedit/LifelongEdit-v1``: which layers, and how strongly, one primitive update at a time."""
 
 from __future__ import annotations
 
@@ -92,10 +92,12 @@ class LifelongEdit(EditingEnv):
     - ``trust_remote_code``, ``progress``: as for ``load_model``.
 
     ## Version History
-    - v0: first version.
+    - v1: ``agreement`` and ``recent_retention`` have one meaning each; the keys of
+      ``info`` never vary.
+    - v0: first version, never released.
 
     >>> import gymnasium, hiedit_env
-    >>> env = gymnasium.make("hiedit/LifelongEdit-v0", num_edits=2)
+    >>> env = gymnasium.make("hiedit/LifelongEdit-v1", num_edits=2)
     >>> observation, info = env.reset(seed=0)
     >>> action = {"layers": [1, 1, 1, 1, 1, 1], "step_size": [0.0] * 6}
     >>> observation, reward, terminated, truncated, info = env.step(action)

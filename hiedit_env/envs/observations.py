@@ -29,7 +29,7 @@ _COLUMNS = [2, 1, 1, 1, 2, 2 * PROJECTIONS]
 
 @dataclass(frozen=True, slots=True)
 class View:
-    """What one life shows: the arguments of :meth:`Observer.__call__`, and its model."""
+    """What one environment shows: the arguments of :meth:`Observer.__call__`, and its model."""
 
     llm: ResidentLLM
     capture: Capture
@@ -105,10 +105,10 @@ class Observer:
         return observation
 
     def batch(self, views: Sequence[View]) -> Tensor:
-        """Observations of several lives of one model, in few kernels.
+        """Observations of several environments of one model, in few kernels.
 
         Args:
-            views: N of them; their models are forks of one, or there is one life.
+            views: N of them; their models are forks of one, or there is one environment.
 
         Returns:
             N × ``size`` float32 in [−1, 1], on the model's device.
@@ -169,7 +169,7 @@ class Observer:
 
 
 def _padded(blocks: Sequence[Tensor], longest: int) -> Tensor:
-    """N lives' G × T_n × size as (N G) × T × size, with zeros at the end."""
+    """N environments' G × T_n × size as (N G) × T × size, with zeros at the end."""
     if len(blocks) == 1:
         return blocks[0]
     return torch.cat([F.pad(rows, (0, 0, 0, longest - rows.shape[1])) for rows in blocks])

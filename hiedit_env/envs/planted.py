@@ -1,4 +1,4 @@
-"""``hiedit/Planted-v0``: layer selection where the right answer is known."""
+"""``hiedit/Planted-v1``: layer selection where the right answer is known."""
 
 from __future__ import annotations
 
@@ -71,23 +71,25 @@ class Planted(LayerSelection):
     The *one-step regret* of an action is ``oracle().reward`` minus the reward paid: never below 0,
     up to rounding. The best option looks one fact ahead: it is the best for this fact, not for
     those that follow, and the best with the low level in use, however bad that is. So
-    ``hiedit compare`` reports regret against the oracle's own life with the environment's own rule
-    as well.
+    ``hiedit compare`` reports regret against the oracle's own episode with the environment's own
+    rule as well.
 
     ## Arguments
     As there, but ``model`` is ``"planted"`` and ``update_rule`` is ``"gradient"`` by default, and
     every fact of ``dataset`` must come with its ``true_layers``. The gradient, clipped so that one
-    bad choice does not ruin the rest of a life, keeps no statistics, so what is best for a fact
+    bad choice does not ruin the rest of an episode, keeps no statistics, so what is best for a fact
     hardly depends on the facts before it; with rules that standardise keys and gradients the true
     layer is less often the best one, above all early.
     ``"planted-facts-train"`` and ``"planted-facts-test"`` are halves of the data set that share
     relations but no subjects.
 
     ## Version History
-    - v0: first version.
+    - v1: ``agreement`` and ``recent_retention`` have one meaning each; the keys of
+      ``info`` never vary.
+    - v0: first version, never released.
 
     >>> import gymnasium, hiedit_env
-    >>> env = gymnasium.make("hiedit/Planted-v0", num_edits=3)
+    >>> env = gymnasium.make("hiedit/Planted-v1", num_edits=3)
     >>> observation, info = env.reset(seed=0)
     >>> best = env.unwrapped.oracle()
     >>> best.layers.astype(int).tolist() == info["true_layers"].tolist()
@@ -105,7 +107,7 @@ class Planted(LayerSelection):
             if not request.true_layers:
                 raise SettingsError(
                     f"{request.source} does not say which layers hold it (true_layers), so nothing "
-                    "is known about it; take dataset='planted-facts' or hiedit/LayerSelection-v0"
+                    "is known about it; take dataset='planted-facts' or hiedit/LayerSelection-v1"
                 )
         self._last: tuple[Reading, Oracle] | None = None
         self._twins: tuple[Planted, ...] = ()
@@ -127,7 +129,7 @@ class Planted(LayerSelection):
                 f"there are {count}"
             )
         # One reading belongs to one fact at one state of the weights.
-        reading = self.life.reading
+        reading = self.episode.reading
         if self._last is None or self._last[0] is not reading:
             options = list(_subsets(count))
             worths = self._worths([_mask(layers, count) for layers in options])
@@ -142,8 +144,8 @@ class Planted(LayerSelection):
         before = self.save_state()
         try:
             # Every option begins with the same capture, which is taken in once.
-            self.life.observe()
-            start = self.life.save()
+            self.episode.observe()
+            start = self.episode.save()
             if not self._twins:
                 self.llm.restore_unedited()
                 self._twins = tuple(self.fork() for _ in range(min(TWINS, len(options))))
@@ -155,9 +157,9 @@ class Planted(LayerSelection):
             twins = self._twins[: len(chosen)]
             for twin in twins:
                 # A rule that runs the model itself has to run the twin's.
-                rule = copy.deepcopy(self.life.rule, {id(self.llm): twin.llm})
-                twin.life.use(rule, self.life.max_steps_per_edit)
-                twin.life.restore(start)
+                rule = copy.deepcopy(self.episode.rule, {id(self.llm): twin.llm})
+                twin.episode.use(rule, self.episode.max_steps_per_edit)
+                twin.episode.restore(start)
             with self.llm.unedited():
                 found = run_together([t._worth(o) for t, o in zip(twins, chosen, strict=True)])
             for worth in found:
@@ -167,12 +169,12 @@ class Planted(LayerSelection):
         return worths
 
     def _worth(self, layers: NDArray[np.bool_]) -> Passes[float]:
-        """What :meth:`step` would pay; the life is left where that ends."""
+        """What :meth:`step` would pay; the episode is left where that ends."""
         baseline: Mapping[str, float] = {}
         if self.intrinsic:
-            state = self.life.save()
+            state = self.episode.save()
             baseline, *_ = yield from self._attempt(lambda: self._run_all(layers), rule_made=True)
-            self.life.restore(state)
+            self.episode.restore(state)
         terms, *_ = yield from self._attempt(lambda: self._run(layers), rule_made=True)
         return float(sum(value - baseline.get(term, 0.0) for term, value in terms.items()))
 
@@ -183,7 +185,7 @@ class Planted(LayerSelection):
         return twin
 
     def _info(self, *arguments: Any, **named: Any) -> dict[str, Any]:
-        names = self.life.fact.request.true_layers
+        names = self.episode.fact.request.true_layers
         true = np.array([name in names for name in self.llm.names], np.int8)
         return {**super()._info(*arguments, **named), "true_layers": true}
 

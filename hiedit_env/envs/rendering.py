@@ -1,4 +1,4 @@
-"""What a life looks like: as text, and as a picture of the layers written and the metrics.
+"""What an episode looks like: as text, and as a picture of the layers written and the metrics.
 
 ``draw_layers``, ``draw_shares`` and ``draw_metrics`` draw on any matplotlib axes, so that other
 figures can use them. matplotlib is imported when something is drawn, and pyplot never: it keeps
@@ -120,7 +120,7 @@ def _masks(history: History) -> NDArray[np.bool_]:
 
 
 def render_ansi(history: History) -> str:
-    """The life so far as plain text: layers by edits, metrics, the last edit.
+    """The episode so far as plain text: layers by edits, metrics, the last edit.
 
     Returns:
         Lines of at most 100 columns without escape codes. Metrics and shares are in percent.
@@ -193,7 +193,7 @@ def _shorten(text: str, columns: int) -> str:
 
 
 def render_rgb(history: History) -> NDArray[np.uint8]:
-    """The life so far as a picture: which layers each edit wrote, above the running metrics.
+    """The episode so far as a picture: which layers each edit wrote, above the running metrics.
 
     The axes span the whole stream from the start, so that the pictures of an episode make a film.
 
@@ -257,9 +257,9 @@ def draw_layers(
     Args:
         axes: Drawn upon; limits, ticks and axis labels are set, the title is left to the caller.
         masks: E × L, True or 1 where the edit wrote the layer; fractions, such as means over
-            several lives, are drawn in between.
+            several episodes, are drawn in between.
         layer_names: L dotted module names; the ticks show block and matrix.
-        num_edits: Width in edits, for a life that is not over; by default E.
+        num_edits: Width in edits, for an episode that is not over; by default E.
 
     Returns:
         The heatmap, from 0 to 1, e.g. for a colour bar.
@@ -342,8 +342,8 @@ def draw_metrics(
     Args:
         axes: Drawn upon; limits, ticks and axis labels are set, title and legend are left to the
             caller. Edit i of the stream, counted from 1, is at x = i.
-        records: E records of one life.
-        num_edits: Width in edits, for a life that is not over; by default E.
+        records: E records of one episode.
+        num_edits: Width in edits, for an episode that is not over; by default E.
         window: Edits in a running mean, see :func:`running_mean`; 1 draws the values themselves.
         metrics: The metrics and how to draw them.
 

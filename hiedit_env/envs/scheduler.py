@@ -1,8 +1,9 @@
-"""What a life asks of the model, as values: so that several lives can be answered in one pass.
+"""Requests for forward passes, as dataclasses, so that several environments can share a pass.
 
-A life is written as generators that *yield* a pass and are sent its result. :func:`run` answers
-them one by one; :func:`run_together` advances several lives in step and answers what they ask for
-at the same time together. Nothing of a life's meaning depends on which of the two drives it.
+An environment is written as generators that *yield* a pass and are sent its result. :func:`run`
+answers them one by one; :func:`run_together` advances several lives in step and answers what they
+ask for at the same time together. Nothing of an environment's meaning depends on which of the two
+drives it.
 """
 
 from __future__ import annotations
@@ -40,44 +41,44 @@ class Judge:
 
 
 Pass = Read | Judge
-#: A piece of a life: yields passes, is sent their results, and returns a T.
+#: A piece of an environment: yields passes, is sent their results, and returns a T.
 Passes = Generator[Pass, Any, T]
 
 
-def run(life: Passes[T]) -> T:
-    """Drives one life alone.
+def run(passes: Passes[T]) -> T:
+    """Drives one environment alone.
 
     Returns:
         What the generator returns.
     """
-    [result] = run_together([life])
+    [result] = run_together([passes])
     if isinstance(result, BaseException):
         raise result
     return result
 
 
-def run_together(lives: Sequence[Passes[T]]) -> list[T | BaseException]:
-    """Drives lives of one model in step; readings first, so that judgements wait for each other.
+def run_together(several: Sequence[Passes[T]]) -> list[T | BaseException]:
+    """Drives environments of one model in step; readings first, so that judgements wait.
 
     Args:
-        lives: Any number of generators.
+        several: Any number of generators.
 
     Returns:
-        What each returns or raises, in order. A pass that fails is raised inside every life that
-        waited for it, so that each can undo what it had begun.
+        What each returns or raises, in order. A pass that fails is raised inside every environment
+        that waited for it, so that each can undo what it had begun.
     """
     results: dict[int, T | BaseException] = {}
     waiting: dict[int, Pass] = {}
 
     def advance(i: int, answer: Any, error: BaseException | None = None) -> None:
         try:
-            waiting[i] = lives[i].throw(error) if error is not None else lives[i].send(answer)
+            waiting[i] = several[i].throw(error) if error is not None else several[i].send(answer)
         except StopIteration as stop:
             results[i] = stop.value
         except BaseException as raised:
             results[i] = raised
 
-    for i in range(len(lives)):
+    for i in range(len(several)):
         advance(i, None)
     while waiting:
         kind = Read if any(isinstance(p, Read) for p in waiting.values()) else Judge
@@ -86,13 +87,14 @@ def run_together(lives: Sequence[Passes[T]]) -> list[T | BaseException]:
         try:
             answers = _answer(asked)
         except BaseException as error:
-            # An interruption too: otherwise a life would undo itself whenever it is collected.
+            # An interruption too: otherwise an environment would undo itself whenever it is
+            # collected.
             for i in chosen:
                 advance(i, None, error)
             continue
         for i, answer in zip(chosen, answers, strict=True):
             advance(i, answer)
-    return [results[i] for i in range(len(lives))]
+    return [results[i] for i in range(len(several))]
 
 
 def _answer(asked: Sequence[Pass]) -> Sequence[Reading] | Sequence[Quality]:

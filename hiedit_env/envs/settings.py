@@ -138,7 +138,7 @@ def draw_stream(
     num_edits: int | None,
     generator: np.random.Generator | None,
 ) -> Sequence[Request]:
-    """The facts of a new life.
+    """The facts of a new episode.
 
     Args:
         options: Options of ``reset``; ``requests`` replaces everything else.

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from hiedit_env.envs.episode import LifeState
+from hiedit_env.envs.episode import EpisodeState
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,7 +38,7 @@ class EditRecord:
 
 @dataclass(slots=True)
 class History:
-    """The records of the present life.
+    """The records of the present episode.
 
     Args:
         layer_names: L names in forward order.
@@ -55,14 +55,14 @@ class EnvState:
     """A saved state of an environment; see :meth:`.base.EditingEnv.save_state`.
 
     Args:
-        life: Weights, statistics and position.
+        episode: Weights, statistics and position.
         random: State of ``np_random``.
         records: The finished edits, for rendering.
         edit_reward: Reward paid for the present fact so far.
         option: The present fact's layers, L bool, where a high level chose them.
     """
 
-    life: LifeState
+    episode: EpisodeState
     random: Mapping[str, Any]
     records: tuple[EditRecord, ...]
     edit_reward: float

@@ -1,4 +1,4 @@
-"""``hiedit/StepSize-v0``: how strongly; the layers come from a given high level."""
+"""``hiedit/StepSize-v1``: how strongly; the layers come from a given high level."""
 
 from __future__ import annotations
 
@@ -38,10 +38,12 @@ class StepSize(EditingEnv):
     - ``layers_per_edit``: K of those that have a size; half of the layers where None.
 
     ## Version History
-    - v0: first version.
+    - v1: ``agreement`` and ``recent_retention`` have one meaning each; the keys of
+      ``info`` never vary.
+    - v0: first version, never released.
 
     >>> import gymnasium, hiedit_env, numpy as np
-    >>> env = gymnasium.make("hiedit/StepSize-v0", high_level="fixed-layers", layers_per_edit=2)
+    >>> env = gymnasium.make("hiedit/StepSize-v1", high_level="fixed-layers", layers_per_edit=2)
     >>> observation, info = env.reset(seed=0)
     >>> env.unwrapped.option.tolist()
     [True, True, False, False, False, False]
@@ -83,7 +85,7 @@ class StepSize(EditingEnv):
             self.option = state.option.copy()
 
     def _begin_fact(self) -> None:
-        self.option = self._choice(self.life.capture, self.np_random)
+        self.option = self._choice(self.episode.capture, self.np_random)
 
     def _make_action_space(self, num_layers: int) -> spaces.Space[Any]:
         return spaces.Box(-1.0, 1.0, (num_layers,), np.float32)

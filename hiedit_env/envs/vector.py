@@ -1,4 +1,4 @@
-"""Many editing lives on one resident model, advanced together: the vector environments."""
+"""Many environments on one resident model, advanced together: the vector environments."""
 
 from __future__ import annotations
 
@@ -30,36 +30,38 @@ Batch = tuple[Any, Any, Any, Any, dict[str, Any]]
 
 
 class VectorEditing(VectorEnv[Observations, Any, NDArray[Any]], Generic[E]):
-    """N independent editing lives over one set of resident base weights.
+    """N independent environments over one set of resident base weights.
 
-    Every life is an environment of the id, with its own stream, statistics, accumulated updates and
-    random state; none is written into the shared model. ``reset`` and ``step`` advance all lives
-    together, so that what they ask of the model at the same time is answered by one pass. Seeds,
+    Every environment is an environment of the id, with its own stream, statistics, accumulated
+    updates and random state; none is written into the shared model. ``reset`` and ``step`` advance
+    all environments together, so that what they ask of the model at the same time is answered by
+    one pass. Seeds,
     spaces, rewards and information are those of N single environments, up to rounding: an edited
     layer computes x W + x Δ here and x (W + Δ) there.
 
     ## Arguments
     - ``num_envs``: N.
-    - ``autoreset_mode``: what happens to a life whose episode has ended. ``"NextStep"`` (default):
-      the next ``step`` begins a new one in the place of an action and pays 0. ``"SameStep"``: it
-      begins within the step; the last observation and information are in ``info["final_obs"]`` and
-      ``info["final_info"]``. ``"Disabled"``: ``reset(options={"reset_mask": mask})`` begins new
-      episodes where ``mask`` (N bool) is True, and stepping an ended life is an error.
+    - ``autoreset_mode``: what happens to an environment whose episode has ended. ``"NextStep"``
+      (default): the next ``step`` begins a new one in the place of an action and pays 0.
+      ``"SameStep"``: it begins within the step; the last observation and information are in
+      ``info["final_obs"]`` and ``info["final_info"]``. ``"Disabled"``:
+      ``reset(options={"reset_mask": mask})`` begins new episodes where ``mask`` (N bool) is True,
+      and stepping an ended environment is an error.
     - ``tensors``: if True, observations and rewards are float32 tensors on the model's device that
       were never on the host (rewards by generation excepted), and ended episodes are bool tensors
       there; ``info["reward_terms"]`` holds scalar tensors. Actions may be tensors in any case.
-    - ``max_batch_tokens``: bound of prompts × longest prompt in one pass over all lives.
+    - ``max_batch_tokens``: bound of prompts × longest prompt in one pass over all environments.
     - everything else: as for the id.
 
     ## Starting State
-    ``reset(seed=s)`` seeds life i with s + i; a list gives one seed each. The option ``requests``
-    goes to every life.
+    ``reset(seed=s)`` seeds environment i with s + i; a list gives one seed each. The option
+    ``requests`` goes to every environment.
 
-    An error leaves all lives as they were.
+    An error leaves all environments as they were.
 
     >>> import gymnasium, hiedit_env, numpy as np
     >>> envs = gymnasium.make_vec(
-    ...     "hiedit/LayerSelection-v0", 3, vectorization_mode="vector_entry_point", num_edits=2
+    ...     "hiedit/LayerSelection-v1", 3, vectorization_mode="vector_entry_point", num_edits=2
     ... )
     >>> observations, info = envs.reset(seed=0)
     >>> observations, rewards, terminated, truncated, info = envs.step(np.ones((3, 6), np.int8))
@@ -93,11 +95,12 @@ class VectorEditing(VectorEnv[Observations, Any, NDArray[Any]], Generic[E]):
         first = self.env_class(**settings)
         if max_batch_tokens is not None:
             first.llm.max_batch_tokens = max_batch_tokens
-        #: The lives; each is an environment that can be looked into, but not stepped on its own.
+        #: The environments; each is an environment that can be looked into, but not stepped on its
+        #: own.
         self.envs: tuple[EditingEnv, ...] = tuple(first.fork() for _ in range(num_envs))
         self.tensors = tensors
         for env in self.envs:
-            env.life.evaluator.on_device = tensors
+            env.episode.evaluator.on_device = tensors
         self.metadata = {**first.metadata, "autoreset_mode": self.autoreset_mode}
         self.render_mode = first.render_mode
         self.single_observation_space = first.observation_space
@@ -115,10 +118,10 @@ class VectorEditing(VectorEnv[Observations, Any, NDArray[Any]], Generic[E]):
         seed: int | Sequence[int | None] | None = None,
         options: dict[str, Any] | None = None,
     ) -> tuple[Any, dict[str, Any]]:
-        """Begins new lives: all of them, or those of ``options["reset_mask"]``.
+        """Begins new episodes: all of them, or those of ``options["reset_mask"]``.
 
         Args:
-            seed: One for all (life i gets seed + i) or one each.
+            seed: One for all (environment i gets seed + i) or one each.
             options: ``reset_mask`` (N bool), and the options of the single environment.
 
         Raises:
@@ -136,17 +139,18 @@ class VectorEditing(VectorEnv[Observations, Any, NDArray[Any]], Generic[E]):
         return self._shown(), self._collect(dict(zip(chosen, infos, strict=True)))
 
     def step(self, actions: Any) -> Batch:
-        """One step of every life; see the class docstring for lives that have ended.
+        """One step of every environment; see the class docstring for environments that have ended.
 
         Raises:
-            ActionError: actions of another shape, or one that its life refuses.
-            SettingsError: an ended life is stepped although ``autoreset_mode`` is ``"Disabled"``.
+            ActionError: actions of another shape, or one that its environment refuses.
+            SettingsError: an ended environment is stepped although ``autoreset_mode`` is
+            ``"Disabled"``.
         """
         rows = self._rows(actions)
         fresh = [i for i in range(self.num_envs) if self._ended[i]]
         if fresh and self.autoreset_mode is AutoresetMode.DISABLED:
             raise SettingsError(
-                f"the episodes of lives {fresh} have ended; begin new ones with "
+                f"the episodes of environments {fresh} have ended; begin new ones with "
                 "reset(options={'reset_mask': mask})"
             )
         going = [i for i in range(self.num_envs) if not self._ended[i]]
@@ -185,20 +189,20 @@ class VectorEditing(VectorEnv[Observations, Any, NDArray[Any]], Generic[E]):
         return self._shown(), paid, over_now, cut_now, rest
 
     def render(self) -> tuple[Any, ...] | None:
-        """The pictures or texts of all lives; see the single environment."""
+        """The pictures or texts of all environments; see the single environment."""
         return tuple(env.render() for env in self.envs)
 
     def call(self, name: str, *arguments: Any, **named: Any) -> tuple[Any, ...]:
-        """A method's results, or an attribute's values, life by life."""
+        """A method's results, or an attribute's values, environment by environment."""
         found = [getattr(env, name) for env in self.envs]
         return tuple(f(*arguments, **named) if callable(f) else f for f in found)
 
     def get_attr(self, name: str) -> tuple[Any, ...]:
-        """An attribute of every life."""
+        """An attribute of every environment."""
         return tuple(getattr(env, name) for env in self.envs)
 
     def set_attr(self, name: str, values: Any) -> None:
-        """Sets an attribute of every life: one value each, or the same for all."""
+        """Sets an attribute of every environment: one value each, or the same for all."""
         each = values if isinstance(values, list | tuple) else [values] * self.num_envs
         if len(each) != self.num_envs:
             raise SettingsError(f"{name!r} needs {self.num_envs} values, got {len(each)}")
@@ -211,11 +215,11 @@ class VectorEditing(VectorEnv[Observations, Any, NDArray[Any]], Generic[E]):
         try:
             return self.envs[i].act(action)
         except ActionError as error:
-            raise ActionError(f"action of life {i}: {error}") from error
+            raise ActionError(f"action of environment {i}: {error}") from error
 
-    def _run(self, lives: Sequence[Passes[T]]) -> list[T]:
+    def _run(self, passes: Sequence[Passes[T]]) -> list[T]:
         results: list[T] = []
-        for result in run_together(lives):
+        for result in run_together(passes):
             if isinstance(result, BaseException):
                 raise result
             results.append(result)
@@ -223,7 +227,7 @@ class VectorEditing(VectorEnv[Observations, Any, NDArray[Any]], Generic[E]):
 
     @contextmanager
     def _all_or_nothing(self) -> Iterator[None]:
-        """Puts every life back if one of them fails."""
+        """Puts every environment back if one of them fails."""
         before: list[Callable[[], None]] = [env.return_point() for env in self.envs]
         # Never written in place: the old ones are still whole.
         observations, ended = self._observations, self._ended
@@ -235,12 +239,12 @@ class VectorEditing(VectorEnv[Observations, Any, NDArray[Any]], Generic[E]):
             self._observations, self._ended = observations, ended
             raise
 
-    def _look(self, lives: Sequence[int]) -> None:
-        """Observes some lives again."""
-        if lives:
-            views = [self.envs[i].view() for i in lives]
+    def _look(self, chosen: Sequence[int]) -> None:
+        """Observes some environments again."""
+        if chosen:
+            views = [self.envs[i].view() for i in chosen]
             found = self.envs[0].observer.batch(views)
-            index = torch.tensor(list(lives), device=found.device)
+            index = torch.tensor(list(chosen), device=found.device)
             self._observations = self._observations.index_copy(0, index, found)
 
     def _shown(self) -> Any:
@@ -255,7 +259,7 @@ class VectorEditing(VectorEnv[Observations, Any, NDArray[Any]], Generic[E]):
         return collected
 
     def _rows(self, actions: Any) -> list[Any]:
-        """One action per life."""
+        """One action per environment."""
         if isinstance(actions, Mapping):
             parts = {name: self._rows(part) for name, part in actions.items()}
             return [{name: part[i] for name, part in parts.items()} for i in range(self.num_envs)]
@@ -268,7 +272,7 @@ class VectorEditing(VectorEnv[Observations, Any, NDArray[Any]], Generic[E]):
         if count != self.num_envs:
             got = getattr(actions, "shape", None)
             raise ActionError(
-                f"actions must hold one action per life, {self.num_envs} of them, as in "
+                f"actions must hold one action per environment, {self.num_envs} of them, as in "
                 f"{self.action_space}; got "
                 + (f"shape {tuple(got)}" if got is not None else f"{actions!r:.100}")
             )
@@ -296,24 +300,24 @@ class VectorEditing(VectorEnv[Observations, Any, NDArray[Any]], Generic[E]):
 
 
 class VectorLifelongEdit(VectorEditing[LifelongEdit]):
-    """N lives of :class:`~hiedit_env.envs.lifelong_edit.LifelongEdit`."""
+    """N environments of :class:`~hiedit_env.envs.lifelong_edit.LifelongEdit`."""
 
     env_class = LifelongEdit
 
 
 class VectorLayerSelection(VectorEditing[LayerSelection]):
-    """N lives of :class:`~hiedit_env.envs.layer_selection.LayerSelection`."""
+    """N environments of :class:`~hiedit_env.envs.layer_selection.LayerSelection`."""
 
     env_class = LayerSelection
 
 
 class VectorPlanted(VectorEditing[Planted]):
-    """N lives of :class:`~hiedit_env.envs.planted.Planted`; ``envs[i].oracle()`` is life i's."""
+    """N environments of :class:`~hiedit_env.envs.planted.Planted`; each has its own oracle."""
 
     env_class = Planted
 
 
 class VectorStepSize(VectorEditing[StepSize]):
-    """N lives of :class:`~hiedit_env.envs.step_size.StepSize`."""
+    """N environments of :class:`~hiedit_env.envs.step_size.StepSize`."""
 
     env_class = StepSize

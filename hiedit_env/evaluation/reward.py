@@ -312,10 +312,11 @@ class Evaluator:
 def evaluate_together(
     asked: Sequence[tuple[Evaluator, EncodedFact, Sequence[EncodedFact], Reading | None]],
 ) -> list[Quality]:
-    """What :meth:`Evaluator.evaluate` gives for each of several lives, by few passes.
+    """What :meth:`Evaluator.evaluate` gives for each of several environments, by few passes.
 
     Args:
-        asked: Its arguments, for every life; the models are forks of one, or there is one life.
+        asked: Its arguments, for every environment; the models are forks of one, or there is one
+            environment.
     """
     with torch.inference_mode():
         prompts = [

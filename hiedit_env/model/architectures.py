@@ -184,7 +184,7 @@ PRESETS: Mapping[str, Preset] = MappingProxyType(
             32,
             _names(("down_proj", 29, 30)),
             f"{_ULTRA}mistral-7b.yaml",
-            ("mistral-7b-v0.3", "mistral-7b-instruct-v0.3"),
+            ("mistral-7b-v1.3", "mistral-7b-instruct-v1.3"),
         ),
         "qwen2.5-7b": Preset(
             ("qwen2",),

@@ -194,7 +194,7 @@ def _refuse_inherited_cuda(device: str) -> None:
                 f"device {device!r} cannot be used in this process: it was forked from one that "
                 "had used CUDA, which does not survive a fork; start the worker processes by "
                 "'spawn' (context='spawn' of gymnasium's AsyncVectorEnv, start_method='spawn' of "
-                "Stable-Baselines3's SubprocVecEnv), or hold many lives on one model in one "
+                "Stable-Baselines3's SubprocVecEnv), or hold many environments on one model in one "
                 "process: gymnasium.make_vec(id, N, vectorization_mode='vector_entry_point')"
             ) from error
 

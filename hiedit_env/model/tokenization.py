@@ -31,7 +31,7 @@ from hiedit_env.errors import ModelError, PromptError, SettingsError
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-# Remembered encodings per encoder: about 2 kB each, and more than a life of editing asks for.
+# Remembered encodings per encoder: about 2 kB each, and more than an episode of editing asks for.
 _REMEMBERED = 16_384
 
 # Ordinary text that shows which special tokens a tokenizer adds, and on which side.

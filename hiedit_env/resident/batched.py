@@ -1,4 +1,4 @@
-"""Several lives on one resident model, answered by few passes."""
+"""Several environments on one resident model, answered by few passes."""
 
 from __future__ import annotations
 
@@ -13,12 +13,13 @@ from hiedit_env.resident.capture import Reading
 from hiedit_env.resident.low_rank import Updates
 from hiedit_env.resident.resident import ResidentLLM
 
-#: A life, and its place among those asked, with the places of its prompts in a batch's rows.
+#: An environment, and its place among those asked, with the places of its prompts in a batch's
+#: rows.
 Places = list[tuple[int, int]]
 
 
 def read_together(asked: Sequence[tuple[ResidentLLM, EncodedPrompt]]) -> list[Reading]:
-    """One request of each of several lives, as :meth:`.resident.ResidentLLM.read` would read it.
+    """Reads one request for each of several forks, see :meth:`.resident.ResidentLLM.read`.
 
     Args:
         asked: Forks of one model, each with its request; or a single model of any kind.
@@ -27,55 +28,56 @@ def read_together(asked: Sequence[tuple[ResidentLLM, EncodedPrompt]]) -> list[Re
     size = max(1, asked[0][0].max_batch_tokens // longest)
     readings: list[Reading] = []
     for start in range(0, len(asked), size):
-        lives, prompts = zip(*asked[start : start + size], strict=True)
-        readings += lives[0].read_lives(prompts, lives)
+        members, prompts = zip(*asked[start : start + size], strict=True)
+        readings += members[0].read_forks(prompts, members)
     return readings
 
 
 def logits_together(
     asked: Sequence[tuple[ResidentLLM, Sequence[EncodedPrompt]]], updates: Updates | None = None
 ) -> Iterator[tuple[Places, PromptBatch, Tensor]]:
-    """Answer logits of the prompts of several lives, batch by batch.
+    """Answer logits of the prompts of several environments, batch by batch.
 
-    Prompts are sorted by length within every life, and every batch holds equally many of each, so
-    that a life's rows lie together; where one has fewer left, its last is run again.
+    Prompts are sorted by length within every environment, and every batch holds equally many of
+    each, so that an environment's rows lie together; where one has fewer left, its last is run
+    again.
 
     Args:
         asked: Forks of one model, each with its prompts; or a single model of any kind.
-        updates: Overlay; for a single life only.
+        updates: Overlay; for a single environment only.
 
     Yields:
-        For every row of the batch ``(life, prompt)`` as indices into ``asked``; the batch; and its
-        logits, answer tokens × vocabulary. A pair may come twice.
+        For every row of the batch ``(environment, prompt)`` as indices into ``asked``; the batch;
+        and its logits, answer tokens × vocabulary. A pair may come twice.
     """
     tables = [sorted(range(len(p)), key=lambda i: p[i].length) for _, p in asked]
-    present = [life for life, table in enumerate(tables) if table]
+    present = [member for member, table in enumerate(tables) if table]
     if not present:
         return
     width = max(len(table) for table in tables)
     limit = asked[0][0].max_batch_tokens
 
-    def prompt(life: int, column: int) -> int:
-        return tables[life][min(column, len(tables[life]) - 1)]
+    def prompt(member: int, column: int) -> int:
+        return tables[member][min(column, len(tables[member]) - 1)]
 
     # Rising from column to column.
     lengths = [
-        max(asked[life][1][prompt(life, column)].length for life in present)
+        max(asked[member][1][prompt(member, column)].length for member in present)
         for column in range(width)
     ]
     most = max(1, limit // lengths[-1])
     for first in range(0, len(present), most):
-        lives = present[first : first + most]
-        forks = [asked[life][0] for life in lives]
+        members = present[first : first + most]
+        forks = [asked[member][0] for member in members]
         start = 0
         while start < width:
             stop = start + 1
-            while stop < width and len(lives) * (stop + 1 - start) * lengths[stop] <= limit:
+            while stop < width and len(members) * (stop + 1 - start) * lengths[stop] <= limit:
                 stop += 1
             columns = range(start, stop)
-            places = [(life, prompt(life, column)) for life in lives for column in columns]
-            batch = forks[0].batch([asked[life][1][i] for life, i in places])
-            yield places, batch, forks[0].answer_logits(batch, updates, lives=forks)
+            places = [(member, prompt(member, column)) for member in members for column in columns]
+            batch = forks[0].batch([asked[member][1][i] for member, i in places])
+            yield places, batch, forks[0].answer_logits(batch, updates, forks=forks)
             start = stop
 
 
@@ -83,16 +85,16 @@ def scores_together(
     asked: Sequence[tuple[ResidentLLM, Sequence[EncodedPrompt], Mapping[EncodedPrompt, Tensor]]],
     updates: Updates | None = None,
 ) -> list[Tensor]:
-    """How well several lives answer their prompts. A life's same prompt twice is run once.
+    """How well several environments answer their prompts; equal prompts of one are run once.
 
     Args:
         asked: Forks of one model (or a single model of any kind), each with its P prompts and the
             reference's log-probabilities (answer tokens × vocabulary) of some of them.
-        updates: Overlay, differentiable; for a single life only.
+        updates: Overlay, differentiable; for a single environment only.
 
     Returns:
-        Per life P × 4 float32: −nats, token accuracy, KL from the reference, argmax agreement with
-        it; the last two are 0 for prompts without a reference.
+        Per environment P × 4 float32: −nats, token accuracy, KL from the reference, argmax
+        agreement with it; the last two are 0 for prompts without a reference.
     """
     models = [llm for llm, _, _ in asked]
     unique, numbers = zip(*(_numbered(prompts) for _, prompts, _ in asked), strict=True)
@@ -104,15 +106,15 @@ def scores_together(
     rows: dict[tuple[int, int], int] = {}
     for places, batch, logits in logits_together(list(zip(models, unique, strict=True)), updates):
         start = sum(len(part) for part in parts)
-        values = _scores(batch, [known[life][i] for life, i in places], logits.float())
+        values = _scores(batch, [known[member][i] for member, i in places], logits.float())
         rows |= {place: start + i for i, place in enumerate(places)}
         parts.append(batch.column_means(torch.stack(values, 1)))
     if not parts:
         return [torch.zeros(0, 4, device=model.device) for model in models]
     table = torch.cat(parts)
     return [
-        table[torch.tensor([rows[life, i] for i in own], dtype=torch.int64, device=table.device)]
-        for life, own in enumerate(numbers)
+        table[torch.tensor([rows[member, i] for i in own], dtype=torch.int64, device=table.device)]
+        for member, own in enumerate(numbers)
     ]
 
 

@@ -1,4 +1,4 @@
-"""A bounded memory of tensors that never change over an editing life.
+"""A bounded memory of tensors that never change over an episode.
 
 Above all the activations below the first candidate block, once per prompt: nothing below the first
 candidate is ever edited.

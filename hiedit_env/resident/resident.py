@@ -76,7 +76,7 @@ class ResidentLLM(EditableWeights):
         self._check_split()
 
     def fork(self) -> ResidentLLM:
-        """Another life's view of the same model: shared base weights, changes of its own.
+        """Another environment's view of the same model: shared base weights, changes of its own.
 
         What is committed to it is never written into the model but added to the layers' outputs as
         it runs (in the model's dtype), so any number of forks live beside each other.
@@ -114,7 +114,7 @@ class ResidentLLM(EditableWeights):
         updates: Updates | None = None,
         *,
         remember: bool = True,
-        lives: Sequence[ResidentLLM] = (),
+        forks: Sequence[ResidentLLM] = (),
     ) -> Tensor:
         """Logits at the answer positions of a batch.
 
@@ -123,14 +123,14 @@ class ResidentLLM(EditableWeights):
             updates: Overlay to apply for this pass only; gradients flow into its factors.
             remember: Whether to use the prefix cache; without it the lower blocks run on the
                 batch as a whole, which is quicker for prompts met only once.
-            lives: Forks of one model that share the pass, the first with the first rows and so
+            forks: Forks of one model that share the pass, the first with the first rows and so
                 on, each with equally many; none for this one alone.
 
         Returns:
             N × vocabulary, in the model's dtype.
         """
         hidden = self._prefix(batch) if remember else self._split.prefix(batch.input_ids)
-        with self._edited(lives or (self,)), self._overlay(updates):
+        with self._edited(forks or (self,)), self._overlay(updates):
             return self._logits(self._split.suffix(hidden), batch)
 
     def read(self, prompt: EncodedPrompt) -> Reading:
@@ -138,20 +138,20 @@ class ResidentLLM(EditableWeights):
 
         Works in every gradient mode of the caller.
         """
-        return self.read_lives([prompt], [self])[0]
+        return self.read_forks([prompt], [self])[0]
 
     @torch.inference_mode(False)
-    def read_lives(
-        self, prompts: Sequence[EncodedPrompt], lives: Sequence[ResidentLLM]
+    def read_forks(
+        self, prompts: Sequence[EncodedPrompt], forks: Sequence[ResidentLLM]
     ) -> list[Reading]:
-        """One request of each of several lives, in one pass; see :meth:`read`.
+        """One request of each of several environments, in one pass; see :meth:`read`.
 
         Args:
-            prompts: One per life.
-            lives: Forks of one model, or this one alone.
+            prompts: One per environment.
+            forks: Forks of one model, or this one alone.
         """
         batch = self.batch(prompts)
-        logits, inputs, outputs = self._record(batch, lives)
+        logits, inputs, outputs = self._record(batch, forks)
         with torch.enable_grad():
             losses = F.cross_entropy(logits.float(), batch.labels, reduction="none")
         graph = PassGraph(losses, 1 / batch.answer_lengths[batch.rows], inputs, outputs)
@@ -209,7 +209,7 @@ class ResidentLLM(EditableWeights):
     def _record(
         self,
         batch: PromptBatch,
-        lives: Sequence[ResidentLLM],
+        forks: Sequence[ResidentLLM],
         updates: Updates | None = None,
     ) -> tuple[Tensor, list[Tensor], list[Tensor]]:
         """Logits of a batch, and every layer's input and output, ready for a backward pass."""
@@ -227,7 +227,7 @@ class ResidentLLM(EditableWeights):
 
         records = {i: record(i) for i in range(len(self.layers))}
         fixed = updates and [None if update is None else update.detach() for update in updates]
-        edited = self._edited(lives)
+        edited = self._edited(forks)
         with torch.enable_grad(), edited, self._overlay(fixed), self._hooks(records):
             logits = self._logits(self._split.suffix(hidden), batch)
         return logits, cast(list[Tensor], inputs), cast(list[Tensor], outputs)
@@ -286,7 +286,7 @@ class ResidentLLM(EditableWeights):
                 handle.remove()
 
     @contextmanager
-    def _edited(self, lives: Sequence[ResidentLLM]) -> Iterator[None]:
+    def _edited(self, forks: Sequence[ResidentLLM]) -> Iterator[None]:
         """Adds the changes of forks; those of the resident model are in its weights."""
 
         def add(changes: Sequence[Tensor | None]) -> Any:
@@ -299,7 +299,7 @@ class ResidentLLM(EditableWeights):
 
         hooks: dict[int, Any] = {}
         for i, layer in enumerate(self.layers):
-            changes = [life._added(i) for life in lives]
+            changes = [fork._added(i) for fork in forks]
             if layer.is_transposed:
                 changes = [None if change is None else change.mT for change in changes]
             if any(change is not None for change in changes):

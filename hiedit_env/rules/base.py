@@ -62,10 +62,10 @@ class UpdateRule(ABC):
         self.reset()
 
     def reset(self) -> None:  # noqa: B027 - a rule need not keep statistics
-        """Forgets all statistics: a new editing life begins."""
+        """Forgets all statistics: a new episode begins."""
 
     def seed(self, seed: int) -> None:  # noqa: B027 - a rule need not draw anything
-        """What the rule draws in the lives to come follows from this; called before a life."""
+        """Seeds what the rule draws in later episodes; called before an episode."""
 
     def observe(self, capture: Capture) -> None:  # noqa: B027
         """Takes one capture into the lifelong statistics; called once before :meth:`propose`."""

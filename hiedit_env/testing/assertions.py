@@ -82,7 +82,7 @@ def assert_only_layers_changed(env: AnyEnv, action: Any) -> Step:
     """A step changes the weights of exactly the layers that ``info["layers"]`` names.
 
     Nothing else of the model changes, and these layers are among those that were chosen: by the
-    action that reached the innermost environment, or in ``hiedit/StepSize-v0`` by the high level.
+    action that reached the innermost environment, or in ``hiedit/StepSize-v1`` by the high level.
     A step that never reaches it (a picking step of SequentialSelection) changes nothing.
 
     Args:
@@ -132,9 +132,9 @@ def assert_same_trajectory(make: Callable[[], AnyEnv], seed: int, actions: Itera
     """
     chosen = _at_least_one(actions)
     one, other = make(), make()
-    first = _life(one, seed, chosen)
-    _compare(first, _life(other, seed, chosen), "in a second environment", reset=True)
-    _compare(first, _life(one, seed, chosen), "in the same environment", reset=True)
+    first = _episode(one, seed, chosen)
+    _compare(first, _episode(other, seed, chosen), "in a second environment", reset=True)
+    _compare(first, _episode(one, seed, chosen), "in the same environment", reset=True)
     one.close()
     other.close()
 
@@ -180,7 +180,7 @@ def _roll(env: AnyEnv, actions: Sequence[Any]) -> list[tuple[Any, ...]]:
     return results
 
 
-def _life(env: AnyEnv, seed: int, actions: Sequence[Any]) -> list[tuple[Any, ...]]:
+def _episode(env: AnyEnv, seed: int, actions: Sequence[Any]) -> list[tuple[Any, ...]]:
     observation, info = copy.deepcopy(env.reset(seed=seed))
     return [(observation, 0.0, False, False, info), *_roll(env, actions)]
 

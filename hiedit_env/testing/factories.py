@@ -10,22 +10,22 @@ from hiedit_env.datasets.load import load_requests
 from hiedit_env.datasets.requests import Request
 from hiedit_env.errors import SettingsError, whole_number
 
-_TOY = "hiedit/Toy-v0"
+_TOY = "hiedit/Toy-v1"
 
 
 def make_tiny(id: str, **settings: Any) -> gym.Env[Any, Any]:
     """``gym.make`` with settings that take milliseconds: three facts, at most two steps each.
 
     Args:
-        id: One of hiedit's ids. All but ``hiedit/Toy-v0`` run the built-in ``tiny`` model.
+        id: One of hiedit's ids. All but ``hiedit/Toy-v1`` run the built-in ``tiny`` model.
         settings: Arguments of the environment; they win over the small ones.
 
     Raises:
         SettingsError: not an id of hiedit.
 
-    >>> make_tiny("hiedit/LayerSelection-v0").action_space
+    >>> make_tiny("hiedit/LayerSelection-v1").action_space
     MultiBinary(6)
-    >>> make_tiny("hiedit/Toy-v0", num_layers=4).action_space
+    >>> make_tiny("hiedit/Toy-v1", num_layers=4).action_space
     MultiBinary(4)
     """
     known = sorted(name for name in gym.registry if name.startswith("hiedit/"))

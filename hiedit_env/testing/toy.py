@@ -1,4 +1,4 @@
-"""``hiedit/Toy-v0``: choosing layers without a language model, with rewards known by arithmetic."""
+"""``hiedit/Toy-v1``: choosing layers without a language model, with rewards known by arithmetic."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ class ToyState:
 
 
 class ToyEditing(gym.Env[NDArray[np.float32], NDArray[np.int8]]):
-    """The interface of ``hiedit/LayerSelection-v0`` without a language model; a contextual bandit.
+    """The interface of ``hiedit/LayerSelection-v1`` without a language model; a contextual bandit.
 
     ## Description
     Every fact belongs to one of L groups and lives in the layer of the same number. Writing this
@@ -86,7 +86,7 @@ class ToyEditing(gym.Env[NDArray[np.float32], NDArray[np.int8]]):
     Terminates after ``num_edits`` facts. It is never truncated.
 
     ## Information
-    The keys of ``hiedit/LayerSelection-v0``: ``reward_terms``, ``metrics`` (``efficacy`` h,
+    The keys of ``hiedit/LayerSelection-v1``: ``reward_terms``, ``metrics`` (``efficacy`` h,
     ``agreement`` 1 − (n − h) / L, ``answered``), ``layers``, ``weights_fingerprint``,
     ``edit_index``, ``edit_steps`` (1), ``edit_over`` (True). After ``reset``, zeros.
 
@@ -98,10 +98,11 @@ class ToyEditing(gym.Env[NDArray[np.float32], NDArray[np.int8]]):
     - ``render_mode``: ``"ansi"`` (a line about the last step) or None.
 
     ## Version History
-    - v0: first version.
+    - v1: the ids of the package changed their version together.
+    - v0: first version, never released.
 
     >>> import gymnasium, hiedit_env
-    >>> env = gymnasium.make("hiedit/Toy-v0", num_layers=4, num_edits=2)
+    >>> env = gymnasium.make("hiedit/Toy-v1", num_layers=4, num_edits=2)
     >>> observation, info = env.reset(seed=0)
     >>> _, reward, *_ = env.step(env.unwrapped.best_action())
     >>> reward, env.unwrapped.expected_reward("best")
@@ -196,7 +197,7 @@ class ToyEditing(gym.Env[NDArray[np.float32], NDArray[np.int8]]):
         mask = check_selection(action, self.num_layers)
         self._require_started()
         if self._position == self.num_edits:
-            raise ResetNeeded("the episode has ended; call reset() to begin a new life")
+            raise ResetNeeded("the episode has ended; call reset() to begin a new episode")
         index, group = self._position, self.group
         hit, count = float(mask[group]), int(mask.sum())
         damage = (count - hit) / self.num_layers

@@ -3,9 +3,9 @@
 ===================== =========================== =============================================
 wrapper               from                        to
 ===================== =========================== =============================================
-FlattenAction         ``LifelongEdit-v0``         ``Box(2 L)``: layers, then step sizes
-FixedLayers           ``LifelongEdit-v0``         ``Box(L)``: step sizes of given layers
-FixedStepSize         ``LifelongEdit-v0``         ``MultiBinary(L)``: layers, nominal step size
+FlattenAction         ``LifelongEdit-v1``         ``Box(2 L)``: layers, then step sizes
+FixedLayers           ``LifelongEdit-v1``         ``Box(L)``: step sizes of given layers
+FixedStepSize         ``LifelongEdit-v1``         ``MultiBinary(L)``: layers, nominal step size
 BoxLayers             ``MultiBinary(L)``          ``Box(L)``, a layer is written above 0
 DiscreteSubsets       ``MultiBinary(L)``          ``Discrete(L over K)``: a subset of K layers
 SequentialSelection   ``MultiBinary(L)``          ``Discrete(L + 1)``: one layer or stop; has
@@ -13,8 +13,8 @@ SequentialSelection   ``MultiBinary(L)``          ``Discrete(L + 1)``: one layer
 NormalizeObservation  any Box observation         mean 0, variance 1; statistics in a file
 ===================== =========================== =============================================
 
-``MultiBinary(L)`` are the actions of ``hiedit/LayerSelection-v0``, of ``hiedit/Toy-v0`` and of
-``FixedStepSize`` around ``hiedit/LifelongEdit-v0``. All of them are recorded in ``env.spec``.
+``MultiBinary(L)`` are the actions of ``hiedit/LayerSelection-v1``, of ``hiedit/Toy-v1`` and of
+``FixedStepSize`` around ``hiedit/LifelongEdit-v1``. All of them are recorded in ``env.spec``.
 """
 
 from __future__ import annotations

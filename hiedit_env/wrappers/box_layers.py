@@ -18,7 +18,7 @@ class BoxLayers(
     gym.ActionWrapper[NDArray[np.float32], NDArray[np.float32], Any],
     gym.utils.RecordConstructorArgs,
 ):
-    """A ``Box`` for ``hiedit/LayerSelection-v0``, for algorithms that know nothing else.
+    """A ``Box`` for ``hiedit/LayerSelection-v1``, for algorithms that know nothing else.
 
     The action space becomes ``Box(-1, 1, (L,), float32)``: layer l is written if number l is above
     0. Stable-Baselines3's SAC and TD3, for example, take only such actions.
@@ -30,7 +30,7 @@ class BoxLayers(
         SettingsError: the environment has another action space.
 
     >>> import gymnasium, hiedit_env
-    >>> env = BoxLayers(gymnasium.make("hiedit/Toy-v0", num_layers=4))
+    >>> env = BoxLayers(gymnasium.make("hiedit/Toy-v1", num_layers=4))
     >>> env.action([0.3, -0.3, 0, 1])
     array([1, 0, 0, 1], dtype=int8)
     """

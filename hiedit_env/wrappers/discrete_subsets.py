@@ -36,7 +36,7 @@ class DiscreteSubsets(
         SettingsError: another action space, K outside 1 … L, or more subsets than ``limit``.
 
     >>> import gymnasium, hiedit_env
-    >>> env = DiscreteSubsets(gymnasium.make("hiedit/Toy-v0", num_layers=4), size=2)
+    >>> env = DiscreteSubsets(gymnasium.make("hiedit/Toy-v1", num_layers=4), size=2)
     >>> env.action_space, env.subsets
     (Discrete(6), ((0, 1), (0, 2), (0, 3), (1, 2), (1, 3), (2, 3)))
     >>> env.action(4)

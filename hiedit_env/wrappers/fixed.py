@@ -19,9 +19,9 @@ class FixedLayers(
     gym.ActionWrapper[NDArray[np.float32], NDArray[np.float32], Any],
     gym.utils.RecordConstructorArgs,
 ):
-    """Leaves only the step sizes of ``hiedit/LifelongEdit-v0`` to the agent: ``Box(-1, 1, (L,))``.
+    """Leaves only the step sizes of ``hiedit/LifelongEdit-v1`` to the agent: ``Box(-1, 1, (L,))``.
 
-    The same layers are written at every step. ``hiedit/StepSize-v0`` is the id where they change
+    The same layers are written at every step. ``hiedit/StepSize-v1`` is the id where they change
     from fact to fact.
 
     Args:
@@ -33,7 +33,7 @@ class FixedLayers(
         SettingsError: another action space, or layers that do not exist.
 
     >>> import gymnasium, hiedit_env
-    >>> env = FixedLayers(gymnasium.make("hiedit/LifelongEdit-v0", num_edits=2), [1, 4])
+    >>> env = FixedLayers(gymnasium.make("hiedit/LifelongEdit-v1", num_edits=2), [1, 4])
     >>> env.action([0.5] * 6)["layers"]
     array([0, 1, 0, 0, 1, 0], dtype=int8)
     """
@@ -77,10 +77,10 @@ class FixedStepSize(
     gym.ActionWrapper[NDArray[np.float32], NDArray[np.int8], Any],
     gym.utils.RecordConstructorArgs,
 ):
-    """Leaves only the layers of ``hiedit/LifelongEdit-v0`` to the agent: ``MultiBinary(L)``.
+    """Leaves only the layers of ``hiedit/LifelongEdit-v1`` to the agent: ``MultiBinary(L)``.
 
     One step is one primitive update, so the layers of a fact may change from step to step; in
-    ``hiedit/LayerSelection-v0`` one step is the whole fact. :class:`.BoxLayers`,
+    ``hiedit/LayerSelection-v1`` one step is the whole fact. :class:`.BoxLayers`,
     :class:`.DiscreteSubsets` and :class:`.SequentialSelection` fit around it.
 
     Args:
@@ -93,7 +93,7 @@ class FixedStepSize(
         SettingsError: another action space, or step sizes outside [−1, 1].
 
     >>> import gymnasium, hiedit_env
-    >>> env = FixedStepSize(gymnasium.make("hiedit/LifelongEdit-v0", num_edits=2))
+    >>> env = FixedStepSize(gymnasium.make("hiedit/LifelongEdit-v1", num_edits=2))
     >>> env.action_space
     MultiBinary(6)
     >>> env.action([1, 0, 0, 0, 0, 0])["step_size"]

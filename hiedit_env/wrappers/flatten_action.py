@@ -18,7 +18,7 @@ class FlattenAction(
     gym.ActionWrapper[NDArray[np.float32], NDArray[np.float32], Any],
     gym.utils.RecordConstructorArgs,
 ):
-    """One flat vector instead of the dict of ``hiedit/LifelongEdit-v0``, for RL libraries.
+    """One flat vector instead of the dict of ``hiedit/LifelongEdit-v1``, for RL libraries.
 
     The action space becomes ``Box(-1, 1, (2 L,), float32)``. The first L numbers choose layers:
     layer l is written if number l is above 0. The last L are the step sizes, unchanged.
@@ -31,7 +31,7 @@ class FlattenAction(
         SettingsError: the environment has another action space.
 
     >>> import gymnasium, hiedit_env
-    >>> env = FlattenAction(gymnasium.make("hiedit/LifelongEdit-v0", num_edits=2))
+    >>> env = FlattenAction(gymnasium.make("hiedit/LifelongEdit-v1", num_edits=2))
     >>> env.action_space
     Box(-1.0, 1.0, (12,), float32)
     >>> env.action([0.3, -0.3, 0, 1, -1, 0.1] + [0.5] * 6)["layers"]

@@ -46,7 +46,7 @@ class NormalizeObservation(
     Gymnasium. Two more differences: the running sums are float64, and what is returned is clipped,
     so that a feature that hardly varied in training cannot explode later.
 
-    While the statistics move, the same seed gives other observations in every life.
+    While the statistics move, the same seed gives other observations in every episode.
 
     Args:
         env: An environment whose observations are a Box.
@@ -60,13 +60,13 @@ class NormalizeObservation(
         CheckpointError: a file that cannot be read or is for observations of another shape.
 
     >>> import gymnasium, hiedit_env, os, tempfile
-    >>> env = NormalizeObservation(gymnasium.make("hiedit/Toy-v0"))
+    >>> env = NormalizeObservation(gymnasium.make("hiedit/Toy-v1"))
     >>> for seed in range(20):
     ...     _ = env.reset(seed=seed)
     >>> with tempfile.TemporaryDirectory() as folder:
     ...     file = os.path.join(folder, "statistics.safetensors")
     ...     env.save(file)
-    ...     again = NormalizeObservation(gymnasium.make("hiedit/Toy-v0"), statistics=file)
+    ...     again = NormalizeObservation(gymnasium.make("hiedit/Toy-v1"), statistics=file)
     >>> again.update_running_mean, bool((again.obs_rms.mean == env.obs_rms.mean).all())
     (False, True)
     """

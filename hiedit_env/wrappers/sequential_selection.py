@@ -82,7 +82,7 @@ class SequentialSelection(
             or another ``masked``.
 
     >>> import gymnasium, hiedit_env
-    >>> env = SequentialSelection(gymnasium.make("hiedit/Toy-v0", num_layers=3), max_layers=2)
+    >>> env = SequentialSelection(gymnasium.make("hiedit/Toy-v1", num_layers=3), max_layers=2)
     >>> observation, info = env.reset(seed=0)
     >>> env.action_masks()
     array([ True,  True,  True, False])
@@ -188,7 +188,7 @@ class SequentialSelection(
         if self._observation is None:
             raise ResetNeeded("call reset() before anything else")
         if self._over:
-            raise ResetNeeded("the episode has ended; call reset() to begin a new life")
+            raise ResetNeeded("the episode has ended; call reset() to begin a new episode")
         picks, stops = self.pick(action)
         if not stops:
             self.picked = picks

@@ -14,7 +14,7 @@ from hiedit_env.errors import SettingsError
 
 _BOTH = "Dict(layers=MultiBinary(L), step_size=Box(-1, 1, (L,)))"
 _UNDER = "put FixedStepSize under it, which leaves MultiBinary(L)"
-_NO_LAYERS = "hiedit/LayerSelection-v0 is the id whose actions are layers alone"
+_NO_LAYERS = "hiedit/LayerSelection-v1 is the id whose actions are layers alone"
 _NO_DICT_NEEDED = "no wrapper is needed to leave out step sizes there"
 #: wrapper → kind of the space it was given → what to do.
 _REMEDIES: Mapping[str, Mapping[str, str]] = MappingProxyType(
@@ -28,7 +28,7 @@ _REMEDIES: Mapping[str, Mapping[str, str]] = MappingProxyType(
         },
         "FixedLayers": {
             "layers": "fixing the layers would leave nothing to choose",
-            "sizes": "hiedit/StepSize-v0 has high_level='fixed-layers' for that",
+            "sizes": "hiedit/StepSize-v1 has high_level='fixed-layers' for that",
         },
         "FixedStepSize": {"layers": _NO_DICT_NEEDED, "sizes": _NO_LAYERS},
     }
@@ -48,7 +48,7 @@ def chosen_layers(env: gym.Env[Any, Any], wrapper: str) -> int:
     space = env.action_space
     if isinstance(space, spaces.MultiBinary) and isinstance(space.n, int):
         return space.n
-    raise _refusal(wrapper, "MultiBinary(L), that is hiedit/LayerSelection-v0", space)
+    raise _refusal(wrapper, "MultiBinary(L), that is hiedit/LayerSelection-v1", space)
 
 
 def layers_and_sizes(env: gym.Env[Any, Any], wrapper: str) -> int:
@@ -70,7 +70,7 @@ def layers_and_sizes(env: gym.Env[Any, Any], wrapper: str) -> int:
             and sizes == spaces.Box(-1.0, 1.0, (layers.n,), np.float32)
         ):
             return layers.n
-    raise _refusal(wrapper, f"{_BOTH}, that is hiedit/LifelongEdit-v0", space)
+    raise _refusal(wrapper, f"{_BOTH}, that is hiedit/LifelongEdit-v1", space)
 
 
 def _refusal(wrapper: str, needed: str, space: spaces.Space[Any]) -> SettingsError:

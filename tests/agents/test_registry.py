@@ -108,7 +108,7 @@ def test_every_high_level_meets_every_low_level() -> None:
             assert action.sum() == 2
             _, _, _, _, info = env.step(action)
             assert info["edit_over"]
-    assert isinstance(env.life.rule, RidgeRule)
+    assert isinstance(env.episode.rule, RidgeRule)
 
 
 def test_models_have_nominal_step_sizes_of_their_own() -> None:

@@ -32,7 +32,7 @@ class NoAgent:
 
 @pytest.fixture(scope="module")
 def env() -> Iterator[gym.Env[Any, Any]]:
-    made = gym.make("hiedit/LayerSelection-v0", num_edits=4)
+    made = gym.make("hiedit/LayerSelection-v1", num_edits=4)
     yield made
     made.close()
 
@@ -76,13 +76,13 @@ def test_random_layers_do_not_touch_the_stream(env: gym.Env[Any, Any]) -> None:
     streams = []
     for name in ("random-layers", "all-layers"):
         choices(env, make_agent(name), 3, 5)
-        streams.append([fact.request for fact in inner.life.facts])
+        streams.append([fact.request for fact in inner.episode.facts])
     assert streams[0] == streams[1]
 
 
 def test_random_layers_do_not_follow_the_generator_that_draws_the_stream() -> None:
     agent = LayerChoiceAgent("random-layers")
-    env = gym.make("hiedit/LayerSelection-v0", num_edits=1)
+    env = gym.make("hiedit/LayerSelection-v1", num_edits=1)
     for seed in (0, 3):
         agent.reset(env, seed)
         env.reset(seed=seed)
@@ -128,7 +128,7 @@ def test_other_action_spaces_are_refused() -> None:
     with pytest.raises(SettingsError, match="must be reset"):
         agent.select_action(np.zeros(0, np.float32), {})
     with (
-        gym.make("hiedit/StepSize-v0", num_edits=1) as other,
+        gym.make("hiedit/StepSize-v1", num_edits=1) as other,
         pytest.raises(SettingsError, match="LayerSelection"),
     ):
         agent.reset(other, 0)

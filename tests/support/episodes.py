@@ -1,4 +1,4 @@
-"""What several tests of editing lives share: environments, trajectories, and a plain model.
+"""What several tests of episodes share: environments, trajectories, and a plain model.
 
 The plain model is the other route to every number: the whole network in float64, one text at a
 time, dense weights, formulas written out. Nothing of hiedit runs in it.
@@ -23,9 +23,9 @@ from hiedit_env.envs.base import EditingEnv
 from hiedit_env.evaluation.matching import is_match
 
 LIFELONG, SELECTION, STEP_SIZE = IDS = (
-    "hiedit/LifelongEdit-v0",
-    "hiedit/LayerSelection-v0",
-    "hiedit/StepSize-v0",
+    "hiedit/LifelongEdit-v1",
+    "hiedit/LayerSelection-v1",
+    "hiedit/StepSize-v1",
 )
 KINDS = ("loss", "token_accuracy", "generation")
 #: A tenth of the tiny model's nominal step size: most facts then take several steps.

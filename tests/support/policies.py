@@ -15,8 +15,8 @@ from hiedit_agents.policies import FunctionPolicy, PolicyAgent, PolicyRecord, Ta
 from hiedit_agents.policies.task import Sizes
 from hiedit_agents.protocol import Agent
 
-#: Training on the planted world: short lives, so that one bad choice does not spoil many facts, and
-#: few primitive steps and nothing remembered, so that a minute gives some thousands of facts.
+#: Training on the planted world: short episodes, so that one bad choice does not spoil many facts,
+#: and few primitive steps and nothing remembered, so that a minute gives some thousands of facts.
 WORLD: Mapping[str, Any] = {
     "model": "planted",
     "num_edits": 8,
@@ -25,7 +25,7 @@ WORLD: Mapping[str, Any] = {
 }
 TRAIN: Mapping[str, Any] = {**WORLD, "dataset": "planted-facts-train"}
 #: The same for step sizes: all layers are written for every fact, so that facts are spoilt by those
-#: before them whatever the agent does; lives are two facts long.
+#: before them whatever the agent does; episodes are two facts long.
 WORLD_OF_STEP_SIZES: Mapping[str, Any] = {**WORLD, "num_edits": 2, "max_steps_per_edit": 1}
 TRAIN_STEP_SIZES: Mapping[str, Any] = {**TRAIN, **WORLD_OF_STEP_SIZES}
 #: Share of the way from random to the oracle that a trained policy must have gone: half of it where
@@ -67,7 +67,7 @@ def held_out(agent: Agent, world: Mapping[str, Any] | None = None) -> Outcome:
 
     Args:
         agent: What a library's ``load`` returned.
-        world: Arguments of ``hiedit/Planted-v0``; those of the agent's form where None.
+        world: Arguments of ``hiedit/Planted-v1``; those of the agent's form where None.
     """
     assert isinstance(agent, PolicyAgent)
     if world is None:
@@ -78,10 +78,10 @@ def held_out(agent: Agent, world: Mapping[str, Any] | None = None) -> Outcome:
 
 def mean_reward(agent: Agent, world: Mapping[str, Any] = WORLD) -> float:
     """Mean reward per fact of ``planted-facts-test`` over :data:`FACTS` facts."""
-    env = gym.make("hiedit/Planted-v0", **{**world, "dataset": "planted-facts-test"})
+    env = gym.make("hiedit/Planted-v1", **{**world, "dataset": "planted-facts-test"})
     rewards = []
     for seed in range(FACTS // world["num_edits"]):
-        rewards += _life(env, agent, seed)
+        rewards += _episode(env, agent, seed)
     return float(np.mean(rewards))
 
 
@@ -102,7 +102,7 @@ def _oracle(world: tuple[tuple[str, Any], ...]) -> float:
     return mean_reward(OracleAgent(), dict(world))
 
 
-def _life(env: gym.Env[Any, Any], agent: Agent, seed: int) -> list[float]:
+def _episode(env: gym.Env[Any, Any], agent: Agent, seed: int) -> list[float]:
     inner: Any = env.unwrapped
     inner.use_low_level(None)
     agent.reset(env, seed)

@@ -1,4 +1,4 @@
-"""What is charged for the rest of a life: value, gradient, what it is drawn from."""
+"""What is charged for the rest of an episode: value, gradient, what it is drawn from."""
 
 from __future__ import annotations
 
@@ -42,15 +42,15 @@ def random_updates(env: EditingEnv, seed: int = 0, size: float = 0.02) -> Update
     )
 
 
-def edited_life(facts: int = 3) -> EditingEnv:
-    """A life with some facts edited, at weights that are not the unedited ones."""
+def edited_episode(facts: int = 3) -> EditingEnv:
+    """An episode with some facts edited, at weights that are not the unedited ones."""
     env = make(SELECTION, num_edits=None, reward_weights=SETTINGS.reward_weights())
     env.reset(seed=0, options={"requests": env.requests[: facts + 1]})
     for place in range(facts):
         env.apply(random_updates(env, place, 0.03))
-        if env.life.position == place:
+        if env.episode.position == place:
             env.step(np.zeros(L, np.int8))
-    assert env.life.position == facts
+    assert env.episode.position == facts
     return env
 
 
@@ -68,7 +68,7 @@ def nats(env: EditingEnv, prompt: EncodedPrompt) -> float:
 
 
 def test_the_charge_is_the_sum_over_what_was_drawn() -> None:
-    env = edited_life()
+    env = edited_episode()
     damage = LastingDamage(env, env.requests, SETTINGS)
     damage.draw(np.random.default_rng(1))
     probes, facts = list(damage._references), damage._facts
@@ -91,8 +91,8 @@ def test_the_charge_is_the_sum_over_what_was_drawn() -> None:
 
 
 def test_a_fact_without_paraphrases_counts_whole() -> None:
-    env = edited_life()
-    env.life.facts = tuple(replace(fact, paraphrases=()) for fact in env.life.facts)
+    env = edited_episode()
+    env.episode.facts = tuple(replace(fact, paraphrases=()) for fact in env.episode.facts)
     damage = LastingDamage(env, [], SETTINGS)
     damage.draw(np.random.default_rng(1))
     wanted = 7.0 * 0.5 * np.mean([nats(env, fact.prompt) for fact in damage._facts])
@@ -100,13 +100,13 @@ def test_a_fact_without_paraphrases_counts_whole() -> None:
 
 
 def test_what_is_drawn_is_not_the_present_fact() -> None:
-    env = edited_life()
+    env = edited_episode()
     settings = replace(SETTINGS, lasting_prompts=1000)
     damage = LastingDamage(env, env.requests, settings)
     damage.draw(np.random.default_rng(1))
-    assert {fact.prompt for fact in damage._facts} == {f.prompt for f in env.life.facts[:3]}
+    assert {fact.prompt for fact in damage._facts} == {f.prompt for f in env.episode.facts[:3]}
     probes = {p.prompt for request in env.requests for p in request.locality}
-    present = {probe.prompt for probe in env.life.fact.probes}
+    present = {probe.prompt for probe in env.episode.fact.probes}
     assert present
     assert {probe.prompt for probe in damage._references} == probes - present
 
@@ -120,7 +120,7 @@ def test_nothing_to_measure_on_costs_nothing() -> None:
 
 
 def test_its_gradient_is_that_of_central_differences() -> None:
-    env = edited_life()
+    env = edited_episode()
     damage = LastingDamage(env, env.requests, SETTINGS)
     damage.draw(np.random.default_rng(1))
     updates = random_updates(env, 5)
@@ -170,7 +170,7 @@ def test_a_low_level_learns_from_both() -> None:
     env.step(np.zeros(L, np.int8))
     assert one._lasting is not None
     one._lasting.draw(np.random.default_rng(0))
-    capture = env.life.observe()
+    capture = env.episode.observe()
 
     def gradient(with_charge: bool, with_objective: bool) -> torch.Tensor:
         for parameter in low.parameters():
@@ -200,7 +200,7 @@ def test_a_low_level_learns_from_both() -> None:
     assert lesson.loss == pytest.approx(float(objective), rel=1e-5)
 
 
-def test_a_step_that_is_too_long_for_the_rest_of_the_life_does_not_grow() -> None:
+def test_a_step_that_is_too_long_for_the_rest_of_the_episode_does_not_grow() -> None:
     found = []
     for lasting in (0.0, 100.0):
         one = trainer(
@@ -223,7 +223,7 @@ def test_a_step_that_is_too_long_for_the_rest_of_the_life_does_not_grow() -> Non
 
 
 def test_what_weighs_nothing_is_not_run() -> None:
-    env = edited_life()
+    env = edited_episode()
     for term, left in (("locality", "_references"), ("retention", "_facts")):
         env.weights_of_terms = {**SETTINGS.reward_weights(), term: 0.0}
         damage = LastingDamage(env, env.requests, SETTINGS)

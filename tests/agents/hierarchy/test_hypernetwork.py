@@ -94,7 +94,7 @@ def test_gradients_of_the_objective_are_its_slopes(form: str, network: str) -> N
     env.reset(seed=5)
     env.step(np.ones(L, np.int8))
     env.step(np.ones(L, np.int8))
-    capture = env.life.observe()
+    capture = env.episode.observe()
 
     def objective() -> torch.Tensor:
         return env.loss(low.compute(capture, SOME), l2=1e-2)
@@ -222,7 +222,7 @@ def test_step_sizes_stay_within_a_decade_and_learn(captures: list[Capture]) -> N
     low = StepSizePolicy(env.llm.shapes, env.llm.device, rule="outer-product", step_size=1e-3)
     env.use_low_level(low)
     env.reset(seed=5)
-    capture = env.life.observe()
+    capture = env.episode.observe()
     optimizer = torch.optim.Adam(low.parameters(), 0.05)
     losses = []
     for _ in range(15):
@@ -250,7 +250,7 @@ def calibrated(env: Any, captures: list[Capture], **settings: Any) -> Hypernetwo
 def test_calibration_damps_what_unrelated_prompts_have_in_common(
     captures: list[Capture], keys: Keys
 ) -> None:
-    """C = products of the life + prior · products of the calibration, by the dense formula."""
+    """C = products of the episode + prior · products of the calibration, by the dense formula."""
     env = make(SELECTION)
     low = calibrated(env, captures[:2], prior=0.5, ridge=0.2, keys=keys)
     low.observe(captures[2])
@@ -301,7 +301,7 @@ def test_a_network_for_rows_moves_raw_keys_by_standard_deviations(
 
 
 @pytest.mark.parametrize("keys", ["standardised", "raw"])
-def test_a_calibration_is_saved_and_outlives_lives(captures: list[Capture], keys: Keys) -> None:
+def test_a_calibration_is_saved_and_outlives_episodes(captures: list[Capture], keys: Keys) -> None:
     env = make(SELECTION)
     low = calibrated(env, captures[:2], keys=keys)
     assert low.is_calibrated
@@ -382,7 +382,7 @@ def test_ridge_and_prior_have_the_slopes_of_the_objective(captures: list[Capture
     env.use_low_level(low)
     env.reset(seed=5)
     env.step(np.ones(L, np.int8))
-    capture = env.life.observe()
+    capture = env.episode.observe()
 
     def objective() -> torch.Tensor:
         return env.loss(low.compute(capture, ALL))

@@ -96,11 +96,11 @@ def test_an_option_teaches_by_what_it_leaves_behind() -> None:
     everything = np.ones(L, bool)
     made: list[Updates] = []
     for number in range(3):
-        made.append(low.compute(env.life.observe(), everything))
+        made.append(low.compute(env.episode.observe(), everything))
         lesson = trainer._lesson(made)
         if number < 2:
             env.apply([u.detach() for u in made[-1] if u is not None], judge="never")
-            assert not env.life.edit_over
+            assert not env.episode.edit_over
     assert lesson is not None
     lesson.learn()
     parameter = next(p for name, p in low.net.named_parameters() if name.endswith("log_step"))
@@ -169,7 +169,7 @@ def test_a_layer_left_out_of_a_later_step_still_learns_from_earlier_ones() -> No
 
 
 def short(**changes: Any) -> TrainSettings:
-    """The settings of ``hiedit``, with two windows a life and little of everything else."""
+    """The settings of ``hiedit``, with two windows an episode and little of everything else."""
     little = {"trajectories": 3, "edits_per_trajectory": 3, "window": 2, "calibration": 12}
     return TrainSettings(**{**spec_agent("hiedit").spec.train, **little, **changes})
 

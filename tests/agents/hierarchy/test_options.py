@@ -21,7 +21,9 @@ HALF = np.array([1, 0, 1, 0, 1, 0], bool)
 
 
 def option(env: EditingEnv, layers: np.ndarray = HALF) -> Option:
-    return Option(layers, env.life.rule, env.life.max_steps_per_edit, env.life.stop_when_answered)
+    return Option(
+        layers, env.episode.rule, env.episode.max_steps_per_edit, env.episode.stop_when_answered
+    )
 
 
 @pytest.mark.parametrize("stop", [True, False])
@@ -40,7 +42,7 @@ def test_an_option_run_step_by_step_is_one_step_of_the_environment(
         assert found.info["weights_fingerprint"] == info["weights_fingerprint"]
         assert found.info["metrics"] == info["metrics"]
         np.testing.assert_array_equal(found.observation, observation)
-    assert two.life.written_counts.tolist() == one.life.written_counts.tolist()
+    assert two.episode.written_counts.tolist() == one.episode.written_counts.tolist()
 
 
 class LookingRule(OuterProductRule):
@@ -74,8 +76,8 @@ def test_an_option_cannot_begin_on_an_answered_fact() -> None:
     env = make(SELECTION, max_steps_per_edit=30)
     env.reset(seed=0)
     assert option(env).can_begin(env.capture)
-    while not env.life.reading.answered:
-        run(env.life.primitive(env.life.propose(np.ones(L, bool))))
+    while not env.episode.reading.answered:
+        run(env.episode.primitive(env.episode.propose(np.ones(L, bool))))
     assert not option(env).can_begin(env.capture)
     assert option(env).is_over(env.capture, 1)
     before = env.llm.weights_fingerprint()
@@ -105,7 +107,7 @@ def test_reward_and_discount_of_an_option_of_k_steps() -> None:
     assert two.discount == 0.5**two.steps
     paid = []
     for _ in range(two.steps):
-        updates = single.life.rule.propose(single.life.observe(), HALF)
+        updates = single.episode.rule.propose(single.episode.observe(), HALF)
         paid.append(single.apply(updates)[1])
     assert two.reward == pytest.approx(sum(0.5**i * r for i, r in enumerate(paid)), rel=1e-6)
     # Undiscounted it makes no difference when the model is judged.
@@ -132,8 +134,8 @@ def test_any_high_level_goes_with_any_low_level() -> None:
     agent = HierarchicalAgent("both", UntrainedChoice("fixed-layers", L, 2), low, 2)
     agent.reset(env, 0)
     observation, info = env.reset(seed=0)
-    assert env.life.rule is low
-    assert env.life.max_steps_per_edit == 2
+    assert env.episode.rule is low
+    assert env.episode.max_steps_per_edit == 2
     before = {name: w.clone() for name, w in env.llm.model.state_dict().items()}
     env.step(agent.select_action(observation, info))
     changed = [
@@ -143,11 +145,11 @@ def test_any_high_level_goes_with_any_low_level() -> None:
     ]
     assert changed == [0, 1]
     env.use_low_level(None)
-    assert env.life.rule is not low
-    assert env.life.max_steps_per_edit == 5
+    assert env.episode.rule is not low
+    assert env.episode.max_steps_per_edit == 5
 
 
-def test_a_low_level_ends_the_life_and_has_to_fit() -> None:
+def test_a_low_level_ends_the_episode_and_has_to_fit() -> None:
     env = make(SELECTION)
     env.reset(seed=0)
     env.use_low_level(OuterProductRule(env.llm.shapes, env.llm.device))
@@ -171,7 +173,7 @@ def test_unjudged_steps_are_paid_with_the_next_judged_one() -> None:
         env.reset(seed=0)
         paid = []
         for _ in range(3):
-            updates = env.life.propose(np.ones(L, bool))
+            updates = env.episode.propose(np.ones(L, bool))
             _, reward, _, _, info = env.apply(updates, judge=judge)
             paid.append(reward)
         rewards.append(paid)
@@ -198,7 +200,7 @@ def test_nothing_is_paid_where_nothing_is_judged() -> None:
 def test_an_option_may_end_before_the_environments_horizon() -> None:
     env = make(SELECTION, step_size=1e-9, max_steps_per_edit=5)
     env.reset(seed=0)
-    short = Option(HALF, env.life.rule, max_steps=2)
+    short = Option(HALF, env.episode.rule, max_steps=2)
     outcome = run_option(env, short)
     assert outcome.steps == 2
     assert not outcome.info["edit_over"]
@@ -209,7 +211,7 @@ def test_an_option_may_end_before_the_environments_horizon() -> None:
     assert rest.info["edit_over"]
 
 
-def test_updates_that_are_not_finite_end_the_life_as_in_a_step() -> None:
+def test_updates_that_are_not_finite_end_the_episode_as_in_a_step() -> None:
     one, two = (make(SELECTION, step_size=1e36) for _ in range(2))
     for env in (one, two):
         env.reset(seed=0)

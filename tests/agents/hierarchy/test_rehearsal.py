@@ -61,10 +61,10 @@ def test_a_rehearsed_step_goes_down_the_rehearsed_loss() -> None:
     low = rehearsing(env, facts=3, probes=0, step_size=1e-5)
     env.use_low_level(low)
     env.reset(seed=0)
-    earlier = [fact.prompt for fact in env.life.facts[1:]]
+    earlier = [fact.prompt for fact in env.episode.facts[1:]]
     for prompt in earlier:
         low.observe(env.llm.read(prompt).capture())
-    capture = env.life.observe()
+    capture = env.episode.observe()
     whole = low.propose(capture, ALL)
     alone = Hypernetwork.compute(low, capture, ALL)
     mended = []
@@ -85,7 +85,7 @@ def test_a_rehearsed_step_goes_down_the_rehearsed_loss() -> None:
     assert loss() < before
 
 
-def test_the_present_fact_is_not_rehearsed_and_memory_is_of_this_life() -> None:
+def test_the_present_fact_is_not_rehearsed_and_memory_is_of_this_episode() -> None:
     env = make(SELECTION, num_edits=3)
     low = rehearsing(env, facts=5, probes=0)
     env.use_low_level(low)
@@ -98,7 +98,7 @@ def test_the_present_fact_is_not_rehearsed_and_memory_is_of_this_life() -> None:
         return own(prompts, loss)
 
     env.llm.gradients = noted  # type: ignore[method-assign]
-    texts = [fact.prompt.prompt for fact in env.life.facts]
+    texts = [fact.prompt.prompt for fact in env.episode.facts]
     for _ in range(3):
         env.step(np.ones(L, np.int8))
     drawn = {tuple(sorted(group)) for group in seen}
@@ -144,7 +144,7 @@ def test_rehearsal_keeps_earlier_facts() -> None:
 # -- state --------------------------------------------------------------------------------------
 
 
-def test_a_restored_life_goes_on_as_before() -> None:
+def test_a_restored_episode_goes_on_as_before() -> None:
     env = make(SELECTION, num_edits=5)
     env.use_low_level(rehearsing(env))
     env.reset(seed=0)
@@ -180,7 +180,7 @@ def test_gradients_reach_the_parameters_through_both_parts() -> None:
     env.use_low_level(low)
     env.reset(seed=0)
     env.step(np.ones(L, np.int8))
-    loss = env.loss(low.compute(env.life.observe(), ALL))
+    loss = env.loss(low.compute(env.episode.observe(), ALL))
     gradients = torch.autograd.grad(loss, low.parameters(), allow_unused=True)
     names = [name for name, _ in low.net.named_parameters()]
     for name, gradient in zip(names, gradients, strict=True):
@@ -201,7 +201,7 @@ def test_gradients_against_finite_differences() -> None:
     with torch.no_grad():
         for parameter in low.parameters():
             parameter.add_(torch.randn(parameter.shape, generator=generator) * 0.05)
-    capture, state = env.life.observe(), low.state_dict()
+    capture, state = env.episode.observe(), low.state_dict()
 
     def loss() -> torch.Tensor:
         low.load_state_dict(state)
@@ -232,7 +232,7 @@ def test_an_update_that_is_not_finite_is_left_to_be_refused() -> None:
     low = rehearsing(env, step_size=1e36, look_ahead=True)
     env.use_low_level(low)
     env.reset(seed=0)
-    updates = low.compute(env.life.observe(), ALL)
+    updates = low.compute(env.episode.observe(), ALL)
     with pytest.raises(NonFiniteUpdateError):
         env.apply(updates)
     _, reward, ended, _, info = env.apply(updates, rule_made=True)
@@ -253,7 +253,7 @@ def test_no_multiplier_no_update() -> None:
     env.step(np.ones(L, np.int8))
     gates = torch.zeros(L)
     gates[2] = 1.0
-    capture = env.life.observe()
+    capture = env.episode.observe()
     random = low._rng.bit_generator.state
     gated = low.compute(capture, ALL, gates)
     low._rng.bit_generator.state = random
@@ -272,7 +272,7 @@ def test_a_gate_of_zero_has_the_slope_of_the_whole_update() -> None:
     env.use_low_level(low)
     env.reset(seed=0)
     env.step(np.ones(L, np.int8))
-    capture = env.life.observe()
+    capture = env.episode.observe()
     random = low._rng.bit_generator.state
     gates = torch.zeros(L)
     gates[2] = 1.0
@@ -304,7 +304,7 @@ def test_a_prompt_is_rehearsed_with_its_latest_answer() -> None:
     assert found == [(other.prompt, other.answer), (encoded.prompt, encoded.answer)]
 
 
-def test_what_is_rehearsed_follows_from_the_seed_of_the_life() -> None:
+def test_what_is_rehearsed_follows_from_the_seed_of_the_episode() -> None:
     env = make(SELECTION, num_edits=None)
     low = rehearsing(env, probes=3)
 
@@ -401,7 +401,7 @@ def test_looking_ahead_mends_what_the_facts_own_update_damages() -> None:
     env.use_low_level(low)
     env.reset(seed=0)
     env.step(np.ones(L, np.int8))
-    capture = env.life.observe()
+    capture = env.episode.observe()
     asked: list[Any] = []
     own = env.llm.gradients
 
@@ -435,7 +435,7 @@ def test_rehearsed_answers_can_end() -> None:
         return own(prompts, loss)
 
     env.llm.gradients = noted  # type: ignore[method-assign]
-    facts = [fact.prompt for fact in env.life.facts]
+    facts = [fact.prompt for fact in env.episode.facts]
     env.step(np.ones(L, np.int8))
     env.step(np.ones(L, np.int8))
     end = env.llm.tokenizer.eos_token_id
@@ -456,7 +456,7 @@ def test_what_is_rehearsed_is_never_much_larger_than_the_fact() -> None:
     env.use_low_level(low)
     env.reset(seed=0)
     for _ in range(6):
-        capture = env.life.observe()
+        capture = env.episode.observe()
         whole = low.propose(capture, ALL)
         alone = Hypernetwork.compute(low, capture, ALL)
         for a, b in zip(whole, alone, strict=True):

@@ -62,8 +62,8 @@ def test_gates_carry_the_slope_of_the_real_objective() -> None:
     env.reset(seed=0)
     env.step(np.ones(6, np.int8))
     rule = OuterProductRule(env.llm.shapes, CPU, step_size=1e-3)
-    rule.load_state_dict(env.life.rule.state_dict())
-    capture = env.life.capture
+    rule.load_state_dict(env.episode.rule.state_dict())
+    capture = env.episode.capture
     rule.observe(capture)
     router = StraightThroughRouter(env.llm.shapes, CPU, layers_per_edit=2, hidden=4)
     choice = router.choose(np.zeros(0, np.float32), capture)
@@ -213,13 +213,13 @@ def test_a_policy_that_is_not_deterministic_acts_as_it_was_trained(size: str) ->
     router = policy(4, size=size, layers_per_edit=2, deterministic=False)
     seen = observation(4)
 
-    def life(seed: int) -> list[tuple[int, ...]]:
+    def episode(seed: int) -> list[tuple[int, ...]]:
         router.reset(seed)
         chosen = [router.choose(seen, NOTHING).layers for _ in range(1000)]
         return [tuple(np.flatnonzero(layers).tolist()) for layers in chosen]
 
-    first = life(0)
-    assert first == life(0) != life(1)
+    first = episode(0)
+    assert first == episode(0) != episode(1)
     for subset in set(first):
         orders = itertools.permutations(subset) if size == "fixed" else [subset]
         wanted = sum(math.exp(float(router.log_probability(seen, o).detach())) for o in orders)

@@ -332,7 +332,7 @@ def test_a_trained_agent_is_made_again_from_its_folder(tmp_path: Path) -> None:
     env = make(SELECTION, num_edits=3)
     agent = make_agent(str(out))
     agent.reset(env, 0)
-    assert env.life.max_steps_per_edit == 2
+    assert env.episode.max_steps_per_edit == 2
     observation, info = env.reset(seed=0)
     action = agent.select_action(observation, info)
     assert action.sum() == 3

@@ -79,7 +79,7 @@ def test_a_policy_router_shows_what_the_environment_pays() -> None:
     assert any(paid)
 
 
-def test_a_wrecked_life_is_paid_for_its_end() -> None:
+def test_a_wrecked_episode_is_paid_for_its_end() -> None:
     env = make(SELECTION, num_edits=None)
     built = spec_agent("all-layers+hypernetwork").with_low_settings(step_size=1e36)
     row = Trainer(env, built.build(env.llm), env.requests, SHORT).trajectory(0)

@@ -56,7 +56,7 @@ def test_it_is_small_and_says_where_it_comes_from(folder: Path) -> None:
 
 def test_the_planted_one_finds_the_true_layer_of_facts_it_was_not_trained_on() -> None:
     assert sum(path.stat().st_size for path in (SHIPPED / "hiedit-planted").iterdir()) < 100_000
-    env = gym.make("hiedit/Planted-v0", dataset="planted-facts-test", num_edits=30)
+    env = gym.make("hiedit/Planted-v1", dataset="planted-facts-test", num_edits=30)
     agent = make_agent("hiedit")
     agent.reset(env, seed=0)
     observation, info = env.reset(seed=3)
@@ -67,7 +67,7 @@ def test_the_planted_one_finds_the_true_layer_of_facts_it_was_not_trained_on() -
         right.append(np.array_equal(action, true_of(env)))
         observation, reward, terminated, _, info = env.step(action)
         paid.append(float(reward))
-    # Writing nothing is paid about -5 a fact, and the best life a little more than 0.
+    # Writing nothing is paid about -5 a fact, and the best episode a little more than 0.
     assert np.mean(right) >= 0.9
     assert np.mean(paid) > -0.3
 
@@ -76,7 +76,7 @@ def true_of(env: gym.Env[Any, Any]) -> NDArray[np.int8]:
     """The layers of the present fact."""
     inner = env.unwrapped
     assert isinstance(inner, Planted)
-    names = inner.life.fact.request.true_layers
+    names = inner.episode.fact.request.true_layers
     return np.array([name in names for name in inner.llm.names], np.int8)
 
 

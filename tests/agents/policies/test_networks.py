@@ -24,7 +24,7 @@ from torch import nn
 
 from hiedit_env.errors import CheckpointError, MissingLibraryError, SettingsError
 
-TOY = {"id": "hiedit/Toy-v0", "num_layers": 3, "num_edits": 4}
+TOY = {"id": "hiedit/Toy-v1", "num_layers": 3, "num_edits": 4}
 EXTRAS = {"rllib": "ray", "skrl": "skrl", "tianshou": "tianshou", "torchrl": "torchrl"}
 
 
@@ -84,9 +84,9 @@ def test_every_prefix_is_known_and_belongs_to_its_library(library: str, tmp_path
         make_agent(f"{other}:{tmp_path}")
 
 
-def test_an_agent_of_a_network_plays_whole_lives(tmp_path: Path) -> None:
+def test_an_agent_of_a_network_plays_whole_episodes(tmp_path: Path) -> None:
     task = Task("layers", {"model": "tiny", "num_edits": 3, "max_steps_per_edit": 2})
-    env = gym.make("hiedit/LayerSelection-v0", **task.settings)
+    env = gym.make("hiedit/LayerSelection-v1", **task.settings)
     sizes = task.sizes(env)
     policy, tensors = describe(chain(sizes.observation, sizes.layers), head="coins")
     rest: dict[str, Any] = {"policy": policy, "tensors": tensors, "training": {}}

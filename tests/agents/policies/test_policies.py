@@ -36,7 +36,7 @@ from hiedit_env.wrappers import SequentialSelection
 from tests.support.policies import Outcome, random_agent
 
 TINY = {"model": "tiny", "num_edits": 4, "max_steps_per_edit": 2}
-TOY = {"id": "hiedit/Toy-v0", "num_layers": 5, "num_edits": 6}
+TOY = {"id": "hiedit/Toy-v1", "num_layers": 5, "num_edits": 6}
 FORMS: dict[str, dict[str, Any]] = {
     "layers": {},
     "box": {},
@@ -63,7 +63,7 @@ def drawn(task: Task, sizes: Sizes) -> Any:
     return act
 
 
-def trained_life(task: Task, function: Any, seed: int) -> list[dict[str, Any]]:
+def trained_episode(task: Task, function: Any, seed: int) -> list[dict[str, Any]]:
     """What the policy does in the environment it is trained in: one entry per fact."""
     env = task.make_env()
     observation, _ = env.reset(seed=seed)
@@ -84,8 +84,8 @@ def test_a_policy_plays_the_layers_it_plays_in_its_own_environment(form: str) ->
     task = Task(form, TINY, FORMS[form])
     sizes = task.sizes(task.make_env())
     function = drawn(task, sizes)
-    expected = trained_life(task, function, 3)
-    env = gym.make("hiedit/LayerSelection-v0", **TINY)
+    expected = trained_episode(task, function, 3)
+    env = gym.make("hiedit/LayerSelection-v1", **TINY)
     edits = play(env, agent_of(task, function, sizes), 3, progress=False).edits
     assert [edit.layers.astype(int).tolist() for edit in edits] == [x["layers"] for x in expected]
     assert [edit.reward for edit in edits] == [x["reward"] for x in expected]
@@ -99,8 +99,8 @@ def test_step_sizes_are_paid_what_they_are_paid_in_their_own_environment(high_le
     task = Task("step-sizes", {**TINY, **own, "max_steps_per_edit": 3})
     sizes = task.sizes(task.make_env())
     function = drawn(task, sizes)
-    expected = trained_life(task, function, 3)
-    env = gym.make("hiedit/LayerSelection-v0", **TINY)
+    expected = trained_episode(task, function, 3)
+    env = gym.make("hiedit/LayerSelection-v1", **TINY)
     edits = play(env, agent_of(task, function, sizes), 3, progress=False).edits
     np.testing.assert_allclose(
         [edit.reward for edit in edits], [x["reward"] for x in expected], atol=1e-5
@@ -115,7 +115,7 @@ def test_the_oracle_tries_a_policy_over_step_sizes_in_every_twin() -> None:
     world = {"model": "planted", "num_edits": 2, "max_steps_per_edit": 2}
     task = Task("step-sizes", world)
     sizes = task.sizes(task.make_env())
-    env = gym.make("hiedit/Planted-v0", **world)
+    env = gym.make("hiedit/Planted-v1", **world)
     # Smooth: twins see observations that differ by rounding.
     weights = np.random.default_rng(0).normal(size=(6, sizes.observation)) / 4
     agent = agent_of(task, lambda seen, mask: np.tanh(weights @ seen).astype(np.float32), sizes)
@@ -157,7 +157,7 @@ def test_vector_forms_are_the_single_ones(form: str) -> None:
     vector.close()
 
 
-def test_lives_share_one_model() -> None:
+def test_episodes_share_one_model() -> None:
     envs = Task("sequential", TINY).make_envs(3)
     models = {id(env.unwrapped.llm.model) for env in envs}  # type: ignore[attr-defined]
     assert len(models) == 1
@@ -239,9 +239,9 @@ def test_damaged_records_are_refused(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("made", "words"),
     [
-        (lambda: gym.make("hiedit/Toy-v0"), r"137 observed.*6 layers.*\(7,\).*layers it was"),
-        (lambda: gym.make("hiedit/LifelongEdit-v0"), r"Dict.*FixedStepSize around it"),
-        (lambda: gym.make("hiedit/StepSize-v0"), r"Box.*acts in hiedit/LayerSelection-v0"),
+        (lambda: gym.make("hiedit/Toy-v1"), r"137 observed.*6 layers.*\(7,\).*layers it was"),
+        (lambda: gym.make("hiedit/LifelongEdit-v1"), r"Dict.*FixedStepSize around it"),
+        (lambda: gym.make("hiedit/StepSize-v1"), r"Box.*acts in hiedit/LayerSelection-v1"),
         (lambda: Task("discrete", TINY).make_env(), r"Discrete\(6\): .*without wrappers"),
         (lambda: Task("sequential", TINY).make_env(), r"\(143,\).*without wrappers"),
     ],
@@ -256,7 +256,7 @@ def test_other_spaces_are_refused_with_the_remedy(made: Any, words: str) -> None
 
 def test_a_masked_choice_is_refused() -> None:
     task = Task("sequential", TINY)
-    env = gym.make("hiedit/LayerSelection-v0", **TINY)
+    env = gym.make("hiedit/LayerSelection-v1", **TINY)
     agent = agent_of(task, lambda observation, mask: 2, task.sizes(env))
     agent.reset(env, 0)
     observation, info = env.reset(seed=0)
@@ -270,8 +270,8 @@ def test_a_masked_choice_is_refused() -> None:
         ("flat", {}, {}, "unknown form 'flat'"),
         ("layers", {}, {"size": 2}, r"no options \['size'\]"),
         ("discrete", {}, {"max_layers": 2}, r"it has \['limit', 'size'\]"),
-        ("layers", {"id": "hiedit/StepSize-v0"}, {}, "does not fit hiedit/StepSize-v0"),
-        ("step-sizes", {"id": "hiedit/Toy-v0"}, {}, "does not fit hiedit/Toy-v0"),
+        ("layers", {"id": "hiedit/StepSize-v1"}, {}, "does not fit hiedit/StepSize-v1"),
+        ("step-sizes", {"id": "hiedit/Toy-v1"}, {}, "does not fit hiedit/Toy-v1"),
     ],
 )
 def test_rubbish_tasks_are_refused(form: str, env: Any, options: Any, words: str) -> None:
@@ -336,7 +336,7 @@ def test_the_share_of_the_way_by_hand() -> None:
 
 
 def test_random_agents_of_every_form_play(tmp_path: Path) -> None:
-    env = gym.make("hiedit/LayerSelection-v0", **TINY)
+    env = gym.make("hiedit/LayerSelection-v1", **TINY)
     for form, options in FORMS.items():
         task = Task(form, TINY, options)
         agent = random_agent(task, task.sizes(env))

@@ -32,7 +32,7 @@ LIBRARIES: dict[str, tuple[str, tuple[str, ...]]] = {
         ("actor.pt", "critic.pt", "best_actor.pt", "training/scalars/eval_episode_reward.csv"),
     ),
 }
-TOY: dict[str, Any] = {"id": "hiedit/Toy-v0", "num_layers": 3, "num_edits": 4}
+TOY: dict[str, Any] = {"id": "hiedit/Toy-v1", "num_layers": 3, "num_edits": 4}
 
 
 def need(package: str) -> None:
@@ -80,7 +80,7 @@ def test_learns_the_planted_world(library: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("library", LIBRARIES)
-def test_one_life_is_enough(library: str, tmp_path: Path) -> None:
+def test_one_environment_is_enough(library: str, tmp_path: Path) -> None:
     need(LIBRARIES[library][0])
     train(library, tmp_path, TOY, "--num-envs", "1", "--steps", "16", "--evaluations", "0")
 
@@ -93,28 +93,28 @@ def test_hyperparameters_the_script_does_not_have(library: str, tmp_path: Path) 
     assert "--set has no lrate; it has " in done.stderr
 
 
-def test_tianshou_steps_lives_as_gymnasium_does() -> None:
+def test_tianshou_steps_environments_as_gymnasium_does() -> None:
     need("tianshou")
-    from hiedit_agents.rl.train_tianshou import Lives
+    from hiedit_agents.rl.train_tianshou import EditingVectorEnv
 
     task = Task("layers", TOY)
     plain = task.make_vec(3, autoreset_mode=AutoresetMode.DISABLED)
-    lives = Lives(task.make_vec(3, autoreset_mode=AutoresetMode.DISABLED))
-    lives.seed(5)
+    vector_env = EditingVectorEnv(task.make_vec(3, autoreset_mode=AutoresetMode.DISABLED))
+    vector_env.seed(5)
     expected, _ = plain.reset(seed=5)
     actions = np.eye(3, dtype=np.int8)
     for _ in range(3):
-        after, rewards, ended, cut, infos = lives.step(actions)
+        after, rewards, ended, cut, infos = vector_env.step(actions)
         expected, paid, *_ = plain.step(actions)
         assert after.tolist() == expected.tolist()
         assert rewards.tolist() == paid.tolist()
         assert [info["env_id"] for info in infos] == [0, 1, 2]
     assert not ended.any()
-    *_, ended, cut, _ = lives.step(actions)
+    *_, ended, cut, _ = vector_env.step(actions)
     assert ended.all()
-    first, infos = lives.reset([2, 0])
+    first, infos = vector_env.reset([2, 0])
     assert first.shape == (2, expected.shape[1])
     assert [info["env_id"] for info in infos] == [2, 0]
     with pytest.raises(SettingsError, match=r"stepped together, all 3 of them, got \[0, 2\]"):
-        lives.step(actions[:2], [0, 2])
-    assert lives.action_space == [task.make_env().action_space] * 3
+        vector_env.step(actions[:2], [0, 2])
+    assert vector_env.action_space == [task.make_env().action_space] * 3

@@ -23,7 +23,7 @@ from hiedit_env.datasets.load import load_requests
 from hiedit_env.errors import CheckpointError, ResultsExistError, SettingsError
 
 TOY = Args(
-    env_id="hiedit/Toy-v0",
+    env_id="hiedit/Toy-v1",
     env={"num_layers": 4, "num_edits": 16},
     total_steps=8192,
     learning_rate=1e-2,
@@ -32,7 +32,7 @@ SHORT = Args(env={"num_edits": 2}, num_envs=2, num_steps=2, minibatches=2, total
 
 
 def test_advantages_by_hand() -> None:
-    """Two lives of three facts; the second one's first life ends with its second fact."""
+    """Two environments of three facts; the second one's first episode ends with its second fact."""
     rewards = torch.tensor([[1.0, 0.0], [2.0, 1.0], [0.0, 3.0]])
     values = torch.tensor([[0.5, 1.0], [1.0, 0.0], [2.0, 1.0]])
     ends = torch.tensor([[0.0, 0.0], [0.0, 1.0], [0.0, 0.0]])
@@ -43,7 +43,7 @@ def test_advantages_by_hand() -> None:
     torch.testing.assert_close(found, wanted)
 
 
-def test_a_life_that_is_cut_short_is_paid_for_what_would_have_followed(
+def test_an_environment_that_is_cut_short_is_paid_for_what_would_have_followed(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """With a value of 8 everywhere, the last reward before the cut counts γ · 8 more."""
@@ -57,7 +57,7 @@ def test_a_life_that_is_cut_short_is_paid_for_what_would_have_followed(
     monkeypatch.setattr(ppo, "estimate", note)
     monkeypatch.setattr(ActorCritic, "value", lambda _, seen: torch.full((len(seen),), 8.0))
     toy = {"num_layers": 4, "num_edits": 16}
-    args = replace(SHORT, env_id="hiedit/Toy-v0", num_steps=3, total_steps=6, gamma=0.25)
+    args = replace(SHORT, env_id="hiedit/Toy-v1", num_steps=3, total_steps=6, gamma=0.25)
     args = replace(args, value_weight=0.0)
     train(replace(args, env=toy), progress=False)
     train(replace(args, env={**toy, "max_episode_steps": 2}), progress=False)
@@ -80,7 +80,7 @@ def test_probabilities_and_entropy_of_independent_coins() -> None:
 
 def test_learns_the_toy() -> None:
     model = train(TOY, progress=False)
-    env = gym.make("hiedit/Toy-v0", num_layers=4, num_edits=200)
+    env = gym.make("hiedit/Toy-v1", num_layers=4, num_edits=200)
     observation, _ = env.reset(seed=99)
     total, ended = 0.0, False
     while not ended:
@@ -127,7 +127,7 @@ def test_a_policy_refuses_other_spaces_and_folders(tmp_path: Path) -> None:
     agent = make_agent(f"ppo:{tmp_path / 'policy'}")
     assert hiedit_env.__version__
     with pytest.raises(CheckpointError, match=r"137 observed numbers and 6 layers.*\(7,\)"):
-        agent.reset(gym.make("hiedit/Toy-v0"), 0)
+        agent.reset(gym.make("hiedit/Toy-v1"), 0)
     with pytest.raises(CheckpointError, match="holds no policy"):
         make_agent(f"ppo:{tmp_path}")
 
@@ -151,4 +151,4 @@ def test_rubbish_settings_are_refused(settings: dict[str, float], message: str) 
 
 def test_other_actions_are_refused() -> None:
     with pytest.raises(SettingsError, match="LayerSelection"):
-        train(replace(SHORT, env_id="hiedit/StepSize-v0"))
+        train(replace(SHORT, env_id="hiedit/StepSize-v1"))

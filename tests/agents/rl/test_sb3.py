@@ -26,12 +26,12 @@ pytest.importorskip("sb3_contrib")
 
 from hiedit_agents.rl import train_sb3 as sb3
 from hiedit_agents.rl import train_sb3_contrib as sb3_contrib
-from hiedit_agents.rl.sb3_lives import Lives
+from hiedit_agents.rl.sb3_vec_env import EditingVecEnv
 from stable_baselines3 import A2C, PPO
 from stable_baselines3.common.vec_env import VecNormalize
 
 TINY = {"model": "tiny", "num_edits": 2, "max_steps_per_edit": 1}
-TOY = {"id": "hiedit/Toy-v0", "num_layers": 4, "num_edits": 8}
+TOY = {"id": "hiedit/Toy-v1", "num_layers": 4, "num_edits": 8}
 MODULES = {"sb3": sb3, "sb3-contrib": sb3_contrib}
 ALL = [(library, name) for library, module in MODULES.items() for name in module.ALGORITHMS]
 #: Enough to go once through every part of the training.
@@ -54,38 +54,38 @@ def run(library: str, algorithm: str, out: Path, env: Any, *words: str) -> None:
     )
 
 
-# Lives
+# Environments
 
 
-def test_lives_are_the_vector_environment() -> None:
+def test_environments_are_the_vector_environment() -> None:
     task = Task("layers", TINY)
-    lives, envs = Lives(task.make_vec(2)), task.make_vec(2)
-    lives.seed(3)
-    np.testing.assert_array_equal(lives.reset(), envs.reset(seed=[3, 4])[0])
+    vector_env, envs = EditingVecEnv(task.make_vec(2)), task.make_vec(2)
+    vector_env.seed(3)
+    np.testing.assert_array_equal(vector_env.reset(), envs.reset(seed=[3, 4])[0])
     action = np.array([[1, 0, 0, 0, 0, 0], [0, 1, 1, 0, 0, 0]])
     # Stable-Baselines3 draws float masks.
-    first, wanted = lives.step(action.astype(np.float32)), envs.step(action)
+    first, wanted = vector_env.step(action.astype(np.float32)), envs.step(action)
     np.testing.assert_array_equal(first[0], wanted[0])
     np.testing.assert_allclose(first[1], wanted[1], rtol=1e-6)
     assert [info["layers"].tolist() for info in first[3]] == action.tolist()
     assert first[3][1]["reward_terms"]["edit"] == wanted[4]["reward_terms"]["edit"][1]
-    second, wanted = lives.step(action), envs.step(action)
+    second, wanted = vector_env.step(action), envs.step(action)
     assert second[2].tolist() == [True, True]
     for i, info in enumerate(second[3]):
         np.testing.assert_array_equal(info["terminal_observation"], wanted[4]["final_obs"][i])
-        assert info["edit_index"] == 1  # of the life that ended, not of the one that began
+        assert info["edit_index"] == 1  # of the episode that ended, not of the one that began
         assert info["TimeLimit.truncated"] is False
-    assert lives.get_attr("num_edits") == [2, 2]
-    assert lives.env_method("observe", indices=[1])[0].shape == (137,)
-    assert len({id(llm.model) for llm in lives.get_attr("llm")}) == 1
-    lives.close()
+    assert vector_env.get_attr("num_edits") == [2, 2]
+    assert vector_env.env_method("observe", indices=[1])[0].shape == (137,)
+    assert len({id(llm.model) for llm in vector_env.get_attr("llm")}) == 1
+    vector_env.close()
 
 
-def test_lives_that_begin_again_later_are_refused() -> None:
+def test_environments_that_begin_again_later_are_refused() -> None:
     with pytest.raises(SettingsError, match="autoreset_mode='SameStep', not 'NextStep'"):
-        Lives(
+        EditingVecEnv(
             gym.make_vec(
-                "hiedit/LayerSelection-v0",
+                "hiedit/LayerSelection-v1",
                 num_envs=1,
                 vectorization_mode="vector_entry_point",
                 num_edits=2,
@@ -94,7 +94,7 @@ def test_lives_that_begin_again_later_are_refused() -> None:
 
 
 def test_the_library_alone_trains_on_the_id() -> None:
-    env = gym.make("hiedit/LayerSelection-v0", **TINY)
+    env = gym.make("hiedit/LayerSelection-v1", **TINY)
     PPO("MlpPolicy", env, n_steps=4, batch_size=4, device="cpu").learn(4)
 
 
@@ -161,8 +161,8 @@ def test_a_policy_is_compared_and_goes_on_training(tmp_path: Path) -> None:
     settings = CompareSettings(model="tiny", num_edits=2, generation=())
     rows = compare(settings, [name], [0], tmp_path / "table", progress=False).rows
     assert [row["agent"] for row in rows] == ["no-edit", name]
-    lives = Lives(Task("layers", TINY).make_vec(2))
-    model = PPO.load(tmp_path / "policy" / "model.zip", env=lives, device="cpu")
+    vector_env = EditingVecEnv(Task("layers", TINY).make_vec(2))
+    model = PPO.load(tmp_path / "policy" / "model.zip", env=vector_env, device="cpu")
     before = model.num_timesteps
     model.learn(8, reset_num_timesteps=False)
     assert model.num_timesteps == before + 8
@@ -170,12 +170,14 @@ def test_a_policy_is_compared_and_goes_on_training(tmp_path: Path) -> None:
 
 def test_a_model_of_your_own_code_is_kept(tmp_path: Path) -> None:
     task = Task("box", TOY)
-    model = A2C("MlpPolicy", Lives(task.make_vec(2)), policy_kwargs={"net_arch": [3]}, device="cpu")
+    model = A2C(
+        "MlpPolicy", EditingVecEnv(task.make_vec(2)), policy_kwargs={"net_arch": [3]}, device="cpu"
+    )
     sb3.save(model, task, tmp_path / "mine")
     agent: Any = make_agent(f"sb3:{tmp_path / 'mine'}")
     assert agent.record.algorithm == "a2c"
     assert agent.record.policy == {"kwargs": {"net_arch": [3]}}
-    env = gym.make("hiedit/Toy-v0", num_layers=4)
+    env = gym.make("hiedit/Toy-v1", num_layers=4)
     agent.reset(env, 0)
     observation, info = env.reset(seed=0)
     expected = model.predict(observation, deterministic=True)[0] > 0
@@ -196,8 +198,8 @@ def test_state_dependent_exploration_is_kept(algorithm: str, tmp_path: Path) -> 
 
 def test_a_model_of_sb3_contrib_is_kept_by_its_own_function(tmp_path: Path) -> None:
     task = Task("sequential", TOY)
-    lives = Lives(task.make_vec(2))
-    model = sb3_contrib.MaskablePPO("MlpPolicy", lives, n_steps=4, batch_size=8, device="cpu")
+    vector_env = EditingVecEnv(task.make_vec(2))
+    model = sb3_contrib.MaskablePPO("MlpPolicy", vector_env, n_steps=4, batch_size=8, device="cpu")
     with pytest.raises(SettingsError, match=r"not of MaskablePPO; .*train_sb3_contrib\.save"):
         sb3.save(model, task, tmp_path)
     sb3_contrib.save(model, task, tmp_path)
@@ -214,12 +216,14 @@ def test_hyperparameters_the_algorithm_does_not_have(name: str, tmp_path: Path) 
 
 def test_what_cannot_be_kept_is_refused(tmp_path: Path) -> None:
     task = Task("box", TOY)
-    lives = Lives(task.make_vec(2))
+    vector_env = EditingVecEnv(task.make_vec(2))
     classes = {"activation_fn": torch.nn.ReLU}
-    model = PPO("MlpPolicy", lives, n_steps=4, batch_size=8, policy_kwargs=classes, device="cpu")
+    model = PPO(
+        "MlpPolicy", vector_env, n_steps=4, batch_size=8, policy_kwargs=classes, device="cpu"
+    )
     with pytest.raises(SettingsError, match="plain JSON"):
         sb3.save(model, task, tmp_path)
-    model = PPO("MlpPolicy", VecNormalize(lives), n_steps=4, batch_size=8, device="cpu")
+    model = PPO("MlpPolicy", VecNormalize(vector_env), n_steps=4, batch_size=8, device="cpu")
     with pytest.raises(SettingsError, match="VecNormalize"):
         sb3.save(model, task, tmp_path)
     assert not list(tmp_path.iterdir())
@@ -261,7 +265,7 @@ def test_forms_an_algorithm_cannot_act_in(algorithm: str, form: str, tmp_path: P
     [
         "hiedit_agents.rl.train_sb3",
         "hiedit_agents.rl.train_sb3_contrib",
-        "hiedit_agents.rl.sb3_lives",
+        "hiedit_agents.rl.sb3_vec_env",
     ],
 )
 def test_without_the_library_the_extra_is_named(
@@ -294,9 +298,9 @@ def test_training_beats_random_by_the_margin(library: str, algorithm: str, tmp_p
     assert outcome.share > needed_share(agent)
 
 
-def test_random_lives_are_played_by_the_same_seeds(tmp_path: Path) -> None:
+def test_random_environments_are_played_by_the_same_seeds(tmp_path: Path) -> None:
     run("sb3", "a2c", tmp_path, TINY)
-    env = gym.make("hiedit/LayerSelection-v0", **TINY)
+    env = gym.make("hiedit/LayerSelection-v1", **TINY)
     agent = make_agent(f"sb3:{tmp_path}")
     one, two = (play(env, agent, 5, progress=False) for _ in range(2))
     assert [edit.reward for edit in one.edits] == [edit.reward for edit in two.edits]

@@ -230,10 +230,10 @@ def test_settings_reach_the_environment() -> None:
     env = make_env(settings, False)
     inner = unwrapped(env)
     assert inner.llm.names == ("model.layers.1.mlp.up_proj",)
-    assert inner.life.max_steps_per_edit == 2
-    assert inner.life.rule.step_size == 0.25
-    assert type(inner.life.rule).__name__ == "RidgeRule"
-    assert inner.life.evaluator.kind == "token_accuracy"
+    assert inner.episode.max_steps_per_edit == 2
+    assert inner.episode.rule.step_size == 0.25
+    assert type(inner.episode.rule).__name__ == "RidgeRule"
+    assert inner.episode.evaluator.kind == "token_accuracy"
     assert inner.num_edits == 4
     env.close()
 

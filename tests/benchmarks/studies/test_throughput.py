@@ -45,10 +45,10 @@ def edited() -> EditingEnv:
 
 
 def test_the_plain_loop_computes_what_it_says(edited: EditingEnv) -> None:
-    fact, remembered = edited.life.fact, edited.life.remembered
+    fact, remembered = edited.episode.fact, edited.episode.remembered
     before = bits(edited)
     # The other way: the capture and the rule of the environment, dense weights, float64.
-    updates = edited.life.rule.propose(edited.capture, np.ones(L, bool))
+    updates = edited.episode.rule.propose(edited.capture, np.ones(L, bool))
     weights = {name: value.double() for name, value in before.items()}
     for name, update in zip(edited.llm.names, updates, strict=True):
         assert update is not None
@@ -113,8 +113,8 @@ def test_training_steps_are_timed_with_a_full_memory(agent: str) -> None:
     assert 0 < found["step_seconds"] <= found["longest_step_seconds"]
 
 
-def test_lives_together_are_timed_against_lives_apart() -> None:
-    found = measure_vector(lives=2, steps=2)
+def test_environments_together_are_timed_against_environments_apart() -> None:
+    found = measure_vector(num_envs=2, steps=2)
     assert found["lives"] == 2
     assert found["times_faster"] > 0
     assert found["largest_difference_of_rewards"] < 1e-3

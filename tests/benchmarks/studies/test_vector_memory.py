@@ -1,4 +1,4 @@
-"""The benchmark of many lives: what it counts."""
+"""The benchmark of many environments: what it counts."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from hiedit_benchmarks.studies.vector_memory import main, measure
 from tests.support.episodes import SELECTION, make
 
 
-def test_updates_are_one_float32_matrix_per_life_and_layer() -> None:
+def test_updates_are_one_float32_matrix_per_environment_and_layer() -> None:
     found = measure("tiny", 3, 2)
     llm = make(SELECTION).llm
     assert found["updates_mb"] == 3 * sum(4 * a * b for a, b in llm.shapes) / 2**20

@@ -47,7 +47,7 @@ def test_importing_registers_the_ids_and_imports_no_framework() -> None:
     root = hiedit_env.__path__[0] + "/.."
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=root)
     assert run.returncode == 0, run.stderr
-    assert run.stdout.split() == sorted((*IDS, "hiedit/Planted-v0", "hiedit/Toy-v0"))
+    assert run.stdout.split() == sorted((*IDS, "hiedit/Planted-v1", "hiedit/Toy-v1"))
 
 
 @pytest.mark.parametrize("mode", MODES)
@@ -114,9 +114,9 @@ def test_without_a_seed_the_generator_goes_on() -> None:
 def test_without_shuffling_the_stream_is_the_head_of_the_data() -> None:
     env = make(SELECTION, shuffle=False)
     env.reset(seed=1)
-    assert [fact.request for fact in env.life.facts] == list(env.requests[:3])
+    assert [fact.request for fact in env.episode.facts] == list(env.requests[:3])
     env.reset(seed=2)
-    assert [fact.request for fact in env.life.facts] == list(env.requests[:3])
+    assert [fact.request for fact in env.episode.facts] == list(env.requests[:3])
 
 
 # Copies by pickle and by spec
@@ -159,10 +159,10 @@ def test_a_stream_can_be_given() -> None:
     belka = Request("Belka lives in", "Istrand", "Belka")
     stream = [belka, Request("Corrin lives in", "Kessford", "Corrin")]
     env.reset(seed=0, options={"requests": stream})
-    assert [fact.request for fact in env.life.facts] == stream
+    assert [fact.request for fact in env.episode.facts] == stream
     assert env.history.num_edits == 2
     env.reset(seed=0)
-    assert len(env.life.facts) == 1
+    assert len(env.episode.facts) == 1
 
 
 @pytest.mark.parametrize("name", IDS)

@@ -1,4 +1,4 @@
-"""One editing life: a step by hand, the way back, updates from outside, bookkeeping."""
+"""One episode: a step by hand, the way back, updates from outside, bookkeeping."""
 
 from __future__ import annotations
 
@@ -148,16 +148,16 @@ def test_a_saved_state_is_restored_bit_for_bit(name: str, stop: bool) -> None:
         # Writing nothing must not make a difference either.
         chosen[2] = act(name, 0)
     expected, states = [], [(env.save_state(), bits(env), env.llm.weights_fingerprint())]
-    statistics = [repr(env.life.rule.state_dict())]
+    statistics = [repr(env.episode.rule.state_dict())]
     for action in chosen:
         expected.append(shown(env.step(action)))
         states.append((env.save_state(), bits(env), env.llm.weights_fingerprint()))
-        statistics.append(repr(env.life.rule.state_dict()))
-        if env.life.ended:
+        statistics.append(repr(env.episode.rule.state_dict()))
+        if env.episode.ended:
             break
-    assert env.life.ended
+    assert env.episode.ended
     following = shown(env.reset())
-    # Backwards across borders of facts, then from the end, then into a life of another seed.
+    # Backwards across borders of facts, then from the end, then into an episode of another seed.
     for i in [*reversed(range(len(states))), 0, len(states) - 1, 1]:
         if i == 1:
             env.reset(seed=5)
@@ -165,7 +165,7 @@ def test_a_saved_state_is_restored_bit_for_bit(name: str, stop: bool) -> None:
         env.restore_state(state)
         assert same_bits(bits(env), weights)
         assert env.llm.weights_fingerprint() == fingerprint
-        assert repr(env.life.rule.state_dict()) == statistics[i]
+        assert repr(env.episode.rule.state_dict()) == statistics[i]
         if i == len(states) - 1:
             with pytest.raises(ResetNeeded):
                 env.step(chosen[0])
@@ -196,7 +196,7 @@ def test_applying_the_rules_updates_is_a_step(name: str) -> None:
     mask = ALL if name == STEP_SIZE else np.array([1, 0, 1, 1, 0, 1], bool)
     for _ in range(3):
         wanted = twin.step(act(name, mask.astype(int).tolist()))
-        got = env.apply(env.life.propose(mask))
+        got = env.apply(env.episode.propose(mask))
         assert shown(got) == shown(wanted)
         assert same_bits(bits(env), bits(twin))
 
@@ -254,44 +254,44 @@ def test_statistics_take_every_written_capture_in_once(intrinsic: bool) -> None:
     for mask in (1, 0, 1):
         env.step(act(LIFELONG, mask))
     # The empty mask proposed nothing, so there was nothing to normalise.
-    answer = len(env.life.facts[0].prompt.answer_ids)
-    assert env.life.rule.seen == (answer, answer)  # type: ignore[attr-defined]
+    answer = len(env.episode.facts[0].prompt.answer_ids)
+    assert env.episode.rule.seen == (answer, answer)  # type: ignore[attr-defined]
 
 
 def test_a_capture_is_taken_in_once_however_often_it_is_used() -> None:
     env = make(LIFELONG, update_rule="tests.hiedit_env.envs.test_episode:CountingRule")
     env.reset(seed=0)
-    first, *_ = env.life.propose(ALL)
-    again, *_ = env.life.propose(np.array([1, 0, 0, 0, 0, 0], bool))
+    first, *_ = env.episode.propose(ALL)
+    again, *_ = env.episode.propose(np.array([1, 0, 0, 0, 0, 0], bool))
     assert first is not None
     assert again is not None
     assert torch.equal(first.right, again.right)
     with pytest.raises(NonFiniteUpdateError):
         env.apply([first.scaled(float("nan")), *[None] * 5])
-    env.life.propose(ALL)
+    env.episode.propose(ALL)
     env.restore_state(env.save_state())
-    env.life.propose(ALL)
-    assert len(env.life.rule.seen) == 1  # type: ignore[attr-defined]
+    env.episode.propose(ALL)
+    assert len(env.episode.rule.seen) == 1  # type: ignore[attr-defined]
     env.step(act(LIFELONG))
-    assert len(env.life.rule.seen) == 1  # type: ignore[attr-defined]
+    assert len(env.episode.rule.seen) == 1  # type: ignore[attr-defined]
     env.step(act(LIFELONG))
-    assert len(env.life.rule.seen) == 2  # type: ignore[attr-defined]
+    assert len(env.episode.rule.seen) == 2  # type: ignore[attr-defined]
 
 
-def test_a_life_needs_a_request() -> None:
+def test_an_episode_needs_a_request() -> None:
     env = make(LIFELONG)
     with pytest.raises(SettingsError, match="at least one"):
-        run(env.life.start([]))
+        run(env.episode.start([]))
 
 
 def test_the_window_of_memory() -> None:
     env = make(SELECTION, num_edits=4, max_steps_per_edit=1, retention_window=2)
     env.reset(seed=0)
-    facts = env.life.facts
+    facts = env.episode.facts
     seen = []
     for _ in range(4):
-        seen.append(env.life.remembered)
+        seen.append(env.episode.remembered)
         env.step(act(SELECTION))
     assert seen == [(), facts[:1], (facts[1], facts[0]), (facts[2], facts[1])]
-    assert env.life.written_counts.tolist() == [4] * L
+    assert env.episode.written_counts.tolist() == [4] * L
     assert [record.edit_index for record in env.history.records] == [0, 1, 2, 3]

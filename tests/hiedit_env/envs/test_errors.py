@@ -53,14 +53,14 @@ ADVICE: list[tuple[str, Any, str]] = [
     (SELECTION, np.full(L, 0.5, np.float32), "BoxLayers takes L numbers"),
     (SELECTION, 3, "DiscreteSubsets and SequentialSelection take one whole number"),
     (SELECTION, np.int64(3), "DiscreteSubsets and SequentialSelection take one whole number"),
-    (SELECTION, BOTH, "hiedit/LifelongEdit-v0 takes layers and step sizes"),
+    (SELECTION, BOTH, "hiedit/LifelongEdit-v1 takes layers and step sizes"),
     (SELECTION, np.zeros(2 * L, np.float32), "under hiedit_env.wrappers.FlattenAction"),
     (LIFELONG, MASK, "FixedStepSize takes the layers alone"),
     (LIFELONG, SIZES, "FixedLayers takes the step sizes alone"),
     (LIFELONG, 3, "FixedStepSize, and then DiscreteSubsets or SequentialSelection"),
     (LIFELONG, np.zeros(2 * L, np.float32), "FlattenAction takes one flat array"),
-    (STEP_SIZE, BOTH, "hiedit/LifelongEdit-v0 takes layers and step sizes"),
-    (STEP_SIZE, MASK.astype(bool), "hiedit/LayerSelection-v0 takes layers"),
+    (STEP_SIZE, BOTH, "hiedit/LifelongEdit-v1 takes layers and step sizes"),
+    (STEP_SIZE, MASK.astype(bool), "hiedit/LayerSelection-v1 takes layers"),
     (STEP_SIZE, np.zeros(2 * L, np.float32), "under hiedit_env.wrappers.FlattenAction"),
 ]
 
@@ -95,7 +95,7 @@ def test_bad_actions_are_refused_and_change_nothing(name: str) -> None:
     for action, words in cases[name]:
         with pytest.raises(ActionError, match=words):
             env.step(action)
-    assert env.life.steps == 0
+    assert env.episode.steps == 0
     assert env.llm.weights_fingerprint() == before
     # Nor has what follows.
     again = make(name)
@@ -219,7 +219,7 @@ def test_the_weights_of_terms_are_the_given_ones_and_the_rest_by_default() -> No
 )
 def test_an_explicit_step_size_wins(given: dict[str, Any], wanted: float) -> None:
     env = make(LIFELONG, **({"step_size": None} | given))
-    assert env.life.rule.step_size == wanted
+    assert env.episode.rule.step_size == wanted
 
 
 def test_an_unknown_render_mode_is_refused() -> None:

@@ -1,4 +1,4 @@
-"""Lives that go wrong: unfit updates, collapse, exceptions; nothing half-done stays behind."""
+"""Episodes that go wrong: unfit updates, collapse, exceptions; nothing half-done stays behind."""
 
 from __future__ import annotations
 
@@ -138,19 +138,19 @@ def assert_collapsed(result: tuple[Any, ...], error_type: str, reward: float = -
 
 
 @pytest.mark.parametrize("name", IDS)
-def test_a_rule_that_gives_nan_ends_the_life(name: str) -> None:
+def test_a_rule_that_gives_nan_ends_the_episode(name: str) -> None:
     # In LayerSelection the third primitive step of the first option, elsewhere the third step.
     env = spoiling(name, good=2)
     env.reset(seed=0)
     if name != SELECTION:
         assert "error_type" not in env.step(act(name))[4]
         env.step(act(name))
-    before, state = bits(env), repr(env.life.rule.state_dict())
+    before, state = bits(env), repr(env.episode.rule.state_dict())
     result = env.step(act(name))
     assert_collapsed(result, "non_finite_update")
     assert env.observation_space.contains(result[0])
     assert same_bits(bits(env), before)
-    assert repr(env.life.rule.state_dict()) == state
+    assert repr(env.episode.rule.state_dict()) == state
     assert_no_hooks_left(env)
     with pytest.raises(ResetNeeded, match="ended"):
         env.step(act(name))
@@ -162,7 +162,7 @@ def test_a_rule_that_gives_nan_ends_the_life(name: str) -> None:
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("steps", [1, 5])
 @pytest.mark.parametrize("name", IDS)
-def test_a_loss_that_is_not_finite_ends_the_life(name: str, steps: int, kind: str) -> None:
+def test_a_loss_that_is_not_finite_ends_the_episode(name: str, steps: int, kind: str) -> None:
     # Entries of 1e20 are finite, but gate times up is not. Accuracies of NaN logits are.
     settings: dict[str, Any] = {"max_steps_per_edit": steps, "reward": kind}
     env = make(name, step_size=1e20, reward_weights={"collapse": 3.0}, **settings)
@@ -174,7 +174,7 @@ def test_a_loss_that_is_not_finite_ends_the_life(name: str, steps: int, kind: st
 
 @pytest.mark.parametrize("judge", ["step", "fact", "never"])
 @pytest.mark.parametrize("steps", [1, 5])
-def test_a_collapse_by_applied_updates_ends_the_life(steps: int, judge: Any) -> None:
+def test_a_collapse_by_applied_updates_ends_the_episode(steps: int, judge: Any) -> None:
     env = make(LIFELONG, max_steps_per_edit=steps)
     env.reset(seed=0)
     before = bits(env)
@@ -206,7 +206,7 @@ def test_the_intrinsic_reward_counts_a_collapse_avoided() -> None:
     assert not ended
     assert reward == pytest.approx(twin.step(good)[1] + 10.0)
     assert info["reward_terms"]["collapse"] == 10.0
-    # Both collapse: no difference, and the life is over.
+    # Both collapse: no difference, and the episode is over.
     _, reward, ended, _, info = env.step(act(LIFELONG))
     assert (reward, ended, info["error_type"]) == (0.0, True, "non_finite_update")
 
@@ -219,14 +219,14 @@ def test_an_exception_in_a_rule_leaves_everything_as_it_was(name: str, intrinsic
     twin = make(name, intrinsic=intrinsic)
     env.reset(seed=0)
     twin.reset(seed=0)
-    before, state = bits(env), env.life.save()
+    before, state = bits(env), env.episode.save()
     with pytest.raises(RuntimeError, match="the rule broke"):
         env.step(act(name))
     assert same_bits(bits(env), before)
-    after = env.life.save()
+    after = env.episode.save()
     assert (after.steps, after.position, dict(after.paid)) == (0, 0, dict(state.paid))
     assert_no_hooks_left(env)
-    env.life.rule.good = 100  # type: ignore[attr-defined]
+    env.episode.rule.good = 100  # type: ignore[attr-defined]
     assert roll(env, [act(name)] * 2) == roll(twin, [act(name)] * 2)
 
 

@@ -1,4 +1,4 @@
-"""``hiedit/Planted-v0``: the oracle against plain trying, and what compare tells of it."""
+"""``hiedit/Planted-v1``: the oracle against plain trying, and what compare tells of it."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from hiedit_agents.hierarchy.rehearsal import Rehearsal
 from hiedit_agents.hierarchy.simple import OracleAgent
 from hiedit_agents.registry import make_agent
 from hiedit_benchmarks.comparison.compare import CompareSettings, compare
-from hiedit_benchmarks.comparison.episode import Episode, FinishedEdit, play
+from hiedit_benchmarks.comparison.episode import FinishedEdit, PlayedEpisode, play
 from stable_baselines3.common.env_checker import check_env as sb3_check_env
 
 import hiedit_env  # noqa: F401
@@ -30,14 +30,14 @@ from hiedit_env.testing import assert_only_layers_changed, assert_reward_terms_s
 
 
 def make(**arguments: Any) -> Planted:
-    env = gym.make("hiedit/Planted-v0", disable_env_checker=True, **{"num_edits": 6, **arguments})
+    env = gym.make("hiedit/Planted-v1", disable_env_checker=True, **{"num_edits": 6, **arguments})
     inner = env.unwrapped
     assert isinstance(inner, Planted)
     return inner
 
 
 def true_layers(env: Planted) -> np.ndarray[Any, Any]:
-    return np.array([n in env.life.fact.request.true_layers for n in env.llm.names], np.int8)
+    return np.array([n in env.episode.fact.request.true_layers for n in env.llm.names], np.int8)
 
 
 @pytest.mark.parametrize(
@@ -153,15 +153,15 @@ def test_steps_mean_what_they_mean_elsewhere() -> None:
     assert again.reset(seed=5)[0].tolist() == make(num_edits=2).reset(seed=5)[0].tolist()
 
 
-def test_lives_of_the_vector_environment_have_oracles_of_their_own() -> None:
-    envs = gym.make_vec("hiedit/Planted-v0", 2, "vector_entry_point", num_edits=2)
+def test_episodes_of_the_vector_environment_have_oracles_of_their_own() -> None:
+    envs = gym.make_vec("hiedit/Planted-v1", 2, "vector_entry_point", num_edits=2)
     envs.reset(seed=3)
     envs.step(np.array([[0, 1, 0, 0, 0, 0], [1, 1, 1, 1, 1, 1]], np.int8))
-    for i, life in enumerate(envs.unwrapped.envs):
+    for i, episode in enumerate(envs.unwrapped.envs):
         alone = make(num_edits=2)
         alone.reset(seed=3 + i)
         alone.step(np.array([0, 1, 0, 0, 0, 0] if i == 0 else [1] * 6, np.int8))
-        np.testing.assert_allclose(life.oracle().rewards, alone.oracle().rewards, atol=1e-3)
+        np.testing.assert_allclose(episode.oracle().rewards, alone.oracle().rewards, atol=1e-3)
 
 
 def test_facts_without_a_true_layer_and_too_many_layers_are_refused() -> None:
@@ -176,7 +176,7 @@ def test_facts_without_a_true_layer_and_too_many_layers_are_refused() -> None:
 def test_the_oracle_agent_needs_a_world_that_knows() -> None:
     agent = make_agent("oracle")
     assert isinstance(agent, OracleAgent)
-    env = gym.make("hiedit/LayerSelection-v0", num_edits=2)
+    env = gym.make("hiedit/LayerSelection-v1", num_edits=2)
     with pytest.raises(SettingsError, match="--model planted"):
         agent.reset(env, seed=0)
 
@@ -190,14 +190,14 @@ def finished(reward: float, best: float, written: list[int], steps: int = 1) -> 
     )
 
 
-def test_regret_is_what_the_oracles_life_was_paid_more() -> None:
+def test_regret_is_what_the_oracles_episode_was_paid_more() -> None:
     edits = (
         finished(0.0, 1.0, [1, 1]),
         finished(1.0, 1.0, [0, 1]),
-        finished(-1.0, -1.0, [1, 0]),  # in a ruined life nothing helps
+        finished(-1.0, -1.0, [1, 0]),  # in a ruined episode nothing helps
         finished(1.0, 1.0, [0, 0], steps=0),  # was answered: no choice to be made
     )
-    told = Episode((), edits, None, 1.0).against_oracle([1.0, 2.0, 1.0, 1.0])
+    told = PlayedEpisode((), edits, None, 1.0).against_oracle([1.0, 2.0, 1.0, 1.0])
     assert told == {
         "regret": pytest.approx((1 + 1 + 2 + 0) / 4),
         "one_step_regret": pytest.approx(1 / 4),
@@ -205,14 +205,16 @@ def test_regret_is_what_the_oracles_life_was_paid_more() -> None:
         "true_layer_exact_share": pytest.approx(100 / 3),
         "true_layer_best_share": 100.0,
     }
-    assert Episode((), edits, None, 1.0).against_oracle(None) == {}
+    assert PlayedEpisode((), edits, None, 1.0).against_oracle(None) == {}
 
 
-def test_ending_a_life_early_lowers_no_regret() -> None:
+def test_ending_an_episode_early_lowers_no_regret() -> None:
     edits = (finished(1.0, 1.0, [0, 1]),)
-    told = Episode((), edits, "numerical_collapse", 1.0, -10.0).against_oracle([1.0, 1.0, 1.0])
+    told = PlayedEpisode((), edits, "numerical_collapse", 1.0, -10.0).against_oracle(
+        [1.0, 1.0, 1.0]
+    )
     assert told["regret"] == pytest.approx((0 + 11 + 11) / 3)
-    told = Episode((), (), "numerical_collapse", 1.0, -10.0).against_oracle([1.0, 1.0])
+    told = PlayedEpisode((), (), "numerical_collapse", 1.0, -10.0).against_oracle([1.0, 1.0])
     assert told["regret"] == pytest.approx(11.0)
     assert np.isnan(told["one_step_regret"])
 
@@ -239,8 +241,8 @@ class Exploding(UpdateRule):
         return keys, gradients * (0.0 if self.seen == 1 else np.inf)
 
 
-def test_a_life_that_ends_early_is_played_with_what_was_paid_there() -> None:
-    env = gym.make("hiedit/Planted-v0", num_edits=4, max_steps_per_edit=1)
+def test_an_episode_that_ends_early_is_played_with_what_was_paid_there() -> None:
+    env = gym.make("hiedit/Planted-v1", num_edits=4, max_steps_per_edit=1)
     inner = env.unwrapped
     assert isinstance(inner, Planted)
     rule = Exploding(inner.llm.shapes, inner.llm.device)

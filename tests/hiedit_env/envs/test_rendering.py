@@ -1,4 +1,4 @@
-"""Text and pictures of small lives, against lines and pixels worked out by hand."""
+"""Text and pictures of small episodes, against lines and pixels worked out by hand."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def record(index: int, layers: Sequence[int], **metrics: float) -> EditRecord:
     )
 
 
-def short_life() -> History:
+def short_episode() -> History:
     """Three of four edits, with every way a metric can be absent."""
     return History(
         NAMES,
@@ -61,7 +61,7 @@ def short_life() -> History:
     )
 
 
-def long_life(num_records: int, num_edits: int, num_layers: int = 3) -> History:
+def long_episode(num_records: int, num_edits: int, num_layers: int = 3) -> History:
     random = np.random.default_rng(7)
     names = tuple(f"transformer.h.{i}.mlp.c_fc" for i in range(num_layers))
     masks = random.random((num_records, num_layers)) < 0.5
@@ -102,7 +102,7 @@ def test_running_mean_by_hand() -> None:
 
 
 def test_absent_metrics_are_nan() -> None:
-    values = metric_values(short_life().records, "generalization")
+    values = metric_values(short_episode().records, "generalization")
     assert values.dtype == np.float64
     np.testing.assert_array_equal(values, [0.5, 1.0, np.nan])
 
@@ -111,7 +111,7 @@ def test_absent_metrics_are_nan() -> None:
 
 
 def test_text_of_three_edits() -> None:
-    assert render_ansi(short_life()).splitlines() == [
+    assert render_ansi(short_episode()).splitlines() == [
         "edit 3 of 4",
         "",
         "layers written (■) in edits 1 to 3; share of all edits so far",
@@ -160,7 +160,7 @@ def test_text_tells_recent_from_all_edits() -> None:
     ["word " * 400, "字" * 200, "é" * 500, "e\N{COMBINING ACUTE ACCENT}" * 300, "x" * 99],
 )
 def test_text_fits_100_columns(prompt: str) -> None:
-    history = long_life(70, 100_000, 24)
+    history = long_episode(70, 100_000, 24)
     history.records[-1] = replace(history.records[-1], prompt=prompt, answer=prompt, reward=-1e300)
 
     def columns(line: str) -> int:
@@ -176,7 +176,7 @@ def test_text_fits_100_columns(prompt: str) -> None:
 
 
 def test_a_prompt_that_just_fits_is_whole() -> None:
-    history = short_life()
+    history = short_episode()
     fits = "x" * (100 - len("last edit: ") - len(" → so"))
     for prompt, shown in ((fits, fits), (fits + "y", fits[:-1] + "…")):
         history.records[-1] = replace(history.records[-1], prompt=prompt)
@@ -184,7 +184,7 @@ def test_a_prompt_that_just_fits_is_whole() -> None:
 
 
 def test_text_never_holds_line_breaks_or_escape_codes_of_a_prompt() -> None:
-    history = short_life()
+    history = short_episode()
     history.records[-1] = replace(
         history.records[-1], prompt="a\r\n\tb\x1b[31m\x00c", answer="d\ne"
     )
@@ -196,7 +196,7 @@ def test_text_never_holds_line_breaks_or_escape_codes_of_a_prompt() -> None:
 
 @pytest.mark.parametrize(("num_layers", "num_edits"), [(1, 1), (12, 3), (60, 300)])
 def test_pictures_of_an_episode_have_one_shape(num_layers: int, num_edits: int) -> None:
-    whole = long_life(num_edits, num_edits, num_layers)
+    whole = long_episode(num_edits, num_edits, num_layers)
     for done in sorted({0, 1, num_edits}):
         picture = render_rgb(History(whole.layer_names, num_edits, whole.records[:done]))
         assert picture.shape == (540, 960, 3)
@@ -204,11 +204,11 @@ def test_pictures_of_an_episode_have_one_shape(num_layers: int, num_edits: int) 
 
 
 def test_a_picture_changes_with_a_mask_and_only_then() -> None:
-    life = long_life(5, 8)
-    before = render_rgb(life)
-    np.testing.assert_array_equal(render_rgb(life), before)
-    life.records[2].layers[1] ^= True
-    assert (render_rgb(life) != before).any()
+    episode = long_episode(5, 8)
+    before = render_rgb(episode)
+    np.testing.assert_array_equal(render_rgb(episode), before)
+    episode.records[2].layers[1] ^= True
+    assert (render_rgb(episode) != before).any()
 
 
 def rows_in_colour(picture: NDArray[np.uint8], colour: tuple[int, ...]) -> NDArray[np.intp]:
@@ -267,7 +267,7 @@ def test_many_edits_share_columns() -> None:
     assert axes.get_xlabel() == "edit (2 per column)"
 
 
-def test_shares_of_several_lives_are_drawn_in_between() -> None:
+def test_shares_of_several_episodes_are_drawn_in_between() -> None:
     mesh = draw_layers(an_axes()[1].add_subplot(), [[0.25, 1.0, 0.0]], NAMES)
     np.testing.assert_array_equal(np.asarray(mesh.get_array()).ravel(), [0.25, 1.0, 0.0])
 
@@ -305,7 +305,7 @@ def test_share_bars() -> None:
 
 def test_metric_lines_hold_the_running_means() -> None:
     axes = an_axes()[1].add_subplot()
-    lines = draw_metrics(axes, short_life().records, num_edits=4, window=2)
+    lines = draw_metrics(axes, short_episode().records, num_edits=4, window=2)
     points = {str(line.get_label()): np.asarray(line.get_xydata()).tolist() for line in lines}
     assert points == {
         "efficacy right after": [[1, 100], [2, 75], [3, 25]],
@@ -334,7 +334,7 @@ def test_a_single_edit_shows_as_a_dot() -> None:
 
 def test_rendering_leaves_the_settings_of_matplotlib_alone() -> None:
     before = dict(rcParams)
-    render_rgb(short_life())
+    render_rgb(short_episode())
     assert dict(rcParams) == before
 
 

@@ -60,7 +60,7 @@ def test_the_reward_is_the_sum_of_its_terms(name: str, kind: str, intrinsic: boo
 
 
 def requests_of(env: EditingEnv) -> list[Request]:
-    return [fact.request for fact in env.life.facts]
+    return [fact.request for fact in env.episode.facts]
 
 
 @pytest.mark.parametrize("reference", ["unedited", "previous"])
@@ -189,7 +189,7 @@ def test_an_option_goes_on_after_a_primitive_step_by_hand() -> None:
     env.reset(seed=0)
     twin.reset(seed=0)
     mask = act(SELECTION, [1, 0, 1, 0, 1, 0])
-    _, first, ended, _, info = env.apply(env.life.propose(mask.astype(bool)))
+    _, first, ended, _, info = env.apply(env.episode.propose(mask.astype(bool)))
     assert not ended
     assert (info["edit_over"], info["edit_steps"]) == (False, 1)
     observation, rest, _, _, info = env.step(mask)

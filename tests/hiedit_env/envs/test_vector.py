@@ -1,4 +1,4 @@
-"""Many lives together, against as many environments that are run one after the other."""
+"""Many environments together, against as many environments that are run one after the other."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ def assert_same(one: Any, other: Any) -> None:
 @pytest.mark.parametrize("name", IDS)
 @pytest.mark.parametrize("mode", [mode.value for mode in AutoresetMode])
 def test_equals_single_environments_in_every_autoreset_mode(name: str, mode: str) -> None:
-    """Episodes of two facts, some of several steps, so that lives end at different times."""
+    """Episodes of two facts, some of several steps, so that environments end at different times."""
     ours, theirs = together(name, autoreset_mode=mode), apart(name, 3, mode)
     assert ours.observation_space == theirs.observation_space
     assert ours.action_space == theirs.action_space
@@ -122,7 +122,7 @@ def test_same_seed_same_bits() -> None:
     assert shown[0] == shown[1]
 
 
-def test_lives_share_one_model_that_is_never_written() -> None:
+def test_environments_share_one_model_that_is_never_written() -> None:
     envs = together()
     model = envs.envs[0].llm.model
     before = {name: value.clone() for name, value in model.state_dict().items()}
@@ -136,8 +136,8 @@ def test_lives_share_one_model_that_is_never_written() -> None:
     assert not any(module._forward_hooks for module in model.modules())
 
 
-def test_a_life_costs_no_more_than_its_updates() -> None:
-    """Every tensor a life holds of its own has the size of a layer's weight, once per layer."""
+def test_an_environment_costs_no_more_than_its_updates() -> None:
+    """Every tensor of one environment has the size of a layer's weight, once per layer."""
     envs = together()
     envs.reset(seed=0)
     envs.step(np.ones((3, L), np.int8))
@@ -146,16 +146,16 @@ def test_a_life_costs_no_more_than_its_updates() -> None:
         assert own == sum(d_in * d_out for d_in, d_out in env.llm.shapes)
 
 
-def test_a_bad_action_of_one_life_changes_none() -> None:
+def test_a_bad_action_of_one_environment_changes_none() -> None:
     envs = together()
     envs.reset(seed=0)
     before = envs.call("save_state"), [env.llm.weights_fingerprint() for env in envs.envs]
     action = np.ones((3, L), np.int8)
     action[2, 0] = 5
-    with pytest.raises(ActionError, match=r"life 2.*0 and 1"):
+    with pytest.raises(ActionError, match=r"environment 2.*0 and 1"):
         envs.step(action)
     assert [env.llm.weights_fingerprint() for env in envs.envs] == before[1]
-    assert [env.life.position for env in envs.envs] == [0, 0, 0]
+    assert [env.episode.position for env in envs.envs] == [0, 0, 0]
     envs.step(np.ones((3, L), np.int8))
 
 
@@ -169,17 +169,19 @@ def test_actions_of_another_shape_are_refused(action: Any) -> None:
         envs.step(action)
 
 
-def test_a_failure_in_the_middle_puts_every_life_back(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_failure_in_the_middle_puts_every_environment_back(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     envs = together()
     observations, _ = envs.reset(seed=0)
     first = envs.step(np.ones((3, L), np.int8))
     prints = [env.llm.weights_fingerprint() for env in envs.envs]
-    spoiled = envs.envs[1].life.evaluator
+    spoiled = envs.envs[1].episode.evaluator
 
     def fail(*_: Any, **__: Any) -> Any:
         raise MemoryError("no room")
 
-    # The second life fails after the others have been written and judged.
+    # The second environment fails after the others have been written and judged.
     monkeypatch.setattr(spoiled, "summarise", fail)
     with pytest.raises(MemoryError):
         envs.step(np.ones((3, L), np.int8))
@@ -191,7 +193,7 @@ def test_a_failure_in_the_middle_puts_every_life_back(monkeypatch: pytest.Monkey
     assert_same(again.step(np.ones((3, L), np.int8)), envs.step(np.ones((3, L), np.int8)))
 
 
-def test_a_prompt_that_cannot_be_encoded_leaves_all_lives_as_they_were() -> None:
+def test_a_prompt_that_cannot_be_encoded_leaves_all_environments_as_they_were() -> None:
     envs = together()
     envs.reset(seed=0)
     envs.step(np.ones((3, L), np.int8))
@@ -203,14 +205,14 @@ def test_a_prompt_that_cannot_be_encoded_leaves_all_lives_as_they_were() -> None
     envs.step(np.ones((3, L), np.int8))
 
 
-def test_requests_go_to_every_life() -> None:
+def test_requests_go_to_every_environment() -> None:
     facts = load_requests("tiny-facts")[:2]
     envs = together()
     envs.reset(options={"requests": facts})
-    assert all(env.life.fact.request == facts[0] for env in envs.envs)
+    assert all(env.episode.fact.request == facts[0] for env in envs.envs)
 
 
-def test_lives_can_be_begun_again_one_by_one() -> None:
+def test_environments_can_be_begun_again_one_by_one() -> None:
     envs = together(autoreset_mode="Disabled")
     envs.reset(seed=0)
     envs.step(np.ones((3, L), np.int8))
@@ -223,7 +225,7 @@ def test_lives_can_be_begun_again_one_by_one() -> None:
     fresh, _ = gym.make(SELECTION, **SETTINGS).reset(seed=8)
     np.testing.assert_allclose(observations[1], fresh, atol=TOLERANCE)
     envs.step(np.ones((3, L), np.int8))
-    with pytest.raises(SettingsError, match=r"lives \[0, 2\] have ended.*reset_mask"):
+    with pytest.raises(SettingsError, match=r"environments \[0, 2\] have ended.*reset_mask"):
         envs.step(np.ones((3, L), np.int8))
 
 
@@ -278,7 +280,7 @@ def test_every_id_has_a_vector_form() -> None:
         assert gym.spec(name).vector_entry_point is not None
 
 
-def test_lives_share_one_model(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_environments_share_one_model(monkeypatch: pytest.MonkeyPatch) -> None:
     loads = []
 
     def load(*arguments: Any, **named: Any) -> Any:

@@ -59,7 +59,7 @@ def test_levels_are_those_of_a_plain_model(
     edited: EditingEnv, plain: PlainModel, kind: Any
 ) -> None:
     evaluator = Evaluator(edited.llm, kind=kind, decay=0.7)
-    fact, remembered = edited.life.fact, edited.life.remembered
+    fact, remembered = edited.episode.fact, edited.episode.remembered
     assert len(remembered) == 2
     evaluator.begin(fact, remembered)
     quality = evaluator.evaluate(fact, remembered)
@@ -81,8 +81,8 @@ def test_levels_are_those_of_a_plain_model(
 
 def test_the_edits_have_done_harm(edited: EditingEnv, plain: PlainModel) -> None:
     # Otherwise the tests above and below would compare zeros.
-    life, now = edited.life, PlainModel(bits(edited))
-    levels = plain_levels(plain, now, life.fact.request, requests_of(life.remembered))
+    episode, now = edited.episode, PlainModel(bits(edited))
+    levels = plain_levels(plain, now, episode.fact.request, requests_of(episode.remembered))
     assert levels["locality"] < -0.1
 
 
@@ -90,7 +90,7 @@ def test_the_edits_have_done_harm(edited: EditingEnv, plain: PlainModel) -> None
 def test_an_unedited_model_agrees_with_itself(kind: Any) -> None:
     env = make(LIFELONG, num_edits=2, reward=kind)
     env.reset(seed=0)
-    quality = env.life.quality()
+    quality = env.episode.quality()
     assert quality.levels["locality"] == pytest.approx(0.0 if kind == "loss" else 1.0, abs=1e-5)
     assert quality.metrics["agreement"] == 1.0
 
@@ -100,7 +100,7 @@ def test_nothing_to_measure_is_perfect(kind: Any, plain: PlainModel) -> None:
     env = make(LIFELONG, reward=kind)
     request = Request("Belka lives in", "Istrand", "Belka")
     env.reset(options={"requests": [request]})
-    quality = env.life.quality()
+    quality = env.episode.quality()
     perfect = 0.0 if kind == "loss" else 1.0
     assert quality.levels == pytest.approx(
         {
@@ -126,7 +126,7 @@ def test_only_remembered_facts_may_have_unrelated_prompts(plain: PlainModel) -> 
     env.step(act(LIFELONG))
     now = PlainModel(bits(env))
     wanted = plain_levels(plain, now, stream[1], stream[:1])
-    assert env.life.quality().levels == pytest.approx(wanted, rel=1e-4, abs=1e-5)
+    assert env.episode.quality().levels == pytest.approx(wanted, rel=1e-4, abs=1e-5)
     # One prompt has all the weight: the first of the remembered fact.
     only = plain_levels(plain, now, Request("a", "b", "c", locality=probes[:1]), [])
     assert wanted["locality"] == pytest.approx(only["locality"])
@@ -147,7 +147,7 @@ def test_a_prompt_that_serves_twice_counts_twice(plain: PlainModel) -> None:
     for _ in range(2):
         env.step(act(LIFELONG))
     wanted = plain_levels(plain, PlainModel(bits(env)), stream[2], stream[1::-1])
-    assert env.life.quality().levels == pytest.approx(wanted, rel=1e-4, abs=1e-5)
+    assert env.episode.quality().levels == pytest.approx(wanted, rel=1e-4, abs=1e-5)
 
 
 def test_long_answers_are_exactly_answered() -> None:
@@ -166,7 +166,7 @@ def test_long_answers_are_exactly_answered() -> None:
 
 
 def test_references_are_taken_from_the_right_model(edited: EditingEnv) -> None:
-    before, fact = bits(edited), edited.life.fact
+    before, fact = bits(edited), edited.episode.fact
     for reference, same in (("unedited", False), ("previous", True)):
         evaluator = Evaluator(edited.llm, reference=reference)  # type: ignore[arg-type]
         evaluator.begin(fact, ())
@@ -185,7 +185,7 @@ def test_a_text_that_is_too_long_names_its_source() -> None:
         Request("Belka", "Istrand", "B", (), (Probe(long, "x"),), source="facts.json row 3"),
     ):
         with pytest.raises(PromptError, match=r"facts\.json row 3: .*128"):
-            env.life.evaluator.encode(request)
+            env.episode.evaluator.encode(request)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -232,7 +232,7 @@ def test_float64_is_used_on_the_cpu_only(monkeypatch: pytest.MonkeyPatch) -> Non
 
     monkeypatch.setattr(Tensor, "cpu", noted)
     monkeypatch.setattr(Tensor, "double", checked)
-    env.life.quality()
+    env.episode.quality()
     assert len(moved) == 1
 
 
@@ -259,9 +259,9 @@ def weighted() -> EditingEnv:
 
 
 def plain_loss(env: EditingEnv, plain: PlainModel, weights: Mapping[str, Tensor]) -> float:
-    life = env.life
+    episode = env.episode
     levels = plain_levels(
-        plain, PlainModel(weights), life.fact.request, requests_of(life.remembered), decay=0.7
+        plain, PlainModel(weights), episode.fact.request, requests_of(episode.remembered), decay=0.7
     )
     return -sum(weight * levels[term] for term, weight in WEIGHTS.items())
 

@@ -41,21 +41,21 @@ def test_three_facts(tmp_path: Path) -> None:
     count = len(llm.layers)
     action = {"layers": [1] * count, "step_size": [0.0] * count}
     fingerprints = [info["weights_fingerprint"]]
-    texts = llm.generate([env.life.fact.request.prompt], [5])
+    texts = llm.generate([env.episode.fact.request.prompt], [5])
     ended = False
     while not ended:
-        if env.life.position == 2 and env.life.steps == 0:
+        if env.episode.position == 2 and env.episode.steps == 0:
             state, then = env.save_state(), weights(llm)
         result = env.step(action)
         _, _, ended, _, info = result
         assert "error_type" not in info
         if info["edit_over"]:
-            assert info["metrics"]["answered"], env.life.facts[info["edit_index"]].request.prompt
+            assert info["metrics"]["answered"], env.episode.facts[info["edit_index"]].request.prompt
             fingerprints.append(info["weights_fingerprint"])
     assert len(set(fingerprints)) == 4
     assert not any(torch.equal(*pair) for pair in zip(weights(llm), before, strict=True))
     # The edited model, as anybody would load it.
-    prompts = [fact.request.prompt for fact in env.life.facts]
+    prompts = [fact.request.prompt for fact in env.episode.facts]
     llm.model.save_pretrained(tmp_path)
     saved = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32).eval()
     with torch.no_grad():
@@ -92,7 +92,7 @@ def test_the_shipped_agent_gives_its_answers() -> None:
     )
     agent.reset(env, 0)
     observation, info = env.reset(seed=3)
-    requests = [fact.request for fact in env.life.facts]
+    requests = [fact.request for fact in env.episode.facts]
     ended = False
     while not ended:
         action = agent.select_action(observation, info)

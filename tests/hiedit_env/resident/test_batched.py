@@ -124,18 +124,18 @@ def test_a_fork_refuses_what_is_not_finite() -> None:
 @pytest.mark.parametrize("limit", [1, 14, 1024])
 def test_reading_together_is_reading_one_by_one(kind: str, limit: int) -> None:
     llm = resident(kind, max_batch_tokens=limit)
-    lives = [edited(llm, seed) for seed in range(3)] + [llm.fork()]
+    forks = [edited(llm, seed) for seed in range(3)] + [llm.fork()]
     requests = [*PROMPTS, PROMPTS[0]]
-    found = read_together(list(zip(lives, requests, strict=True)))
-    for life, request, reading in zip(lives, requests, found, strict=True):
-        alone = life.read(request)
+    found = read_together(list(zip(forks, requests, strict=True)))
+    for fork, request, reading in zip(forks, requests, found, strict=True):
+        alone = fork.read(request)
         assert reading.prompt == request
         assert reading.loss == pytest.approx(alone.loss, rel=1e-4)
         assert reading.answered == alone.answered
         close(reading.logits, alone.logits)
     # In any order, and whether or not the others' are wanted.
     for i in (2, 0, 3):
-        one, alone = found[i].capture(), lives[i].read(requests[i]).capture()
+        one, alone = found[i].capture(), forks[i].read(requests[i]).capture()
         for name in ("keys", "value_gradients"):
             for a, b in zip(getattr(one, name), getattr(alone, name), strict=True):
                 assert a.shape == b.shape
@@ -145,7 +145,7 @@ def test_reading_together_is_reading_one_by_one(kind: str, limit: int) -> None:
 @pytest.mark.parametrize("limit", [1, 20, 1024])
 def test_scores_together_are_scores_one_by_one(limit: int) -> None:
     llm = resident("llama", max_batch_tokens=limit)
-    lives = [edited(llm, seed) for seed in range(3)] + [llm.fork()]
+    forks = [edited(llm, seed) for seed in range(3)] + [llm.fork()]
     more = [prompt([i, i + 1, 5], [i + 2]) for i in range(3, 8)]
     wanted: list[list[EncodedPrompt]] = [
         [*PROMPTS, PROMPTS[0]],
@@ -157,23 +157,23 @@ def test_scores_together_are_scores_one_by_one(limit: int) -> None:
         batch = llm.batch([PROMPTS[0]])
         known = {PROMPTS[0]: llm.answer_logits(batch).log_softmax(-1)}
     references = [known, known, {}, known]
-    asked = list(zip(lives, wanted, references, strict=True))
+    asked = list(zip(forks, wanted, references, strict=True))
     found = scores_together(asked)
     for one, together in zip(asked, found, strict=True):
         close(together, scores_together([one])[0])
         assert together.shape == (len(one[1]), 4)
-    # The unedited life agrees with the reference completely; the edited one does not.
+    # The unedited environment agrees with the reference completely; the edited one does not.
     torch.testing.assert_close(found[3][5, 2:], torch.tensor([0.0, 1.0]), atol=1e-6, rtol=0)
     assert found[0][0, 2] > 1e-4
     assert torch.equal(found[0][0], found[0][3])
 
 
-def test_lives_in_step_get_their_own_answers_and_readings_come_first() -> None:
+def test_environments_in_step_get_their_own_answers_and_readings_come_first() -> None:
     llm = resident()
     forks = [edited(llm, seed) for seed in range(3)]
     log: list[str] = []
 
-    def life(i: int, count: int) -> Generator[Pass, Any, list[float]]:
+    def fork(i: int, count: int) -> Generator[Pass, Any, list[float]]:
         losses = []
         for k in range(count):
             reading = yield Read(forks[i], PROMPTS[(i + k) % 3])
@@ -181,18 +181,18 @@ def test_lives_in_step_get_their_own_answers_and_readings_come_first() -> None:
             losses.append(reading.loss)
         return losses
 
-    results = run_together([life(0, 2), life(1, 0), life(2, 1)])
+    results = run_together([fork(0, 2), fork(1, 0), fork(2, 1)])
     assert log == ["0.0", "2.0", "0.1"]
     wanted = [[(0, 0), (0, 1)], [], [(2, 2)]]
     for losses, pairs in zip(results, wanted, strict=True):
         assert losses == pytest.approx([forks[i].read(PROMPTS[p]).loss for i, p in pairs], rel=1e-4)
 
 
-def test_a_failed_pass_is_raised_inside_every_life_that_waited_for_it() -> None:
+def test_a_failed_pass_is_raised_inside_every_environment_that_waited_for_it() -> None:
     llm = resident()
     undone: list[int] = []
 
-    def life(i: int, request: EncodedPrompt) -> Generator[Pass, Any, str]:
+    def fork(i: int, request: EncodedPrompt) -> Generator[Pass, Any, str]:
         try:
             yield Read(llm.fork(), request)
         except IndexError:
@@ -201,17 +201,17 @@ def test_a_failed_pass_is_raised_inside_every_life_that_waited_for_it() -> None:
         return "fine"
 
     bad = prompt([1, 2], [99])  # outside the vocabulary of 32
-    results = run_together([life(0, PROMPTS[0]), life(1, bad)])
+    results = run_together([fork(0, PROMPTS[0]), fork(1, bad)])
     assert undone == [0, 1]
     assert all(isinstance(result, IndexError) for result in results)
     with pytest.raises(IndexError):
-        run(life(2, bad))
-    assert run(life(3, PROMPTS[0])) == "fine"
+        run(fork(2, bad))
+    assert run(fork(3, PROMPTS[0])) == "fine"
 
 
 @pytest.mark.parametrize("kind", ["llama", "gpt2"])
 def test_large_changes_are_not_stacked(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A product per life says what one product over the stack of their changes says."""
+    """A product per environment says what one product over the stack of their changes says."""
     llm = resident(kind)
     asked = [(edited(llm, seed), PROMPTS[seed]) for seed in (0, 1)] + [(llm.fork(), PROMPTS[2])]
     stacked = read_together(asked)

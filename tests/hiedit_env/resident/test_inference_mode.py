@@ -24,7 +24,7 @@ from tests.support.episodes import (
 from tests.support.models import random_updates
 
 
-def life(env: EditingEnv) -> list[tuple[Any, ...]]:
+def episode(env: EditingEnv) -> list[tuple[Any, ...]]:
     return [shown(env.reset(seed=0)), *roll(env, actions(env, 20, 0))]
 
 
@@ -41,18 +41,18 @@ def gradients(env: EditingEnv) -> list[torch.Tensor]:
     return [gradient for gradient in found if gradient is not None]
 
 
-@pytest.mark.parametrize("inside", ["life", "everything"])
+@pytest.mark.parametrize("inside", ["environment", "everything"])
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("name", IDS)
-def test_a_life_in_inference_mode_is_the_same(name: str, kind: str, inside: str) -> None:
+def test_an_environment_in_inference_mode_is_the_same(name: str, kind: str, inside: str) -> None:
     settings: dict[str, Any] = {"reward": kind, "update_rule": "decorrelated", "step_size": None}
     plain = make(name, **settings)
     with torch.inference_mode(inside == "everything"):
         env = make(name, **settings)
     with torch.inference_mode():
-        results = life(env)
+        results = episode(env)
     assert len(results) > 2
-    assert results == life(plain)
+    assert results == episode(plain)
     assert same_bits(bits(env), bits(plain))
 
 

@@ -27,7 +27,7 @@ from hiedit_env.testing.assertions import _difference
 from hiedit_env.wrappers import BoxLayers, FlattenAction
 from tests.support.episodes import IDS, LIFELONG, SELECTION, STEP_SIZE, L, act
 
-TOY = "hiedit/Toy-v0"
+TOY = "hiedit/Toy-v1"
 ALL_IDS = (*IDS, TOY)
 MASK = np.array([0, 1, 0, 1, 0, 0], np.int8)
 
@@ -210,15 +210,15 @@ def test_weights_outside_the_candidates_are_found(
     name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     env = started(name)
-    life = env.unwrapped.life
-    primitive = life.primitive
+    episode = env.unwrapped.episode
+    primitive = episode.primitive
 
     def leaking(updates: Any) -> Any:
         with torch.no_grad():
-            life.llm.model.lm_head.weight[0, 0] += 1
+            episode.llm.model.lm_head.weight[0, 0] += 1
         return primitive(updates)
 
-    monkeypatch.setattr(life, "primitive", leaking)
+    monkeypatch.setattr(episode, "primitive", leaking)
     with pytest.raises(AssertionError, match=r"no candidate layers: .*lm_head\.weight"):
         assert_only_layers_changed(env, action_of(name))
 
@@ -314,9 +314,9 @@ def test_equal_bits_that_are_no_number_are_no_difference() -> None:
 
 def test_tiny_environments_are_small_and_settings_win() -> None:
     env: Any = make_tiny(LIFELONG).unwrapped
-    assert (env.num_edits, env.life.max_steps_per_edit, env.model_name) == (3, 2, "tiny")
+    assert (env.num_edits, env.episode.max_steps_per_edit, env.model_name) == (3, 2, "tiny")
     env = make_tiny(LIFELONG, num_edits=1, max_steps_per_edit=4).unwrapped
-    assert (env.num_edits, env.life.max_steps_per_edit) == (1, 4)
+    assert (env.num_edits, env.episode.max_steps_per_edit) == (1, 4)
     with pytest.raises(SettingsError, match=r"'CartPole-v1'.*LayerSelection.*Toy"):
         make_tiny("CartPole-v1")
 
@@ -326,7 +326,7 @@ def test_tiny_requests_are_a_stream() -> None:
     env = make_tiny(SELECTION)
     env.reset(seed=0, options={"requests": requests})
     inner: Any = env.unwrapped
-    assert [fact.request for fact in inner.life.facts] == requests == tiny_requests(5)[:2]
+    assert [fact.request for fact in inner.episode.facts] == requests == tiny_requests(5)[:2]
     for n in (0, 10**6, 1.5):
         with pytest.raises(SettingsError, match=f"n must be.*{n}"):
             tiny_requests(n)  # type: ignore[arg-type]

@@ -1,4 +1,4 @@
-"""hiedit/Toy-v0: every reward by hand, means over all masks, checkers, state."""
+"""hiedit/Toy-v1: every reward by hand, means over all masks, checkers, state."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from hiedit_env.testing import (
 from hiedit_env.testing.toy import POLICIES
 from tests.support.episodes import SELECTION
 
-TOY = "hiedit/Toy-v0"
+TOY = "hiedit/Toy-v1"
 
 
 def make(**settings: Any) -> ToyEditing:
@@ -50,7 +50,7 @@ def test_the_checkers_have_nothing_to_say(mode: str | None) -> None:
 def test_making_and_stepping_imports_no_framework() -> None:
     code = (
         "import sys, gymnasium, hiedit_env\n"
-        "env = gymnasium.make('hiedit/Toy-v0', num_edits=1)\n"
+        "env = gymnasium.make('hiedit/Toy-v1', num_edits=1)\n"
         "env.reset(seed=0)\n"
         "assert env.step(env.unwrapped.best_action())[2]\n"
         "assert not {'torch', 'transformers'} & set(sys.modules)\n"

@@ -30,7 +30,7 @@ from hiedit_env.wrappers import (
 from tests.hiedit_env.wrappers.test_fixed import Stub, dict_space
 from tests.support.episodes import LIFELONG, SELECTION, SMALL, STEP_SIZE, L, act, shown
 
-TOY = "hiedit/Toy-v0"
+TOY = "hiedit/Toy-v1"
 Wrap = Callable[[Any], Any]
 #: Every wrapper around what it is for, and one around another.
 WRAPPED: dict[str, tuple[str, Wrap]] = {
@@ -122,7 +122,7 @@ def test_a_spec_makes_it_again(name: str) -> None:
 def test_importing_the_wrappers_imports_no_framework() -> None:
     code = (
         "import sys, gymnasium, hiedit_env.wrappers, hiedit_env.testing as t\n"
-        "env = hiedit_env.wrappers.SequentialSelection(t.make_tiny('hiedit/Toy-v0'))\n"
+        "env = hiedit_env.wrappers.SequentialSelection(t.make_tiny('hiedit/Toy-v1'))\n"
         "env.reset(seed=0)\n"
         "t.assert_reward_terms_sum(t.assert_only_layers_changed(env, 1))\n"
         "t.assert_no_hooks_left(env)\n"

@@ -16,7 +16,7 @@ from hiedit_env.testing import assert_restores_bit_exact
 from hiedit_env.wrappers import FlattenAction, NormalizeObservation, SequentialSelection
 from tests.support.episodes import LIFELONG, shown
 
-TOY = "hiedit/Toy-v0"
+TOY = "hiedit/Toy-v1"
 
 
 class Given(gym.Env[Any, Any]):

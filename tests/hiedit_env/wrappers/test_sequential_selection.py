@@ -21,7 +21,7 @@ from hiedit_env.testing import (
 from hiedit_env.wrappers import FixedStepSize, SequentialSelection
 from tests.support.episodes import LIFELONG, SELECTION, L, shown
 
-TOY = "hiedit/Toy-v0"
+TOY = "hiedit/Toy-v1"
 
 
 def toy(max_layers: int | None = None, **settings: Any) -> SequentialSelection:

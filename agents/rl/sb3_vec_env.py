@@ -1,4 +1,4 @@
-"""N lives on one resident model as a vector environment of Stable-Baselines3."""
+"""N environments on one resident model as a vector environment of Stable-Baselines3."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ except ImportError as error:
     raise MissingLibraryError("stable-baselines3", "sb3") from error
 
 
-class Lives(VecEnv):
+class EditingVecEnv(VecEnv):
     """A Gymnasium vector environment as one of Stable-Baselines3's own.
 
-    With those that come with Stable-Baselines3 every life would load a model.
+    With those that come with Stable-Baselines3 every environment would load a model.
 
     Args:
         envs: Of ``gym.make_vec`` or :meth:`hiedit_agents.policies.Task.make_vec`, with
@@ -30,16 +30,16 @@ class Lives(VecEnv):
         SettingsError: another autoreset mode.
 
     >>> import gymnasium, hiedit_env
-    >>> lives = Lives(
+    >>> vector_env = EditingVecEnv(
     ...     gymnasium.make_vec(
-    ...         "hiedit/LayerSelection-v0",
+    ...         "hiedit/LayerSelection-v1",
     ...         2,
     ...         vectorization_mode="vector_entry_point",
     ...         autoreset_mode="SameStep",
     ...         num_edits=2,
     ...     )
     ... )
-    >>> lives.reset().shape
+    >>> vector_env.reset().shape
     (2, 137)
     """
 
@@ -47,7 +47,7 @@ class Lives(VecEnv):
         mode = AutoresetMode(envs.metadata["autoreset_mode"])
         if mode is not AutoresetMode.SAME_STEP:
             raise SettingsError(
-                "Stable-Baselines3 expects lives that begin again within the step; make the "
+                "Stable-Baselines3 expects environments that begin again within the step; make the "
                 f"environments with autoreset_mode='SameStep', not {mode.value!r}"
             )
         self.envs = envs
@@ -55,11 +55,11 @@ class Lives(VecEnv):
         super().__init__(envs.num_envs, envs.single_observation_space, envs.single_action_space)
 
     def reset(self) -> NDArray[np.float32]:
-        """N × size, the first observations of new lives; with the seeds of :meth:`seed`, once."""
+        """N × size, first observations of new episodes; uses the seeds of :meth:`seed` once."""
         # Gymnasium's vector environments take a list too, which their base class does not say.
         seeds: Any = list(self._seeds)
         observations, info = self.envs.reset(seed=seeds)
-        self.reset_infos = [_of_life(info, i) for i in range(self.num_envs)]
+        self.reset_infos = [_of_environment(info, i) for i in range(self.num_envs)]
         self._reset_seeds()
         self._reset_options()
         return np.asarray(observations)
@@ -69,13 +69,13 @@ class Lives(VecEnv):
         self._actions = actions
 
     def step_wait(self) -> tuple[NDArray[np.float32], NDArray[Any], NDArray[Any], Any]:
-        """Observations, rewards, whether episodes ended, and one dict of information per life."""
+        """Observations, rewards, whether episodes ended, one dict of information each."""
         observations, rewards, terminated, truncated, info = self.envs.step(self._actions)
         ended, infos = terminated | truncated, []
         for i in range(self.num_envs):
-            one = _of_life(info, i)
+            one = _of_environment(info, i)
             if ended[i]:
-                # What the step itself told; the rest is about the life that has begun since.
+                # What the step itself told; the rest is about the episode that has begun since.
                 one = {**one["final_info"], "terminal_observation": one["final_obs"]}
             one["TimeLimit.truncated"] = bool(truncated[i] and not terminated[i])
             infos.append(one)
@@ -86,41 +86,43 @@ class Lives(VecEnv):
         self.envs.close()
 
     def get_attr(self, attr_name: str, indices: Any = None) -> list[Any]:
-        """An attribute of the chosen lives."""
-        found = self._lives()
+        """An attribute of the chosen environments."""
+        found = self._environments()
         return [found[i].get_wrapper_attr(attr_name) for i in self._get_indices(indices)]
 
     def set_attr(self, attr_name: str, value: Any, indices: Any = None) -> None:
-        """Sets an attribute of the chosen lives."""
-        found = self._lives()
+        """Sets an attribute of the chosen environments."""
+        found = self._environments()
         for i in self._get_indices(indices):
             found[i].set_wrapper_attr(attr_name, value)
 
     def env_method(
         self, method_name: str, *method_args: Any, indices: Any = None, **method_kwargs: Any
     ) -> list[Any]:
-        """A method's results in the chosen lives."""
+        """A method's results in the chosen environments."""
         methods = self.get_attr(method_name, indices)
         return [method(*method_args, **method_kwargs) for method in methods]
 
     def env_is_wrapped(self, wrapper_class: type[Any], indices: Any = None) -> list[bool]:
-        """Whether the chosen lives are inside a wrapper of this class."""
+        """Whether the chosen environments are inside a wrapper of this class."""
         from stable_baselines3.common.env_util import is_wrapped
 
-        return [is_wrapped(self._lives()[i], wrapper_class) for i in self._get_indices(indices)]
+        return [
+            is_wrapped(self._environments()[i], wrapper_class) for i in self._get_indices(indices)
+        ]
 
     def get_images(self) -> Sequence[NDArray[Any] | None]:
-        """A picture per life, where the environments were made with ``render_mode="rgb_array"``."""
-        return [life.render() for life in self._lives()]
+        """One picture per environment, if they were made with ``render_mode="rgb_array"``."""
+        return [one.render() for one in self._environments()]
 
-    def _lives(self) -> Sequence[Any]:
+    def _environments(self) -> Sequence[Any]:
         inner: Any = self.envs.unwrapped
-        lives: Sequence[Any] = inner.envs
-        return lives
+        vector_env: Sequence[Any] = inner.envs
+        return vector_env
 
 
-def _of_life(info: dict[str, Any], i: int) -> dict[str, Any]:
-    """One life's part of the information of a Gymnasium vector environment.
+def _of_environment(info: dict[str, Any], i: int) -> dict[str, Any]:
+    """One environment's part of the information of a Gymnasium vector environment.
 
     >>> import numpy as np
     >>> together = {"a": np.array(["one", None]), "_a": np.array([True, False])}
@@ -131,5 +133,5 @@ def _of_life(info: dict[str, Any], i: int) -> dict[str, Any]:
     for name, values in info.items():
         if name.startswith("_") or not info.get(f"_{name}", [True] * (i + 1))[i]:
             continue
-        found[name] = _of_life(values, i) if isinstance(values, dict) else values[i]
+        found[name] = _of_environment(values, i) if isinstance(values, dict) else values[i]
     return found
