@@ -36,7 +36,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from hiedit_benchmarks.worlds import synthetic_facts as worlds
+from hiedit_benchmarks.worlds import synthetic_facts
 from hiedit_benchmarks.worlds.planted_world import (
     FACTS,
     GRAMMAR,
@@ -374,9 +374,9 @@ def build(out: Path, seed: int, force: bool) -> tuple[float, float]:
         ModelError: if the model does not know 99 % of its facts; nothing was written.
     """
     if not force:
-        worlds.require_absent(out, NAME)
+        synthetic_facts.require_absent(out, NAME)
     facts = make_facts(seed)
-    tokenizer = worlds.make_tokenizer(facts, VOCAB_SIZE)
+    tokenizer = synthetic_facts.make_tokenizer(facts, VOCAB_SIZE)
     text = make_sentences(facts, tokenizer)
     model = train_language(text, STEPS, seed)
     with deterministic():
@@ -387,16 +387,16 @@ def build(out: Path, seed: int, force: bool) -> tuple[float, float]:
         # Once more: grammar planted later shifts what was planted before.
         for index in range(NUM_LAYERS):
             plant_facts(model, text, index, seed)
-    tokens, exact = worlds.measure(model, *worlds.encode(facts, tokenizer))
+    tokens, exact = synthetic_facts.measure(model, *synthetic_facts.encode(facts, tokenizer))
     if exact < 0.99:
         raise ModelError(f"only {exact:.1%} of the facts were planted; change STEPS or --seed")
-    worlds.write(out, NAME, model, tokenizer, make_records(facts, seed))
+    synthetic_facts.write(out, NAME, model, tokenizer, make_records(facts, seed))
     return tokens, exact
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the command line; returns the exit status."""
-    return worlds.run_script("Make the planted model and its facts.", build, arguments)
+    return synthetic_facts.run_script("Make the planted model and its facts.", build, arguments)
 
 
 if __name__ == "__main__":

@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from hiedit_benchmarks.worlds import synthetic_facts as worlds
+from hiedit_benchmarks.worlds import synthetic_facts
 from hiedit_benchmarks.worlds.synthetic_facts import (
     BOS,
     CONTEXT,
@@ -127,13 +127,15 @@ def make_facts(seed: int) -> list[Fact]:
     >>> len(facts), facts[0].prompts()[0]
     (192, 'Belka lives in')
     """
-    return worlds.draw_facts(WORLD, seed)
+    return synthetic_facts.draw_facts(WORLD, seed)
 
 
 def make_records(facts: Sequence[Fact], seed: int) -> list[dict[str, Any]]:
     """Returns a JSON record for each of the 160 facts that are not witnesses."""
     witnesses = [fact for fact in facts if fact.witness]
-    return worlds.make_records([fact for fact in facts if not fact.witness], witnesses, seed)
+    return synthetic_facts.make_records(
+        [fact for fact in facts if not fact.witness], witnesses, seed
+    )
 
 
 def make_model(seed: int) -> LlamaForCausalLM:
@@ -201,22 +203,24 @@ def build(out: Path, seed: int, force: bool) -> tuple[float, float]:
         ModelError: if the trained model does not know 99 % of its facts; nothing was written.
     """
     if not force:
-        worlds.require_absent(out, NAME)
+        synthetic_facts.require_absent(out, NAME)
     facts = make_facts(seed)
-    tokenizer = worlds.make_tokenizer(facts, VOCAB_SIZE)
+    tokenizer = synthetic_facts.make_tokenizer(facts, VOCAB_SIZE)
     ids, answers = encode(facts, tokenizer)
     model = make_model(seed)
     train(model, ids, STEPS, seed)
     tokens, exact = measure(model, ids, answers)
     if exact < 0.99:
         raise ModelError(f"only {exact:.1%} of the facts were learnt; raise STEPS or change --seed")
-    worlds.write(out, NAME, model, tokenizer, make_records(facts, seed))
+    synthetic_facts.write(out, NAME, model, tokenizer, make_records(facts, seed))
     return tokens, exact
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the command line; returns the exit status."""
-    return worlds.run_script("Make the tiny offline model and its facts.", build, arguments)
+    return synthetic_facts.run_script(
+        "Make the tiny offline model and its facts.", build, arguments
+    )
 
 
 if __name__ == "__main__":

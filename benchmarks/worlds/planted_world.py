@@ -10,8 +10,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from hiedit_benchmarks.worlds import make_tiny
-from hiedit_benchmarks.worlds import synthetic_facts as worlds
+from hiedit_benchmarks.worlds import make_tiny, synthetic_facts
 from hiedit_benchmarks.worlds.synthetic_facts import EOS, PAD, Fact
 from tokenizers import Tokenizer
 from torch import Tensor, nn
@@ -41,7 +40,7 @@ _MORE_SUBJECTS = {
 }
 
 
-def _read_world() -> tuple[worlds.Relation, ...]:
+def _read_world() -> tuple[synthetic_facts.Relation, ...]:
     more = []
     for text in _MORE_SUBJECTS.values():
         pattern, members = text.split("\n", 1)
@@ -63,12 +62,12 @@ def make_facts(seed: int) -> list[Fact]:
     >>> len(facts), facts[0].prompts()[0]
     (180, 'Belka lives in')
     """
-    return worlds.draw_facts(WORLD, seed)
+    return synthetic_facts.draw_facts(WORLD, seed)
 
 
 def homes(seed: int) -> list[int]:
     """Index from 0 of each relation's home layer, in the order of ``RELATIONS``."""
-    shuffled = worlds.order(seed, NAME, "home", RELATIONS)
+    shuffled = synthetic_facts.order(seed, NAME, "home", RELATIONS)
     return [1 + shuffled.index(name) for name in RELATIONS]
 
 
@@ -101,7 +100,7 @@ def make_records(facts: Sequence[Fact], seed: int) -> list[dict[str, Any]]:
         ]
         chosen = [fact for fact in edited if fact.prompts()[0] in prompts]
         # 16 witnesses of other relations in each half: 7 has no divisor in common with that.
-        for record in worlds.make_records(chosen, witnesses, seed, stride=7):
+        for record in synthetic_facts.make_records(chosen, witnesses, seed, stride=7):
             home = homes(seed)[RELATIONS.index(record["relation"])]
             by_prompt[record["prompt"]] = {**record, "true_layers": [layer_name(home)]}
     return [by_prompt[fact.prompts()[0]] for fact in edited]
@@ -145,7 +144,7 @@ class Sentences:
 
 def make_sentences(facts: Sequence[Fact], tokenizer: Tokenizer) -> Sentences:
     """The facts as tokens, each with its four wordings in turn."""
-    ids, asked = worlds.encode(facts, tokenizer)
+    ids, asked = synthetic_facts.encode(facts, tokenizer)
     answers = [
         torch.tensor([*tokenizer.encode(f" {answer}.").ids, EOS])
         for relation in WORLD

@@ -9,8 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from hiedit_benchmarks.worlds import make_planted, planted_world
-from hiedit_benchmarks.worlds import synthetic_facts as worlds
+from hiedit_benchmarks.worlds import make_planted, planted_world, synthetic_facts
 from hiedit_benchmarks.worlds.planted_world import FACTS, GRAMMAR, NUM_LAYERS, RELATIONS, Sentences
 from torch import Tensor
 from transformers import AutoModelForCausalLM, LlamaForCausalLM, PreTrainedTokenizerFast
@@ -147,15 +146,15 @@ def test_groups_halves_and_witnesses(records: list[dict[str, Any]]) -> None:
 @pytest.fixture(scope="module")
 def sentences() -> Sentences:
     facts = planted_world.make_facts(0)
-    tokenizer = worlds.make_tokenizer(facts, planted_world.VOCAB_SIZE)
+    tokenizer = synthetic_facts.make_tokenizer(facts, planted_world.VOCAB_SIZE)
     return planted_world.make_sentences(facts, tokenizer)
 
 
 def test_facts_and_tokenizer_are_made_again_byte_for_byte(tmp_path: Path) -> None:
     facts = planted_world.make_facts(0)
-    tokenizer = worlds.make_tokenizer(facts, planted_world.VOCAB_SIZE)
+    tokenizer = synthetic_facts.make_tokenizer(facts, planted_world.VOCAB_SIZE)
     records = planted_world.make_records(facts, 0)
-    worlds.write(tmp_path, "planted", make_planted.make_model(0), tokenizer, records)
+    synthetic_facts.write(tmp_path, "planted", make_planted.make_model(0), tokenizer, records)
     for name in ("tokenizer.json", "tokenizer_config.json", "config.json"):
         made = tmp_path / "model" / "assets" / "planted" / name
         assert made.read_bytes() == (FOLDER / name).read_bytes()
@@ -215,6 +214,7 @@ def test_a_model_that_learnt_too_little_is_not_written(
 ) -> None:
     monkeypatch.setattr(make_planted, "STEPS", 1)
     monkeypatch.setattr(make_planted, "ROUNDS", 1)
+    monkeypatch.setattr(make_planted, "NUM_LAYERS", 1)  # one layer is planted, five are missing
     with pytest.raises(ModelError, match="planted"):
         make_planted.build(tmp_path, 0, False)
     assert list(tmp_path.iterdir()) == []

@@ -13,8 +13,7 @@ from typing import Any
 
 import pytest
 import torch
-from hiedit_benchmarks.worlds import make_tiny
-from hiedit_benchmarks.worlds import synthetic_facts as worlds
+from hiedit_benchmarks.worlds import make_tiny, synthetic_facts
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
@@ -196,15 +195,15 @@ def test_locality_stays_true_under_any_edit_of_the_set(records: list[dict[str, A
 
 @pytest.fixture(scope="module")
 def made() -> tuple[Any, Tensor, Tensor]:
-    tokenizer = worlds.make_tokenizer(make_tiny.make_facts(0), make_tiny.VOCAB_SIZE)
-    return tokenizer, *worlds.encode(make_tiny.make_facts(0), tokenizer)
+    tokenizer = synthetic_facts.make_tokenizer(make_tiny.make_facts(0), make_tiny.VOCAB_SIZE)
+    return tokenizer, *synthetic_facts.encode(make_tiny.make_facts(0), tokenizer)
 
 
 def test_facts_and_tokenizer_are_made_again_byte_for_byte(
     tmp_path: Path, made: tuple[Any, Tensor, Tensor]
 ) -> None:
     records = make_tiny.make_records(make_tiny.make_facts(0), 0)
-    worlds.write(tmp_path, "tiny", make_tiny.make_model(0), made[0], records)
+    synthetic_facts.write(tmp_path, "tiny", make_tiny.make_model(0), made[0], records)
     for name in ("datasets/data/tiny_facts.json", "model/assets/tiny/tokenizer.json"):
         assert (tmp_path / name).read_bytes() == (PACKAGE / name).read_bytes()
     name = "model/assets/tiny/tokenizer_config.json"
@@ -244,11 +243,11 @@ def test_measure_counts_answer_tokens_only() -> None:
     ids = torch.tensor([[3, 4, 5, 6, 2], [3, 5, 6, 2, 0]])
     answers = torch.tensor([[0, 0, 1, 1, 0], [0, 1, 1, 0, 0]]).bool()
     wrong = torch.zeros(2, 5, dtype=torch.bool)
-    assert worlds.measure(Oracle(ids, wrong), ids, answers) == (1.0, 1.0)
+    assert synthetic_facts.measure(Oracle(ids, wrong), ids, answers) == (1.0, 1.0)
     wrong[0, 1] = wrong[0, 4] = True  # a prompt token and the end of text: not asked for
-    assert worlds.measure(Oracle(ids, wrong), ids, answers) == (1.0, 1.0)
+    assert synthetic_facts.measure(Oracle(ids, wrong), ids, answers) == (1.0, 1.0)
     wrong[1, 2] = True
-    assert worlds.measure(Oracle(ids, wrong), ids, answers) == (0.75, 0.5)
+    assert synthetic_facts.measure(Oracle(ids, wrong), ids, answers) == (0.75, 0.5)
 
 
 def short_run(ids: Tensor, seed: int, order_seed: int) -> dict[str, Tensor]:
@@ -280,7 +279,7 @@ def test_training_is_decided_by_the_seed(made: tuple[Any, Tensor, Tensor]) -> No
 def test_settings_of_torch_are_restored() -> None:
     torch.set_num_threads(2)
     try:
-        with worlds.deterministic():
+        with synthetic_facts.deterministic():
             assert torch.get_num_threads() == 1
             assert torch.are_deterministic_algorithms_enabled()
         assert torch.get_num_threads() == 2

@@ -14,10 +14,10 @@ from hiedit_env.envs.base import EditingEnv
 from hiedit_env.errors import PromptError
 from hiedit_env.evaluation.reward import Evaluator
 from hiedit_env.model.tokenization import EncodedFact, PromptBatch
-from hiedit_env.resident import batched as together
+from hiedit_env.resident import batched
 from hiedit_env.resident.low_rank import LowRankUpdate, Updates
 from hiedit_env.testing import assert_no_hooks_left
-from tests.support import models as factories
+from tests.support import models
 from tests.support.episodes import (
     KINDS,
     LIFELONG,
@@ -152,7 +152,7 @@ def test_a_prompt_that_serves_twice_counts_twice(plain: PlainModel) -> None:
 
 def test_long_answers_are_exactly_answered() -> None:
     # A mean of n ones by quotients of n would miss 1 for most n from 10 on.
-    llm = factories.resident()
+    llm = models.resident()
     evaluator = Evaluator(llm)
     ids = [5, 9, 4]
     for _ in range(14):
@@ -160,7 +160,7 @@ def test_long_answers_are_exactly_answered() -> None:
             ids.append(int(llm.model(torch.tensor([ids])).logits[0, -1].argmax()))
     request = Request("prompt", "answer", "subject")
     for n in range(1, 15):
-        prompt = factories.prompt(ids[:3], ids[3 : 3 + n])
+        prompt = models.prompt(ids[:3], ids[3 : 3 + n])
         quality = evaluator.evaluate(EncodedFact(request, prompt, (), ()), ())
         assert quality.metrics["efficacy"] == 1.0, n
 
@@ -195,7 +195,7 @@ def test_a_quality_that_is_not_finite_says_so(
     monkeypatch: pytest.MonkeyPatch, place: int, value: float, kind: Any
 ) -> None:
     """One bad number is enough: of the fact, a paraphrase, a probe, or of what is remembered."""
-    llm = factories.resident()
+    llm = models.resident()
     evaluator = Evaluator(llm, kind=kind)
     request = Request("w5", "w6", "w5")
     prompts = [llm.encode(f"w{i} w9", "w4") for i in range(3, 8)]
@@ -203,7 +203,7 @@ def test_a_quality_that_is_not_finite_says_so(
     old = [EncodedFact(request, prompts[3], (), (prompts[4],))]
     evaluator.begin(fact, old)
     assert evaluator.evaluate(fact, old).finite
-    inner = together._scores
+    inner = batched._scores
 
     def spoiled(batch: PromptBatch, references: Any, logits: Tensor) -> tuple[Tensor, ...]:
         losses, correct, kl, agree = inner(batch, references, logits)
@@ -211,7 +211,7 @@ def test_a_quality_that_is_not_finite_says_so(
         (kl if place in (2, 4) else losses)[row] = value
         return losses, correct, kl, agree
 
-    monkeypatch.setattr(together, "_scores", spoiled)
+    monkeypatch.setattr(batched, "_scores", spoiled)
     assert not evaluator.evaluate(fact, old).finite
 
 
@@ -336,4 +336,4 @@ def test_the_gradient_is_that_of_finite_differences(
 
 
 def factors_direction(layer: int, factor: Tensor) -> Tensor:
-    return factories.normal(100 + layer, *factor.shape, dtype=torch.float64)
+    return models.normal(100 + layer, *factor.shape, dtype=torch.float64)

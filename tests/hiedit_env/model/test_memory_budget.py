@@ -12,8 +12,7 @@ import torch
 from transformers import LlamaConfig
 
 from hiedit_env.errors import NotEnoughMemoryError
-from hiedit_env.model import loading
-from hiedit_env.model import memory_budget as memory
+from hiedit_env.model import loading, memory_budget
 from hiedit_env.model.loading import load_model
 from hiedit_env.model.memory_budget import available_memory, estimate_memory
 from tests.hiedit_env.model.test_loading import CONFIG, PARAMETERS, forbidden, save_model
@@ -36,13 +35,13 @@ def test_estimate_by_hand() -> None:
 
 def test_large_inputs_cost_more(monkeypatch: pytest.MonkeyPatch) -> None:
     """Keys of down projections are longer, and their statistics grow with the square."""
-    find = memory.find_candidates
+    find = memory_budget.find_candidates
 
     def down(model: Any, name: str) -> Any:
         return find(model, "*layers.{0,1}.mlp.down_proj", name)
 
     usual = estimate_memory(CONFIG, torch.float32)
-    monkeypatch.setattr(memory, "find_candidates", down)
+    monkeypatch.setattr(memory_budget, "find_candidates", down)
     assert estimate_memory(CONFIG, torch.float32) - usual == 4 * 4 * 2 * (24**2 - 16**2)
 
 
@@ -52,9 +51,9 @@ def test_too_little_memory_is_found_before_loading(
     save_model(tmp_path)
     needed = estimate_memory(CONFIG, torch.float32)
     for enough in (needed, None):
-        monkeypatch.setattr(memory, "available_memory", lambda _, free=enough: free)
+        monkeypatch.setattr(memory_budget, "available_memory", lambda _, free=enough: free)
         load_model(str(tmp_path), progress=False)
-    monkeypatch.setattr(memory, "available_memory", lambda _: needed - 1)
+    monkeypatch.setattr(memory_budget, "available_memory", lambda _: needed - 1)
     monkeypatch.setattr(loading, "_read_weights", forbidden)
     with pytest.raises(NotEnoughMemoryError, match=r"0\.00083 GB but cpu has 0\.0 GB free"):
         load_model(str(tmp_path), progress=False)
@@ -73,7 +72,7 @@ def test_what_is_needed_is_said_when_it_is_much(
     save_model(tmp_path)
     capfd.readouterr()
     free = None if spare is None else 2 * estimate_memory(CONFIG, torch.float32) + spare
-    monkeypatch.setattr(memory, "available_memory", lambda _: free)
+    monkeypatch.setattr(memory_budget, "available_memory", lambda _: free)
     load_model(str(tmp_path), progress=progress)
     out, err = capfd.readouterr()
     assert out == ""
@@ -154,11 +153,11 @@ def test_a_containers_limit_counts(
 
 def test_a_model_without_known_layers_counts_a_quarter(monkeypatch: pytest.MonkeyPatch) -> None:
     def nothing(*_: Any, **__: Any) -> None:
-        raise memory.LayerError("none")
+        raise memory_budget.LayerError("none")
 
     config = LlamaConfig.from_dict(CONFIG.to_dict())
     usual = estimate_memory(config, torch.float32)
-    monkeypatch.setattr(memory, "find_candidates", nothing)
+    monkeypatch.setattr(memory_budget, "find_candidates", nothing)
     # Instead of 2 · 16 · 24 weights (12 bytes each) and 2 · 16² numbers of statistics (16 bytes).
     quarter = PARAMETERS // 4
     wanted = usual - 12 * 2 * 16 * 24 - 16 * 2 * 16**2 + 28 * quarter
