@@ -27,7 +27,7 @@ $(1) $(PIP) install -c $(2) $(3) || { \
 endef
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-libraries lint types doctest unit format clean
+.PHONY: help setup demo test test-libraries lint types doctest unit docs format clean
 
 help: ## list the targets
 	@echo "make TARGET, where TARGET is one of"
@@ -109,10 +109,16 @@ doctest: setup ## run the examples of the docstrings only
 unit: setup ## run the tests only
 	@$(PYTEST) tests
 
+docs: setup ## build the documentation into site/, with warnings as errors
+	@mkdir -p $(LINKS) && ln -sfn ../agents $(LINKS)/hiedit_agents && \
+		ln -sfn ../benchmarks $(LINKS)/hiedit_benchmarks
+	@NO_MKDOCS_2_WARNING=1 $(PYTHON) -m mkdocs build --strict --quiet
+	@echo "docs: open site/index.html"
+
 format: setup ## format the code and fix what can be fixed safely
 	@$(PYTHON) -m ruff check --fix .
 	@$(PYTHON) -m ruff format .
 
 clean: ## remove caches and build leftovers; .venv and results stay
-	rm -rf build dist *.egg-info .hypothesis .mypy_cache .pytest_cache .ruff_cache
+	rm -rf build dist site *.egg-info .hypothesis .mypy_cache .pytest_cache .ruff_cache
 	find $(PACKAGES) tests -name __pycache__ -type d -prune -exec rm -rf {} +

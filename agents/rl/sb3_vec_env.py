@@ -55,7 +55,7 @@ class EditingVecEnv(VecEnv):
         super().__init__(envs.num_envs, envs.single_observation_space, envs.single_action_space)
 
     def reset(self) -> NDArray[np.float32]:
-        """N × size, first observations of new episodes; uses the seeds of :meth:`seed` once."""
+        """N × size, first observations of new episodes; uses the seeds of ``seed`` once."""
         # Gymnasium's vector environments take a list too, which their base class does not say.
         seeds: Any = list(self._seeds)
         observations, info = self.envs.reset(seed=seeds)

@@ -2,7 +2,8 @@
 
 The docstrings name objects by roles such as ``:class:`Task```, which editors show well. Here a role
 becomes a link to the object's place in the reference. Examples (``>>>``) and tables of docstrings
-are fenced, so that Markdown leaves them alone. A role that names nothing is a warning, and so an
+are fenced, so that Markdown leaves them alone, and parameters that share a description get one
+each. A role that names nothing is a warning, and so an
 error of ``make docs``.
 """
 
@@ -17,6 +18,10 @@ import griffe
 _LOG = logging.getLogger("mkdocs.plugins.hiedit_docstrings")
 ROLE = re.compile(r":(?:class|meth|func|mod|attr|data|exc|obj):`(?P<target>[^`]+)`")
 EXAMPLE = re.compile(r"^(?P<indent> *)(?P<text>>>> .*?)(?=\n\s*\n(?! *>>> )|\Z)", re.M | re.S)
+#: Parameters that share a description, ``high, low: Which levels.``, with its further lines.
+SHARED = re.compile(
+    r"^(?P<indent> +)(?P<names>\w+(?:, \w+)+): (?P<text>.*(?:\n(?P=indent) +.*)*)", re.M
+)
 TABLE = re.compile(r"^(={3,}(?: +={3,})+)\n.*?\n\1$(?!\n(?!\n|\Z))", re.M | re.S)
 
 
@@ -43,7 +48,15 @@ def markdown(text: str, owner: griffe.Object, paths: set[str]) -> str:
     text = ROLE.sub(lambda match: _link(match["target"], owner, paths), text)
     text = re.sub(r"(?<=\w)::\n\n(?= )", ":\n\n", text)
     text = TABLE.sub(lambda match: f"```text\n{match[0]}\n```", text)
+    head, args, rest = text.partition("\nArgs:\n")
+    body, gap, rest = rest.partition("\n\n")
+    text = head + args + SHARED.sub(_shared, body) + gap + rest
     return EXAMPLE.sub(_fenced, text)
+
+
+def _shared(match: re.Match[str]) -> str:
+    names = match["names"].split(", ")
+    return "\n".join(f"{match['indent']}{name}: {match['text']}" for name in names)
 
 
 def _fenced(match: re.Match[str]) -> str:

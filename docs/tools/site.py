@@ -25,7 +25,11 @@ from mkdocs.structure.pages import Page
 
 ROOT = Path(__file__).parents[2]
 #: Folder of every package, by the name under which it is installed.
-PACKAGES = {"hiedit_env": "hiedit_env", "hiedit_agents": "agents", "hiedit_benchmarks": "benchmarks"}
+PACKAGES = {
+    "hiedit_env": "hiedit_env",
+    "hiedit_agents": "agents",
+    "hiedit_benchmarks": "benchmarks",
+}
 #: Files of the root that are pages of the site.
 ROOT_PAGES = {
     name: name.lower() for name in ("CONTRIBUTING.md", "CHANGELOG.md") if (ROOT / name).exists()

@@ -104,7 +104,7 @@ class EditingEnv(StepSemantics, gym.Env[NDArray[np.float32], Any], gym.utils.EzP
 
         Args:
             llm: The model.
-            cache: Of what the unedited model says, see :class:`.quality.Evaluator`.
+            cache: Of what the unedited model says, see :class:`.reward.Evaluator`.
         """
         settings = self._settings
         self.llm = llm

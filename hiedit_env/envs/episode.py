@@ -72,7 +72,7 @@ class EditingEpisode:
     """The state machine behind every environment.
 
     ``start`` → (``primitive`` … → ``judge``) … → ``advance`` to the next fact → … → ended. These
-    four are generators that yield the passes they need: :func:`.passes.run` drives them.
+    four are generators that yield the passes they need: :func:`.scheduler.run` drives them.
 
     Args:
         llm: The resident model.

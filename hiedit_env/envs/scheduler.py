@@ -32,7 +32,7 @@ class Read:
 
 @dataclass(frozen=True, slots=True)
 class Judge:
-    """How good an edit is, see :meth:`.quality.Evaluator.evaluate`; answered by a ``Quality``."""
+    """How good an edit is, see :meth:`.reward.Evaluator.evaluate`; answered by a ``Quality``."""
 
     evaluator: Evaluator
     fact: EncodedFact

@@ -144,7 +144,7 @@ class VectorEditing(VectorEnv[Observations, Any, NDArray[Any]], Generic[E]):
         Raises:
             ActionError: actions of another shape, or one that its environment refuses.
             SettingsError: an ended environment is stepped although ``autoreset_mode`` is
-            ``"Disabled"``.
+                ``"Disabled"``.
         """
         rows = self._rows(actions)
         fresh = [i for i in range(self.num_envs) if self._ended[i]]

@@ -39,7 +39,7 @@ def first_probes(remembered: Sequence[EncodedFact]) -> list[EncodedPrompt]:
 
 
 class Means:
-    """How much each prompt counts, in the order of :meth:`.quality.Evaluator.prompts`."""
+    """How much each prompt counts, in the order of :meth:`.reward.Evaluator.prompts`."""
 
     def __init__(self, fact: EncodedFact, remembered: Sequence[EncodedFact], decay: float) -> None:
         sizes = (1, len(fact.paraphrases), len(fact.probes), len(remembered))

@@ -44,7 +44,7 @@ class Capture:
         """Keys and value gradients of layers of one shape side by side; made once per group.
 
         Args:
-            group: G indices of layers, see :func:`.updates.layer_groups`.
+            group: G indices of layers, see :func:`.low_rank.layer_groups`.
 
         Returns:
             G × T × d_in and G × T × d_out, float32; not to be written.
