@@ -21,9 +21,8 @@ from dataclasses import dataclass
 from types import MappingProxyType
 
 from hiedit_env.datasets.requests import Probe, Request
+from hiedit_env.datasets.writing import is_closed, question_mark_for
 from hiedit_env.errors import DatasetError
-
-_CLOSING = (".", "?", "!")
 
 
 def _kind(value: object) -> str:
@@ -176,8 +175,8 @@ def _zsre(row: Row) -> Request:
     if target is None:
         raise row.error("ans", "holds no answer, and neither do 'alt' and 'answers'")
     unrelated = row.text("loc")
-    if not unrelated.endswith(_CLOSING):
-        unrelated += "?"
+    if not is_closed(unrelated):
+        unrelated += question_mark_for(unrelated)
     return Request(
         prompt=prompt,
         answer=target,

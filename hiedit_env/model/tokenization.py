@@ -4,7 +4,15 @@ A fact is a prompt and an answer. The model reads the prompt's tokens followed b
 tokens and is judged only on predicting the answer's. The field's convention, as in
 ``data/zsre.py`` of ``yangfanww/hiedit`` (commit 1d76ab4), is kept: one space stands between prompt
 and answer, special tokens come only in front, and the last answer token is predicted but never
-read. Two details are settled here:
+read. Four details are settled here:
+
+- A prompt is the text it is, to its very end: the line break or space that a chat template ends in
+  is part of it. No space follows a prompt that ends in white space, in a marker token of the
+  tokenizer (such as ``<|assistant|>``), or in a script without spaces where the answer goes on in
+  one (:func:`~hiedit_env.datasets.writing.space_between`). So the tokens of a prompt written with
+  ``apply_chat_template`` are the ones the template itself gives.
+- A prompt that already begins with the special tokens the tokenizer puts in front of any text does
+  not get them twice.
 
 - The prompt's tokens are always the ones the model sees when it answers by itself, so that
   teacher forcing and free generation start from the same activations.
@@ -17,7 +25,7 @@ causal, so no real position ever sees the padding and no attention mask is neede
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from typing import TYPE_CHECKING, cast
@@ -26,6 +34,7 @@ import torch
 from torch import Tensor
 
 from hiedit_env.datasets.requests import Request
+from hiedit_env.datasets.writing import MAX_CHARACTERS, space_between
 from hiedit_env.errors import ModelError, PromptError, SettingsError
 
 if TYPE_CHECKING:
@@ -43,7 +52,7 @@ class EncodedPrompt:
     """One prompt with its answer, as token ids.
 
     Args:
-        prompt: The prompt, without white space at its end.
+        prompt: The prompt.
         answer: The answer, without white space at its start.
         prompt_ids: What the model sees before it answers: the special tokens the tokenizer puts
             in front of a text, if any, then the prompt. At least one.
@@ -99,16 +108,14 @@ class EncodedFact:
 class PromptEncoder:
     """Turns prompts and answers into token ids with one tokenizer.
 
-    The text ``prompt + " " + answer`` is split into tokens as a whole. When the prompt's own
-    tokens are a prefix of the result, the rest is the answer; otherwise (a token straddles the
-    space) the answer is encoded by itself, with the one space that belongs to it. The space is
-    also put before answers in scripts written without spaces, such as Chinese: that is the
-    field's convention, and what keeps the prompt's tokens independent of the answer.
+    The text ``prompt + space + answer`` is split into tokens as a whole, ``space`` being one space
+    or nothing (see the module). When the prompt's own tokens are a prefix of the result, the rest
+    is the answer; otherwise (a token straddles the seam) the answer is encoded by itself, with the
+    space that belongs to it, if any.
 
-    White space at the end of a prompt is dropped, since it would take the place of the space in
-    front of the answer; so is white space at the start of an answer. All other white space is
-    kept. Special tokens the tokenizer adds at the end of a text (an end-of-text token) are never
-    used. Encodings are remembered, the least recently used are forgotten first.
+    White space at the start of an answer is dropped; all other white space is kept. Special tokens
+    the tokenizer adds at the end of a text (an end-of-text token) are never used. Encodings are
+    remembered, the least recently used are forgotten first.
 
     Args:
         tokenizer: Any tokenizer of ``transformers``, fast or slow. Its settings are not changed.
@@ -125,6 +132,7 @@ class PromptEncoder:
         self.tokenizer = tokenizer
         self.max_length = max_length
         self._leading = _leading_special_ids(tokenizer)
+        self._markers = _marker_ids(tokenizer)
         # Per instance, because the same text has other tokens under another tokenizer.
         self._remembered_prompt = lru_cache(maxsize=_REMEMBERED)(self._encode_prompt)
         self._remembered = lru_cache(maxsize=_REMEMBERED)(self._encode)
@@ -140,9 +148,7 @@ class PromptEncoder:
             PromptError: if either text is not a string, is blank, cannot be written as UTF-8 or
                 yields no tokens, or if both together are longer than ``max_length``.
         """
-        return self._remembered(
-            _checked(prompt, "prompt").rstrip(), _checked(answer, "answer").lstrip()
-        )
+        return self._remembered(_checked(prompt, "prompt"), _checked(answer, "answer").lstrip())
 
     def encode_prompt(self, prompt: str) -> tuple[int, ...]:
         """Encode a prompt for free generation: the ``prompt_ids`` of every ``encode(prompt, ...)``.
@@ -150,7 +156,7 @@ class PromptEncoder:
         Raises:
             PromptError: as in :meth:`encode`, or if the prompt leaves no room for an answer token.
         """
-        text = _checked(prompt, "prompt").rstrip()
+        text = _checked(prompt, "prompt")
         ids = self._remembered_prompt(text)
         if self.max_length is not None and len(ids) >= self.max_length:
             raise PromptError(
@@ -167,16 +173,22 @@ class PromptEncoder:
         own_ids = _plain_ids(self.tokenizer, prompt)
         if not own_ids:
             raise _no_tokens("prompt", prompt)
-        return self._leading + own_ids
+        return own_ids if self._begins(own_ids) else self._leading + own_ids
+
+    def _begins(self, own_ids: tuple[int, ...]) -> bool:
+        """Whether a prompt brings the special tokens in front itself, as chat templates do."""
+        count = len(self._leading)
+        return len(own_ids) > count > 0 and own_ids[:count] == self._leading
 
     def _encode(self, prompt: str, answer: str) -> EncodedPrompt:
         prompt_ids = self._remembered_prompt(prompt)
-        own_ids = prompt_ids[len(self._leading) :]
-        joined_ids = _plain_ids(self.tokenizer, f"{prompt} {answer}")
+        space = "" if prompt_ids[-1] in self._markers else space_between(prompt, answer)
+        joined_ids = _plain_ids(self.tokenizer, f"{prompt}{space}{answer}")
+        own_ids = prompt_ids if self._begins(joined_ids) else prompt_ids[len(self._leading) :]
         if joined_ids[: len(own_ids)] == own_ids:
             answer_ids = joined_ids[len(own_ids) :]
         else:
-            answer_ids = self._separate_answer_ids(own_ids, joined_ids, answer)
+            answer_ids = self._separate_answer_ids(own_ids, joined_ids, space, answer)
         if self.max_length is not None and len(prompt_ids) + len(answer_ids) > self.max_length:
             raise PromptError(
                 f"prompt {_first_words(prompt)!r} has {len(prompt_ids)} tokens and its answer "
@@ -185,7 +197,7 @@ class PromptEncoder:
         return EncodedPrompt(prompt, answer, prompt_ids, answer_ids)
 
     def _separate_answer_ids(
-        self, own_ids: tuple[int, ...], joined_ids: tuple[int, ...], answer: str
+        self, own_ids: tuple[int, ...], joined_ids: tuple[int, ...], space: str, answer: str
     ) -> tuple[int, ...]:
         """Encode the answer by itself so that, after the prompt, it reads as in the joined text.
 
@@ -193,11 +205,22 @@ class PromptEncoder:
         looking for a space marker, because markers differ between tokenizers.
         """
         wanted = _decode(self.tokenizer, joined_ids, skip_special_tokens=False)
-        with_space = _plain_ids(self.tokenizer, f" {answer}")
-        for ids in (with_space, _plain_ids(self.tokenizer, answer)):
-            if _decode(self.tokenizer, own_ids + ids, skip_special_tokens=False) == wanted:
+        likeliest = _plain_ids(self.tokenizer, f"{space}{answer}")
+        candidates = [likeliest, _plain_ids(self.tokenizer, answer)]
+        if not space:
+            candidates += self._behind_an_anchor(answer)
+        for ids in candidates:
+            if ids and _decode(self.tokenizer, own_ids + ids, skip_special_tokens=False) == wanted:
                 return ids
-        return with_space
+        return likeliest
+
+    def _behind_an_anchor(self, answer: str) -> Iterator[tuple[int, ...]]:
+        """The answer's ids in the middle of a text, where no space marker is put in front."""
+        for anchor in ("\n", ":", "a"):
+            before = _plain_ids(self.tokenizer, anchor)
+            both = _plain_ids(self.tokenizer, anchor + answer)
+            if both[: len(before)] == before:
+                yield both[len(before) :]
 
 
 @dataclass(frozen=True, eq=False)
@@ -375,6 +398,11 @@ def _checked(text: object, name: str) -> str:
     """Return ``text`` if it is a string with something in it that can be encoded."""
     if not isinstance(text, str):
         raise PromptError(f"{name} must be text, got {type(text).__name__}: {text!r:.60}")
+    if len(text) > MAX_CHARACTERS:
+        raise PromptError(
+            f"{name} {_first_words(text[:200])!r} has {len(text)} characters; at most "
+            f"{MAX_CHARACTERS} are tokenised: shorten it"
+        )
     if not text.strip():
         raise PromptError(f"{name} is blank ({text!r:.60}); give it at least one character")
     try:
@@ -411,6 +439,16 @@ def _decode(
     # The clean-up would eat the space in front of punctuation. A list comes back for lists only.
     options = {"skip_special_tokens": skip_special_tokens, "clean_up_tokenization_spaces": False}
     return cast(str, tokenizer.decode(list(ids), **options))
+
+
+def _marker_ids(tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
+    """Ids of added tokens that are marks and not words: special, or neither side a letter."""
+    return frozenset(
+        index
+        for index, token in tokenizer.added_tokens_decoder.items()
+        if token.special or not (token.content[:1].isalnum() or token.content[-1:].isalnum())
+        if not token.content.isspace()
+    )
 
 
 def _leading_special_ids(tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:

@@ -18,6 +18,8 @@ from hiedit_env.evaluation.matching import generated_answer, is_match, normalise
         ("\tNew\nYork ", "new york"),
         ("ÉCOLE", "école"),
         ("東京", "東京"),
+        ("「東京」、。", "東京"),
+        ("a\u0301 la", "\u00e1 la"),  # a letter with an accent is no article
         ("3.5", "35"),
         ("", ""),
         # What would leave nothing stays.
@@ -45,6 +47,13 @@ def test_normalise(text: str, expected: str) -> None:
         (" 3.5 m", " 3.5 m"),  # no space behind the point: no end of a sentence
         (" Paris, France", " Paris, France"),
         ("", ""),
+        (" 月湖城。它位于", " 月湖城"),
+        (" 十月？ 十", " 十月"),
+        (" वेलमोरा। यह", " वेलमोरा"),
+        (" ველმორა. ის", " ველმორა"),
+        (" ቬልሞራ።እሱ", " ቬልሞራ"),
+        (" Վելմորա։ Այն", " Վելմորա"),
+        (" v2.0版", " v2.0版"),
     ],
 )
 def test_generated_answer(text: str, expected: str) -> None:
@@ -90,8 +99,31 @@ def test_generated_answer(text: str, expected: str) -> None:
         (" ?", "?", True, True),
         (" Lyon", "?", False, False),
         # Other scripts.
-        (" 東京。", "東京", False, False),  # the ideographic full stop is not ASCII punctuation
+        (" 東京。", "東京", True, True),
         (" 東京. 日本", "東京", True, True),
+        (" 東京.日本", "東京", True, True),  # nor is a space needed behind a Latin full stop here
+        (" 東 京", "東京", True, True),
+        (" 十月？ 十", "十月", True, True),
+        (" 月湖城。它位于", "月湖城", True, True),
+        (" 月湖城它位于", "月湖城", False, True),
+        (" 月湖城，青石国", "月湖城", False, True),
+        (" 《月湖城》", "月湖城", True, True),
+        (" 月湖", "月湖城", False, False),
+        (" iPhone手机很好", "iPhone手机", False, True),
+        (" １．５米", "１．５米", True, True),  # a fullwidth point inside a number
+        (" فلمورا؟ نعم", "فلمورا", True, True),
+        (" فلمورا، مارن", "فلمورا", False, True),
+        (" वेलमोरा। यह", "वेलमोरा", True, True),
+        (" वेलमोराई", "वेलमोरा", False, False),  # words where there are spaces
+        (" กินข้าว", "กิน", False, True),
+        (" กิน", "ก", False, False),  # a vowel sign belongs to its letter
+        (" “Velmora”", "Velmora", True, True),
+        (" Velmora… it", "Velmora", True, True),
+        (" «Велмора».", "Велмора", True, True),
+        (" Βελμόρα; Ναι", "Βελμόρα", True, True),
+        (" Velmora\u2028It", "Velmora", True, True),
+        (" e\u0301cole", "\u00e9cole", True, True),  # composed and decomposed
+        (" \u200fفلمورا\u200f.", "فلمورا", True, True),  # invisible direction marks
     ],
 )
 def test_matches(generated: str, answer: str, whole: bool, beginning: bool) -> None:

@@ -11,6 +11,7 @@ from transformers import ByT5Tokenizer, LlamaConfig, LlamaForCausalLM
 from transformers import PreTrainedTokenizerBase as Base
 from transformers import PreTrainedTokenizerFast as Fast
 
+from hiedit_env.datasets.writing import MAX_CHARACTERS, space_between
 from hiedit_env.errors import ModelError, PromptError, SettingsError
 from hiedit_env.model import tokenization
 from hiedit_env.model.tokenization import EncodedPrompt, PromptEncoder, length_buckets, make_batch
@@ -101,9 +102,11 @@ def ids_of(tokenizer: Base, prompt: str, answer: str) -> tuple[Ids, ...]:
     ("prompt", "answer", "prompt_ids", "answer_ids"),
     [
         ("It is", "Lyon", (74, 117, G_IS), (G_LYON,)),
-        # White space at the seam is ours alone, whoever brought it.
-        ("It is ", "Lyon", (74, 117, G_IS), (G_LYON,)),
-        ("It is\n\t", "  Lyon", (74, 117, G_IS), (G_LYON,)),
+        # White space at the end of a prompt belongs to it, and no space follows: L, y, "on".
+        ("It is ", "Lyon", (74, 117, G_IS, 33), (77, 122, ON)),
+        ("It is\n\t", "  Lyon", (74, 117, G_IS, 11, 10), (77, 122, ON)),
+        ("It is\n", "Lyon", (74, 117, G_IS, 11), (77, 122, ON)),
+        ("It is", "  Lyon", (74, 117, G_IS), (G_LYON,)),
         # Elsewhere it stays: a space in front, two spaces inside.
         (" It is", "Lyon", (33, 74, 117, G_IS), (G_LYON,)),
         ("It", "is  Lyon", (74, 117), (G_IS, 33, G_LYON)),
@@ -112,6 +115,8 @@ def ids_of(tokenizer: Base, prompt: str, answer: str) -> tuple[Ids, ...]:
         # UTF-8: 東 is E6 9D B1, 京 is E4 BA AC, é is C3 A9. The space is there all the same.
         ("It is", "東京", (74, 117, G_IS), (33, 231, 158, 178, 229, 187, 173)),
         ("東", "é", (231, 158, 178), (33, 196, 170)),
+        # No space where both meet in a script without spaces.
+        ("東", "京", (231, 158, 178), (229, 187, 173)),
     ],
 )
 def test_byte_level_ids(prompt: str, answer: str, prompt_ids: Ids, answer_ids: Ids) -> None:
@@ -123,7 +128,7 @@ def test_byte_level_ids(prompt: str, answer: str, prompt_ids: Ids, answer_ids: I
     ("prompt", "answer", "prompt_ids", "answer_ids"),
     [
         ("It is", "Lyon", (1, M_IT, M_IS), (M_LYON,)),
-        ("It is ", " Lyon", (1, M_IT, M_IS), (M_LYON,)),
+        ("It is", " Lyon", (1, M_IT, M_IS), (M_LYON,)),
         ("It?", "Lyon", (1, M_IT, QUESTION), (M_LYON,)),
         ("It is", "Lys on", (1, M_IT, M_IS), (M_LY, S, SPACE, M_ON)),  # "▁Ly", s, "▁", on
         ("It is", "東", (1, M_IT, M_IS), (SPACE, 233, 160, 180)),  # its bytes plus 3
@@ -133,6 +138,63 @@ def test_sentencepiece_ids(
     kind: str, prompt: str, answer: str, prompt_ids: Ids, answer_ids: Ids
 ) -> None:
     assert ids_of(sentencepiece(kind), prompt, answer) == (prompt_ids, answer_ids)
+
+
+@pytest.mark.parametrize("kind", ["always", "first", "normalizer", "none"])
+def test_sentencepiece_prompts_that_end_in_white_space(kind: str) -> None:
+    tokenizer = sentencepiece(kind)
+    start = (1, 260, 261, M_IS) if kind == "none" else (1, M_IT, M_IS)
+    # The marker of the space belongs to the prompt, and the answer has none: L, y, o, n merged.
+    assert ids_of(tokenizer, "It is ", "Lyon") == ((*start, SPACE), (264, Y, M_ON))
+    # Byte 10 plus 3.
+    assert ids_of(tokenizer, "It is\n", "Lyon") == ((*start, 13), (264, Y, M_ON))
+
+
+def with_chat_template(tokenizer: Fast) -> Fast:
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<|user|>", "<|bot|>"]})
+    return tokenizer
+
+
+@pytest.mark.parametrize("end", ["\n", "\n\n", " ", ""])
+@pytest.mark.parametrize("answer", ["Lyon", "on Lyon", "東京"])
+@pytest.mark.parametrize("kind", ["byte-level", "straddling", "always", "first", "normalizer"])
+def test_a_prompt_in_chat_form_has_the_tokens_of_its_template(
+    kind: str, answer: str, end: str
+) -> None:
+    """Against ``apply_chat_template``: same prompt ids, and the whole reads prompt + answer."""
+    if kind in ("byte-level", "straddling"):
+        tokenizer = with_chat_template(byte_level(straddling=kind == "straddling"))
+    else:
+        tokenizer = with_chat_template(sentencepiece(kind))
+        end = end.replace(" ", "\n")
+    begin = tokenizer.bos_token or ""
+    tokenizer.chat_template = (
+        f"{begin}{{% for m in messages %}}<|user|>{{{{ m['content'] }}}}{{% endfor %}}"
+        "{% if add_generation_prompt %}<|bot|>{{ '" + end.replace("\n", "\\n") + "' }}{% endif %}"
+    )
+    chat = [{"role": "user", "content": "It is?"}]
+    given = tokenizer.apply_chat_template(chat, add_generation_prompt=True, tokenize=False)
+    ids = tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_dict=True)
+    prompt_ids, answer_ids = ids_of(tokenizer, given, answer)
+    assert list(prompt_ids) == ids["input_ids"]
+    both = tokenizer.decode([*prompt_ids, *answer_ids], clean_up_tokenization_spaces=False)
+    alone = tokenizer.decode(list(prompt_ids), clean_up_tokenization_spaces=False)
+    assert both.removeprefix(alone).removeprefix(" ") == answer  # a marker may bring its own space
+
+
+def test_no_space_behind_a_marker_token_but_behind_an_added_word() -> None:
+    tokenizer = byte_level()
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<|bot|>"]})
+    tokenizer.add_tokens(["Velmora"])
+    marker, word = tokenizer.convert_tokens_to_ids(["<|bot|>", "Velmora"])
+    assert ids_of(tokenizer, "It<|bot|>", "Lyon") == ((74, 117, marker), (77, 122, ON))
+    assert ids_of(tokenizer, "It Velmora", "Lyon") == ((74, 117, 33, word), (G_LYON,))
+
+
+def test_a_prompt_that_brings_the_first_special_token_has_it_once() -> None:
+    tokenizer = sentencepiece("first")
+    assert ids_of(tokenizer, "<s>It is", "Lyon")[0].count(1) == 1
+    assert ids_of(tokenizer, "<s>It is", "Lyon")[1] == (M_LYON,)
 
 
 def test_answer_is_encoded_apart_when_a_token_straddles_the_space() -> None:
@@ -198,15 +260,15 @@ def test_byte_level_round_trip(straddling: bool, prompt: str, answer: str) -> No
     encoder = ENCODERS[straddling]
     encoded = encoder.encode(prompt, answer)
     text = encoder.decode(encoded.prompt_ids + encoded.answer_ids)
-    assert text == prompt.rstrip() + " " + answer.lstrip()
-    assert (encoded.prompt, encoded.answer) == (prompt.rstrip(), answer.lstrip())
+    assert text == prompt + space_between(prompt, answer.lstrip()) + answer.lstrip()
+    assert (encoded.prompt, encoded.answer) == (prompt, answer.lstrip())
 
 
 def test_encodings_are_remembered_up_to_a_bound(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tokenization, "_REMEMBERED", 2)
     encoder = PromptEncoder(byte_level(), None)
     first = encoder.encode("It", "is")
-    assert encoder.encode("It ", " is") is first
+    assert encoder.encode("It", " is") is first
     encoder.encode("It", "Lyon")
     encoder.encode("It", "on")
     assert encoder.encode("It", "is") is not first
@@ -235,6 +297,15 @@ def test_bad_texts(prompt: object, answer: object, words: str) -> None:
         encoder.encode_prompt(alone)  # type: ignore[arg-type]
 
 
+def test_texts_of_many_characters_are_refused_before_they_are_tokenised() -> None:
+    encoder = PromptEncoder(byte_level(), None)
+    long = "a" * (MAX_CHARACTERS + 1)
+    with pytest.raises(PromptError, match=r"prompt 'aaa.*' has 200001 characters; at most 200000"):
+        encoder.encode(long, "b")
+    with pytest.raises(PromptError, match=r"answer 'aaa.*' has 200001 characters"):
+        encoder.encode("b", long)
+
+
 def test_text_without_tokens() -> None:
     backend = Tokenizer(models.WordLevel({"<unk>": 0, "It": 1}, unk_token="<unk>"))
     backend.normalizer = normalizers.Replace("\u200b", "")  # a zero-width space is not blank
@@ -259,7 +330,7 @@ def test_context_length() -> None:
     with pytest.raises(PromptError, match=r"'It is' has 3 tokens and leaves no room .* of 3"):
         PromptEncoder(tokenizer, 3).encode_prompt("It is")
     with pytest.raises(PromptError, match=r"'a a a a a a a a\.\.\.' has 19 tokens"):
-        PromptEncoder(tokenizer, 8).encode("a " * 10, "b")
+        PromptEncoder(tokenizer, 8).encode("a " * 9 + "a", "b")
 
 
 @pytest.mark.parametrize("max_length", [0, -1, True, 8.0, "8"])
