@@ -15,7 +15,6 @@ from hiedit_agents.hierarchy.step_sizes import StepSizePolicy
 from hiedit_agents.protocol import Trainable
 from pydantic import TypeAdapter, ValidationError
 
-from hiedit_env.envs.settings import MODEL_RULE_SETTINGS
 from hiedit_env.errors import (
     CheckpointError,
     HieditError,
@@ -23,6 +22,7 @@ from hiedit_env.errors import (
     import_named,
     whole_number,
 )
+from hiedit_env.model.built_in import built_in
 from hiedit_env.resident.resident import ResidentLLM
 from hiedit_env.rules.base import UpdateRule
 from hiedit_env.rules.layer_choice import CHOICES
@@ -167,7 +167,7 @@ class AgentSpec:
         """
         if self.low is None:
             return None
-        known = dict(MODEL_RULE_SETTINGS.get(model, {}).get(self._rule(), {}))
+        known = dict(built_in(model).rule_settings.get(self._rule(), {}))
         if self.low in LEARNED_LOW:
             # They share the rule's nominal step size and have arguments of their own.
             known = {name: value for name, value in known.items() if name == "step_size"}

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from hiedit_env.envs.actions import check_only_step_sizes
 from hiedit_env.envs.base import EditingEnv
-from hiedit_env.envs.settings import rule_settings
+from hiedit_env.envs.settings import StepSizeSettings
 from hiedit_env.errors import ActionError, CheckpointError, SettingsError
 from hiedit_env.resident.capture import Capture
 from hiedit_env.resident.low_rank import LowRankUpdate
@@ -152,18 +152,13 @@ class PolicyAgent:
         inner = env.unwrapped
         if not isinstance(inner, EditingEnv):
             raise CheckpointError(f"{self.name} chooses step sizes; {env} has none")
-        named = ("model", "update_rule", "step_size", "update_rule_settings")
-        settings = {name: task.settings.get(name) for name in named}
-        kind = settings["update_rule"] = settings["update_rule"] or "decorrelated"
-        rule = make_rule(kind, inner.llm.shapes, inner.llm.device, rule_settings(settings))
+        settings = StepSizeSettings(**task.settings)
+        rule = make_rule(settings.rule, inner.llm.shapes, inner.llm.device, settings.rule_settings)
         inner.use_low_level(
-            PolicyStepSizes(rule, self.policy),
-            max_steps_per_edit=task.settings.get("max_steps_per_edit", 5),
+            PolicyStepSizes(rule, self.policy), max_steps_per_edit=settings.max_steps_per_edit
         )
         self._choice = UntrainedChoice(
-            task.settings.get("high_level", "all-layers"),
-            self.record.sizes.layers,
-            task.settings.get("layers_per_edit"),
+            settings.high_level, self.record.sizes.layers, settings.layers_per_edit
         )
         self._choice.reset(seed)
         self._wrapped = env

@@ -17,8 +17,8 @@ from numpy.typing import NDArray
 
 import hiedit_env  # noqa: F401 - registers the environments
 from hiedit_env.envs.base import EditingEnv
-from hiedit_env.envs.settings import MODEL_RULES
 from hiedit_env.errors import SettingsError, whole_number
+from hiedit_env.model.built_in import environment_for
 from hiedit_env.wrappers import BoxLayers, DiscreteSubsets, SequentialSelection
 
 #: Form → the actions an algorithm sees.
@@ -60,9 +60,8 @@ class Task:
     Args:
         form: One of :data:`FORMS`.
         env: Keyword arguments of the environment, and ``id`` if it is not the one that follows from
-            the form: ``hiedit/StepSize-v1`` for ``step-sizes``, else ``hiedit/Planted-v1`` for
-            ``model="planted"`` and ``hiedit/LayerSelection-v1`` for every other model.
-            ``update_rule`` is the one the model is made for if none is given.
+            the form: ``hiedit/StepSize-v1`` for ``step-sizes``, else that of
+            :func:`~hiedit_env.model.built_in.environment_for`.
         options: Arguments of the form's wrapper: ``size`` of ``discrete``; ``max_layers``,
             ``allow_empty``, ``stop_at_max``, ``masked`` of ``sequential``.
 
@@ -97,15 +96,12 @@ class Task:
             return str(self.env["id"])
         if self.form == "step-sizes":
             return "hiedit/StepSize-v1"
-        planted = self.env.get("model") == "planted"
-        return "hiedit/Planted-v1" if planted else "hiedit/LayerSelection-v1"
+        return environment_for(self.env.get("model"), self.env.get("dataset"))
 
     @property
     def settings(self) -> dict[str, Any]:
-        """The environment's keyword arguments, with the update rule that its model is made for."""
-        given = {name: value for name, value in self.env.items() if name != "id"}
-        rule = MODEL_RULES.get(given.get("model", ""))
-        return given if rule is None else {"update_rule": rule, **given}
+        """The environment's keyword arguments."""
+        return {name: value for name, value in self.env.items() if name != "id"}
 
     def with_env(self, **changes: Any) -> Task:
         """The same task with other arguments of the environment."""

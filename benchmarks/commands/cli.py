@@ -270,7 +270,7 @@ def _edit(given: argparse.Namespace) -> None:
 def _compare(given: argparse.Namespace) -> None:
     from hiedit_benchmarks.comparison import compare
 
-    from hiedit_env.evaluation.metrics import METRICS
+    from hiedit_env.evaluation.names import METRICS
 
     settings = _settings(
         given,
@@ -317,13 +317,11 @@ def _demo(given: argparse.Namespace) -> None:
 def _settings(given: argparse.Namespace, **more: Any) -> Any:
     from hiedit_benchmarks.comparison.compare import CompareSettings
 
-    from hiedit_env.envs.settings import MODEL_RULES
-
     return CompareSettings(
         model=given.model,
         max_steps_per_edit=given.max_steps_per_edit,
         layers_per_edit=given.layers_per_edit,
-        update_rule=given.update_rule or MODEL_RULES.get(given.model, "decorrelated"),
+        update_rule=given.update_rule,
         step_size=given.step_size,
         layers=None if given.layers is None else tuple(given.layers),
         device=given.device,

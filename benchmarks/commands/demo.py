@@ -9,8 +9,9 @@ from typing import Any
 
 from hiedit_agents.registry import default_agent
 from hiedit_benchmarks.commands.edit import before_and_after
-from hiedit_benchmarks.comparison.compare import CompareSettings, compare
+from hiedit_benchmarks.comparison.compare import compare
 from hiedit_benchmarks.comparison.results import UNEDITED
+from hiedit_benchmarks.comparison.settings import CompareSettings
 from hiedit_benchmarks.comparison.statistics import baseline_of
 
 from hiedit_env.errors import ModelError

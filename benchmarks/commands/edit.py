@@ -14,9 +14,10 @@ from typing import Any
 import torch
 from hiedit_agents.named.candidates import candidates_for
 from hiedit_agents.registry import make_agent
-from hiedit_benchmarks.comparison.compare import CompareSettings, make_env
+from hiedit_benchmarks.comparison.compare import make_env
 from hiedit_benchmarks.comparison.episode import FinishedEdit, bar, play, unwrapped
 from hiedit_benchmarks.comparison.results import versions, write_json
+from hiedit_benchmarks.comparison.settings import CompareSettings
 from safetensors import SafetensorError
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer

@@ -31,6 +31,7 @@ from hiedit_benchmarks.comparison.results import (
     versions,
     write_json,
 )
+from hiedit_benchmarks.comparison.settings import CompareSettings
 from hiedit_benchmarks.comparison.statistics import (
     LEGEND,
     ORACLE_LEGEND,
@@ -44,36 +45,9 @@ import hiedit_env  # noqa: F401 - registers the environments
 from hiedit_env.datasets.streams import fingerprint
 from hiedit_env.envs.planted import Planted
 from hiedit_env.errors import SettingsError
-from hiedit_env.evaluation.metrics import METRICS, Evaluation, UneditedAnswers, evaluate
-from hiedit_env.evaluation.reward import RewardKind
+from hiedit_env.evaluation.metrics import Evaluation, UneditedAnswers, evaluate
 from hiedit_env.files import write_bytes
-
-
-@dataclass(frozen=True, slots=True)
-class CompareSettings:
-    """What is the same for every agent and seed of a comparison; see ``LifelongEdit``'s arguments.
-
-    Args:
-        retention_window: Remembered edits in the reward. 0 by default: none of the built-in agents
-            looks at the reward, and remembering costs most of a step's time.
-        layers_per_edit: For agents with a fixed number of layers; None for half of them.
-        generation: Metrics for which the evaluation generates answers, most of its time.
-    """
-
-    model: str = "smollm2-135m"
-    dataset: str | None = None
-    num_edits: int = 100
-    max_steps_per_edit: int = 5
-    layers_per_edit: int | None = None
-    update_rule: str = "decorrelated"
-    step_size: float | None = None
-    layers: tuple[str, ...] | None = None
-    reward: RewardKind = "loss"
-    retention_window: int = 0
-    generation: tuple[str, ...] = METRICS
-    device: str = "cpu"
-    dtype: str = "float32"
-    trust_remote_code: bool = False
+from hiedit_env.model.built_in import environment_for
 
 
 @dataclass(frozen=True, slots=True)
@@ -136,7 +110,7 @@ def compare(
         for name, agent in labelled.items()
     }
     with candidates_for(list(made.values()), settings.model, settings.layers) as layers:
-        settings = replace(settings, layers=layers)
+        settings = replace(settings, layers=layers, update_rule=settings.rule)
         folder = ResultsFolder(out, asdict(settings), resume=resume)
         env = make_env(settings, progress)
     fixed = {**asdict(settings), **_facts_of(env)}
@@ -202,14 +176,6 @@ def _identity(agent: Agent, name: str) -> dict[str, Any]:
     return {"agent": name, **getattr(agent, "identity", {})}
 
 
-def environment_id(settings: CompareSettings) -> str:
-    """The environment: the one that knows the right answers, where there is one."""
-    planted = settings.model == "planted" and (
-        settings.dataset is None or settings.dataset.startswith("planted-facts")
-    )
-    return "hiedit/Planted-v1" if planted else "hiedit/LayerSelection-v1"
-
-
 def make_env(settings: CompareSettings, progress: bool, **overrides: Any) -> gym.Env[Any, Any]:
     """The environment of a comparison; ``overrides`` replace or add keyword arguments of it."""
     arguments = asdict(settings)
@@ -217,7 +183,8 @@ def make_env(settings: CompareSettings, progress: bool, **overrides: Any) -> gym
         del arguments[name]
     arguments.update(progress=progress, **overrides)
     # The checker tests the environment, not the agents, and is run in the tests.
-    return gym.make(environment_id(settings), disable_env_checker=True, **arguments)
+    name = environment_for(settings.model, settings.dataset)
+    return gym.make(name, disable_env_checker=True, **arguments)
 
 
 def _facts_of(env: gym.Env[Any, Any]) -> dict[str, Any]:

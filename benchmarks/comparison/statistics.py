@@ -10,7 +10,7 @@ import numpy as np
 from hiedit_benchmarks.comparison.results import Row
 from numpy.typing import NDArray
 
-from hiedit_env.evaluation.metrics import METRICS
+from hiedit_env.evaluation.names import METRICS
 
 #: Columns of the table: heading and where a row holds the value.
 COLUMNS: Mapping[str, tuple[str, ...]] = {

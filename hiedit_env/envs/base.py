@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import copy
-import os
+import inspect
 from abc import abstractmethod
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Self
+from collections.abc import Callable
+from typing import Any, ClassVar, Self
 
 import gymnasium as gym
 import numpy as np
@@ -22,17 +22,10 @@ from hiedit_env.envs.accounting import Judging, Paid, StepSemantics
 from hiedit_env.envs.episode import LEVELS, EditingEpisode
 from hiedit_env.envs.observations import Observer, View
 from hiedit_env.envs.scheduler import Passes, run
-from hiedit_env.envs.settings import (
-    MODEL_DATASETS,
-    RENDER_MODES,
-    check_settings,
-    draw_stream,
-    rule_settings,
-)
-from hiedit_env.envs.settings import reward_weights as weights_of_terms
+from hiedit_env.envs.settings import RENDER_MODES, EnvSettings, draw_stream, reward_weights
 from hiedit_env.envs.state import EnvState, History
 from hiedit_env.errors import HieditError, SettingsError
-from hiedit_env.evaluation.reward import Evaluator, LocalityReference, RewardKind
+from hiedit_env.evaluation.reward import Evaluator
 from hiedit_env.model.architectures import find_candidates
 from hiedit_env.model.loading import load_model
 from hiedit_env.resident.capture import Capture
@@ -40,7 +33,7 @@ from hiedit_env.resident.low_rank import Updates
 from hiedit_env.resident.prefix_cache import TensorCache
 from hiedit_env.resident.resident import ResidentLLM
 from hiedit_env.rules.base import UpdateRule
-from hiedit_env.rules.names import make_rule
+from hiedit_env.rules.names import check_rule, make_rule
 
 Step = tuple[NDArray[np.float32], float, bool, bool, dict[str, Any]]
 
@@ -50,53 +43,37 @@ class EditingEnv(StepSemantics, gym.Env[NDArray[np.float32], Any], gym.utils.EzP
 
     metadata: dict[str, Any] = {"render_modes": list(RENDER_MODES), "render_fps": 4}
 
-    def __init__(
-        self,
-        model: str = "tiny",
-        dataset: str | os.PathLike[str] | None = None,
-        num_edits: int | None = 32,
-        max_steps_per_edit: int = 5,
-        update_rule: str = "decorrelated",
-        reward_weights: Mapping[str, float] | None = None,
-        device: str = "cpu",
-        render_mode: str | None = None,
-        *,
-        reward: RewardKind = "loss",
-        intrinsic: bool = False,
-        retention_window: int = 10,
-        retention_decay: float = 0.95,
-        locality_reference: LocalityReference = "unedited",
-        stop_when_answered: bool = True,
-        step_size: float | None = None,
-        update_rule_settings: Mapping[str, Any] | None = None,
-        layers: str | Sequence[str] | None = None,
-        shuffle: bool = True,
-        dtype: str = "float32",
-        trust_remote_code: bool = False,
-        progress: bool = False,
-    ) -> None:
-        settings = {k: v for k, v in locals().items() if k not in ("self", "__class__")}
-        gym.utils.EzPickle.__init__(self, **settings)
+    #: Names, types, defaults and ranges of the arguments.
+    settings_class: ClassVar[type[EnvSettings]] = EnvSettings
+
+    def __init_subclass__(cls, **named: Any) -> None:
+        super().__init_subclass__(**named)
+        # What help() and editors show: the arguments with their types and defaults.
+        cls.__signature__ = inspect.signature(cls.settings_class)  # type: ignore[attr-defined]
+
+    def __init__(self, **arguments: Any) -> None:
+        gym.utils.EzPickle.__init__(self, **arguments)
         # Everything cheap is checked before the model is loaded.
-        check_settings(settings)
-        self.weights_of_terms = weights_of_terms(reward_weights)
-        self.render_mode = render_mode
-        self.intrinsic = intrinsic
-        self.shuffle = shuffle
-        self.num_edits = num_edits
-        self.model_name = model
-        self.dataset = dataset or MODEL_DATASETS.get(model, "world-facts")
+        settings = self.settings_class(**arguments)
+        check_rule(settings.rule, settings.rule_settings)
+        self.weights_of_terms = reward_weights(settings.reward_weights)
+        self.render_mode = settings.render_mode
+        self.intrinsic = settings.intrinsic
+        self.shuffle = settings.shuffle
+        self.num_edits = settings.num_edits
+        self.model_name = settings.model
+        self.dataset = settings.facts
         self.requests = load_requests(self.dataset)
-        stream(self.requests, num_edits, np.random.default_rng(0))
+        stream(self.requests, settings.num_edits, np.random.default_rng(0))
         loaded = load_model(
-            model,
-            device=device,
-            dtype=dtype,
-            trust_remote_code=trust_remote_code,
-            progress=progress,
+            settings.model,
+            device=settings.device,
+            dtype=settings.dtype,
+            trust_remote_code=settings.trust_remote_code,
+            progress=settings.progress,
         )
-        candidates = find_candidates(loaded.model, layers, model)
-        self._settings = settings
+        candidates = find_candidates(loaded.model, settings.layers, settings.model)
+        self.settings = settings
         self._settle(ResidentLLM(loaded.model, loaded.tokenizer, candidates))
 
     def _settle(self, llm: ResidentLLM, cache: TensorCache | None = None) -> None:
@@ -106,26 +83,26 @@ class EditingEnv(StepSemantics, gym.Env[NDArray[np.float32], Any], gym.utils.EzP
             llm: The model.
             cache: Of what the unedited model says, see :class:`.reward.Evaluator`.
         """
-        settings = self._settings
+        settings = self.settings
         self.llm = llm
         evaluator = Evaluator(
             llm,
-            kind=settings["reward"],
-            decay=settings["retention_decay"],
-            reference=settings["locality_reference"],
+            kind=settings.reward,
+            decay=settings.retention_decay,
+            reference=settings.locality_reference,
             cache=cache,
         )
         self._own_low_level = make_rule(
-            settings["update_rule"], llm.shapes, llm.device, rule_settings(settings)
+            settings.rule, llm.shapes, llm.device, settings.rule_settings
         )
-        self._own_max_steps = settings["max_steps_per_edit"]
+        self._own_max_steps = settings.max_steps_per_edit
         self.episode = EditingEpisode(
             llm,
             self._own_low_level,
             evaluator,
             max_steps_per_edit=self._own_max_steps,
-            stop_when_answered=settings["stop_when_answered"],
-            retention_window=settings["retention_window"],
+            stop_when_answered=settings.stop_when_answered,
+            retention_window=settings.retention_window,
         )
         self.observer = Observer(llm)
         self.observation_space = spaces.Box(-1.0, 1.0, (self.observer.size,), np.float32)

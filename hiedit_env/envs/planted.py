@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 
 from hiedit_env.envs.layer_selection import LayerSelection
 from hiedit_env.envs.scheduler import Passes, run_together
+from hiedit_env.envs.settings import PlantedSettings
 from hiedit_env.errors import SettingsError
 from hiedit_env.resident.capture import Reading
 
@@ -99,10 +100,10 @@ class Planted(LayerSelection):
     True
     """
 
-    def __init__(
-        self, model: str = "planted", *, update_rule: str = "gradient", **settings: Any
-    ) -> None:
-        super().__init__(model, update_rule=update_rule, **settings)
+    settings_class = PlantedSettings
+
+    def __init__(self, **arguments: Any) -> None:
+        super().__init__(**arguments)
         for request in self.requests:
             if not request.true_layers:
                 raise SettingsError(

@@ -1,21 +1,41 @@
-"""What the environments are made and reset with, checked before a model is loaded."""
+"""Settings as data classes: names, types, defaults, ranges and meanings, each in one place.
+
+Environments, comparisons, training and the command line read them from here. The docstring below a
+field is its help on the command line. Nothing here imports torch.
+"""
 
 from __future__ import annotations
 
+import difflib
+import functools
 import os
-import pkgutil
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields
 from numbers import Real
-from typing import Any
+from types import UnionType
+from typing import (
+    Annotated,
+    Any,
+    Literal,
+    TypeVar,
+    Union,
+    dataclass_transform,
+    get_args,
+    get_origin,
+    get_type_hints,
+)
 
 import numpy as np
-import torch
+import pydantic
+from pydantic import BeforeValidator, ConfigDict, Field, ValidationError
 
 from hiedit_env.datasets.requests import Request
 from hiedit_env.datasets.streams import stream
-from hiedit_env.errors import SettingsError, whole_number
-from hiedit_env.evaluation.reward import check_judging
-from hiedit_env.rules.names import make_rule
+from hiedit_env.errors import SettingsError
+from hiedit_env.evaluation.names import LocalityReference, RewardKind
+from hiedit_env.model.built_in import built_in
+
+T = TypeVar("T")
 
 #: Weight of every term of the reward; a mapping given by the user overrides single entries.
 DEFAULT_WEIGHTS: Mapping[str, float] = {
@@ -25,59 +45,129 @@ DEFAULT_WEIGHTS: Mapping[str, float] = {
     "retention": 1.0,
     "collapse": 10.0,
 }
-
-#: The data set of a built-in model; world-facts for every other model.
-MODEL_DATASETS: Mapping[str, str] = {"tiny": "tiny-facts", "planted": "planted-facts"}
-
-#: The update rule that a built-in model is made for; decorrelated for every other model.
-MODEL_RULES: Mapping[str, str] = {"planted": "gradient"}
-
-#: Arguments tuned for a built-in model: model → rule → name → value.
-MODEL_RULE_SETTINGS: Mapping[str, Mapping[str, Mapping[str, float]]] = {
-    "tiny": {
-        "decorrelated": {"step_size": 1e-3},
-        "outer-product": {"step_size": 2e-3},
-        "ridge": {"step_size": 5e-4},
-        "gradient": {"step_size": 0.03},
-    },
-    "planted": {
-        "decorrelated": {"step_size": 0.01},
-        "outer-product": {"step_size": 0.01},
-        "gradient": {"step_size": 1.5, "max_grad_norm": 4.0},
-    },
-}
-
-RENDER_MODES = ("ansi", "rgb_array")
-_SWITCHES = ("intrinsic", "stop_when_answered", "shuffle", "trust_remote_code", "progress")
+LayerChoiceName = Literal["no-edit", "all-layers", "random-layers", "fixed-layers", "gradient-norm"]
+RenderMode = Literal["ansi", "rgb_array"]
+RENDER_MODES: tuple[RenderMode, ...] = get_args(RenderMode)
 
 
-def check_settings(settings: Mapping[str, Any]) -> None:
-    """Refuses arguments of an environment that no model could make right.
+# -- settings in general --------------------------------------------------------------------------
 
-    Args:
-        settings: All arguments of :class:`.base.EditingEnv` by name.
+
+@dataclass(frozen=True, slots=True)
+class Must:
+    """What a value must be, in words, for the error ``NAME must be …, got VALUE; remedy``."""
+
+    be: str
+    remedy: str = ""
+
+
+_FLOAT = {"allow_inf_nan": False}
+AtLeast0 = Annotated[int, Field(ge=0), Must("≥ 0 and a whole number")]
+AtLeast1 = Annotated[int, Field(ge=1), Must("≥ 1 and a whole number")]
+Positive = Annotated[float, Field(gt=0, **_FLOAT), Must("a positive finite number")]
+Weight = Annotated[float, Field(ge=0, **_FLOAT), Must("a finite number ≥ 0")]
+Discount = Annotated[float, Field(gt=0, le=1, **_FLOAT), Must("a number in (0, 1]")]
+StepLength = Annotated[float, Field(gt=0, **_FLOAT), Must("a positive number")]
+
+
+@dataclass_transform(frozen_default=True, kw_only_default=True, field_specifiers=(Field,))
+def settings(cls: type[T]) -> type[T]:
+    """Makes a frozen data class whose values are checked when it is made.
+
+    Values must have the declared types; only NumPy scalars are converted, and whole numbers pass as
+    floating-point ones. ``dataclasses.replace`` and ``asdict`` work as for every data class.
 
     Raises:
-        SettingsError: names the argument, its value and what would be right.
+        SettingsError: (by the class) an unknown name, or a value of another type or range; one line
+            that names the value and what would be right.
+
+    >>> @settings
+    ... class Mine:
+    ...     count: AtLeast1 = 1
+    >>> Mine(count=0)
+    Traceback (most recent call last):
+    hiedit_env.errors.SettingsError: count must be ≥ 1 and a whole number, got 0
+    >>> Mine(cuont=2)
+    Traceback (most recent call last):
+    hiedit_env.errors.SettingsError: there is no setting 'cuont'; did you mean 'count'?
     """
-    model, dataset, mode = (settings[k] for k in ("model", "dataset", "render_mode"))
-    if not isinstance(model, str):
-        raise SettingsError(
-            f"model must be a name or a path, got {type(model).__name__}; gym.make copies its "
-            "arguments, so a live model cannot be passed"
-        )
-    if not (dataset is None or isinstance(dataset, str | os.PathLike)):
-        raise SettingsError(f"dataset must be a name, a path or None, got {dataset!r}")
-    if mode not in (None, *RENDER_MODES):
-        raise SettingsError(f"render_mode must be one of {(None, *RENDER_MODES)}, got {mode!r}")
-    for name in _SWITCHES:
-        if not isinstance(settings[name], bool | np.bool_):
-            raise SettingsError(f"{name} must be True or False, got {settings[name]!r}")
-    whole_number(settings["max_steps_per_edit"], "max_steps_per_edit", 1)
-    whole_number(settings["retention_window"], "retention_window", 0)
-    check_judging(settings["reward"], settings["retention_decay"], settings["locality_reference"])
-    reward_weights(settings["reward_weights"])
-    _check_rule(settings["update_rule"], rule_settings(settings))
+    config = ConfigDict(strict=True, extra="forbid")
+    made: Any = pydantic.dataclasses.dataclass(frozen=True, kw_only=True, config=config)(cls)
+    checked = made.__init__
+
+    @functools.wraps(checked)
+    def make(self: Any, **values: Any) -> None:
+        plain = {k: v.item() if isinstance(v, np.generic) else v for k, v in values.items()}
+        try:
+            checked(self, **plain)
+        except ValidationError as error:
+            raise SettingsError(_in_one_line(made, error)) from error
+
+    made.__init__ = make
+    return made  # type: ignore[no-any-return]
+
+
+def unknown_name(name: str, known: Sequence[str], what: str = "setting") -> str:
+    """The error about a name that is none, with the nearest right one.
+
+    >>> unknown_name("modle", ["model", "dataset"])
+    "there is no setting 'modle'; did you mean 'model'?"
+    >>> unknown_name("x", ["model", "dataset"])
+    "there is no setting 'x'; there are model, dataset"
+    """
+    near = difflib.get_close_matches(name, known, n=1, cutoff=0.6)
+    remedy = f"did you mean {near[0]!r}?" if near else f"there are {', '.join(known) or 'none'}"
+    return f"there is no {what} {name!r}; {remedy}"
+
+
+def _in_one_line(cls: Any, error: ValidationError) -> str:
+    """The first thing that is wrong."""
+    first = error.errors()[0]
+    name, value = (str(first["loc"][0]) if first["loc"] else ""), first["input"]
+    if first["type"] == "unexpected_keyword_argument":
+        return unknown_name(name, [field.name for field in fields(cls)])
+    if first["type"].startswith("missing"):
+        return f"{name} must be given"
+    if first["type"] == "value_error":
+        return str(first.get("ctx", {}).get("error", first["msg"]))
+    right = _right(get_type_hints(cls, include_extras=True).get(name, Any))
+    text = f"{value!r:.200}" if isinstance(value, _PLAIN) else type(value).__name__
+    remedy = f"; {right.remedy}" if right.remedy else ""
+    return f"{name} must be {right.be or first['msg']}, got {text}{remedy}"
+
+
+#: Values that are shown as they are; of others the type is.
+_PLAIN = (type(None), bool, int, float, str, bytes, list, tuple, dict, set)
+
+
+def _right(hint: Any) -> Must:
+    """What values of a type must be."""
+    for extra in getattr(hint, "__metadata__", ()):
+        if isinstance(extra, Must):
+            return extra
+    kind, inner = get_origin(hint), get_args(hint)
+    if kind is Annotated:
+        return _right(inner[0])
+    if kind in (Union, UnionType):
+        parts = [_right(part) for part in inner if part is not type(None)]
+        words = [part.be for part in parts if part.be]
+        none = ["None"] if type(None) in inner else []
+        return Must(" or ".join(dict.fromkeys([*words, *none])), parts[0].remedy)
+    if kind is Literal:
+        return Must(f"one of {', '.join(map(repr, inner))}")
+    words_of = {bool: "True or False", int: "a whole number", float: "a number", str: "text"}
+    return Must(words_of.get(hint, ""))
+
+
+def _path(value: Any) -> Any:
+    return os.fspath(value) if isinstance(value, os.PathLike) else value
+
+
+def _patterns(value: Any) -> Any:
+    """One pattern or several as a tuple."""
+    if isinstance(value, str):
+        return (value,)
+    return tuple(value) if isinstance(value, list) else value
 
 
 def reward_weights(given: Mapping[str, float] | None) -> dict[str, float]:
@@ -107,19 +197,147 @@ def reward_weights(given: Mapping[str, float] | None) -> dict[str, float]:
     return weights
 
 
-def rule_settings(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """Arguments of the update rule; those tuned for the model only where none were given.
+def _checked_weights(given: Any) -> Any:
+    weights = reward_weights(given)
+    return None if given is None else {term: weights[term] for term in given}
+
+
+# -- the environments' -----------------------------------------------------------------------------
+
+Name = Annotated[
+    str,
+    BeforeValidator(_path),
+    Must(
+        "a name or a path",
+        "gym.make copies its arguments, so a live model cannot be passed",
+    ),
+]
+Dataset = Annotated[str, BeforeValidator(_path), Must("a name, a path")]
+Patterns = Annotated[tuple[str, ...], Must("a pattern, several patterns")]
+LayerPatterns = Annotated[Patterns | None, BeforeValidator(_patterns)]
+NumEdits = Annotated[int, Field(ge=1), Must("≥ 1 and a whole number")]
+
+
+@settings
+class ModelSettings:
+    """Which model is edited, where it lives, and which of its matrices may change."""
+
+    model: Name = "tiny"
+    """smollm2-135m, tiny, planted (a toy whose right layers are known), a folder, or a Hugging Face
+    id"""
+    layers: LayerPatterns = None
+    """candidate weight matrices, such as 'model.layers.{10-14}.mlp.gate_proj'; by default those of
+    published work on the model, or matrices at the same relative depth"""
+    device: str = "cpu"
+    """cpu, cuda, cuda:N or mps"""
+    dtype: str = "float32"
+    """float32, bfloat16 or float16"""
+    trust_remote_code: bool = False
+    """run Python code that comes with the model"""
+
+
+@settings
+class EditingSettings(ModelSettings):
+    """Which facts are edited, by which rule, and how an edit is rewarded."""
+
+    dataset: Dataset | None = None
+    """world-facts, tiny-facts, planted-facts, or a .json or .jsonl file; by default the facts that
+    belong to the model"""
+    num_edits: NumEdits | None = 32
+    """facts per stream; None for all facts"""
+    max_steps_per_edit: AtLeast1 = 5
+    """maximum number of updates per fact; 1 is the papers' setting"""
+    update_rule: Annotated[str, Must("a name or 'module:Class'")] | None = None
+    """decorrelated, outer-product, ridge, gradient or module:Class; by default the rule that
+    belongs to the model"""
+    step_size: StepLength | None = None
+    """nominal step size of the update rule; by default the rule's own"""
+    reward: RewardKind = "loss"
+    """unit of the reward's terms: nats per token, share of right tokens, or generated answers"""
+    retention_window: AtLeast0 = 10
+    """k, how many past edits are remembered in the reward"""
+
+    @property
+    def rule(self) -> str:
+        """The update rule: the given one, or the one that belongs to the model."""
+        return self.update_rule or built_in(self.model).rule
+
+    @property
+    def facts(self) -> str:
+        """The data set: the given one, or the one that belongs to the model."""
+        return self.dataset or built_in(self.model).dataset
+
+
+@settings
+class EnvSettings(EditingSettings):
+    """All arguments of :class:`hiedit_env.envs.lifelong_edit.LifelongEdit`."""
+
+    reward_weights: Annotated[Mapping[str, float] | None, BeforeValidator(_checked_weights)] = None
+    """weights of the reward's terms that differ from the default"""
+    render_mode: RenderMode | None = None
+    """ansi, rgb_array or None"""
+    intrinsic: bool = False
+    """reward the advantage over all layers"""
+    retention_decay: Discount = 0.95
+    """μ, weight of a remembered edit per edit of age"""
+    locality_reference: LocalityReference = "unedited"
+    """the model that answers to unrelated prompts are compared with"""
+    stop_when_answered: bool = True
+    """end a fact as soon as it is answered"""
+    update_rule_settings: Annotated[dict[str, Any] | None, Must("a dict")] = None
+    """other arguments of the update rule"""
+    shuffle: bool = True
+    """draw the stream at random; if not, take the first facts in their order"""
+    progress: bool = False
+    """show progress while the model is loaded"""
+
+    def __post_init__(self) -> None:
+        rule_settings(self.model, self.rule, self.step_size, self.update_rule_settings)
+
+    @property
+    def rule_settings(self) -> dict[str, Any]:
+        """Arguments of the update rule; those tuned for the model only where none are given."""
+        return rule_settings(self.model, self.rule, self.step_size, self.update_rule_settings)
+
+
+@settings
+class PlantedSettings(EnvSettings):
+    """All arguments of :class:`hiedit_env.envs.planted.Planted`."""
+
+    model: Name = "planted"
+    """the planted model, or a folder of another one with planted facts"""
+
+
+@settings
+class StepSizeSettings(EnvSettings):
+    """All arguments of :class:`hiedit_env.envs.step_size.StepSize`."""
+
+    high_level: LayerChoiceName = "all-layers"
+    """the simple choice of layers under which step sizes are chosen"""
+    layers_per_edit: AtLeast1 | None = None
+    """K, for a choice that has a size; by default half of the layers"""
+
+
+def rule_settings(
+    model: str,
+    rule: str,
+    step_size: float | None = None,
+    given: Mapping[str, Any] | None = None,
+) -> dict[str, Any]:
+    """Arguments of an update rule; those tuned for the model only where none are given.
 
     Args:
-        settings: All arguments of :class:`.base.EditingEnv` by name.
+        model: Name of the model.
+        rule: Name of the rule.
+        step_size: Nominal step size; None for the model's or the rule's own.
+        given: Other arguments.
 
     Raises:
-        SettingsError: ``update_rule_settings`` is no mapping, or there are two step sizes.
+        SettingsError: two step sizes.
+
+    >>> rule_settings("tiny", "ridge"), rule_settings("tiny", "ridge", 0.5)
+    ({'step_size': 0.0005}, {'step_size': 0.5})
     """
-    model, rule, step_size = (settings[k] for k in ("model", "update_rule", "step_size"))
-    given = settings["update_rule_settings"]
-    if not (given is None or isinstance(given, Mapping)):
-        raise SettingsError(f"update_rule_settings must be a dict or None, got {given!r}")
     chosen = dict(given or {})
     if step_size is not None:
         if "step_size" in chosen:
@@ -128,8 +346,7 @@ def rule_settings(settings: Mapping[str, Any]) -> dict[str, Any]:
                 f"{chosen['step_size']!r} are both given; leave one of them out"
             )
         chosen["step_size"] = step_size
-    known = MODEL_RULE_SETTINGS.get(model, {}).get(rule, {}) if isinstance(rule, str) else {}
-    return {**known, **chosen}
+    return {**built_in(model).rule_settings.get(rule, {}), **chosen}
 
 
 def draw_stream(
@@ -160,17 +377,3 @@ def draw_stream(
             raise SettingsError(f"requests must be a list of hiedit Requests, got {given!r:.200}")
         return given
     return requests[:num_edits] if generator is None else stream(requests, num_edits, generator)
-
-
-def _check_rule(name: object, settings: Mapping[str, Any]) -> None:
-    if not isinstance(name, str):
-        raise SettingsError(f"update_rule must be a name or 'module:Class', got {name!r}")
-    if ":" not in name:
-        # Made for no layers at all, and thrown away.
-        make_rule(name, (), torch.device("cpu"), settings)
-        return
-    # A class of the user's own may need real layers.
-    try:
-        pkgutil.resolve_name(name)
-    except (ImportError, AttributeError, ValueError) as error:
-        raise SettingsError(f"update rule {name!r} cannot be imported: {error}") from error

@@ -12,9 +12,9 @@ from numpy.typing import NDArray
 from hiedit_env.envs.actions import check_only_step_sizes
 from hiedit_env.envs.base import EditingEnv
 from hiedit_env.envs.scheduler import Passes
+from hiedit_env.envs.settings import StepSizeSettings
 from hiedit_env.envs.state import EnvState
-from hiedit_env.errors import SettingsError, whole_number
-from hiedit_env.rules.layer_choice import CHOICES, make_choice
+from hiedit_env.rules.layer_choice import make_choice
 
 
 class StepSize(EditingEnv):
@@ -49,29 +49,14 @@ class StepSize(EditingEnv):
     [True, True, False, False, False, False]
     """
 
-    def __init__(
-        self,
-        *arguments: Any,
-        high_level: str = "all-layers",
-        layers_per_edit: int | None = None,
-        **settings: Any,
-    ) -> None:
-        if high_level not in CHOICES:
-            # Before the model is loaded.
-            raise SettingsError(
-                f"unknown high_level {high_level!r}; choose one of {', '.join(CHOICES)}"
-            )
-        if layers_per_edit is not None:
-            whole_number(layers_per_edit, "layers_per_edit", 1)
-        super().__init__(*arguments, **settings)
-        # EzPickle rebuilds the environment from these.
-        self._ezpickle_args = arguments
-        self._ezpickle_kwargs = {
-            **settings,
-            "high_level": high_level,
-            "layers_per_edit": layers_per_edit,
-        }
-        self._choice = make_choice(high_level, len(self.llm.layers), layers_per_edit)
+    settings_class = StepSizeSettings
+    settings: StepSizeSettings
+
+    def __init__(self, **arguments: Any) -> None:
+        super().__init__(**arguments)
+        settings = self.settings
+        count = len(self.llm.layers)
+        self._choice = make_choice(settings.high_level, count, settings.layers_per_edit)
         self.option = np.zeros(len(self.llm.layers), bool)
 
     def save_state(self) -> EnvState:

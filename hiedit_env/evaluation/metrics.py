@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 from hiedit_env.datasets.requests import Request
 from hiedit_env.errors import PromptError, SettingsError
 from hiedit_env.evaluation.matching import EXTRA_TOKENS, is_match, starts_with
+from hiedit_env.evaluation.names import METRICS
 from hiedit_env.model.tokenization import EncodedPrompt
 from hiedit_env.resident.resident import ResidentLLM
 
@@ -26,8 +27,7 @@ from hiedit_env.resident.resident import ResidentLLM
 Progress = Callable[[str, int, int], None]
 Scores = dict[str, NDArray[np.float64]]
 
-#: What is measured, and how each is read.
-METRICS = ("efficacy", "generalization", "specificity", "retention")
+#: How each of :data:`~hiedit_env.evaluation.names.METRICS` is read.
 READINGS = ("token_accuracy", "exact_match", "generation", "generation_prefix")
 
 #: Most facts that retention is measured on.

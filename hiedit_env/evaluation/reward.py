@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from numbers import Real
-from typing import Any, Literal, get_args
+from typing import Any, get_args
 
 import numpy as np
 import torch
@@ -16,6 +16,7 @@ from torch.nn import functional as F
 from hiedit_env.datasets.requests import Request
 from hiedit_env.errors import PromptError, SettingsError
 from hiedit_env.evaluation.matching import EXTRA_TOKENS, generated_answer, is_match, normalise
+from hiedit_env.evaluation.names import LocalityReference, RewardKind
 from hiedit_env.evaluation.reward_terms import Means, Quality, first_probes
 from hiedit_env.model.tokenization import EncodedFact, EncodedPrompt
 from hiedit_env.resident.batched import scores_together
@@ -23,9 +24,6 @@ from hiedit_env.resident.capture import Reading
 from hiedit_env.resident.low_rank import Updates
 from hiedit_env.resident.prefix_cache import TensorCache
 from hiedit_env.resident.resident import ResidentLLM
-
-RewardKind = Literal["loss", "token_accuracy", "generation"]
-LocalityReference = Literal["unedited", "previous"]
 
 #: Log-probabilities (answer tokens × vocabulary) and generated texts, by unrelated prompt.
 References = tuple[dict[EncodedPrompt, Tensor], dict[EncodedPrompt, str]]

@@ -23,6 +23,7 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from hiedit_env.errors import LayerError
+from hiedit_env.model.built_in import BUILT_IN
 
 
 @dataclass(frozen=True, slots=True)
@@ -146,19 +147,19 @@ PRESETS: Mapping[str, Preset] = MappingProxyType(
         "tiny": Preset(
             ("llama",),
             3,
-            _names(("gate_proj", 1, 2), ("up_proj", 1, 2), ("down_proj", 1, 2)),
+            _names(*BUILT_IN["tiny"].layers),
             "this package: all but the first block of its built-in tiny model",
         ),
         "planted": Preset(
             ("llama",),
             7,
-            _names(("down_proj", 1, 6)),
+            _names(*BUILT_IN["planted"].layers),
             "this package: where the facts of its built-in planted model are",
         ),
         "smollm2-135m": Preset(
             ("llama",),
             30,
-            _names(("gate_proj", 10, 14), ("up_proj", 17, 23)),
+            _names(*BUILT_IN["smollm2-135m"].layers),
             "this package: the Llama-3-8B depths on 30 blocks",
             ("smollm2-135m-instruct",),
         ),

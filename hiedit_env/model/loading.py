@@ -39,12 +39,8 @@ from hiedit_env.errors import (
     SettingsError,
     require_libraries,
 )
+from hiedit_env.model.built_in import BUILT_IN, built_in
 from hiedit_env.model.memory_budget import estimate_memory, require_memory
-
-BUILT_IN = ("tiny", "planted", "smollm2-135m")
-"""Names that need neither a folder nor a hub."""
-
-_SHIPPED = ("tiny", "planted")
 
 SMOLLM2_HUB_ID = "HuggingFaceTB/SmolLM2-135M-Instruct"
 """The hub's original of ``"smollm2-135m"``, in bfloat16."""
@@ -224,7 +220,7 @@ def _transformers_output(progress: bool) -> Iterator[None]:
 
 def _resolve(name: str, progress: bool) -> tuple[str, bool]:
     """Folder or hub id, and whether everything is on this machine."""
-    if name in _SHIPPED:
+    if built_in(name).shipped:
         return str(files("hiedit_env.model").joinpath("assets", name)), True
     if name and Path(name).is_dir():
         if not Path(name, "config.json").is_file():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pkgutil
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -45,3 +46,21 @@ def make_rule(
         raise
     except (TypeError, ValueError) as error:
         raise SettingsError(f"update rule {name!r}: {error}") from error
+
+
+def check_rule(name: str, settings: Mapping[str, Any]) -> None:
+    """Refuses a rule, or settings of a built-in one, before there is a model.
+
+    Raises:
+        SettingsError: unknown name, settings that the rule does not take, or a class of your own
+            that cannot be imported.
+    """
+    if ":" not in name:
+        # Made for no layers at all, and thrown away.
+        make_rule(name, (), torch.device("cpu"), settings)
+        return
+    # A class of the user's own may need real layers.
+    try:
+        pkgutil.resolve_name(name)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise SettingsError(f"update rule {name!r} cannot be imported: {error}") from error

@@ -14,7 +14,8 @@ from hiedit_agents.hierarchy.train_settings import TrainSettings
 from hiedit_agents.named.presets import PRESETS
 from hiedit_agents.registry import AGENTS, SHIPPED, make_agent, spec_agent
 from hiedit_benchmarks.commands.train import TrainingRun, train
-from hiedit_benchmarks.comparison.compare import CompareSettings, compare
+from hiedit_benchmarks.comparison.compare import compare
+from hiedit_benchmarks.comparison.settings import CompareSettings
 
 from hiedit_env.errors import CheckpointError, LayerError, SettingsError
 from hiedit_env.rules.closed_form import DecorrelatedRule, RidgeRule

@@ -16,7 +16,8 @@ from hiedit_agents.named.checkpoints import fact_hashes
 from hiedit_agents.registry import make_agent
 from hiedit_agents.rl import ppo
 from hiedit_agents.rl.ppo import ActorCritic, Args, estimate, main, train
-from hiedit_benchmarks.comparison.compare import CompareSettings, compare
+from hiedit_benchmarks.comparison.compare import compare
+from hiedit_benchmarks.comparison.settings import CompareSettings
 
 import hiedit_env
 from hiedit_env.datasets.load import load_requests

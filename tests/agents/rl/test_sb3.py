@@ -15,8 +15,9 @@ import pytest
 import torch
 from hiedit_agents.policies import Task
 from hiedit_agents.registry import make_agent
-from hiedit_benchmarks.comparison.compare import CompareSettings, compare
+from hiedit_benchmarks.comparison.compare import compare
 from hiedit_benchmarks.comparison.episode import play
+from hiedit_benchmarks.comparison.settings import CompareSettings
 
 from hiedit_env.errors import CheckpointError, ResultsExistError, SettingsError
 from tests.support.policies import TRAIN, TRAIN_STEP_SIZES, held_out, needed_share

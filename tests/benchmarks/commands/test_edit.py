@@ -11,7 +11,7 @@ import pytest
 import torch
 from hiedit_benchmarks.commands import edit
 from hiedit_benchmarks.commands.edit import edit_model
-from hiedit_benchmarks.comparison.compare import CompareSettings
+from hiedit_benchmarks.comparison.settings import CompareSettings
 from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, PreTrainedModel
 

@@ -10,10 +10,11 @@ from typing import Any
 import numpy as np
 import pytest
 from hiedit_benchmarks.comparison import compare as compare_module
-from hiedit_benchmarks.comparison.compare import CompareSettings, Comparison, compare, make_env
+from hiedit_benchmarks.comparison.compare import Comparison, compare, make_env
 from hiedit_benchmarks.comparison.episode import unwrapped
 from hiedit_benchmarks.comparison.figure import _running_mean, draw
 from hiedit_benchmarks.comparison.results import plain, write_bytes
+from hiedit_benchmarks.comparison.settings import CompareSettings
 from hiedit_benchmarks.comparison.statistics import (
     baseline_of,
     paired_differences,

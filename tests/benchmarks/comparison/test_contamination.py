@@ -12,7 +12,8 @@ from hiedit_agents.hierarchy.train_settings import TrainSettings
 from hiedit_agents.named.checkpoints import fact_hashes, read_record, trained_facts
 from hiedit_benchmarks.commands.cli import main as hiedit
 from hiedit_benchmarks.commands.train import TrainingRun, train
-from hiedit_benchmarks.comparison.compare import CompareSettings, compare
+from hiedit_benchmarks.comparison.compare import compare
+from hiedit_benchmarks.comparison.settings import CompareSettings
 
 from hiedit_env.datasets.load import load_requests
 from hiedit_env.datasets.requests import Request

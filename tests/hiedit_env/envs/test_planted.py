@@ -17,8 +17,9 @@ from hiedit_agents.hierarchy.options import HierarchicalAgent, UntrainedChoice
 from hiedit_agents.hierarchy.rehearsal import Rehearsal
 from hiedit_agents.hierarchy.simple import OracleAgent
 from hiedit_agents.registry import make_agent
-from hiedit_benchmarks.comparison.compare import CompareSettings, compare
+from hiedit_benchmarks.comparison.compare import compare
 from hiedit_benchmarks.comparison.episode import FinishedEdit, PlayedEpisode, play
+from hiedit_benchmarks.comparison.settings import CompareSettings
 from stable_baselines3.common.env_checker import check_env as sb3_check_env
 
 import hiedit_env  # noqa: F401

@@ -1,0 +1,38 @@
+"""What a comparison is run with; read by the command line without torch."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+from hiedit_env.envs.settings import (
+    AtLeast0,
+    AtLeast1,
+    EditingSettings,
+    Must,
+    Name,
+    NumEdits,
+    settings,
+)
+from hiedit_env.evaluation.names import METRICS, Metric
+
+#: Steps per fact where nobody says otherwise.
+MAX_STEPS = 5
+
+
+@settings
+class CompareSettings(EditingSettings):
+    """What is the same for every agent and seed of a comparison."""
+
+    model: Name = "smollm2-135m"
+    """smollm2-135m, tiny, planted (a toy whose right layers are known), a folder, or a Hugging Face
+    id"""
+    num_edits: NumEdits | None = 100
+    """facts per stream"""
+    retention_window: AtLeast0 = 0
+    """k, how many past edits are remembered in the reward; no built-in agent reads the reward, and
+    remembering takes most of a step's time"""
+    layers_per_edit: AtLeast1 | None = None
+    """K, for agents that choose a fixed number of layers; by default half of the layers, or the K
+    that a trained agent was trained with"""
+    generation: Annotated[tuple[Metric, ...], Must("a tuple of metrics")] = METRICS
+    """metrics for which the evaluation generates answers, which takes most of its time"""
