@@ -315,7 +315,7 @@ def _demo(given: argparse.Namespace) -> None:
 
 
 def _settings(given: argparse.Namespace, **more: Any) -> Any:
-    from hiedit_benchmarks.comparison.compare import CompareSettings
+    from hiedit_benchmarks.comparison.settings import CompareSettings
 
     return CompareSettings(
         model=given.model,

@@ -150,9 +150,8 @@ def _right(hint: Any) -> Must:
         return _right(inner[0])
     if kind in (Union, UnionType):
         parts = [_right(part) for part in inner if part is not type(None)]
-        words = [part.be for part in parts if part.be]
-        none = ["None"] if type(None) in inner else []
-        return Must(" or ".join(dict.fromkeys([*words, *none])), parts[0].remedy)
+        words = dict.fromkeys(part.be for part in parts if part.be)
+        return Must(" or ".join(words), parts[0].remedy)
     if kind is Literal:
         return Must(f"one of {', '.join(map(repr, inner))}")
     words_of = {bool: "True or False", int: "a whole number", float: "a number", str: "text"}
@@ -212,8 +211,8 @@ Name = Annotated[
         "gym.make copies its arguments, so a live model cannot be passed",
     ),
 ]
-Dataset = Annotated[str, BeforeValidator(_path), Must("a name, a path")]
-Patterns = Annotated[tuple[str, ...], Must("a pattern, several patterns")]
+Dataset = Annotated[str, BeforeValidator(_path), Must("a name, a path or None")]
+Patterns = Annotated[tuple[str, ...], Must("a pattern, several patterns or None")]
 LayerPatterns = Annotated[Patterns | None, BeforeValidator(_patterns)]
 NumEdits = Annotated[int, Field(ge=1), Must("≥ 1 and a whole number")]
 
