@@ -112,6 +112,7 @@ unit: setup ## run the tests only
 docs: setup ## build the documentation into site/, with warnings as errors
 	@mkdir -p $(LINKS) && ln -sfn ../agents $(LINKS)/hiedit_agents && \
 		ln -sfn ../benchmarks $(LINKS)/hiedit_benchmarks
+	@$(PYTHON) docs/tools/modules.py
 	@NO_MKDOCS_2_WARNING=1 $(PYTHON) -m mkdocs build --strict --quiet
 	@echo "docs: open site/index.html"
 
