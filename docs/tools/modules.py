@@ -1,7 +1,7 @@
 """Writes the table of modules in ``docs/architecture.md`` from the modules' first lines.
 
-Run ``python docs/tools/modules.py`` after a module was added, moved or described anew (``make docs``
-does so too); a test compares the two.
+Run ``python docs/tools/modules.py`` after a module was added, moved or described anew;
+``make docs`` does so too, and a test compares the two.
 """
 
 from __future__ import annotations
