@@ -1,4 +1,4 @@
-"""The Python blocks of README.md and docs/*.md run as they stand.
+"""README.md and docs/: Python blocks run, links resolve, the front pages say the same.
 
 Every block fenced as ``python`` is run by itself, from an empty folder, with warnings as errors. A
 block that is not meant to run, such as a fragment that needs a GPU, is skipped by a line directly
@@ -15,6 +15,7 @@ skips a block where a module of an optional library is not installed.
 
 from __future__ import annotations
 
+import json
 import re
 from pathlib import Path
 from typing import NamedTuple
@@ -22,9 +23,10 @@ from typing import NamedTuple
 import pytest
 
 ROOT = Path(__file__).parents[1]
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 FENCE = re.compile(r"^(?P<indent> *)```(?P<language>[^`]*)$")
 NEEDS = re.compile(r"^ *<!-- needs: *(?P<module>[\w.]+) *-->$")
+LINK = re.compile(r"\]\((?P<path>[^)\s#:]*)(?:#(?P<anchor>[^)\s]*))?\)")
 MARKER = re.compile(r"^ *<!-- not run: *(?P<reason>.*?) *-->$")
 
 
@@ -110,3 +112,63 @@ def test_a_marker_without_a_reason_and_a_broken_block_fail(
     with pytest.raises(ZeroDivisionError) as caught:
         test_a_block_runs(broken, tmp_path, monkeypatch)
     assert caught.traceback[-1].lineno == 3  # counted from 0: the page's fourth line
+
+
+def prose(text: str) -> str:
+    """A page without its fenced blocks."""
+    return re.sub(r"^ *```.*?^ *```$", "", text, flags=re.M | re.S)
+
+
+def anchors(text: str) -> set[str]:
+    """What links to headings of a page are called, on the repository's page and in the site."""
+    titles = re.findall(r"^#+ (.*)$", prose(text), flags=re.M)
+    plain = (re.sub(r"\[([^]]*)\]\([^)]*\)|[`*]", r"\1", title).lower() for title in titles)
+    return {re.sub(r"[^\w\- ]", "", title).strip().replace(" ", "-") for title in plain}
+
+
+def page_text(path: Path) -> str:
+    """Text of a page; of a notebook, that of its Markdown cells."""
+    if path.suffix != ".ipynb":
+        return path.read_text(encoding="utf-8")
+    cells = json.loads(path.read_text(encoding="utf-8"))["cells"]
+    return "\n\n".join("".join(c["source"]) for c in cells if c["cell_type"] == "markdown")
+
+
+def broken_links(page: Path, text: str) -> list[str]:
+    """Links of a page to files of the repository, or to headings, that do not exist."""
+    broken = []
+    for match in LINK.finditer(prose(text)):
+        target = (page.parent / match["path"]).resolve() if match["path"] else page
+        if not target.exists() or (
+            match["anchor"] and match["anchor"] not in anchors(page_text(target))
+        ):
+            broken.append(match[0])
+    return broken
+
+
+@pytest.mark.parametrize(
+    "page", [*PAGES, ROOT / "docs" / "tutorial.ipynb"], ids=lambda page: str(page.relative_to(ROOT))
+)
+def test_links_within_the_repository_resolve(page: Path) -> None:
+    assert broken_links(page, page_text(page)) == []
+
+
+def test_broken_links_are_found_by_hand(tmp_path: Path) -> None:
+    page = tmp_path / "a.md"
+    (tmp_path / "b.md").write_text("# One `two`: [three](x)!\n```\n# no heading\n```\n")
+    text = (
+        "[1](b.md) [2](b.md#one-two-three) [3](c.md) [4](b.md#no-heading) [5](#own) [6](#other)\n"
+        "[7](https://host/x)\n# Own\n```\n[8](in-code.md)\n```\n"
+    )
+    page.write_text(text)
+    assert broken_links(page, text) == ["](c.md)", "](b.md#no-heading)", "](#other)"]
+
+
+def test_the_readme_is_short_and_the_front_page_of_the_site_has_its_tables() -> None:
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    index = (ROOT / "docs" / "index.md").read_text(encoding="utf-8")
+    assert len(readme.splitlines()) <= 150
+    rows = [line for line in readme.splitlines() if line.startswith("|")]
+    shown = rows[: rows.index(next(row for row in rows if row.startswith("| id ")))]
+    assert len(shown) >= 14
+    assert [row for row in shown if row not in index] == []

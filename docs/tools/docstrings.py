@@ -83,9 +83,10 @@ def _resolve(target: str, owner: griffe.Object, paths: set[str]) -> str | None:
     if name.startswith("."):
         found = [path for path in paths if path.endswith(name)]
         return found[0] if len(found) == 1 else None
-    if name.split(".")[0].startswith("hiedit_"):
-        # Other packages are loaded apart; a wrong name there is found when links are checked.
-        return name if not name.startswith(f"{package}.") else _canonical(name, owner)
+    if f"{name}.".startswith(f"{package}."):
+        return _canonical(name, owner)
+    if name.startswith("hiedit_"):
+        return name  # another package, which is loaded apart
     scope: griffe.Object | None = owner
     first, *rest = name.split(".")
     while scope is not None:

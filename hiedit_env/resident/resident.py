@@ -1,6 +1,6 @@
 """The resident LLM: the one model that is read, probed and edited.
 
-Everything that touches the network's activations is here; its weights are in :mod:`hiedit_env.resident.weights`.
+Everything that touches the network's activations is here; its weights are in :mod:`.resident.weights`.
 """
 
 from __future__ import annotations
