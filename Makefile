@@ -27,7 +27,7 @@ $(1) $(PIP) install -c $(2) $(3) || { \
 endef
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-libraries lint types doctest unit docs format clean
+.PHONY: help setup demo test test-libraries coverage lint types doctest unit docs format clean
 
 help: ## list the targets
 	@echo "make TARGET, where TARGET is one of"
@@ -94,6 +94,9 @@ $(LIBRARIES_STAMP): $(STAMP) constraints-libraries.txt
 	@$(LIBRARIES_PYTHON) -m pip check >/dev/null || { $(LIBRARIES_PYTHON) -m pip check >&2; exit 1; }
 	@printf '%s\n' "$(CURDIR)" > $(LIBRARIES_STAMP)
 
+coverage: setup ## run the tests and show which lines of the packages they reach
+	@$(PYTEST) --cov --cov-report=term:skip-covered tests
+
 lint: setup ## check style and formatting
 	@$(PYTHON) -m ruff check .
 	@$(PYTHON) -m ruff format --check .
@@ -121,5 +124,5 @@ format: setup ## format the code and fix what can be fixed safely
 	@$(PYTHON) -m ruff format .
 
 clean: ## remove caches and build leftovers; .venv and results stay
-	rm -rf build dist site *.egg-info .hypothesis .mypy_cache .pytest_cache .ruff_cache
+	rm -rf build dist site *.egg-info .coverage .hypothesis .mypy_cache .pytest_cache .ruff_cache
 	find $(PACKAGES) tests -name __pycache__ -type d -prune -exec rm -rf {} +
