@@ -96,6 +96,10 @@ def _is_installed(module: str) -> bool:
         return False
 
 
+class OutputError(HieditError, OSError):
+    """A file or folder that cannot be written: a full disk, no permission, or another process."""
+
+
 class ResultsExistError(HieditError, FileExistsError):
     """The output folder already holds results, which are never overwritten silently."""
 

@@ -1,4 +1,4 @@
-"""What the rows of a comparison say: means over seeds, paired differences, the printed table."""
+"""Statistics of a comparison: means over seeds, and paired differences with intervals."""
 
 from __future__ import annotations
 
@@ -7,60 +7,43 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
-from hiedit_benchmarks.comparison.results import Row
+from hiedit_benchmarks.comparison.results import UNEDITED, Row
 from numpy.typing import NDArray
+from scipy.special import stdtrit
 
 from hiedit_env.evaluation.names import METRICS
 
-#: Columns of the table: heading and where a row holds the value.
-COLUMNS: Mapping[str, tuple[str, ...]] = {
-    "effic.": ("metrics", "efficacy", "token_accuracy"),
-    "general.": ("metrics", "generalization", "token_accuracy"),
-    "specif.": ("metrics", "specificity", "token_accuracy"),
-    "retent.": ("metrics", "retention", "token_accuracy"),
+#: Measures of a summary, by name, and where a row holds the value of each.
+MEASURES: Mapping[str, tuple[str, ...]] = {
+    "efficacy": ("metrics", "efficacy", "token_accuracy"),
+    "generalization": ("metrics", "generalization", "token_accuracy"),
+    "specificity": ("metrics", "specificity", "token_accuracy"),
+    "retention": ("metrics", "retention", "token_accuracy"),
     "average": ("average",),
-    "exact": ("metrics", "efficacy", "exact_match"),
+    "exact_match": ("metrics", "efficacy", "exact_match"),
     "generated": ("metrics", "efficacy", "generation"),
-    "right after": ("metrics", "efficacy_right_after", "token_accuracy"),
+    "right_after": ("metrics", "efficacy_right_after", "token_accuracy"),
+    "forgetting": ("metrics", "forgetting"),
     "agreement": ("metrics", "specificity", "agreement"),
     "regret": ("metrics", "regret"),
-    "one step": ("metrics", "one_step_regret"),
-    "true layer": ("metrics", "true_layer_share"),
-    "exactly": ("metrics", "true_layer_exact_share"),
-    "layers/edit": ("layers_per_edit",),
-    "s/edit": ("seconds_per_edit",),
+    "one_step_regret": ("metrics", "one_step_regret"),
+    "true_layer_share": ("metrics", "true_layer_share"),
+    "true_layer_exact_share": ("metrics", "true_layer_exact_share"),
+    "layers_per_edit": ("layers_per_edit",),
+    "steps_per_edit": ("steps_per_edit",),
+    "seconds_per_edit": ("seconds_per_edit",),
 }
-LEGEND = """\
-Percent, mean over seeds (± half of the 95 % t-interval). effic., general., specif., retent.:
-teacher-forced token accuracy at the end of the stream on the requests, paraphrases, unrelated
-prompts, and the first third of the requests; average: of these four. exact: all answer tokens of a
-request right; generated: its greedy continuation is the answer; both at the end. right after:
-efficacy of each fact right after its own edit. agreement: with the unedited model's own answers to
-unrelated prompts."""
+#: Agent → measure → ``{"mean", "half_width", "seeds"}``.
+Summary = Mapping[str, Mapping[str, Mapping[str, float | None]]]
 
-ORACLE_LEGEND = """\
-regret: reward per fact that the oracle's own episode was paid more (from the fact on at which an
-episode ended early, what was paid there counts); one step: that the best choice of layers would
-have been paid more at each of the agent's states, with its low level (little where all is ruined
-already);
-true layer: facts, of those not answered beforehand, of which the layer that holds them was written;
-exactly: and no other."""
-
-#: What paired differences are taken of: name → metric and reading of a run's per-fact numbers.
+#: Measures of which paired differences are taken: metric and reading of a run's per-fact numbers.
 PAIRED: Mapping[str, tuple[str, str]] = {
     **{metric: (metric, "token_accuracy") for metric in METRICS},
     "agreement": ("specificity", "agreement"),
     "exact_match": ("efficacy", "exact_match"),
-    "generation": ("efficacy", "generation"),
+    "generated": ("efficacy", "generation"),
 }
 RESAMPLES = 2000
-
-# 97.5 % quantiles of Student's t for 1 … 30 degrees of freedom.
-_T = (
-    12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228,
-    2.201, 2.179, 2.160, 2.145, 2.131, 2.120, 2.110, 2.101, 2.093, 2.086,
-    2.080, 2.074, 2.069, 2.064, 2.060, 2.056, 2.052, 2.048, 2.045, 2.042,
-)  # fmt: skip
 
 
 def t_interval(values: Sequence[float]) -> tuple[float, float | None]:
@@ -68,51 +51,40 @@ def t_interval(values: Sequence[float]) -> tuple[float, float | None]:
 
     >>> mean, half = t_interval([1.0, 2.0, 3.0])  # 4.303 · 1 / √3
     >>> mean, round(half, 4)
-    (2.0, 2.4843)
+    (2.0, 2.4841)
     """
     array = np.asarray(values, np.float64)
     if len(array) < 2:
         return float(array.mean()), None
-    freedom = len(array) - 1
-    # Beyond the table, the first terms of the expansion around the normal quantile.
-    quantile = _T[freedom - 1] if freedom <= len(_T) else 1.960 + 2.372 / freedom
+    quantile = float(stdtrit(len(array) - 1, 0.975))
     return float(array.mean()), quantile * float(array.std(ddof=1)) / math.sqrt(len(array))
 
 
 def summarise(rows: Sequence[Row]) -> dict[str, dict[str, dict[str, float | None]]]:
-    """Agent → column → ``{"mean", "half_width", "seeds"}``; absent where there is no value."""
+    """Means over seeds with 95 % intervals; a measure without any value is absent.
+
+    Args:
+        rows: See :class:`~hiedit_benchmarks.comparison.results.ResultsFolder`.
+
+    Returns:
+        Agent → measure → ``{"mean", "half_width", "seeds"}``.
+    """
     summary: dict[str, dict[str, dict[str, float | None]]] = {}
     for agent in dict.fromkeys(row["agent"] for row in rows):
-        columns: dict[str, dict[str, float | None]] = {}
-        for heading, path in COLUMNS.items():
+        measures: dict[str, dict[str, float | None]] = {}
+        for measure, path in MEASURES.items():
             found = [_value(row, path) for row in rows if row["agent"] == agent]
             values = [value for value in found if value is not None]
             if values:
                 mean, half = t_interval(values)
-                columns[heading] = {"mean": mean, "half_width": half, "seeds": len(values)}
-        summary[agent] = columns
+                measures[measure] = {"mean": mean, "half_width": half, "seeds": len(values)}
+        summary[agent] = measures
     return summary
 
 
-def table(summary: Mapping[str, Mapping[str, Mapping[str, float | None]]]) -> str:
-    """The summary as aligned text, one line per agent."""
-    shown = [name for name in COLUMNS if any(name in columns for columns in summary.values())]
-    lines = [["agent", *shown]]
-    for agent, columns in summary.items():
-        lines.append([agent, *(_cell(name, columns.get(name)) for name in shown)])
-    widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
-    return "\n".join(
-        "  ".join(
-            cell.ljust(width) if i == 0 else cell.rjust(width)
-            for i, (cell, width) in enumerate(zip(line, widths, strict=True))
-        ).rstrip()
-        for line in lines
-    )
-
-
 def baseline_of(agents: Sequence[str]) -> str | None:
-    """Whom agents are compared with: all layers, else the first that edits."""
-    edited = [agent for agent in agents if agent != "no-edit"]
+    """The agent that the others are compared with: ``all-layers``, else the first that edits."""
+    edited = [agent for agent in agents if agent != UNEDITED]
     if "all-layers" in edited:
         return "all-layers"
     return edited[0] if edited else None
@@ -123,17 +95,18 @@ def paired_differences(
 ) -> dict[str, dict[str, float]]:
     """Ours minus theirs on the same facts, with 95 % bootstrap intervals.
 
-    Seeds are drawn with replacement, then facts within each seed (percentile bootstrap with
-    ``RESAMPLES`` resamples); with one seed the interval speaks of that stream only.
+    The bootstrap has two levels: it draws seeds with replacement, then facts within each drawn
+    seed (``RESAMPLES`` resamples, percentile intervals). ``scipy.stats.bootstrap`` draws from one
+    level only; with one seed the two agree, and the interval then speaks of that stream only.
 
     Args:
         ours: Per seed, the ``per_fact`` numbers of a run.
         theirs: The same seeds in the same order, so the same facts.
-        seed: Of the resampling.
+        seed: Seeds the resampling.
 
     Returns:
-        Name of :data:`PAIRED`, and ``average`` of the four metrics → ``{"difference", "low",
-        "high"}`` in percentage points; names without numbers are absent.
+        Measure of :data:`PAIRED`, and ``average`` of the four metrics → ``{"difference", "low",
+        "high"}`` in percentage points; measures without numbers are absent.
     """
     names = [
         name
@@ -195,12 +168,3 @@ def _value(row: Row, path: Sequence[str]) -> float | None:
         if value is None:
             return None
     return float(value)
-
-
-def _cell(heading: str, entry: Mapping[str, float | None] | None) -> str:
-    if entry is None or entry["mean"] is None:
-        return "–"
-    digits = {"s/edit": 2, "regret": 3, "one step": 3}.get(heading, 1)
-    half = entry["half_width"]
-    spread = "" if half is None else f"±{half:.{digits}f}"
-    return f"{entry['mean']:.{digits}f}{spread}"

@@ -1,27 +1,32 @@
-"""What an episode looks like: as text, and as a picture of the layers written and the metrics.
-
-``draw_layers``, ``draw_shares`` and ``draw_metrics`` draw on any matplotlib axes, so that other
-figures can use them. matplotlib is imported when something is drawn, and pyplot never: it keeps
-global state and may open windows.
-"""
+"""An episode as text, and as a picture of the layers written and the running metrics."""
 
 from __future__ import annotations
 
 import unicodedata
-from collections import Counter
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
-from numpy.typing import ArrayLike, NDArray
+from numpy.typing import NDArray
 
+from hiedit_env.envs.plotting import (
+    COLOURS,
+    DASHES,
+    WINDOW,
+    bare_axes,
+    draw_layers,
+    draw_shares,
+    edit_axis,
+    edits_per_column,
+    name_end,
+    new_figure,
+    running_mean,
+    short_layer_names,
+)
 from hiedit_env.envs.state import EditRecord, History
-from hiedit_env.errors import SettingsError
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
-    from matplotlib.collections import QuadMesh
-    from matplotlib.container import BarContainer
     from matplotlib.lines import Line2D
 
 
@@ -34,81 +39,21 @@ class MetricStyle(NamedTuple):
     dashes: str
 
 
-#: The metrics shown, in this order. The colours are from the colour-blind-safe palette of Okabe and
-#: Ito (2008); the line styles make sure that colour is not the only difference.
+#: The metrics shown, in this order.
 METRICS = (
-    MetricStyle("efficacy", "efficacy right after", "#0072B2", "-"),
-    MetricStyle("generalization", "generalization", "#E69F00", "--"),
-    MetricStyle("agreement", "agreement", "#009E73", "-."),
-    MetricStyle("retention", "retention", "#CC79A7", ":"),
+    MetricStyle("efficacy", "efficacy right after", COLOURS[1], DASHES[0]),
+    MetricStyle("generalization", "generalization", COLOURS[2], DASHES[1]),
+    MetricStyle("agreement", "agreement", COLOURS[3], DASHES[2]),
+    MetricStyle("retention", "retention", COLOURS[4], DASHES[3]),
 )
-#: Edits in a running mean, unless told otherwise.
-WINDOW = 20
-#: Colours of a layer no edit wrote and of one every edit wrote; lightness alone tells them apart.
-UNWRITTEN, WRITTEN = "#E2E8EF", "#08457E"
 
 _TEXT_WIDTH, _TEXT_EDITS, _TEXT_NAME = 100, 60, 24
-_WIDTH, _HEIGHT, _DPI, _PICTURE_NAME = 960, 540, 100, 16
-_MOST_COLUMNS = 125
-
-
-def short_layer_names(layer_names: Sequence[str]) -> tuple[str, ...]:
-    """Block and matrix of each layer, or the full names where that does not tell them apart.
-
-    Args:
-        layer_names: L dotted module names.
-
-    Returns:
-        L distinct names if the given ones are distinct.
-
-    >>> short_layer_names(["model.layers.9.mlp.up_proj", "model.layers.10.mlp.up_proj"])
-    ('9 up_proj', '10 up_proj')
-    """
-    short = []
-    for name in layer_names:
-        *outer, matrix = name.split(".")
-        block = next((part for part in outer if part.isdecimal()), None)
-        short.append(matrix if block is None else f"{block} {matrix}")
-    if len(Counter(short)) < len(Counter(layer_names)):
-        return tuple(layer_names)
-    return tuple(short)
+_WIDTH, _HEIGHT, _DPI = 960, 540, 100
 
 
 def metric_values(records: Iterable[EditRecord], key: str) -> NDArray[np.float64]:
     """One metric of E records: E float64, NaN where it is absent."""
     return np.array([record.metrics.get(key, np.nan) for record in records], np.float64)
-
-
-def running_mean(values: ArrayLike, window: int = WINDOW) -> NDArray[np.float64]:
-    """Mean of each value and those before it, at most ``window`` of them.
-
-    Args:
-        values: E numbers; NaN and infinite ones are left out of the means.
-        window: Most values in a mean.
-
-    Returns:
-        E float64, NaN where a window holds no finite value.
-
-    Raises:
-        SettingsError: ``window`` below 1.
-
-    >>> running_mean([1.0, 0.0, float("nan"), 0.5], window=2).tolist()
-    [1.0, 0.5, 0.0, 0.5]
-    """
-    if window < 1:
-        raise SettingsError(f"window must be ≥ 1, got {window!r}")
-    array = np.asarray(values, np.float64)
-    finite = np.isfinite(array)
-    sums, counts = (
-        np.concatenate((np.zeros(1), np.cumsum(part)))
-        for part in (np.where(finite, array, 0.0), finite)
-    )
-    ends = np.arange(1, len(array) + 1)
-    starts = np.maximum(ends - window, 0)
-    number = counts[ends] - counts[starts]
-    means: NDArray[np.float64] = np.full(len(array), np.nan)
-    np.divide(sums[ends] - sums[starts], number, out=means, where=number > 0)
-    return means
 
 
 def _masks(history: History) -> NDArray[np.bool_]:
@@ -134,7 +79,7 @@ def render_ansi(history: History) -> str:
         lines.append(f"layers written (■) in edits {first} to {done}; share of all edits so far")
     else:
         lines.append("layers written: no edit is finished yet")
-    names = [_tail(name, _TEXT_NAME) for name in short_layer_names(history.layer_names)]
+    names = [name_end(name, _TEXT_NAME) for name in short_layer_names(history.layer_names)]
     left = max(map(len, names), default=0)
     middle = min(max(history.num_edits, done), _TEXT_EDITS)
     for layer, name in enumerate(names):
@@ -142,7 +87,7 @@ def render_ansi(history: History) -> str:
         share = f"{masks[:, layer].mean():.0%}" if done else "–"
         lines.append(f"{name:<{left}}  {marks:<{middle}}  {share:>4}")
     means = ("last edit", f"last {WINDOW}", "all edits")
-    lines += ["", f"{'token accuracy, %':<20}" + "".join(f"{mean:>12}" for mean in means)]
+    lines += ["", f"{'share of tokens, %':<20}" + "".join(f"{mean:>12}" for mean in means)]
     for style in METRICS:
         values = metric_values(records, style.key)
         cells = (_percent(values, window) for window in (1, WINDOW, max(done, 1)))
@@ -176,11 +121,6 @@ def _columns(text: str) -> int:
     )
 
 
-def _tail(name: str, columns: int) -> str:
-    """A layer name, cut at the front, since long names differ at the end."""
-    return name if len(name) <= columns else "…" + name[1 - columns :]
-
-
 def _shorten(text: str, columns: int) -> str:
     """The text, cut at the end so that it fits with an ellipsis."""
     if _columns(text) <= columns:
@@ -199,14 +139,14 @@ def render_rgb(history: History) -> NDArray[np.uint8]:
 
     Returns:
         540 × 960 × 3 uint8: red, green and blue.
-    """
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
 
+    Raises:
+        MissingLibraryError: matplotlib is not installed.
+    """
     records, masks = history.records, _masks(history)
     total = max(history.num_edits, len(records), 1)
-    figure = Figure((_WIDTH / _DPI, _HEIGHT / _DPI), dpi=_DPI)
-    canvas: Any = FigureCanvasAgg(figure)  # its methods are not typed
+    figure = new_figure(_WIDTH / _DPI, _HEIGHT / _DPI, dpi=_DPI)
+    canvas: Any = figure.canvas  # its methods are not typed
     # Fixed places rather than a layout engine: the axes must not move during an episode.
     grid = figure.add_gridspec(
         2, 2, width_ratios=(5, 1), height_ratios=(5, 3),
@@ -218,7 +158,7 @@ def render_rgb(history: History) -> NDArray[np.uint8]:
     figure.text(0.14, 0.95, title, fontsize=13, fontweight="bold", va="center")
 
     mesh = draw_layers(top, masks, history.layer_names, num_edits=total)
-    per_column = _edits_per_column(total)
+    per_column = edits_per_column(total)
     how = "by each edit" if per_column == 1 else f"({per_column} edits per column, shade: share)"
     top.set_title(f"Layers written {how}", loc="left", fontsize=9)
     top.set_xlabel("")
@@ -243,90 +183,6 @@ def render_rgb(history: History) -> NDArray[np.uint8]:
     )  # fmt: skip
     canvas.draw()
     return np.asarray(canvas.buffer_rgba(), np.uint8)[..., :3].copy()
-
-
-def draw_layers(
-    axes: Axes, masks: ArrayLike, layer_names: Sequence[str], *, num_edits: int | None = None
-) -> QuadMesh:
-    """A heatmap of the layers (rows, first layer on top) written by each edit (columns).
-
-    Edit i of the stream, counted from 1, is centred at x = i; layer l, from 0, at y = l. From 126
-    edits on a column is the mean of several edits (the last column: of those finished), so that
-    there are at most 125 columns; then the label of the x axis tells how many.
-
-    Args:
-        axes: Drawn upon; limits, ticks and axis labels are set, the title is left to the caller.
-        masks: E × L, True or 1 where the edit wrote the layer; fractions, such as means over
-            several episodes, are drawn in between.
-        layer_names: L dotted module names; the ticks show block and matrix.
-        num_edits: Width in edits, for an episode that is not over; by default E.
-
-    Returns:
-        The heatmap, from 0 to 1, e.g. for a colour bar.
-
-    Raises:
-        SettingsError: masks that are not E × L, or hold values outside [0, 1].
-    """
-    from matplotlib.colors import LinearSegmentedColormap
-
-    shares = _checked_masks(masks, len(layer_names))
-    done, num_layers = shares.shape
-    total = max(num_edits or 0, done, 1)
-    per_column = _edits_per_column(total)
-    # A mesh needs a cell; NaN leaves it empty.
-    edges, columns = np.array([0, 1]), np.full((1, num_layers), np.nan)
-    if done:
-        starts = np.arange(0, done, per_column)
-        columns = np.add.reduceat(shares, starts) / np.diff(starts, append=done)[:, None]
-        edges = np.append(starts, min(starts[-1] + per_column, total))
-    colours = LinearSegmentedColormap.from_list("written", [UNWRITTEN, WRITTEN])
-    rows = np.arange(num_layers + 1) - 0.5
-    mesh = axes.pcolormesh(edges + 0.5, rows, columns.T, cmap=colours, vmin=0, vmax=1)
-    # Thin gaps between the cells, where the cells are large enough to spare the room.
-    paper = axes.get_facecolor()
-    if axes.bbox.height / num_layers >= 6:
-        axes.hlines(rows[1:-1], 0.5, total + 0.5, colors=paper, linewidth=0.8)
-    if axes.bbox.width / total * per_column >= 6:
-        axes.vlines(edges[1:-1] + 0.5, rows[0], rows[-1], colors=paper, linewidth=0.8)
-
-    # Text needs 1.2 times its size; below 5 points it is better to leave names out.
-    points = axes.bbox.height / num_layers / axes.figure.dpi * 72
-    every = max(1, int(np.ceil(6 / points)))
-    size = float(np.clip(points * every / 1.2, 5, 8))
-    names = [_tail(name, _PICTURE_NAME) for name in short_layer_names(layer_names)]
-    axes.set_yticks(range(0, num_layers, every), names[::every], fontsize=size, parse_math=False)
-    axes.tick_params(axis="y", length=0)
-    axes.set_ylim(rows[-1], rows[0])
-    axes.set_ylabel("layer", fontsize=9)
-    _edit_axis(axes, total, "edit" if per_column == 1 else f"edit ({per_column} per column)")
-    return mesh
-
-
-def draw_shares(axes: Axes, masks: ArrayLike) -> BarContainer:
-    """Bars of each layer's share of the edits in percent, the rows as in :func:`draw_layers`.
-
-    Args:
-        axes: Drawn upon; limits and ticks are set, layers have no names here.
-        masks: E × L as in :func:`draw_layers`; without edits all bars have length 0.
-
-    Returns:
-        The L bars.
-
-    Raises:
-        SettingsError: masks that are not E × L, or hold values outside [0, 1].
-    """
-    shares = _checked_masks(masks)
-    done, num_layers = shares.shape
-    percent = 100 * shares.sum(0) / max(done, 1)
-    bars = axes.barh(np.arange(num_layers), percent, height=0.72, color=WRITTEN)
-    axes.set_ylim(num_layers - 0.5, -0.5)
-    axes.set_yticks([])
-    axes.set_xlim(0, 100)
-    axes.set_xticks([0, 50, 100], ["0", "50", "100 %"], fontsize=8)
-    axes.grid(axis="x", color="#DDDDDD", linewidth=0.6)
-    axes.set_axisbelow(True)
-    axes.spines[["top", "right"]].set_visible(False)
-    return bars
 
 
 def draw_metrics(
@@ -365,35 +221,7 @@ def draw_metrics(
     axes.set_yticks(range(0, 101, 25))
     axes.tick_params(axis="y", labelsize=8)
     mean = f"\n(mean of the last {window})" if window > 1 else ""
-    axes.set_ylabel(f"token accuracy, %{mean}", fontsize=9)
-    axes.grid(color="#DDDDDD", linewidth=0.6)
-    axes.set_axisbelow(True)
-    _edit_axis(axes, max(num_edits or 0, len(records), 1), "edit")
+    axes.set_ylabel(f"share of tokens, %{mean}", fontsize=9)
+    bare_axes(axes)
+    edit_axis(axes, max(num_edits or 0, len(records), 1))
     return lines
-
-
-def _checked_masks(masks: ArrayLike, num_layers: int | None = None) -> NDArray[np.float64]:
-    array = np.asarray(masks, np.float64)
-    if array.ndim != 2 or num_layers not in (None, array.shape[1]):
-        raise SettingsError(
-            f"masks must be edits × layers ({num_layers or 'L'} of them), got shape {array.shape}"
-        )
-    if not ((array >= 0) & (array <= 1)).all():
-        raise SettingsError(
-            f"masks must lie in [0, 1], got {array.min()} to {array.max()}; give booleans or shares"
-        )
-    return array
-
-
-def _edits_per_column(num_edits: int) -> int:
-    return -(-num_edits // _MOST_COLUMNS)
-
-
-def _edit_axis(axes: Axes, num_edits: int, label: str) -> None:
-    from matplotlib.ticker import MaxNLocator
-
-    axes.set_xlim(0.5, num_edits + 0.5)
-    axes.xaxis.set_major_locator(MaxNLocator(8, steps=[1, 2, 5], integer=True, min_n_ticks=1))
-    axes.tick_params(axis="x", labelsize=8)
-    axes.set_xlabel(label, fontsize=9)
-    axes.spines[["top", "right"]].set_visible(False)
