@@ -9,42 +9,43 @@ from pathlib import Path
 from typing import Any
 
 import gymnasium as gym
-import numpy as np
 from hiedit_agents.hierarchy.simple import OracleAgent
 from hiedit_agents.named.candidates import candidates_for
 from hiedit_agents.protocol import Agent
 from hiedit_agents.registry import is_trained, make_agent
 from hiedit_benchmarks.comparison.contamination import trained_on
 from hiedit_benchmarks.comparison.episode import (
-    FinishedEdit,
     PlayedEpisode,
     play,
     stage_bars,
     unwrapped,
 )
 from hiedit_benchmarks.comparison.figure import draw
+from hiedit_benchmarks.comparison.report import as_text, report, show
 from hiedit_benchmarks.comparison.results import (
+    FORMAT_VERSION,
     UNEDITED,
     ResultsFolder,
     Row,
+    check_file_names,
     plain,
-    versions,
     write_json,
 )
+from hiedit_benchmarks.comparison.rows import details_of, row_of
 from hiedit_benchmarks.comparison.settings import CompareSettings
 from hiedit_benchmarks.comparison.statistics import (
-    LEGEND,
-    ORACLE_LEGEND,
+    PairedDifferences,
+    Summary,
     baseline_of,
     paired_differences,
     summarise,
-    table,
 )
+from rich.console import RenderableType
 
 import hiedit_env  # noqa: F401 - registers the environments
 from hiedit_env.datasets.streams import fingerprint
 from hiedit_env.envs.planted import Planted
-from hiedit_env.errors import SettingsError
+from hiedit_env.errors import MissingLibraryError, SettingsError
 from hiedit_env.evaluation.metrics import Evaluation, UneditedAnswers, evaluate
 from hiedit_env.files import write_bytes
 from hiedit_env.model.built_in import environment_for
@@ -57,14 +58,27 @@ class Comparison:
     Args:
         rows: One per agent and seed, as in ``results.jsonl``, the unedited model first.
         details: ``(agent, seed)`` → what ``runs/`` holds.
-        text: The table, with its legend and paired differences.
-        picture: Where ``compare.png`` is.
+        summary: Means over seeds.
+        paired: Differences from the baseline.
+        baseline: The agent that the others are compared with, if any edits.
+        picture: ``compare.png``; None where matplotlib is not installed.
     """
 
     rows: list[Row]
     details: Mapping[tuple[str, int], Mapping[str, Any]] = field(repr=False)
-    text: str
-    picture: Path
+    summary: Summary
+    paired: PairedDifferences
+    baseline: str | None
+    picture: Path | None
+
+    def report(self, encoding: str | None = None) -> RenderableType:
+        """Tables and legend for rich; characters that ``encoding`` lacks are replaced."""
+        return report(self.summary, self.paired, self.baseline, self.rows, encoding=encoding)
+
+    @property
+    def text(self) -> str:
+        """Tables and legend as plain text of at most 80 columns."""
+        return as_text(self.report())
 
 
 def compare(
@@ -95,10 +109,13 @@ def compare(
 
     Raises:
         ResultsExistError: ``out`` holds results and ``resume`` is False.
-        SettingsError: unknown agents, negative seeds, or results made with other settings.
+        SettingsError: unknown agents, negative seeds, or results made with other settings or in an
+            older format.
+        OutputError: another process writes into ``out``, or a file cannot be written.
     """
     labelled = _labels((UNEDITED, *agents))
     names = list(labelled)
+    check_file_names(names)
     if baseline is not None and baseline not in names:
         raise SettingsError(f"baseline {baseline!r} is none of the agents: {', '.join(names)}")
     if not seeds or any(seed < 0 for seed in seeds):
@@ -117,34 +134,59 @@ def compare(
     folder.check(fixed)
     for agent in made.values():
         agent.reset(env, seeds[0])
-    folder.create()
-    seen = trained_on(made, unwrapped(env), seeds)
-    reference = UneditedAnswers(unwrapped(env).llm)
     identities = plain({name: _identity(made[name], labelled[name]) for name in names})
-    recorded = {**fixed, "agents": identities, "seeds": seeds}
+    folder.create(fixed)
+    try:
+        _check_agents(folder, identities, seeds)
+        seen = trained_on(made, unwrapped(env), seeds)
+        recorded = {**fixed, "agents": identities, "seeds": seeds}
+        _run_all(folder, env, made, seeds, settings, recorded, progress)
+        env.close()
+        chosen = baseline or baseline_of(names)
+        return _report(folder, names, seeds, fixed["candidate_layers"], chosen, seen)
+    finally:
+        folder.close()
+
+
+def _check_agents(
+    folder: ResultsFolder, identities: Mapping[str, Any], seeds: Sequence[int]
+) -> None:
     for seed in seeds:
-        for name in names:
+        for name, identity in identities.items():
             row = folder.find(name, seed)
-            if row is not None and row["settings"]["agents"].get(name) != identities[name]:
+            if row is None:
+                continue
+            found = row["settings"].get("agents", {}).get(name)
+            if found != identity:
                 raise SettingsError(
-                    f"cannot resume {out}: its row of {name!r}, seed {seed}, is of another agent "
-                    f"({row['settings']['agents'].get(name)}); give another folder or label"
+                    f"cannot resume {folder.path}: its row of {name!r}, seed {seed}, is of another "
+                    f"agent ({found}); give another folder or label"
                 )
+
+
+def _run_all(
+    folder: ResultsFolder,
+    env: gym.Env[Any, Any],
+    agents: Mapping[str, Agent],
+    seeds: Sequence[int],
+    settings: CompareSettings,
+    recorded: Mapping[str, Any],
+    progress: bool,
+) -> None:
+    """Runs what the folder does not hold yet."""
+    reference = UneditedAnswers(unwrapped(env).llm)
     for seed in seeds:
         best: list[float] | None = None
-        for name, agent in made.items():
+        for name, agent in agents.items():
             if folder.find(name, seed) is not None:
                 continue
             if best is None:
                 best = _best_rewards(env, seed, progress)
             episode, evaluation = _run(env, agent, name, seed, reference, settings, progress)
             folder.add(
-                _row(name, seed, episode, evaluation, best, recorded),
-                _details(env, episode, evaluation),
+                row_of(name, seed, episode, evaluation, best, recorded),
+                details_of(unwrapped(env).llm.names, episode, evaluation),
             )
-    env.close()
-    chosen = baseline or baseline_of(names)
-    return _report(folder, names, seeds, fixed["candidate_layers"], chosen, seen)
 
 
 def _labelled(agent: str) -> tuple[str, str]:
@@ -227,71 +269,6 @@ def _best_rewards(env: gym.Env[Any, Any], seed: int, progress: bool) -> list[flo
     return paid + [episode.ending] * (len(episode.requests) - len(paid))
 
 
-def _row(
-    name: str,
-    seed: int,
-    episode: PlayedEpisode,
-    evaluation: Evaluation,
-    best: Sequence[float] | None,
-    settings: Mapping[str, Any],
-) -> Row:
-    edits = episode.edits
-    return {
-        "agent": name,
-        "seed": seed,
-        "num_edits": len(edits),
-        "error_type": episode.error_type,
-        "metrics": {
-            **evaluation.metrics,
-            "efficacy_right_after": episode.right_after(),
-            **episode.against_oracle(best),
-        },
-        "layers_per_edit": _average([int(edit.layers.sum()) for edit in edits]),
-        "steps_per_edit": _average([edit.steps for edit in edits]),
-        "seconds_per_edit": episode.seconds / max(len(edits), 1),
-        "stream_fingerprint": fingerprint(episode.requests),
-        "settings": dict(settings),
-        "versions": versions(),
-    }
-
-
-def _average(values: Sequence[float]) -> float:
-    return float(np.mean(values)) if values else 0.0
-
-
-def _details(
-    env: gym.Env[Any, Any], episode: PlayedEpisode, evaluation: Evaluation
-) -> dict[str, Any]:
-    requests = episode.requests
-    return {
-        "layer_names": unwrapped(env).llm.names,
-        "prompts": [request.prompt for request in requests],
-        "wanted": [request.answer for request in requests],
-        "answers": evaluation.answers,
-        "per_fact": evaluation.per_fact,
-        "edits": [
-            {
-                "layers": np.flatnonzero(edit.layers),
-                "steps": edit.steps,
-                "reward": edit.reward,
-                "metrics": edit.metrics,
-                **_oracle_details(edit),
-            }
-            for edit in episode.edits
-        ],
-    }
-
-
-def _oracle_details(edit: FinishedEdit) -> dict[str, Any]:
-    if edit.oracle is None or edit.true_layers is None:
-        return {}
-    return {
-        "one_step_regret": edit.one_step_regret,
-        "best_layers": np.flatnonzero(edit.oracle.layers),
-        "true_layers": np.flatnonzero(edit.true_layers),
-    }
-
-
 def _report(
     folder: ResultsFolder,
     names: Sequence[str],
@@ -317,6 +294,7 @@ def _report(
     write_json(
         folder.path / "summary.json",
         {
+            "format_version": FORMAT_VERSION,
             "agents": summary,
             "baseline": baseline,
             "paired_differences": paired,
@@ -324,31 +302,13 @@ def _report(
             "trained_on": seen,
         },
     )
-    picture = folder.path / "compare.png"
-    write_bytes(picture, draw(names, seeds, details, layers))
-    lines = [table(summary), "", LEGEND]
-    if any("regret" in columns for columns in summary.values()):
-        lines += [ORACLE_LEGEND]
-    for name, found in paired.items():
-        if name != UNEDITED and "average" in found:
-            lines += [_difference_line(name, str(baseline), found)]
-    for row in rows:
-        if row["error_type"]:
-            lines += [
-                f"{row['agent']}, seed {row['seed']}: ended after {row['num_edits']} edits "
-                f"({row['error_type']})"
-            ]
-    return Comparison(rows, details, "\n".join(lines), picture)
-
-
-def _difference_line(name: str, baseline: str, found: Mapping[str, Mapping[str, float]]) -> str:
-    parts = [
-        f"{measure} {found[measure]['difference']:+.1f} "
-        f"[{found[measure]['low']:+.1f}, {found[measure]['high']:+.1f}]"
-        for measure in ("average", "retention", "agreement")
-        if measure in found
-    ]
-    return f"{name} − {baseline}, paired, 95 % bootstrap interval: " + ", ".join(parts)
+    picture: Path | None = folder.path / "compare.png"
+    try:
+        write_bytes(folder.path / "compare.png", draw(names, seeds, details, layers))
+    except MissingLibraryError as error:
+        picture = None
+        print(f"hiedit: no picture: {error}; then --resume draws it", file=sys.stderr)
+    return Comparison(rows, details, summary, paired, baseline, picture)
 
 
 def main(
@@ -361,5 +321,6 @@ def main(
 ) -> None:
     """``hiedit compare``: runs a comparison and prints it."""
     result = compare(settings, agents, seeds, out, baseline=baseline, resume=resume)
-    print(result.text)
-    print(f"rows: {out / 'results.jsonl'}, picture: {result.picture}", file=sys.stderr)
+    show(result.report(sys.stdout.encoding))
+    drawn = "" if result.picture is None else f", picture: {result.picture}"
+    print(f"rows: {out / 'results.jsonl'}{drawn}", file=sys.stderr)

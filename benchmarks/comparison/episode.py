@@ -72,6 +72,21 @@ class PlayedEpisode:
         answered = [edit.metrics["answered"] for edit in self.edits]
         return {"token_accuracy": _percent(accuracy), "exact_match": _percent(answered)}
 
+    def forgetting(self, at_the_end: NDArray[np.float64]) -> float:
+        """Efficacy right after each fact's own edit minus after the last edit, in points.
+
+        Args:
+            at_the_end: F float64 in percent, token accuracy after the last edit.
+
+        Returns:
+            Mean over the finished edits; NaN where there are none.
+        """
+        lost = [
+            100.0 * edit.metrics["efficacy"] - float(end)
+            for edit, end in zip(self.edits, at_the_end, strict=False)
+        ]
+        return float(np.mean(lost)) if lost else float("nan")
+
     def against_oracle(self, best: Sequence[float] | None) -> dict[str, float]:
         """How good the choices were, where the right ones are known; else nothing.
 

@@ -1,30 +1,41 @@
-"""The picture of a comparison: which layers were edited, and what became of the facts."""
+"""The picture of a comparison: which layers were written, and what became of the facts.
+
+Each curve averages to the number of the same name in the printed table.
+"""
 
 from __future__ import annotations
 
-import io
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
+from hiedit_benchmarks.comparison.results import UNEDITED
 from numpy.typing import NDArray
+
+from hiedit_env.envs.plotting import (
+    bare_axes,
+    draw_layers,
+    edit_axis,
+    line_style,
+    name_end,
+    new_figure,
+    png,
+    running_mean,
+)
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
 
 Details = Mapping[tuple[str, int], Mapping[str, Any]]
 
-# Okabe and Ito's colours, told apart by colour-blind people too; dashes differ as well.
-_COLOURS = ("#000000", "#0072B2", "#E69F00", "#009E73", "#CC79A7", "#D55E00", "#56B4E9", "#F0E442")
-_DASHES = ("-", "--", "-.", ":")
-
-#: Titles of the curves and the environment's metric after each edit; None for the end's efficacy.
-_PANELS = (
-    ("Efficacy right after the edit", "efficacy"),
-    ("Efficacy at the end of the stream", None),
-    ("Generalization right after the edit", "generalization"),
-    ("Agreement with the unedited model\non unrelated prompts", "agreement"),
+#: Measure of the table, title and label of the y axis of each panel with curves.
+PANELS = (
+    ("right_after", "Efficacy right after each edit", "efficacy, %"),
+    ("efficacy", "Efficacy after the last edit", "efficacy, %"),
+    ("generalization", "Generalization after the last edit", "generalization, %"),
+    ("agreement", "Agreement after the last edit", "agreement, %"),
 )
+_WIDTH, _NAME_LENGTH = 11.0, 45
 
 
 def draw(
@@ -38,109 +49,102 @@ def draw(
         details: ``(agent, seed)`` → details of the run, see
             :mod:`hiedit_benchmarks.comparison.compare`.
         layers: L names in forward order.
+
+    Raises:
+        MissingLibraryError: matplotlib is not installed.
     """
-    edited = [name for name in agents if name != "no-edit"]
+    edited = [name for name in agents if name != UNEDITED]
     num_facts = max(len(run["prompts"]) for run in details.values())
-    heights = [0.6 + 0.16 * len(layers)] * len(edited) + [2.6, 2.6]
-    figure = Figure(figsize=(11, sum(heights) + 0.8), dpi=110, layout="constrained")
-    FigureCanvasAgg(figure)
+    rows = -(-len(edited) // 2)
+    legend_rows = -(-len(agents) // 3)
+    heights = [0.75 + 0.16 * len(layers)] * rows + [2.5, 2.5]
+    figure = new_figure(_WIDTH, sum(heights) + 0.4 + 0.25 * legend_rows, layout="constrained")
+    figure.get_layout_engine().set(h_pad=0.08, w_pad=0.08)  # type: ignore[union-attr, call-arg]
     grid = figure.add_gridspec(len(heights), 2, height_ratios=heights)
-    for row, name in enumerate(edited):
-        axes = figure.add_subplot(grid[row, :])
-        share = np.mean(
-            [_written(details[name, seed], len(layers), num_facts) for seed in seeds], axis=0
-        )
-        image = axes.imshow(
-            share,
-            aspect="auto",
-            interpolation="nearest",
-            cmap="cividis",
-            vmin=0,
-            vmax=1,
-            extent=(0.5, num_facts + 0.5, len(layers) - 0.5, -0.5),
-        )
-        axes.set_yticks(range(len(layers)), _short(layers), fontsize=7)
-        axes.set_title(f"{name}: layers edited", fontsize=10)
-        axes.set_xlabel("edit", fontsize=8)
-        label = "edited" if len(seeds) == 1 else f"share of {len(seeds)} seeds"
-        figure.colorbar(image, ax=axes, label=label, fraction=0.02, pad=0.01, ticks=[0, 1])
+    maps = []
+    for i, name in enumerate(edited):
+        axes = figure.add_subplot(grid[i // 2, i % 2])
+        shares = [_written(details[name, seed], len(layers), num_facts) for seed in seeds]
+        mesh = draw_layers(axes, np.mean(shares, axis=0), layers)
+        title = f"{name_end(name, _NAME_LENGTH)}: layers written"
+        axes.set_title(title, loc="left", fontsize=10, parse_math=False)
+        maps.append(axes)
+    if maps:
+        bar = figure.colorbar(mesh, ax=maps, fraction=0.03, pad=0.01, aspect=30, ticks=[0, 0.5, 1])
+        bar.ax.tick_params(labelsize=8)
+        bar.set_label(_share(seeds), fontsize=9)
     window = max(1, min(25, num_facts // 4))
-    for k, (title, metric) in enumerate(_PANELS):
-        axes = figure.add_subplot(grid[len(edited) + k // 2, k % 2])
+    lines: list[Any] = []
+    for k, (measure, title, label) in enumerate(PANELS):
+        axes = figure.add_subplot(grid[rows + k // 2, k % 2])
+        lines = []
         for i, name in enumerate(agents):
-            curves = [_curve(details[name, seed], metric, num_facts) for seed in seeds]
-            _plot(axes, _running_mean(_nanmean(np.array(curves)), window), name, i)
-        axes.set_title(title, fontsize=10)
-        axes.set_xlabel(f"fact in the stream (mean of the last {window})", fontsize=8)
-        axes.set_ylabel("token accuracy, %" if metric != "agreement" else "agreement, %")
-        axes.set_ylim(-3, 103)
-        axes.grid(alpha=0.3)
-    # Below the panels, where it hides no curve; the last panel has the same curves as the others.
-    figure.legend(
-        *axes.get_legend_handles_labels(),
-        loc="outside lower center",
-        ncols=min(len(agents), 6),
-        fontsize=9,
+            values = mean_curve(measure, [details[name, seed] for seed in seeds], num_facts)
+            means = running_mean(values, window)
+            lines += axes.plot(
+                np.arange(1, num_facts + 1), means, linewidth=1.8, **line_style(i), clip_on=False
+            )
+        _curve_axes(axes, num_facts, window, title, label)
+    names = [f" {name_end(name, _NAME_LENGTH)}" for name in agents]
+    # Below the panels, where it hides no curve.
+    legend = figure.legend(
+        lines, names, loc="outside lower center", ncols=3, fontsize=9, frameon=False, handlelength=3
     )
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png")
-    return buffer.getvalue()
+    for text in legend.get_texts():
+        text.set_parse_math(False)
+    return png(figure)
 
 
-def _plot(axes: Axes, values: NDArray[np.float64], name: str, index: int) -> None:
-    axes.plot(
-        np.arange(1, len(values) + 1),
-        values,
-        color=_COLOURS[index % len(_COLOURS)],
-        linestyle=_DASHES[index % len(_DASHES)],
-        label=name,
-    )
+def mean_curve(
+    measure: str, runs: Sequence[Mapping[str, Any]], num_facts: int
+) -> NDArray[np.float64]:
+    """What one panel draws of one agent, before the running mean.
 
+    Args:
+        measure: One of those in :data:`PANELS`.
+        runs: Details of one run per seed.
+        num_facts: F, the length of the longest stream.
 
-def _written(run: Mapping[str, Any], num_layers: int, num_facts: int) -> NDArray[np.float64]:
-    """L × F, 1 where an edit wrote a layer."""
-    mask = np.zeros((num_layers, num_facts))
-    for i, edit in enumerate(run["edits"]):
-        mask[edit["layers"], i] = 1
-    return mask
-
-
-def _curve(run: Mapping[str, Any], metric: str | None, num_facts: int) -> NDArray[np.float64]:
-    """F values in percent; NaN where there is none."""
-    values = np.full(num_facts, np.nan)
-    if metric is None:
-        found = run["per_fact"]["efficacy"]["token_accuracy"]
-        values[: len(found)] = found
-        return values
-    for i, edit in enumerate(run["edits"]):
-        values[i] = 100.0 * edit["metrics"].get(metric, np.nan)
-    return values
-
-
-def _nanmean(values: NDArray[np.float64]) -> NDArray[np.float64]:
-    """Mean over rows, NaN only where all rows are."""
-    known = np.isfinite(values)
+    Returns:
+        F float64, the mean over the runs that have a value in percent; NaN where none has.
+    """
+    curves = np.array([_curve(run, measure, num_facts) for run in runs])
+    known = np.isfinite(curves)
     count = known.sum(axis=0)
-    total = np.where(known, values, 0.0).sum(axis=0)
+    total = np.where(known, curves, 0.0).sum(axis=0)
     return np.where(count > 0, total / np.maximum(count, 1), np.nan)
 
 
-def _running_mean(values: NDArray[np.float64], window: int) -> NDArray[np.float64]:
-    """Mean of each value and those before it within the window, leaving out NaN.
+def _curve(run: Mapping[str, Any], measure: str, num_facts: int) -> NDArray[np.float64]:
+    if measure == "right_after":
+        found = [100.0 * edit["metrics"]["efficacy"] for edit in run["edits"]]
+    elif measure == "agreement":
+        found = run["per_fact"]["specificity"].get("agreement", [])
+    else:
+        found = run["per_fact"][measure]["token_accuracy"]
+    values = np.full(num_facts, np.nan)
+    values[: len(found)] = [np.nan if value is None else value for value in found]
+    return values
 
-    >>> _running_mean(np.array([1.0, 3.0, np.nan, 5.0]), 2).tolist()
-    [1.0, 2.0, 3.0, 5.0]
-    """
-    rows = [np.concatenate((np.full(k, np.nan), values[: len(values) - k])) for k in range(window)]
-    return _nanmean(np.array(rows))
+
+def _curve_axes(axes: Axes, num_facts: int, window: int, title: str, label: str) -> None:
+    axes.set_title(title, loc="left", fontsize=10)
+    bare_axes(axes)
+    mean = f" (mean of the last {window})" if window > 1 else ""
+    edit_axis(axes, num_facts, f"edit{mean}")
+    axes.set_ylabel(label, fontsize=9)
+    axes.set_ylim(0, 100)
+    axes.set_yticks(range(0, 101, 25))
+    axes.tick_params(axis="y", labelsize=8)
 
 
-def _short(names: Sequence[str]) -> list[str]:
-    """Layer names without the part they all begin with."""
-    parts = [name.split(".") for name in names]
-    shared = 0
-    while (
-        all(len(p) > shared + 1 and p[shared] == parts[0][shared] for p in parts) and len(parts) > 1
-    ):
-        shared += 1
-    return [".".join(p[shared:]) for p in parts]
+def _share(seeds: Sequence[int]) -> str:
+    return "written" if len(seeds) == 1 else f"share of {len(seeds)} seeds"
+
+
+def _written(run: Mapping[str, Any], num_layers: int, num_facts: int) -> NDArray[np.float64]:
+    """F × L, 1 where an edit wrote a layer."""
+    mask = np.zeros((num_facts, num_layers))
+    for i, edit in enumerate(run["edits"]):
+        mask[i, edit["layers"]] = 1
+    return mask

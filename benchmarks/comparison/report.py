@@ -11,7 +11,7 @@ from typing import TextIO
 
 from hiedit_benchmarks.comparison.console import encodable, replace_what_cannot_be_encoded
 from hiedit_benchmarks.comparison.results import UNEDITED, Row
-from hiedit_benchmarks.comparison.statistics import Summary
+from hiedit_benchmarks.comparison.statistics import PairedDifferences, Summary
 from rich import box
 from rich.console import Console, Group, RenderableType
 from rich.padding import Padding
@@ -108,7 +108,7 @@ _PAIRED_SHOWN = ("generated", "average", "agreement", "efficacy")
 
 def report(
     summary: Summary,
-    paired: Mapping[str, Mapping[str, Mapping[str, float]]],
+    paired: PairedDifferences,
     baseline: str | None,
     rows: Sequence[Row],
     *,
@@ -127,7 +127,7 @@ def report(
     def fit(text: str) -> str:
         return encodable(text, encoding)
 
-    seeds = max((e["seeds"] for m in summary.values() for e in m.values()), default=0)
+    seeds = len({row["seed"] for row in rows})
     parts: list[RenderableType] = []
     for title, columns in TABLES:
         shown = [c for c in columns if any(c.measure in found for found in summary.values())]
@@ -190,9 +190,7 @@ def _table(columns: Sequence[Column], summary: Summary, fit: Callable[[str], str
     return table
 
 
-def _paired_table(
-    paired: Mapping[str, Mapping[str, Mapping[str, float]]], fit: Callable[[str], str]
-) -> Table:
+def _paired_table(paired: PairedDifferences, fit: Callable[[str], str]) -> Table:
     known = [m for m in _PAIRED_SHOWN if any(m in found for found in paired.values())]
     measures = known[:3]  # as many as fit
     table = _empty(measures)

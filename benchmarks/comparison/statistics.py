@@ -35,6 +35,8 @@ MEASURES: Mapping[str, tuple[str, ...]] = {
 }
 #: Agent → measure → ``{"mean", "half_width", "seeds"}``.
 Summary = Mapping[str, Mapping[str, Mapping[str, float | None]]]
+#: Agent → measure → ``{"difference", "low", "high"}``.
+PairedDifferences = Mapping[str, Mapping[str, Mapping[str, float]]]
 
 #: Measures of which paired differences are taken: metric and reading of a run's per-fact numbers.
 PAIRED: Mapping[str, tuple[str, str]] = {
