@@ -12,16 +12,7 @@ import pytest
 from hiedit_benchmarks.comparison import compare as compare_module
 from hiedit_benchmarks.comparison.compare import Comparison, compare, make_env
 from hiedit_benchmarks.comparison.episode import unwrapped
-from hiedit_benchmarks.comparison.figure import _running_mean, draw
-from hiedit_benchmarks.comparison.results import plain, write_bytes
 from hiedit_benchmarks.comparison.settings import CompareSettings
-from hiedit_benchmarks.comparison.statistics import (
-    baseline_of,
-    paired_differences,
-    summarise,
-    t_interval,
-    table,
-)
 
 from hiedit_env.datasets.load import load_requests
 from hiedit_env.datasets.streams import fingerprint, stream
@@ -56,8 +47,9 @@ def test_one_row_per_agent_and_seed_with_all_keys(made: tuple[Path, Comparison])
     assert sorted(pairs) == sorted(
         (agent, seed) for agent in ("no-edit", *AGENTS) for seed in SEEDS
     )
-    assert comparison.text.splitlines()[1].startswith("no-edit")
+    assert comparison.text.splitlines()[3].startswith("no-edit")
     for row in rows:
+        assert row["format_version"] == 2
         assert row["num_edits"] == 4
         assert row["error_type"] is None
         for metric in ("efficacy", "generalization", "specificity", "retention"):
@@ -101,6 +93,9 @@ def test_a_row_says_what_its_run_did(made: tuple[Path, Comparison]) -> None:
         right_after = row["metrics"]["efficacy_right_after"]
         assert right_after["token_accuracy"] == pytest.approx(25 * sum(efficacy))
         assert right_after["exact_match"] == 25 * efficacy.count(1.0)
+        # The episode edits every fact, and efficacy is a share of tokens both times.
+        lost = right_after["token_accuracy"] - row["metrics"]["efficacy"]["token_accuracy"]
+        assert row["metrics"]["forgetting"] == pytest.approx(lost)
         # A third of four facts is one.
         first = run["per_fact"]["efficacy"]["token_accuracy"][0]
         assert row["metrics"]["retention"]["token_accuracy"] == first
@@ -198,7 +193,8 @@ def test_a_collapse_is_reported(tmp_path: Path) -> None:
     assert row["error_type"] in ("numerical_collapse", "non_finite_update")
     assert row["num_edits"] == 0
     assert row["metrics"]["efficacy_right_after"]["token_accuracy"] is None
-    assert f"ended after 0 edits ({row['error_type']})" in result.text
+    assert row["metrics"]["forgetting"] is None
+    assert f"ended after 0 edits ({row['error_type']})" in " ".join(result.text.split())
 
 
 @pytest.mark.parametrize(
@@ -239,130 +235,6 @@ def test_settings_reach_the_environment() -> None:
     env.close()
 
 
-# -- statistics -----------------------------------------------------------------------------------
-
-
-def test_t_interval() -> None:
-    assert t_interval([5.0]) == (5.0, None)
-    # Standard deviation √2, over √2, times t(1) = 12.706.
-    assert t_interval([1.0, 3.0]) == (2.0, pytest.approx(12.706))
-    # t(40) = 2.021 in the usual tables; 41 values of variance 41/40.
-    values = [1.0, -1.0] * 20 + [0.0]
-    assert t_interval(values)[1] == pytest.approx(2.021 / 41**0.5, rel=2e-3)
-
-
-def per_fact(values: np.ndarray) -> dict[str, dict[str, list[float | None]]]:
-    column: list[float | None] = values.tolist()
-    third = [v if i < len(column) // 3 else None for i, v in enumerate(column)]
-    return {
-        "efficacy": {"token_accuracy": column, "exact_match": column},
-        "generalization": {"token_accuracy": column},
-        "specificity": {"token_accuracy": column, "agreement": column},
-        "retention": {"token_accuracy": third},
-    }
-
-
-def test_paired_differences_of_constants_are_exact() -> None:
-    theirs = [np.arange(9.0), np.arange(9.0) * 2]
-    found = paired_differences(
-        [per_fact(values + 3) for values in theirs], [per_fact(values) for values in theirs]
-    )
-    assert set(found) == {
-        "efficacy", "generalization", "specificity", "retention", "agreement", "exact_match",
-        "average",
-    }  # fmt: skip
-    for interval in found.values():
-        assert interval == pytest.approx({"difference": 3, "low": 3, "high": 3})
-
-
-def test_paired_differences_have_the_normal_interval_for_many_facts() -> None:
-    generator = np.random.default_rng(1)
-    theirs = generator.uniform(0, 100, 900)
-    ours = theirs + generator.normal(1.0, 2.0, 900)
-    found = paired_differences([per_fact(ours)], [per_fact(theirs)])
-    # 1.96 · 2 / √900 for all facts, and √3 times that for the first third.
-    for name, size in (("efficacy", 900), ("retention", 300)):
-        difference = (ours - theirs)[:size]
-        half = 1.96 * difference.std() / size**0.5
-        assert found[name]["difference"] == pytest.approx(difference.mean())
-        assert found[name]["low"] == pytest.approx(difference.mean() - half, abs=0.1 * half)
-        assert found[name]["high"] == pytest.approx(difference.mean() + half, abs=0.1 * half)
-
-
-def test_seeds_that_disagree_widen_the_interval() -> None:
-    base = np.zeros(30)
-    found = paired_differences(
-        [per_fact(base - 1), per_fact(base + 3)], [per_fact(base), per_fact(base)]
-    )
-    # Two seeds drawn from two: means −1, 1 and 3 with chances ¼, ½, ¼.
-    assert found["efficacy"] == pytest.approx({"difference": 1, "low": -1, "high": 3})
-
-
-def test_summary_and_table() -> None:
-    def row(agent: str, seed: int, value: float) -> dict[str, Any]:
-        metric = {"token_accuracy": value, "exact_match": value}
-        names = ("efficacy", "generalization", "specificity", "retention")
-        return {
-            "agent": agent,
-            "seed": seed,
-            "metrics": {**dict.fromkeys(names, metric), "efficacy_right_after": metric},
-            "layers_per_edit": 2.0,
-            "seconds_per_edit": 0.5,
-        }
-
-    summary = summarise([row("no-edit", 0, 10.0), row("no-edit", 1, 12.0), row("a", 0, 50.0)])
-    assert summary["no-edit"]["average"] == {
-        "mean": 11.0,
-        "half_width": pytest.approx(12.706),
-        "seeds": 2,
-    }
-    lines = table(summary).splitlines()
-    assert lines[0].split()[:2] == ["agent", "effic."]
-    assert "generated" not in lines[0], "columns without numbers are left out"
-    assert "11.0±12.7" in lines[1]
-    assert lines[2].split()[:2] == ["a", "50.0"]
-    assert baseline_of(["no-edit", "a", "all-layers"]) == "all-layers"
-    assert baseline_of(["no-edit", "b", "a"]) == "b"
-    assert baseline_of(["no-edit"]) is None
-
-
-# -- files ----------------------------------------------------------------------------------------
-
-
-def test_files_appear_complete_or_not_at_all(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    path = tmp_path / "file"
-    write_bytes(path, b"old")
-
-    def fail(*_: Any) -> None:
-        raise OSError("no")
-
-    monkeypatch.setattr("hiedit_benchmarks.comparison.results.os.replace", fail)
-    with pytest.raises(OSError, match="no"):
-        write_bytes(path, b"new")
-    assert path.read_bytes() == b"old"
-    assert list(tmp_path.iterdir()) == [path]
-
-
-def test_plain_values_are_json() -> None:
-    value = {"a": (np.float32(0.5), np.inf), "b": Path("x"), "c": np.array([[True]])}
-    assert json.loads(json.dumps(plain(value))) == {"a": [0.5, None], "b": "x", "c": [[True]]}
-
-
-def test_picture(made: tuple[Path, Comparison]) -> None:
-    out, comparison = made
-    assert comparison.picture == out / "compare.png"
-    data = comparison.picture.read_bytes()
-    assert data[:8] == b"\x89PNG\r\n\x1a\n"
-    names = [row["agent"] for row in comparison.rows if row["seed"] == 0]
-    layers = details(out, "no-edit", 0)["layer_names"]
-    one_seed = draw(names, [0], comparison.details, layers)
-    assert one_seed[:4] == data[:4]
-    assert one_seed != data
-    assert _running_mean(np.array([4.0, np.nan, 2.0]), 2).tolist() == [4.0, 4.0, 2.0]
-
-
 def test_a_model_that_is_not_there_leaves_no_folder_behind(tmp_path: Path) -> None:
     out = tmp_path / "out"
     with pytest.raises(ModelError, match="nowhere"):
@@ -376,7 +248,7 @@ def test_the_baseline_of_the_pairs_can_be_chosen(tmp_path: Path) -> None:
     result = compare(
         settings, agents, [0], tmp_path / "out", baseline="random-layers", progress=False
     )
-    assert "all-layers − random-layers, paired" in result.text
+    assert "Difference from random-layers on the same facts" in result.text
     summary = json.loads((tmp_path / "out" / "summary.json").read_text())
     assert summary["baseline"] == "random-layers"
     with pytest.raises(SettingsError, match="none of the agents"):
