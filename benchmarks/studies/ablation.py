@@ -1,14 +1,14 @@
-r"""What each part of ``hiedit`` brings: leaves out or changes one part at a time, and compares.
+r"""Ablations of ``hiedit``: leaves out or changes one component at a time, and compares.
 
     python -m hiedit_benchmarks.studies.ablation \
         --train FILE --evaluate FILE --layers PATTERN … --out DIR
 
 One low level is calibrated, as in ``hiedit train hiedit``, then a high level is trained over it for
-every variant that has one of its own (the others only act in another way; ``trained-low`` acts
-through a low level that is trained too), then every variant edits the same streams. Each training
-and each variant's streams are a process of their own, ``--jobs`` at a time; what is finished is
-kept, so that the same command goes on where it was stopped. It ends with the table of ``hiedit
-compare`` and its paired differences from ``hiedit``, in ``DIR/table``.
+every variant that needs one (the others only act in another way; ``trained-low`` acts through a low
+level that is trained too), then every variant edits the same streams. Each training and each
+variant's streams run in one process, ``--jobs`` processes at a time. Finished work is kept: the
+same command continues where it was stopped. At the end the study prints the table of ``hiedit
+compare`` with the paired differences from ``hiedit``, and writes it to ``DIR/table``.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from hiedit_agents.named.checkpoints import JSON_FILE
+from hiedit_benchmarks.comparison.console import replace_what_cannot_be_encoded
 from hiedit_benchmarks.comparison.results import plain, write_json
 
 from hiedit_env.errors import HieditError, SettingsError
@@ -40,10 +41,11 @@ class Variant:
     """One row of the table.
 
     Args:
-        agent: Played agent; ``{low}``, ``{trained}`` and ``{high}`` stand for folders: the low
-            level as it is calibrated, the one that is trained too, and what ``train`` makes.
-        train: Agent and options that its high level is trained with, over ``{low}``; nothing where
-            ``hiedit``'s own is played.
+        agent: Agent that is compared; ``{low}``, ``{trained}`` and ``{high}`` stand for folders:
+            the low level that is only calibrated, the one that is trained too, and the agent that
+            ``train`` makes.
+        train: Agent and options that its high level is trained with, over ``{low}``; empty where
+            ``hiedit``'s own high level is used.
     """
 
     agent: str = "{high}"
@@ -69,7 +71,7 @@ VARIANTS: Mapping[str, Variant] = {
     "no-rehearsal": Variant("{high}?facts=0&probes=0&end_answers=false"),
     "no-look-ahead": Variant("{high}?look_ahead=false"),
 }
-#: Where the level of a row comes from that trains none of its own.
+#: The variant whose levels those variants use that train none.
 _BASE = "hiedit"
 
 
@@ -124,7 +126,7 @@ class Plan:
         return ["train", agent, *self.train, *own, *options, *count, *self._to(name)]
 
     def rows(self, name: str) -> list[str]:
-        """Command line that plays a variant's streams."""
+        """Command line that runs a variant on the streams."""
         variant = VARIANTS[name]
         agent = self.filled(variant.agent, name if variant.train else _BASE)
         folder = f"rows/{name}"
@@ -143,18 +145,19 @@ class Plan:
         return ["--resume", "--out", str(self.out / folder)]
 
 
-def parts(plan: Plan, run: Run, jobs: int = 1) -> None:
-    """Does what is not done yet, ``jobs`` processes at a time.
+def ablate(plan: Plan, run: Run, jobs: int = 1) -> None:
+    """Trains and compares what ``plan.out`` does not hold yet, ``jobs`` processes at a time.
 
     Raises:
-        SettingsError: an unknown variant, none that the others are compared with, or a folder that
-            was begun with other settings.
+        SettingsError: an unknown variant, a plan without ``hiedit``, with which the others are
+            compared, or a folder that was begun with other settings.
     """
     unknown = set(plan.variants) - set(VARIANTS)
     if unknown or _BASE not in plan.variants:
         raise SettingsError(
             f"variants must be {_BASE} and any of {', '.join(VARIANTS)}; got {plan.variants}"
         )
+    replace_what_cannot_be_encoded()
     out = plan.out
     (out / "logs").mkdir(parents=True, exist_ok=True)
     _check_same(plan)
@@ -164,7 +167,7 @@ def parts(plan: Plan, run: Run, jobs: int = 1) -> None:
         if not (out / folder / JSON_FILE).exists():
             run(command, out / "logs" / f"{folder}.txt")
 
-    def play(name: str, *after: Future[None]) -> None:
+    def compare(name: str, *after: Future[None]) -> None:
         _wait(after)
         folder = out / "rows" / name
         if not folder.exists():
@@ -198,7 +201,7 @@ def parts(plan: Plan, run: Run, jobs: int = 1) -> None:
         needed = [*done, *trained, *own.values()]
         for name in plan.variants:
             also = trained if name == "trained-low" else []
-            needed.append(pool.submit(play, name, own[name], *done, *also))
+            needed.append(pool.submit(compare, name, own[name], *done, *also))
         wait(needed, return_when=FIRST_EXCEPTION)
         # Where one has failed, what has not begun is not begun any more.
         pool.shutdown(wait=True, cancel_futures=True)
@@ -209,7 +212,7 @@ def parts(plan: Plan, run: Run, jobs: int = 1) -> None:
 
 
 def _check_same(plan: Plan) -> None:
-    """Notes what the folder is made with; what is kept in it must have been made with the same."""
+    """Writes the plan into the folder; refuses a folder that was begun with another plan."""
     file = plan.out / "plan.json"
     # More rows may be added.
     wanted = {name: value for name, value in plain(asdict(plan)).items() if name != "variants"}
@@ -241,8 +244,14 @@ def _merge(folders: Sequence[Path], into: Path) -> None:
 
 
 def in_a_process(threads: int) -> Run:
-    """Runs command lines as processes of so many threads each."""
-    environment = {**os.environ, "OMP_NUM_THREADS": str(threads), "OMP_WAIT_POLICY": "PASSIVE"}
+    """Returns a function that runs command lines as processes of ``threads`` threads each."""
+    # Logs are read as UTF-8.
+    environment = {
+        **os.environ,
+        "PYTHONIOENCODING": "utf-8",
+        "OMP_NUM_THREADS": str(threads),
+        "OMP_WAIT_POLICY": "PASSIVE",
+    }
 
     def run(command: Sequence[str], log: Path) -> None:
         # In one piece: several processes are begun at the same time.
@@ -303,7 +312,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     try:
         threads = max(1, (os.cpu_count() or 1) // given.jobs)
-        parts(plan, in_a_process(threads), given.jobs)
+        ablate(plan, in_a_process(threads), given.jobs)
     except HieditError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1

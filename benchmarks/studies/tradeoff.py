@@ -3,30 +3,29 @@
 ``python -m hiedit_benchmarks.studies.tradeoff DIR … --out FILE.png``
 
 Reads folders that ``hiedit compare`` wrote, all with the same facts, and draws one point per agent:
-how much of what was edited is answered at the end, against how much of what was not edited is still
-answered as by the unedited model. Agents called ``NAME@anything`` are joined to one curve ``NAME``.
+its efficacy after the last edit against its agreement with the unedited model, both as in the table
+of ``hiedit compare``. Agents called ``NAME@anything`` are joined to one curve ``NAME``.
 """
 
 from __future__ import annotations
 
 import argparse
-import io
-import json
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from hiedit_benchmarks.comparison.results import UNEDITED, Row
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
+from hiedit_benchmarks.comparison.console import replace_what_cannot_be_encoded
+from hiedit_benchmarks.comparison.results import UNEDITED, Row, read_rows
 
+from hiedit_env.envs.plotting import bare_axes, line_style, name_end, new_figure, png
 from hiedit_env.errors import HieditError, SettingsError
 from hiedit_env.files import write_bytes
 
 #: Settings that points of one picture have in common.
 _ALIKE = ("model", "dtype", "candidate_layers", "num_edits")
+_MARKERS = "osD^vPX"
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,9 +34,10 @@ class Point:
 
     Args:
         agent: Its name.
-        agreement: With the unedited model's own answers to unrelated prompts.
-        efficacy: Token accuracy on the edited facts at the end.
-        seeds: How many.
+        agreement: Share of the unedited model's own answer tokens, to unrelated prompts, that are
+            still the argmax after the last edit.
+        efficacy: Token accuracy on the edited facts after the last edit.
+        seeds: Number of seeds.
     """
 
     agent: str
@@ -85,17 +85,11 @@ def points(folders: Sequence[Path]) -> list[Point]:
 
 
 def _rows(folder: Path) -> list[Row]:
-    try:
-        text = (folder / "results.jsonl").read_text(encoding="utf-8")
-        rows: list[Row] = [json.loads(line) for line in text.splitlines() if line.strip()]
-        for row in rows:
-            row["agent"], row["seed"], row["stream_fingerprint"], row["metrics"]
-            for name in _ALIKE:
-                row["settings"][name]
-    except (OSError, ValueError) as error:
-        raise SettingsError(f"{folder} holds no results: {error}") from error
-    except (KeyError, TypeError) as error:
-        raise SettingsError(f"{folder} holds no results of a comparison: {error!r}") from error
+    rows = read_rows(folder / "results.jsonl")
+    for row in rows:
+        missing = [name for name in _ALIKE if name not in row["settings"]]
+        if missing:
+            raise SettingsError(f"{folder} holds no results of a comparison: no setting {missing}")
     return rows
 
 
@@ -110,17 +104,22 @@ def _mean(agent: str, by_seed: Mapping[int, Row], metric: str, reading: str) -> 
 
 
 def draw(found: Sequence[Point]) -> bytes:
-    """The picture as PNG."""
-    figure = Figure(figsize=(7.5, 5), dpi=110, layout="constrained")
-    FigureCanvasAgg(figure)
+    """The picture as PNG.
+
+    Raises:
+        MissingLibraryError: matplotlib is not installed.
+    """
+    figure = new_figure(7.5, 5, dpi=110, layout="constrained")
     axes = figure.add_subplot()
     curves: dict[str, list[Point]] = {}
     for point in found:
         curves.setdefault(point.agent.partition("@")[0], []).append(point)
-    for name, curve in curves.items():
+    lines = []
+    for index, curve in enumerate(curves.values()):
         ordered = sorted(curve, key=lambda point: point.agreement)
         x, y = [p.agreement for p in ordered], [p.efficacy for p in ordered]
-        axes.plot(x, y, marker="o", label=name)
+        marker = _MARKERS[index % len(_MARKERS)]
+        lines += axes.plot(x, y, marker=marker, clip_on=False, **line_style(index))
         for point in ordered:
             if "@" in point.agent:
                 axes.annotate(
@@ -129,14 +128,20 @@ def draw(found: Sequence[Point]) -> bytes:
                     textcoords="offset points",
                     xytext=(5, 5),
                     fontsize=8,
+                    parse_math=False,
                 )
-    axes.set_xlabel("agreement with the unedited model on unrelated prompts, %")
-    axes.set_ylabel("efficacy at the end, %")
-    axes.grid(alpha=0.3)
-    axes.legend(fontsize=8)
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png")
-    return buffer.getvalue()
+    axes.set_xlabel("agreement, %", fontsize=9)
+    axes.set_ylabel("efficacy after the last edit, %", fontsize=9)
+    axes.margins(0.08)
+    bare_axes(axes)
+    # Outside, where it hides no point.
+    names = [f" {name_end(name, 40)}" for name in curves]
+    legend = figure.legend(
+        lines, names, loc="outside lower center", ncols=3, fontsize=8, frameon=False, handlelength=3
+    )
+    for text in legend.get_texts():
+        text.set_parse_math(False)
+    return png(figure)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -148,6 +153,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--out", required=True, type=Path, metavar="FILE.png")
     given = parser.parse_args(arguments)
     try:
+        replace_what_cannot_be_encoded()
         found = points(given.folders)
         for point in found:
             print(
@@ -155,7 +161,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 f"({point.seeds} seeds)"
             )
         write_bytes(given.out, draw(found))
-    except (HieditError, OSError) as error:
+    except HieditError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     return 0

@@ -1,4 +1,4 @@
-"""The table of what each part brings: commands, order, what is kept, and one small run of it."""
+"""The ablation study: commands, their order, finished work that is kept, and one small run."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 from hiedit_benchmarks.commands import cli
-from hiedit_benchmarks.studies.ablation import VARIANTS, Plan, in_a_process, main, parts
+from hiedit_benchmarks.studies.ablation import VARIANTS, Plan, ablate, in_a_process, main
 
 from hiedit_env.datasets.load import load_requests
 from hiedit_env.errors import SettingsError
@@ -76,7 +76,7 @@ def test_rows_are_made_once_and_put_together(
 ) -> None:
     calls: list[list[str]] = []
     plan = plan_of(tmp_path, "hiedit", "straight-through", "trained-low")
-    parts(plan, in_here(calls))  # type: ignore[arg-type]
+    ablate(plan, in_here(calls))  # type: ignore[arg-type]
     made = [(command[0], Path(command[-1]).name) for command in calls]
     assert made == [
         ("train", "calibrated"),
@@ -92,7 +92,7 @@ def test_rows_are_made_once_and_put_together(
     printed = capsys.readouterr().out
     for name in ("no-edit", *plan.variants):
         assert f"\n{name}" in printed
-    assert "straight-through − hiedit, paired" in printed
+    assert "Difference from hiedit on the same facts" in printed
     rows = (plan.out / "table" / "results.jsonl").read_text(encoding="utf-8").splitlines()
     agents = [json.loads(row)["agent"] for row in rows]
     assert agents == ["no-edit", "hiedit", "straight-through", "trained-low"]
@@ -106,10 +106,10 @@ def test_rows_are_made_once_and_put_together(
     assert low["low"] == trained["low"]
     assert low["low"]["name"] == "rehearsal"
     calls.clear()
-    parts(plan, in_here(calls))  # type: ignore[arg-type]
+    ablate(plan, in_here(calls))  # type: ignore[arg-type]
     assert [Path(command[-1]).name for command in calls] == ["table"]
     with pytest.raises(SettingsError, match="was begun with layers_per_edit 2 and not 3"):
-        parts(replace(plan, layers_per_edit=3), in_here(calls))  # type: ignore[arg-type]
+        ablate(replace(plan, layers_per_edit=3), in_here(calls))  # type: ignore[arg-type]
 
 
 def test_after_a_failure_nothing_more_is_begun(tmp_path: Path) -> None:
@@ -121,7 +121,7 @@ def test_after_a_failure_nothing_more_is_begun(tmp_path: Path) -> None:
 
     plan = replace(plan_of_nothing(("hiedit", "no-history")), out=tmp_path)
     with pytest.raises(SettingsError, match="no room"):
-        parts(plan, fails)
+        ablate(plan, fails)
     assert set(calls) <= {"calibrated", "unedited.part"}
     assert "calibrated" in calls
 
@@ -155,7 +155,7 @@ def test_bad_input(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
 
     for variants in (("hiedit", "none-such"), ("one-step",)):
         with pytest.raises(SettingsError, match="variants must be hiedit and any of"):
-            parts(plan_of_nothing(variants), never)
+            ablate(plan_of_nothing(variants), never)
     with pytest.raises(SettingsError, match=r"cannot be read|no data set.*agent.err|agent.err"):
         in_a_process(1)(
             ["compare", "--model", "tiny", "--dataset", "none-such", "--out", str(tmp_path / "o")],

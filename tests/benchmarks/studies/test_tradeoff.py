@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 
 import pytest
+from hiedit_benchmarks.comparison.results import FORMAT_VERSION
 from hiedit_benchmarks.studies.tradeoff import Point, main, points
 
 from hiedit_env.errors import SettingsError
@@ -20,8 +21,14 @@ def results(
     folder.mkdir()
     lines = [
         {
+            "format_version": FORMAT_VERSION,
             "agent": agent,
             "seed": seed,
+            "num_edits": 2,
+            "error_type": None,
+            "layers_per_edit": 1.0,
+            "steps_per_edit": 1.0,
+            "seconds_per_edit": 0.1,
             "stream_fingerprint": f"{stream}{seed}",
             "settings": {
                 "model": "tiny",
@@ -97,6 +104,10 @@ def test_mistakes_are_one_line_and_exit_status_1(
     (tmp_path / "rubbish").mkdir()
     (tmp_path / "rubbish" / "results.jsonl").write_text('{"agent": "a"}\n')
     assert "rubbish holds no results" in error(tmp_path / "rubbish")
+    old = results(tmp_path / "old", [("a", 0, 10.0, 90.0)])
+    rows = (old / "results.jsonl").read_text()
+    (old / "results.jsonl").write_text(rows.replace('"format_version": 2, ', ""))
+    assert "results in format 1" in error(old)
     good = results(tmp_path / "good", [("a", 0, 10.0, 90.0)])
     assert "nowhere" in error(good, out=tmp_path / "nowhere" / "curve.png")
     assert not picture.exists()
