@@ -1,1 +1,5 @@
-"""Command line, comparisons, demo, throughput and figures of hiedit."""
+"""Command line, comparisons, demo, throughput and figures of hiedit.
+
+``commands`` is the console script ``hiedit``, ``comparison`` plays agents side by side, ``studies``
+measures parts and speed, ``worlds`` makes the built-in models and their facts.
+"""

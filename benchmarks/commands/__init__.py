@@ -1,1 +1,1 @@
-"""The console script ``hiedit`` and what its commands do."""
+"""The console script ``hiedit`` and what its commands do: one module per command."""
