@@ -1,6 +1,7 @@
 """The resident LLM: the one model that is read, probed and edited.
 
-Everything that touches the network's activations is here; its weights are in :mod:`.resident.weights`.
+Everything that touches the activations of the network is here; its weights are in
+:mod:`.resident.weights`.
 """
 
 from __future__ import annotations
