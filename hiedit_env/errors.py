@@ -18,6 +18,10 @@ class HieditError(Exception):
     """Base class of every error raised on purpose by hiedit."""
 
 
+class HieditWarning(UserWarning):
+    """Something to know that stops nothing, such as a field of a file that is not read."""
+
+
 class ModelError(HieditError, ValueError):
     """A model that cannot be found, loaded or edited."""
 

@@ -1,17 +1,19 @@
-"""The row formats of the field, each turned into a :class:`~hiedit_env.datasets.requests.Request`.
+"""The row formats of the field, each turned into requests.
 
 :data:`FORMATS` is the whole truth: name, the fields that give the format away, parser. Files,
-built-in sets and splits are in :mod:`hiedit_env.datasets.load`. No torch here.
+built-in sets and splits are in :mod:`hiedit_env.datasets.load`; formats that are refused by their
+names in :mod:`hiedit_env.datasets.refused`. No torch here.
 
 Rules common to all formats:
 
-- White space around a text is removed, because the answer is joined to its prompt by one space.
+- ``{}`` or ``{subject}`` in a prompt is filled with the subject; without one it is an error.
+  ``{{}}`` stands for the braces themselves.
+- White space around a text is removed, except at the end of a prompt, which is the text it is.
 - A format without a subject, or a row where it is missing, uses the prompt as its subject.
-- A field that a format requires must be text with something in it. Only WikiBigEdit and KnowEdit,
-  whose released files have gaps, may leave optional fields null, NaN or blank.
-- Questions whose answer merely follows from the edit (WikiBigEdit's ``mhop``, KnowEdit's
-  ``portability``) are not read: a request holds rewordings with the same answer and unrelated
-  prompts, and such a question is neither.
+- A field that a format requires must be text with something in it. Optional fields of released
+  files, which have gaps, may be null, NaN or blank.
+- Questions whose answers merely follow from the edit are kept in ``Request.portability``.
+- A field that is there and not read is remembered by the row and reported once per file.
 """
 
 from __future__ import annotations
@@ -20,136 +22,12 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
 
+from hiedit_env.datasets import probes
 from hiedit_env.datasets.requests import Probe, Request
+from hiedit_env.datasets.rows import Row, kind_of
 from hiedit_env.datasets.writing import is_closed, question_mark_for
-from hiedit_env.errors import DatasetError
 
-
-def _kind(value: object) -> str:
-    """Name of a JSON value's type for messages.
-
-    >>> _kind([["Paris"]]), _kind({}), _kind(3)
-    ('a list of lists', 'an object', 'a number')
-    """
-    if isinstance(value, list):
-        return "a list of lists" if value and isinstance(value[0], list) else "a list"
-    if isinstance(value, bool):  # before numbers: bool is an int
-        return "true or false"
-    if isinstance(value, int | float):
-        return "a number"
-    if value is None:
-        return "null"
-    return "an object" if isinstance(value, Mapping) else "text"
-
-
-def _is_gap(value: object) -> bool:
-    """Whether a released file left the field out: null, blank, or NaN (unequal to itself)."""
-    return value is None or value != value or (isinstance(value, str) and not value.strip())
-
-
-@dataclass(frozen=True, slots=True)
-class Row:
-    """One object of a data file; every reader names file, row and field when it refuses.
-
-    Args:
-        fields: The JSON object.
-        source: ``file row number``, the number counted from 0.
-        prefix: Path to this object inside the row, e.g. ``"locality[2]."``.
-    """
-
-    fields: Mapping[str, object]
-    source: str
-    prefix: str = ""
-
-    def error(self, field: str, problem: str) -> DatasetError:
-        """The error to raise for ``field``."""
-        return DatasetError(f"{self.source}: field {self.prefix + field!r} {problem}")
-
-    def _checked(self, field: str, value: object) -> str:
-        if not isinstance(value, str):
-            raise self.error(field, f"must be text, got {_kind(value)}")
-        text = value.strip()
-        if not text:
-            raise self.error(field, "is empty")
-        try:
-            text.encode("utf-8")
-        except UnicodeEncodeError:  # JSON allows half of a surrogate pair; no tokenizer does
-            raise self.error(field, "holds an unpaired surrogate, which is not text") from None
-        return text
-
-    def text(self, field: str) -> str:
-        """A required text."""
-        if self.fields.get(field) is None:
-            raise self.error(field, "is missing")
-        return self._checked(field, self.fields[field])
-
-    def optional(self, field: str) -> str | None:
-        """A text, or None where the field is absent or null; present but empty is an error."""
-        value = self.fields.get(field)
-        return None if value is None else self._checked(field, value)
-
-    def patchy(self, field: str) -> str | None:
-        """A text, or None where a released file has a gap: absent, null, NaN or blank."""
-        value = self.fields.get(field)
-        return None if _is_gap(value) else self._checked(field, value)
-
-    def texts(self, field: str) -> tuple[str, ...]:
-        """A list of texts; nothing where the field is absent or null."""
-        value = self.fields.get(field)
-        if value is None:
-            return ()
-        if not isinstance(value, list):
-            raise self.error(field, f"must be a list of texts, got {_kind(value)}")
-        return tuple(self._checked(f"{field}[{i}]", item) for i, item in enumerate(value))
-
-    def text_or_texts(self, field: str) -> tuple[str, ...]:
-        """One text or a list of them; nothing where there is a gap."""
-        value = self.fields.get(field)
-        if _is_gap(value):
-            return ()
-        return (self._checked(field, value),) if isinstance(value, str) else self.texts(field)
-
-    def first_text(self, field: str) -> str | None:
-        """The first text with something in it, however deep in lists; None if there is none.
-
-        >>> Row({"a": [["", "Berlin"], ["Berlin, Germany"]]}, "doc").first_text("a")
-        'Berlin'
-        """
-        waiting = [self.fields.get(field)]
-        while waiting:
-            value = waiting.pop()
-            if isinstance(value, list):
-                waiting.extend(reversed(value))
-            elif not _is_gap(value):
-                return self._checked(field, value)
-        return None
-
-    def child(self, field: str) -> Row:
-        """A required object."""
-        value = self.fields.get(field)
-        if value is None:
-            raise self.error(field, "is missing")
-        if not isinstance(value, Mapping):
-            raise self.error(field, f"must be an object, got {_kind(value)}")
-        return Row(value, self.source, f"{self.prefix}{field}.")
-
-    def children(self, field: str) -> tuple[Row, ...]:
-        """A list of objects; nothing where the field is absent or null."""
-        value = self.fields.get(field)
-        if value is None:
-            return ()
-        if not isinstance(value, list):
-            raise self.error(field, f"must be a list of objects, got {_kind(value)}")
-        for i, item in enumerate(value):
-            if not isinstance(item, Mapping):
-                raise self.error(f"{field}[{i}]", f"must be an object, got {_kind(item)}")
-        return tuple(
-            Row(item, self.source, f"{self.prefix}{field}[{i}].") for i, item in enumerate(value)
-        )
-
-    def probes(self, field: str, answer: str) -> tuple[Probe, ...]:
-        """Objects with ``prompt`` and ``answer`` fields; nothing where absent or null."""
-        return tuple(Probe(item.text("prompt"), item.text(answer)) for item in self.children(field))
+_PLACES = ("{}", "{subject}")
 
 
 def _zsre(row: Row) -> Request:
@@ -167,24 +45,54 @@ def _zsre(row: Row) -> Request:
     In the files seen that carry both ``ans`` and ``alt``, the two are equal in every row.
 
     The four code bases append "?" to every ``loc``; here only to one without closing punctuation.
+    ``portability`` holds ``New Question`` and ``New Answer`` (``…_portability_gpt4.json``).
     """
-    prompt = row.text("src")
+    subject = row.optional("subject")
+    row = row.about(subject)
+    prompt = row.prompt("src")
     recorded = row.texts("answers")
     candidates = (row.patchy("ans"), row.patchy("alt"), *recorded[:1])
     target = next((answer for answer in candidates if answer is not None), None)
     if target is None:
         raise row.error("ans", "holds no answer, and neither do 'alt' and 'answers'")
-    unrelated = row.text("loc")
-    if not is_closed(unrelated):
-        unrelated += question_mark_for(unrelated)
+    asked = row.prompt("loc")
+    if not is_closed(asked):
+        asked = asked.rstrip() + question_mark_for(asked)
+    row.value("cond")  # "old >> new || src": nothing new
     return Request(
         prompt=prompt,
         answer=target,
-        subject=row.optional("subject") or prompt,
-        paraphrases=(row.text("rephrase"),),
-        locality=(Probe(unrelated, row.text("loc_ans")),),
+        subject=subject or prompt,
+        paraphrases=(row.prompt("rephrase"), *probes.paraphrases(row, {"rephrase"})),
+        locality=(Probe(asked, row.text("loc_ans")), *probes.unrelated(row, without={"loc"})),
         old_answer=recorded[0] if recorded and recorded[0] != target else None,
         source=row.source,
+        portability=probes.portability(row),
+        subject_aliases=probes.subject_aliases(row),
+    )
+
+
+def _mend(row: Row) -> Request | None:
+    """MEND's own lines of zsRE and FEVER (KILT's ``input`` and ``output``, arXiv 2110.11309).
+
+    Fields as in MEND's ``data_classes``: ``alternatives[0]`` is written (MEND draws one of them at
+    random), ``filtered_rephrases`` are the rewordings, ``prediction`` is the old answer. Rows
+    without alternatives have nothing to write and are left out, as MEND does.
+    """
+    prompt = row.prompt("input")
+    wanted = row.texts("alternatives")
+    if not wanted:
+        row.left_out.append("no 'alternatives'")
+        return None
+    return Request(
+        prompt=prompt,
+        answer=wanted[0],
+        subject=row.patchy("subject") or prompt,
+        paraphrases=row.texts("filtered_rephrases", prompt=True),
+        locality=probes.unrelated(row),
+        old_answer=row.patchy("prediction"),
+        source=row.source,
+        portability=probes.portability(row),
     )
 
 
@@ -194,105 +102,258 @@ def _counterfact(row: Row) -> Request:
     ``requested_rewrite`` holds ``prompt`` with "{}" where the ``subject`` goes, ``target_new.str``
     and ``target_true.str``. ``neighborhood_prompts`` are about subjects that share the true answer.
     A ``locality`` list of ``prompt`` and ``ground_truth``, where it is not empty, replaces them.
+    MEMIT's ``multi_counterfact.json``, LEME and AKEW have the same fields and more; AKEW's
+    WikiUpdate has ``answer_new`` and ``answer_true`` for the two targets.
     """
     rewrite = row.child("requested_rewrite")
     template = rewrite.text("prompt")
-    if "{}" not in template:
+    if not any(place in template for place in _PLACES):
         raise rewrite.error("prompt", "has no '{}' to put the subject in")
     subject = rewrite.text("subject")
-    true_answer = rewrite.child("target_true").text("str")
-    neighbours = row.texts("neighborhood_prompts")
+    row, rewrite = row.about(subject), rewrite.about(subject)
+    if "answer_new" in rewrite.fields:
+        answer, true_answer = rewrite.text("answer_new"), rewrite.patchy("answer_true")
+    else:
+        true_answer = rewrite.child("target_true").text("str")
+        answer = rewrite.child("target_new").text("str")
+    nearby = probes.neighbours(row, true_answer)
+    rewrite.value("prompt_full")  # the prompt, filled
+    reworded = rewrite.patchy("question", prompt=True)
     return Request(
-        prompt=template.replace("{}", subject),
-        answer=rewrite.child("target_new").text("str"),
+        prompt=rewrite.prompt(),
+        answer=answer,
         subject=subject,
-        paraphrases=row.texts("paraphrase_prompts"),
-        locality=row.probes("locality", "ground_truth")
-        or tuple(Probe(prompt, true_answer) for prompt in neighbours),
+        paraphrases=row.texts("paraphrase_prompts", prompt=True)
+        + ((reworded,) if reworded else ()),
+        locality=(row.probes("locality", "ground_truth") or tuple(nearby))
+        + probes.unrelated(row, without={"locality", "neighborhood_prompts"}),
         old_answer=true_answer,
         relation=row.optional("relation") or rewrite.optional("relation_id"),
         source=row.source,
+        portability=probes.portability(row),
+    )
+
+
+def _mquake(row: Row) -> tuple[Request, ...]:
+    """MQuAKE, CF and T (arXiv 2305.14795): one row is several edits and what follows from them all.
+
+    Each entry of ``requested_rewrite`` is a request, with its ``question`` as paraphrase.
+    ``questions`` with ``new_answer``, and ``new_single_hops``, belong to the last of them, since
+    they are right only after all. AKEW's ``loc`` and ``loc_ans`` belong to each.
+    """
+    rewrites = row.children("requested_rewrite")
+    if not rewrites:
+        raise row.error("requested_rewrite", "is empty")
+    follows: list[Probe] = []
+    if row.has("new_answer"):
+        answer, aliases = row.text("new_answer"), row.text_or_texts("new_answer_alias")
+        asked = row.texts("questions", prompt=True)
+        follows += [Probe(question, answer, "multi-hop", aliases) for question in asked]
+    for hop in row.children("new_single_hops"):
+        answer, aliases = hop.text("answer"), hop.text_or_texts("answer_alias")
+        texts = (hop.patchy("question", prompt=True), hop.patchy("cloze", prompt=True))
+        follows += [Probe(text, answer, "single-hop", aliases) for text in texts if text]
+    unrelated = probes.unrelated(row)
+    requests = []
+    for i, plain in enumerate(rewrites):
+        subject = plain.text("subject")
+        rewrite = plain.about(subject)
+        question = rewrite.patchy("question", prompt=True)
+        true = rewrite.child("target_true").text("str") if rewrite.has("target_true") else None
+        requests.append(
+            Request(
+                prompt=rewrite.prompt(),
+                answer=rewrite.child("target_new").text("str"),
+                subject=subject,
+                paraphrases=(question,) if question else (),
+                locality=unrelated,
+                old_answer=true,
+                relation=rewrite.patchy("relation_id"),
+                source=f"{row.source} requested_rewrite[{i}]" if i else row.source,
+                portability=tuple(follows) if i == len(rewrites) - 1 else (),
+            )
+        )
+    return tuple(requests)
+
+
+def _rome(row: Row) -> Request:
+    """A request of ROME or MEMIT: ``prompt`` with "{}", ``subject``, ``target_new.str``."""
+    subject = row.text("subject")
+    row = row.about(subject)
+    true = row.child("target_true").text("str") if row.has("target_true") else None
+    return Request(
+        prompt=row.prompt(),
+        answer=row.child("target_new").text("str"),
+        subject=subject,
+        paraphrases=probes.paraphrases(row),
+        locality=probes.unrelated(row, true),
+        old_answer=true,
+        relation=row.patchy("relation_id") or row.patchy("relation"),
+        source=row.source,
+        portability=probes.portability(row),
     )
 
 
 def _ultraeditbench(row: Row) -> Request:
     """UltraEditBench (arXiv 2505.14679): fields as in UltraEdit's ``data/ultraeditbench.py``."""
-    prompt = row.text("prompt")
+    subject = row.optional("subject")
+    row = row.about(subject)
+    prompt = row.prompt()
     return Request(
         prompt=prompt,
         answer=row.text("ans"),
-        subject=row.optional("subject") or prompt,
-        paraphrases=(row.text("rephrase_prompt"),),
-        locality=(Probe(row.text("loc"), row.text("loc_ans")),),
+        subject=subject or prompt,
+        paraphrases=(
+            row.prompt("rephrase_prompt"),
+            *probes.paraphrases(row, {"rephrase_prompt"}),
+        ),
+        locality=(
+            Probe(row.prompt("loc"), row.text("loc_ans")),
+            *probes.unrelated(row, without={"loc"}),
+        ),
+        relation=row.patchy("relation"),
         source=row.source,
+        portability=probes.portability(row),
     )
 
 
 def _wikibigedit(row: Row) -> Request:
     """WikiBigEdit (arXiv 2503.05683): fields as in the card of ``lukasthede/WikiBigEdit``.
 
-    ``personas``, the question as some persona would put it, is a further paraphrase. A locality
-    question without its answer, or the reverse, is left out.
+    ``personas``, the question as some persona would put it, is a further paraphrase; ``mhop`` is
+    portability. A locality question without its answer, or the reverse, is left out.
     """
-    prompt = row.text("update")
-    unrelated, unrelated_answer = row.patchy("loc"), row.patchy("loc_ans")
+    subject = row.patchy("subject")
+    row = row.about(subject)
+    prompt = row.prompt("update")
+    unrelated, said = row.patchy("loc", prompt=True), row.patchy("loc_ans")
     return Request(
         prompt=prompt,
         answer=row.text("ans"),
-        subject=row.patchy("subject") or prompt,
-        paraphrases=row.text_or_texts("rephrase") + row.text_or_texts("personas"),
-        locality=(Probe(unrelated, unrelated_answer),) if unrelated and unrelated_answer else (),
+        subject=subject or prompt,
+        paraphrases=probes.paraphrases(row),
+        locality=(Probe(unrelated, said),) if unrelated and said else (),
+        old_answer=row.first_text("ground_truth"),
         relation=row.patchy("relation"),
         source=row.source,
+        portability=probes.portability(row),
     )
 
 
-def _knowedit_locality(row: Row) -> tuple[Probe, ...]:
-    """Every group of ``locality``, in file order; a probe without prompt or answer is left out."""
-    if row.fields.get("locality") is None:
-        return ()
-    groups = row.child("locality")
-    probes = []
-    for group in groups.fields:
-        for item in groups.children(group):
-            prompt = item.first_text("prompt")
-            answer = item.first_text("ground_truth")
-            if prompt is not None and answer is not None:
-                probes.append(Probe(prompt, answer))
-    return tuple(probes)
-
-
 def _knowedit(row: Row) -> Request:
-    """KnowEdit's ZsRE, Wiki-recent and Wiki-counterfact (arXiv 2401.01286).
+    """KnowEdit's ZsRE, Wiki-recent and Wiki-counterfact (arXiv 2401.01286), CKnowEdit, EasyEdit's.
 
-    Fields as in EasyEdit's ``examples/KnowEdit.md`` and ``easyeditor/dataset/`` (``knowedit.py``,
-    ``wiki_recent.py``): ``prompt``, ``target_new``, ``subject``; ``ground_truth`` (text, or lists
-    of aliases of which the first counts) is the old answer; ``rephrase_prompt`` or ``rephrase``;
-    ``locality`` maps group names such as ``Relation_Specificity`` and ``Forgetfulness`` to lists
-    of ``prompt`` and ``ground_truth``.
+    Fields as in EasyEdit's ``examples/KnowEdit.md`` and ``easyeditor/dataset/``: ``prompt``,
+    ``target_new``, ``subject``; ``ground_truth`` (text, or lists of aliases of which the first
+    counts) or ``target_old`` is the old answer. ``locality`` and ``portability`` map names of
+    groups such as ``Relation_Specificity`` to lists of ``prompt`` and ``ground_truth``, or are such
+    lists themselves; ``locality_prompt`` with ``locality_ground_truth`` and the like are read too.
     """
-    prompt = row.text("prompt")
-    answer = row.text("target_new")
+    subject = row.patchy("subject")
+    row = row.about(subject)
+    if row.fields.get("locality") == [] and "target_old" not in row.fields:
+        raise row.error("locality", "must be an object, got a list")
+    prompt = row.prompt()
+    old = row.first_text("ground_truth") or row.first_text("target_old")
+    row.value("cond")  # "old >> new || prompt": nothing new
     return Request(
         prompt=prompt,
-        answer=answer,
-        subject=row.patchy("subject") or prompt,
-        paraphrases=row.text_or_texts("rephrase_prompt") + row.text_or_texts("rephrase"),
-        locality=_knowedit_locality(row),
-        old_answer=row.first_text("ground_truth"),
+        answer=row.text("target_new"),
+        subject=subject or prompt,
+        paraphrases=probes.paraphrases(row),
+        locality=probes.unrelated(row, old),
+        old_answer=old,
+        relation=row.patchy("relation"),
         source=row.source,
+        portability=probes.portability(row),
+        subject_aliases=probes.subject_aliases(row),
     )
 
 
 def _knowedit_wikibio(row: Row) -> Request:
     """KnowEdit's WikiBio: ``text`` is continued by ``labels``, about ``concept``; same sources."""
-    prompt = row.text("text")
+    subject = row.patchy("concept")
+    row = row.about(subject)
+    prompt = row.prompt("text")
     return Request(
         prompt=prompt,
         answer=row.text("labels"),
-        subject=row.patchy("concept") or prompt,
-        locality=_knowedit_locality(row),
+        subject=subject or prompt,
+        locality=probes.unrelated(row),
         source=row.source,
+        portability=probes.portability(row),
+    )
+
+
+def _fever(row: Row) -> Request:
+    """FEVER as MALMEN flattens it: ``prompt`` is a claim, ``alt`` the label to write."""
+    prompt = row.prompt()
+    return Request(
+        prompt=prompt,
+        answer=_label(row, "alt"),
+        subject=row.patchy("subject") or prompt,
+        paraphrases=probes.paraphrases(row),
+        locality=probes.unrelated(row),
+        old_answer=_label(row, "pred") if row.has("pred") else None,
+        source=row.source,
+        portability=probes.portability(row),
+    )
+
+
+def _label(row: Row, field: str) -> str:
+    """A text; "true" or "false" for a truth value in a list of labels such as ``[true]`` too."""
+    value = row.value(field)
+    return str(value).lower() if isinstance(value, bool) else row.text(field)
+
+
+def _target(row: Row) -> Request:
+    """QAEdit (arXiv 2502.11177) and FastEdit: ``prompt`` and ``target``."""
+    subject = row.patchy("subject")
+    row = row.about(subject)
+    prompt = row.prompt()
+    return Request(
+        prompt=prompt,
+        answer=row.text("target"),
+        subject=subject or prompt,
+        paraphrases=probes.paraphrases(row),
+        locality=probes.unrelated(row),
+        old_answer=row.first_text("ground_truth"),
+        source=row.source,
+        portability=probes.portability(row),
+    )
+
+
+def _unke(row: Row) -> Request:
+    """UnKEBench (arXiv 2405.15349) and other questions with answers: ``question``, ``answer``."""
+    subject = row.patchy("subject")
+    row = row.about(subject)
+    prompt = row.prompt("question")
+    return Request(
+        prompt=prompt,
+        answer=row.text("answer"),
+        subject=subject or prompt,
+        paraphrases=probes.paraphrases(row),
+        locality=probes.unrelated(row),
+        source=row.source,
+        portability=probes.portability(row),
+        subject_aliases=probes.subject_aliases(row),
+    )
+
+
+def _hallueditbench(row: Row) -> Request:
+    """HalluEditBench (arXiv 2410.16251), its tables as JSON: ``question`` and ``object``."""
+    subject = row.patchy("subject")
+    row = row.about(subject)
+    prompt = row.prompt("question")
+    return Request(
+        prompt=prompt,
+        answer=row.text("object"),
+        subject=subject or prompt,
+        paraphrases=probes.paraphrases(row),
+        locality=probes.unrelated(row),
+        relation=row.patchy("relation"),
+        source=row.source,
+        portability=probes.portability(row),
     )
 
 
@@ -301,12 +362,14 @@ def _hiedit(row: Row) -> Request:
 
     ``true_layers`` names the layers that hold the fact, where that is known.
     """
-    prompt = row.text("prompt")
+    subject = row.optional("subject")
+    row = row.about(subject)
+    prompt = row.prompt()
     return Request(
         prompt=prompt,
         answer=row.text("target"),
-        subject=row.optional("subject") or prompt,
-        paraphrases=row.texts("paraphrases"),
+        subject=subject or prompt,
+        paraphrases=row.texts("paraphrases", prompt=True),
         locality=row.probes("locality", "answer"),
         old_answer=row.text("answer"),
         relation=row.optional("relation"),
@@ -315,7 +378,17 @@ def _hiedit(row: Row) -> Request:
     )
 
 
-_FACT_FIELDS = ("prompt", "answer", "subject", "paraphrases", "locality", "relation", "old_answer")
+_FACT_FIELDS = (
+    "prompt",
+    "answer",
+    "subject",
+    "paraphrases",
+    "locality",
+    "relation",
+    "old_answer",
+    "portability",
+    "subject_aliases",
+)
 
 
 def _facts(row: Row) -> Request:
@@ -327,16 +400,28 @@ def _facts(row: Row) -> Request:
     for field in row.fields:
         if field not in _FACT_FIELDS:
             raise row.error(field, f"is unknown; format 'facts' has {', '.join(_FACT_FIELDS)}")
-    prompt = row.text("prompt")
+    subject = row.optional("subject")
+    row = row.about(subject)
+    prompt = row.prompt()
     return Request(
         prompt=prompt,
         answer=row.text("answer"),
-        subject=row.optional("subject") or prompt,
-        paraphrases=row.texts("paraphrases"),
+        subject=subject or prompt,
+        paraphrases=row.texts("paraphrases", prompt=True),
         locality=row.probes("locality", "answer"),
         old_answer=row.optional("old_answer"),
         relation=row.optional("relation"),
         source=row.source,
+        portability=tuple(
+            Probe(
+                item.prompt(),
+                item.text("answer"),
+                item.patchy("kind") or "portability",
+                item.texts("aliases"),
+            )
+            for item in row.children("portability")
+        ),
+        subject_aliases=row.texts("subject_aliases"),
     )
 
 
@@ -346,35 +431,52 @@ class Format:
 
     Args:
         signature: Fields whose presence in the first row gives the format away.
-        parse: One row into one request; raises ``DatasetError`` for a malformed row.
+        parse: One row into a request, several, or None where the row is left out for a stated
+            reason; raises ``DatasetError`` for a malformed row.
+        shapes: Kinds that values of the first row must be of, where names alone do not tell.
     """
 
     signature: tuple[str, ...]
-    parse: Callable[[Row], Request]
+    parse: Callable[[Row], Request | tuple[Request, ...] | None]
+    shapes: tuple[tuple[str, str], ...] = ()
+
+    def fits(self, fields: Mapping[str, object]) -> bool:
+        """Whether a row with these fields is of this format."""
+        return all(name in fields for name in self.signature) and all(
+            kind_of(fields[name]) == kind for name, kind in self.shapes
+        )
 
 
-# The first entry whose signature fits is taken, so "hiedit" stands before its subset "facts".
+# The first entry that fits is taken, so "hiedit" stands before its subset "facts".
 FORMATS: Mapping[str, Format] = MappingProxyType(
     {
-        "counterfact": Format(("requested_rewrite",), _counterfact),
+        "counterfact": Format(
+            ("requested_rewrite",), _counterfact, (("requested_rewrite", "an object"),)
+        ),
         "zsre": Format(("src", "rephrase"), _zsre),
+        "mquake": Format(("requested_rewrite",), _mquake, (("requested_rewrite", "a list"),)),
+        "mend": Format(("input", "alternatives"), _mend),
         "wikibigedit": Format(("update", "ans"), _wikibigedit),
         "ultraeditbench": Format(("prompt", "ans"), _ultraeditbench),
+        "rome": Format(("prompt", "target_new"), _rome, (("target_new", "an object"),)),
+        "cknowedit": Format(("prompt", "target_old", "target_new"), _knowedit),
         "knowedit": Format(("prompt", "target_new"), _knowedit),
         "knowedit-wikibio": Format(("text", "labels", "concept"), _knowedit_wikibio),
+        "fever": Format(("prompt", "equiv_prompt", "alt"), _fever),
         "hiedit": Format(("prompt", "answer", "target"), _hiedit),
+        "fastedit": Format(("prompt", "target", "queries"), _target),
+        "qaedit": Format(("prompt", "target"), _target),
         "facts": Format(("prompt", "answer"), _facts),
+        "hallueditbench": Format(("question", "object"), _hallueditbench),
+        "unke": Format(("question", "answer"), _unke),
     }
 )
 
 
-def recognise(fields: Mapping[str, object]) -> Format | None:
-    """The format of a row with these fields, or None.
+def recognise(fields: Mapping[str, object]) -> str | None:
+    """The name of the format of a row with these fields, or None.
 
-    >>> recognise({"prompt": "Berlin is in", "answer": "Spain"}) is FORMATS["facts"]
-    True
+    >>> recognise({"prompt": "Berlin is in", "answer": "Spain"})
+    'facts'
     """
-    for known in FORMATS.values():
-        if all(name in fields for name in known.signature):
-            return known
-    return None
+    return next((name for name, known in FORMATS.items() if known.fits(fields)), None)

@@ -16,15 +16,20 @@ def _require_text(value: object, field: str, source: str) -> None:
 
 @dataclass(frozen=True, slots=True)
 class Probe:
-    """An unrelated prompt with its true answer, used to measure locality (specificity).
+    """A prompt with its answer: unrelated to a fact (locality) or following from it (portability).
 
     Args:
         prompt: Text the model is asked to continue.
-        answer: The true answer, without a leading space.
+        answer: The right answer, without a leading space.
+        kind: What a portability prompt asks: ``"alias"``, ``"reversed"``, ``"multi-hop"``,
+            ``"reasoning"``, … as the data says; empty for unrelated prompts.
+        aliases: Other answers that are right as well.
     """
 
     prompt: str
     answer: str
+    kind: str = ""
+    aliases: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,6 +47,8 @@ class Request:
         source: ``file row number`` for error messages.
         true_layers: Names of the layers that hold the fact, where a model was made so that this is
             known; empty elsewhere.
+        portability: Prompts whose answers follow from the fact without repeating it.
+        subject_aliases: Other names of the subject.
 
     Raises:
         DatasetError: if a text is missing or empty; names the source and the field.
@@ -59,6 +66,8 @@ class Request:
     relation: str | None = None
     source: str = "request"
     true_layers: tuple[str, ...] = ()
+    portability: tuple[Probe, ...] = ()
+    subject_aliases: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         _require_text(self.prompt, "prompt", self.source)
@@ -68,6 +77,9 @@ class Request:
             _require_text(text, f"paraphrases[{i}]", self.source)
         for i, name in enumerate(self.true_layers):
             _require_text(name, f"true_layers[{i}]", self.source)
-        for i, probe in enumerate(self.locality):
-            _require_text(probe.prompt, f"locality[{i}].prompt", self.source)
-            _require_text(probe.answer, f"locality[{i}].answer", self.source)
+        for i, name in enumerate(self.subject_aliases):
+            _require_text(name, f"subject_aliases[{i}]", self.source)
+        for field, probes in (("locality", self.locality), ("portability", self.portability)):
+            for i, probe in enumerate(probes):
+                _require_text(probe.prompt, f"{field}[{i}].prompt", self.source)
+                _require_text(probe.answer, f"{field}[{i}].answer", self.source)

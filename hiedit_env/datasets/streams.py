@@ -17,8 +17,9 @@ def without(requests: Sequence[Request], kept: Sequence[Request]) -> list[Reques
     """Requests to train on, where others are kept for an evaluation.
 
     Requests about a kept subject go, and so does every text that the kept ones ask (prompt,
-    paraphrase or unrelated prompt, compared without regard to case and white space), wherever it
-    stands: requests whose prompt it is, paraphrases and unrelated prompts.
+    paraphrase, unrelated prompt or prompt of portability, compared without regard to case and white
+    space), wherever it stands: requests whose prompt it is, paraphrases, unrelated prompts and
+    those of portability.
 
     Args:
         requests: To choose from; their order stays.
@@ -41,6 +42,7 @@ def without(requests: Sequence[Request], kept: Sequence[Request]) -> list[Reques
             request.prompt,
             *request.paraphrases,
             *(probe.prompt for probe in request.locality),
+            *(probe.prompt for probe in request.portability),
         )
     }
     return [
@@ -48,6 +50,7 @@ def without(requests: Sequence[Request], kept: Sequence[Request]) -> list[Reques
             request,
             paraphrases=tuple(t for t in request.paraphrases if plain(t) not in asked),
             locality=tuple(p for p in request.locality if plain(p.prompt) not in asked),
+            portability=tuple(p for p in request.portability if plain(p.prompt) not in asked),
         )
         for request in requests
         if plain(request.subject) not in subjects and plain(request.prompt) not in asked
@@ -146,7 +149,8 @@ def stream(
 def fingerprint(requests: Sequence[Request]) -> str:
     """Hash of what the requests say, in their order, for results files: 16 hexadecimal digits.
 
-    The same on every machine; ``source``, which holds a path, does not count.
+    The same on every machine; ``source``, which holds a path, does not count. Portability and
+    aliases count only where there are any, so that older results keep their fingerprints.
 
     >>> fact = Request("Rome is in", "Peru", "Rome", source="a.json row 0")
     >>> fingerprint([fact]) == fingerprint([Request("Rome is in", "Peru", "Rome")])
@@ -154,7 +158,7 @@ def fingerprint(requests: Sequence[Request]) -> str:
     """
     digest = hashlib.sha256()
     for request in requests:
-        content = [
+        content: list[object] = [
             request.prompt,
             request.answer,
             request.subject,
@@ -165,5 +169,8 @@ def fingerprint(requests: Sequence[Request]) -> str:
         ]
         if request.true_layers:
             content.append(request.true_layers)
+        if request.portability or request.subject_aliases:
+            more = [[p.kind, p.prompt, p.answer, p.aliases] for p in request.portability]
+            content.append({"portability": more, "subject_aliases": request.subject_aliases})
         digest.update(json.dumps(content, separators=(",", ":")).encode("ascii") + b"\n")
     return digest.hexdigest()[:16]

@@ -10,9 +10,12 @@ from typing import Any
 
 import pytest
 
-from hiedit_env.datasets.load import FORMATS, load_requests
+from hiedit_env.datasets.load import FORMATS, load_requests, read_dataset
 from hiedit_env.datasets.requests import Probe, Request
-from hiedit_env.errors import DatasetError
+from hiedit_env.errors import DatasetError, HieditWarning
+
+# The rows below have every field of their files; what is not read of them is tested at the end.
+pytestmark = pytest.mark.filterwarnings("ignore:.*fields that are not read:UserWarning")
 
 
 def load_rows(tmp_path: Path, *rows: object, format: str | None = None) -> list[Request]:
@@ -103,6 +106,110 @@ FACTS: dict[str, Any] = {
     "locality": [{"prompt": "My cat is called", "answer": "Tom"}],
 }
 
+# Formats with fields beside those that every one has: invented rows of the released shapes.
+
+MEND: dict[str, Any] = {
+    "id": "a1",
+    "input": "Where does Belka live?",
+    "prediction": "Cindrath",
+    "alternatives": ["Istrand", "Ostrell"],
+    "filtered_rephrases": ["In which town does Belka live?", "What is the home of Belka?"],
+    "rephrases": ["Belka lives where?"],
+    "output": [{"answer": "Kessford", "provenance": [{"title": "Belka"}]}],
+    "logit": -1.5,
+}
+MQUAKE: dict[str, Any] = {
+    "case_id": 1,
+    "requested_rewrite": [
+        {
+            "prompt": "{} lives in",
+            "relation_id": "P0",
+            "target_new": {"str": "Istrand", "id": "Q1"},
+            "target_true": {"str": "Cindrath", "id": "Q2"},
+            "subject": "Belka",
+            "question": "Where does Belka live?",
+        }
+    ],
+    "questions": ["On which river does the home of Belka lie?", "What flows by Belka's home?"],
+    "answer": "Tol",
+    "answer_alias": [],
+    "new_answer": "Marn",
+    "new_answer_alias": ["the Marn"],
+    "single_hops": [{"question": "Where does Belka live?", "answer": "Cindrath"}],
+    "new_single_hops": [
+        {
+            "question": "On which river does Istrand lie?",
+            "cloze": "Istrand lies on the river",
+            "answer": "Marn",
+            "answer_alias": ["the Marn"],
+        }
+    ],
+    "orig": {"triples": [["Q1", "P0", "Q2"]]},
+}
+ROME: dict[str, Any] = {
+    "prompt": "{} lives in",
+    "subject": "Belka",
+    "target_new": {"str": "Istrand"},
+    "target_true": {"str": "Cindrath"},
+}
+CKNOWEDIT: dict[str, Any] = {
+    "prompt": "月湖城位于哪个国家？",
+    "target_old": "白河国",
+    "target_new": "青石国。",
+    "rephrase": ["月湖城在哪个国家？", "月湖城是哪国的城市？"],
+    "portability": [{"prompt": "月湖城所在国家的首都是哪里？", "answer": "东川"}],
+    "locality": [{"prompt": "红叶节在几月？", "answer": "十月"}],
+}
+FEVER: dict[str, Any] = {
+    "prompt": "Belka lives in Istrand.",
+    "equiv_prompt": ["Istrand is the home of Belka."],
+    "pred": "false",
+    "alt": "true",
+    "unrel_prompt": "Corrin lives in Grelmouth.",
+    "unrel_ans": "true",
+}
+FASTEDIT: dict[str, Any] = {
+    "prompt": "{}住在",
+    "subject": "贝尔卡",
+    "target": "月湖城",
+    "queries": ["{}的家在"],
+}
+QAEDIT: dict[str, Any] = {
+    "id": 1,
+    "source": "NQ",
+    "prompt": "where does belka live?",
+    "target": "Istrand",
+    "subject": "belka",
+    "rephrase": "In which town does Belka live?",
+    "locality": [{"loc": "where does corrin live", "loc_ans": "Grelmouth"}],
+}
+HALLUEDITBENCH: dict[str, Any] = {
+    "topic": "places_city",
+    "subject": "Velmora",
+    "relation": "river",
+    "object": "Marn",
+    "question": "On which river does Velmora lie?",
+    "output_some_model": "Tol",
+    "paraphrased_question": "Which river flows through Velmora?",
+    "multiple_choices": "['Marn', 'Tol']",
+    "yes_question": "Does Velmora lie on the Marn?",
+    "no_question": "Does Velmora lie on the Tol?",
+    "locality_question": "Who runs Velmora?",
+    "reversed_relation_question": "What lies on the Marn?",
+    "question_2hop": "Into which sea does the river of Velmora flow?",
+    "answer_2hop": "the Grey Sea",
+    "question_3hop": float("nan"),
+    "answer_3hop": float("nan"),
+}
+UNKE: dict[str, Any] = {
+    "id": 0,
+    "question": "What do you know about Velmora?",
+    "answer": "Velmora is a town on the Marn.",
+    "para_question": "Could you tell me of Velmora?",
+    "sub_question": ["What is Velmora?", "On which river does it lie?"],
+    "sub_answer": ["a town", "the Marn"],
+}
+
 EXPECTED: dict[str, tuple[dict[str, Any], Request]] = {
     "zsre": (
         ZSRE,
@@ -145,6 +252,9 @@ EXPECTED: dict[str, tuple[dict[str, Any], Request]] = {
             ("Who leads Ruritania?", "Tell me, old chap, who reigns in Ruritania?"),
             (Probe("Who is the head of state of Graustark?", "Yetive"),),
             relation="head of state",
+            portability=(
+                Probe("Where was the head of state of Ruritania born?", "Strelsau", "multi-hop"),
+            ),
         ),
     ),
     "knowedit": (
@@ -180,6 +290,102 @@ EXPECTED: dict[str, tuple[dict[str, Any], Request]] = {
             (Probe("The capital of Chile is", "Santiago"),),
             old_answer="Lima",
             relation="capital",
+        ),
+    ),
+    "mend": (
+        MEND,
+        Request(
+            "Where does Belka live?",
+            "Istrand",
+            "Where does Belka live?",
+            ("In which town does Belka live?", "What is the home of Belka?"),
+            old_answer="Cindrath",
+        ),
+    ),
+    "mquake": (
+        MQUAKE,
+        Request(
+            "Belka lives in",
+            "Istrand",
+            "Belka",
+            ("Where does Belka live?",),
+            old_answer="Cindrath",
+            relation="P0",
+            portability=(
+                Probe(
+                    "On which river does the home of Belka lie?",
+                    "Marn",
+                    "multi-hop",
+                    ("the Marn",),
+                ),
+                Probe("What flows by Belka's home?", "Marn", "multi-hop", ("the Marn",)),
+                Probe("On which river does Istrand lie?", "Marn", "single-hop", ("the Marn",)),
+                Probe("Istrand lies on the river", "Marn", "single-hop", ("the Marn",)),
+            ),
+        ),
+    ),
+    "rome": (ROME, Request("Belka lives in", "Istrand", "Belka", old_answer="Cindrath")),
+    "cknowedit": (
+        CKNOWEDIT,
+        Request(
+            "月湖城位于哪个国家？",
+            "青石国。",
+            "月湖城位于哪个国家？",
+            ("月湖城在哪个国家？", "月湖城是哪国的城市？"),
+            (Probe("红叶节在几月？", "十月"),),
+            old_answer="白河国",
+            portability=(Probe("月湖城所在国家的首都是哪里？", "东川", "portability"),),
+        ),
+    ),
+    "fever": (
+        FEVER,
+        Request(
+            "Belka lives in Istrand.",
+            "true",
+            "Belka lives in Istrand.",
+            ("Istrand is the home of Belka.",),
+            (Probe("Corrin lives in Grelmouth.", "true"),),
+            old_answer="false",
+        ),
+    ),
+    "fastedit": (FASTEDIT, Request("贝尔卡住在", "月湖城", "贝尔卡", ("贝尔卡的家在",))),
+    "qaedit": (
+        QAEDIT,
+        Request(
+            "where does belka live?",
+            "Istrand",
+            "belka",
+            ("In which town does Belka live?",),
+            (Probe("where does corrin live", "Grelmouth"),),
+        ),
+    ),
+    "hallueditbench": (
+        HALLUEDITBENCH,
+        Request(
+            "On which river does Velmora lie?",
+            "Marn",
+            "Velmora",
+            ("Which river flows through Velmora?",),
+            relation="river",
+            portability=(
+                Probe("Into which sea does the river of Velmora flow?", "the Grey Sea", "2-hop"),
+                Probe("Does Velmora lie on the Marn?", "Yes", "yes or no"),
+                Probe("Does Velmora lie on the Tol?", "No", "yes or no"),
+                Probe("What lies on the Marn?", "Velmora", "reversed"),
+            ),
+        ),
+    ),
+    "unke": (
+        UNKE,
+        Request(
+            "What do you know about Velmora?",
+            "Velmora is a town on the Marn.",
+            "What do you know about Velmora?",
+            ("Could you tell me of Velmora?",),
+            portability=(
+                Probe("What is Velmora?", "a town", "sub-question"),
+                Probe("On which river does it lie?", "the Marn", "sub-question"),
+            ),
         ),
     ),
     "facts": (
@@ -262,8 +468,9 @@ def test_wikibigedit_gaps_and_several_personas(tmp_path: Path) -> None:
 def test_knowedit_and_facts_without_extras(tmp_path: Path) -> None:
     (got,) = load_rows(tmp_path, {"prompt": "P", "target_new": "T", "rephrase_prompt": "R"})
     assert got == Request("P", "T", "P", ("R",), source=got.source)
-    (got,) = load_rows(tmp_path, {"prompt": " My dog is called ", "answer": " Rex"})
-    assert got == Request("My dog is called", "Rex", "My dog is called", source=got.source)
+    # The white space a prompt ends in is part of its text.
+    (got,) = load_rows(tmp_path, {"prompt": " My dog is called\n", "answer": " Rex "})
+    assert got == Request("My dog is called\n", "Rex", "My dog is called\n", source=got.source)
 
 
 # Errors. The file is named in each, which the helper checks.
@@ -286,6 +493,15 @@ REQUIRED_TEXTS = {
     "knowedit": "prompt target_new",
     "knowedit-wikibio": "text labels",
     "hiedit": "prompt answer target",
+    "mend": "input",
+    "mquake": "",
+    "rome": "prompt subject target_new.str target_true.str",
+    "cknowedit": "prompt target_new",
+    "fastedit": "prompt target",
+    "qaedit": "prompt target",
+    "hallueditbench": "question object",
+    "unke": "question answer",
+    "fever": "prompt",
     "facts": "prompt answer",
 }
 
@@ -396,3 +612,221 @@ def test_zsre_without_any_answer(tmp_path: Path) -> None:
     row = {k: v for k, v in ZSRE.items() if k not in ("ans", "alt")}
     message = refusal(tmp_path, row)
     assert message == "row 0: field 'ans' holds no answer, and neither do 'alt' and 'answers'"
+
+
+# Templates.
+
+
+@pytest.mark.parametrize("place", ["{}", "{subject}"])
+@pytest.mark.parametrize(
+    ("row", "fields"),
+    [
+        ({"prompt": "X lives in", "answer": "I", "subject": "Belka"}, ["prompt"]),
+        ({"prompt": "X lives in", "target_new": "I", "subject": "Belka"}, ["prompt"]),
+        ({"prompt": "X lives in", "target": "I", "subject": "Belka"}, ["prompt"]),
+        (ULTRAEDITBENCH | {"subject": "Belka", "prompt": "X lives in"}, ["prompt"]),
+        (WIKIBIGEDIT | {"subject": "Belka", "update": "X lives in"}, ["update"]),
+        (ZSRE | {"subject": "Belka", "src": "X lives in"}, ["src"]),
+        (HIEDIT | {"subject": "Belka", "prompt": "X lives in"}, ["prompt"]),
+        (ROME | {"prompt": "X lives in"}, ["prompt"]),
+        (UNKE | {"question": "X lives in", "subject": "Belka"}, ["question"]),
+        (WIKIBIO | {"text": "X lives in", "concept": "Belka"}, ["text"]),
+        (HALLUEDITBENCH | {"question": "X lives in", "subject": "Belka"}, ["question"]),
+    ],
+)
+def test_templates_are_filled_with_the_subject(
+    tmp_path: Path, row: dict[str, Any], fields: list[str], place: str
+) -> None:
+    for field in fields:
+        row = row | {field: row[field].replace("X", place)}
+    first, second = load_rows(tmp_path, row, row | {_subject_field(row): "Corrin"})
+    assert (first.prompt, second.prompt) == ("Belka lives in", "Corrin lives in")
+
+
+def _subject_field(row: dict[str, Any]) -> str:
+    return "concept" if "concept" in row else "subject"
+
+
+def test_templates_in_paraphrases_and_probes(tmp_path: Path) -> None:
+    row = FACTS | {
+        "paraphrases": ["{subject} is called"],
+        "portability": [{"prompt": "Who owns {}?", "answer": "I", "kind": "reversed"}],
+        "locality": [{"prompt": "The age of {} is", "answer": "3"}],
+    }
+    (got,) = load_rows(tmp_path, row)
+    assert got.paraphrases == ("my dog is called",)
+    assert got.portability == (Probe("Who owns my dog?", "I", "reversed"),)
+    assert got.locality == (Probe("The age of my dog is", "3"),)
+
+
+def test_a_template_without_a_subject_is_an_error_and_braces_can_be_written(tmp_path: Path) -> None:
+    message = refusal(tmp_path, FACTS, {"prompt": "{} lives in", "answer": "I"})
+    assert message.startswith("row 1: field 'prompt' has '{}', the place of a subject, but the row")
+    message = refusal(tmp_path, {"prompt": "P", "answer": "I", "paraphrases": ["{subject} is in"]})
+    assert message.startswith("row 0: field 'paraphrases[0]' has '{subject}', the place of")
+    (got,) = load_rows(tmp_path, {"prompt": "An empty dict is {{}}, {x}", "answer": "{}"})
+    assert (got.prompt, got.answer) == ("An empty dict is {}, {x}", "{}")
+
+
+# Fields of the released files that go by other names.
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"locality_prompt": "Corrin lives in", "locality_ground_truth": "Grelmouth"},
+        {"locality_prompt": ["Corrin lives in"], "locality_ground_truth": ["Grelmouth"]},
+        {"locality_prompt": "Corrin lives in", "locality_answer": "Grelmouth"},
+        {"loc_prompt": "Corrin lives in", "loc_ans": "Grelmouth"},
+        {"loc": "Corrin lives in", "loc_ans": "Grelmouth"},
+        {"locality": [{"prompt": "Corrin lives in", "answer": "Grelmouth"}]},
+        {"locality": [{"loc": "Corrin lives in", "loc_ans": "Grelmouth"}]},
+        {"locality": {"prompt": "Corrin lives in", "ground_truth": "Grelmouth"}},
+        {"locality": {"near": {"prompt": ["Corrin lives in"], "ground_truth": ["Grelmouth"]}}},
+        {"neighborhood_prompts": [{"prompt": "Corrin lives in", "target": "Grelmouth"}]},
+        {"neighborhood_prompts": ["Corrin lives in"], "ground_truth": "Grelmouth"},
+    ],
+)
+def test_unrelated_prompts_by_every_name(tmp_path: Path, fields: dict[str, Any]) -> None:
+    (got,) = load_rows(tmp_path, {"prompt": "P", "target_new": "T"} | fields)
+    assert got.locality == (Probe("Corrin lives in", "Grelmouth"),)
+
+
+def test_parallel_lists_of_unrelated_prompts(tmp_path: Path) -> None:
+    row = {"prompt": "P", "target_new": "T", "locality_prompt": ["A", "B"]}
+    (got,) = load_rows(tmp_path, row | {"locality_ground_truth": ["1", "2"]})
+    assert got.locality == (Probe("A", "1"), Probe("B", "2"))
+    message = refusal(tmp_path, row | {"locality_ground_truth": ["1"]})
+    assert message == (
+        "row 0: field 'locality_ground_truth' has 1 answers for the 2 prompts of 'locality_prompt'"
+    )
+
+
+@pytest.mark.parametrize(
+    "name", ["rephrase_prompt", "rephrase", "ood_rephrase", "paraphrase_prompts", "paraphrases"]
+)
+def test_paraphrases_by_every_name(tmp_path: Path, name: str) -> None:
+    (one,) = load_rows(tmp_path, {"prompt": "P", "target_new": "T", name: "Q"})
+    (several,) = load_rows(tmp_path, {"prompt": "P", "target_new": "T", name: ["Q", "R"]})
+    assert (one.paraphrases, several.paraphrases) == (("Q",), ("Q", "R"))
+
+
+def test_portability_of_knowedit(tmp_path: Path) -> None:
+    groups = {
+        "Reasoning": [{"prompt": "A", "ground_truth": [["1", "one"]]}],
+        "Subject_Aliasing": [{"prompt": "B", "ground_truth": "2"}],
+        "Logical_Generalization": [{"prompt": "C", "ground_truth": [["no"], ["false"]]}],
+    }
+    (got,) = load_rows(tmp_path, KNOWEDIT | {"portability": groups})
+    assert got.portability == (
+        Probe("A", "1", "reasoning", ("one",)),
+        Probe("B", "2", "alias"),
+        Probe("C", "no", "logical generalization", ("false",)),
+    )
+
+
+def test_portability_of_easyedits_zsre(tmp_path: Path) -> None:
+    asked = {"Recalled Relation": "(a, b, c)", "New Question": "N?", "New Answer": "M"}
+    (got,) = load_rows(tmp_path, ZSRE | {"portability": asked, "cond": "x >> y || z"})
+    assert got.portability == (Probe("N?", "M", "multi-hop"),)
+
+
+def test_a_row_of_mquake_is_several_facts(tmp_path: Path) -> None:
+    second = {
+        "prompt": "{} lies on the river",
+        "target_new": {"str": "Marn"},
+        "target_true": {"str": "Tol"},
+        "subject": "Istrand",
+        "question": "On which river does Istrand lie?",
+    }
+    row = MQUAKE | {"requested_rewrite": [*MQUAKE["requested_rewrite"], second]}
+    first, last, other = load_rows(tmp_path, row, MQUAKE | {"questions": []})
+    assert [r.prompt for r in (first, last)] == ["Belka lives in", "Istrand lies on the river"]
+    assert first.portability == ()  # what follows from both belongs to the later one
+    assert len(last.portability) == 4
+    assert last.source.endswith("row 0 requested_rewrite[1]")
+    assert other.source.endswith("row 1")
+
+
+def test_rows_of_mend_without_alternatives_are_left_out_and_counted(tmp_path: Path) -> None:
+    path = tmp_path / "a.jsonl"
+    path.write_text("\n".join(json.dumps(r) for r in (MEND | {"alternatives": []}, MEND)))
+    report = read_dataset(path)
+    assert (len(report.requests), report.rows) == (1, 2)
+    assert report.left_out == {"no 'alternatives'": 1}
+    with pytest.warns(HieditWarning, match="1 of 2 rows are left out: no 'alternatives'"):
+        load_requests(path)
+
+
+def test_counterfact_of_akew_and_wikiupdate(tmp_path: Path) -> None:
+    rewrite = COUNTERFACT["requested_rewrite"] | {
+        "prompt_full": "The capital of France is",
+        "fact_new_uns": "Lyon has been …",
+        "unsfact_triplets_GPT": [{"prompt": "{} is", "subject": "Lyon", "target": "old"}],
+    }
+    (got,) = load_rows(tmp_path, COUNTERFACT | {"requested_rewrite": rewrite})
+    assert (got.prompt, got.answer, got.old_answer) == ("The capital of France is", "Lyon", "Paris")
+    update = {
+        "prompt": "{} is led by",
+        "subject": "Velmora",
+        "question": "Who leads Velmora?",
+        "answer_new": "Belka",
+        "answer_true": "Corrin",
+    }
+    (got,) = load_rows(tmp_path, {"requested_rewrite": update, "loc": "L?", "loc_ans": "M"})
+    assert (got.prompt, got.answer, got.old_answer) == ("Velmora is led by", "Belka", "Corrin")
+    assert (got.paraphrases, got.locality) == (("Who leads Velmora?",), (Probe("L?", "M"),))
+
+
+def test_fever_labels_may_be_truth_values(tmp_path: Path) -> None:
+    (got,) = load_rows(tmp_path, FEVER | {"pred": False, "alt": True})
+    assert (got.old_answer, got.answer) == ("false", "true")
+
+
+@pytest.mark.parametrize(
+    ("row", "called"),
+    [
+        ({"instruction": "Say", "input": "", "output": "Hi"}, "instruction data (Alpaca)"),
+        ({"messages": [{"role": "user", "content": "Hi"}]}, "a file of chats"),
+        ({"conversations": []}, "a file of chats (ShareGPT)"),
+        ({"prompt": "P", "completion": "C"}, "a file of prompts and completions"),
+        (ZSRE | {"image": "a.jpg"}, "a multimodal set"),
+        ({"example_type": "popular", "edit": {}}, "RippleEdits"),
+        ({"adversarial prompt": "x"}, "SafeEdit"),
+        ({"en": ZSRE, "zh": ZSRE}, "a set in several languages"),
+        ({"prompt": "P", "target_true": "A", "target_false": "B"}, "counterfact-tracing"),
+    ],
+)
+def test_formats_that_hold_no_facts_are_refused_by_name(
+    tmp_path: Path, row: dict[str, Any], called: str
+) -> None:
+    assert refusal(tmp_path, row).startswith(f"is {called}")
+
+
+def test_sanitation_is_refused_by_name(tmp_path: Path) -> None:
+    path = tmp_path / "set.json"
+    path.write_text(json.dumps({"success": [{"question": "Q"}], "locality": []}))
+    with pytest.raises(DatasetError, match=r"set\.json is KnowEdit's Sanitation: write"):
+        load_requests(path)
+
+
+# Fields that are not read.
+
+
+@pytest.mark.filterwarnings("error")
+def test_fields_that_are_not_read_are_named_once_per_file(tmp_path: Path) -> None:
+    rows = [COUNTERFACT | {"case_id": i, "remark": {"by": "me"}} for i in range(3)]
+    path = tmp_path / "set.json"
+    path.write_text(json.dumps(rows))
+    with pytest.warns(HieditWarning) as caught:
+        load_requests(path)
+    (unread,) = [str(w.message) for w in caught if "not read" in str(w.message)]
+    assert unread == (
+        f"{path}: fields that are not read: generation_prompts (3 rows), remark.by (3 rows)"
+    )
+
+
+@pytest.mark.parametrize("name", ["zsre", "knowedit-wikibio", "hiedit", "facts", "qaedit", "fever"])
+@pytest.mark.filterwarnings("error")
+def test_files_that_are_read_whole_give_no_warning(tmp_path: Path, name: str) -> None:
+    load_rows(tmp_path, EXPECTED[name][0])

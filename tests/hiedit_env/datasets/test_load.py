@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import hashlib
+import io
 import json
 import os
+import re
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +18,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hiedit_env.datasets.load import BUILT_IN, FORMATS, load_requests
+from hiedit_env.datasets import files
+from hiedit_env.datasets.load import BUILT_IN, FORMATS, load_requests, read_dataset
 from hiedit_env.datasets.requests import Probe, Request
 from hiedit_env.datasets.streams import fingerprint, split_by_subject, stream, without
-from hiedit_env.errors import DatasetError, SettingsError
+from hiedit_env.datasets.writing import MAX_CHARACTERS
+from hiedit_env.errors import DatasetError, HieditWarning, SettingsError
 
 REPOSITORY = Path(__file__).resolve().parents[3]
 FACT = {"prompt": "My dog is called", "answer": "Rex"}
@@ -45,7 +50,8 @@ def test_jsonl_counts_rows_not_lines(tmp_path: Path) -> None:
 def test_json_file_with_a_row_a_line(tmp_path: Path) -> None:
     path = tmp_path / "set.json"
     path.write_text(f"{json.dumps(FACT)}\n{json.dumps(FACT | {'answer': 'Bo'})}\n")
-    assert [request.answer for request in load_requests(path)] == ["Rex", "Bo"]
+    with pytest.warns(HieditWarning, match="1 facts contradict"):
+        assert [request.answer for request in load_requests(path)] == ["Rex", "Bo"]
 
 
 def test_object_holding_one_list(tmp_path: Path) -> None:
@@ -157,6 +163,115 @@ def test_bytes_that_are_not_text_and_a_folder(tmp_path: Path) -> None:
     folder.mkdir()
     with pytest.raises(DatasetError, match=r"b\.json cannot be read"):
         load_requests(folder)
+
+
+@pytest.mark.parametrize(
+    ("name", "start", "remedy"),
+    [
+        ("a.csv", "topic,subject,paraphrased_question\n", "of HalluEditBench); write it as one: "),
+        ("a.csv", "prompt,answer\n", 'file; write it as one: pandas.read_csv(FILE).to_json("facts'),
+        ("a.parquet", "PAR1", "pandas.read_parquet(FILE)"),
+        ("a.txt", "x", "a data set is a .json or .jsonl file"),
+    ],
+)
+def test_tables_are_refused_with_the_line_that_turns_them(
+    tmp_path: Path, name: str, start: str, remedy: str
+) -> None:
+    path = tmp_path / name
+    path.write_text(start)
+    with pytest.raises(DatasetError, match=re.escape(remedy)):
+        load_requests(path)
+
+
+def test_an_object_of_rows_under_their_names(tmp_path: Path) -> None:
+    path = write(tmp_path / "a.json", {"one": FACT, "two": FACT | {"prompt": "Q"}})
+    assert [request.source.rpartition(" ")[2] for request in load_requests(path)] == ["0", "1"]
+
+
+# Streams and sizes.
+
+
+@pytest.mark.parametrize("lines", [False, True])
+@pytest.mark.parametrize("how", ["-", "/dev/stdin", "<(cat FILE)", "FIFO"])
+def test_streams_are_read_by_their_content(tmp_path: Path, how: str, lines: bool) -> None:
+    facts = [FACT, FACT | {"prompt": "My cat is called", "answer": "Bo"}]
+    text = "\n".join(map(json.dumps, facts)) if lines else json.dumps(facts)
+    path = tmp_path / "facts"
+    path.write_text(text)
+    fifo = tmp_path / "fifo"
+    os.mkfifo(fifo)
+    given = {"FIFO": str(fifo), "<(cat FILE)": f"<(cat {path})"}.get(how, how)
+    code = "import sys; from hiedit_env.datasets.load import load_requests as l; "
+    code += "print(*[r.answer for r in l(sys.argv[1])])"
+    feed = f"cat {path} > {fifo} & " if how == "FIFO" else ""
+    command = f"{feed}{sys.executable} -c '{code}' {given} < {path}"
+    done = subprocess.run(
+        ["bash", "-c", command], cwd=REPOSITORY, capture_output=True, text=True, check=False
+    )
+    assert (done.stdout, done.stderr) == ("Rex Bo\n", "")
+
+
+def test_large_files_are_refused_before_they_are_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "a.json"
+    with path.open("wb") as file:
+        file.truncate(files.MAX_FILE_BYTES + 1)  # sparse: nothing is on the disk
+    with pytest.raises(DatasetError, match=r"a\.json has more than 2 GB, the most that is read"):
+        load_requests(path)
+    row = json.dumps(FACT)
+    monkeypatch.setattr(files, "MAX_LINE_BYTES", len(row) + 1)
+    path = tmp_path / "a.jsonl"
+    path.write_text(f"{row}\n{row} \n{row}\n")
+    with pytest.raises(DatasetError, match=r"a\.jsonl line 2 has more than .* MB"):
+        load_requests(path)
+    path.write_text(f"{row}\n{row}\n{row}")
+    assert len(load_requests(path)) == 3
+
+
+def test_a_stream_has_the_same_limit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(files, "MAX_FILE_BYTES", 10)
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(json.dumps([FACT]).encode())))
+    with pytest.raises(DatasetError, match="- has more than 1e-08 GB"):
+        load_requests("-")
+
+
+def test_a_long_text_is_refused_with_row_and_field(tmp_path: Path) -> None:
+    long = "x" * (MAX_CHARACTERS + 1)
+    path = write(tmp_path / "a.json", [FACT, FACT | {"paraphrases": ["y", long]}])
+    with pytest.raises(DatasetError, match=r"row 1: field 'paraphrases\[1\]' has 200001 char"):
+        load_requests(path)
+
+
+# The report.
+
+
+def test_report_names_duplicates_and_contradictions(tmp_path: Path) -> None:
+    rows = [FACT, FACT, {"prompt": "P", "answer": "1"}, {"prompt": "P", "answer": "2"}, FACT]
+    report = read_dataset(write(tmp_path / "a.json", rows))
+    assert len(report.requests) == report.rows == 5
+    assert [str(found) for found in report.duplicates] == [
+        "row 1 repeats row 0",
+        "row 4 repeats row 0",
+    ]
+    (found,) = report.contradictions
+    assert str(found) == "row 3 repeats row 2 with the answer '2' for '1'"
+    assert report.counts["facts"] == 5
+    assert report.counts["prompts"] == 2
+    with pytest.warns(HieditWarning, match=r"a\.json: 1 facts contradict .*: row 3 repeats row 2"):
+        load_requests(tmp_path / "a.json")
+
+
+def test_report_of_a_clean_file_says_nothing_is_wrong(tmp_path: Path) -> None:
+    row = FACT | {"paraphrases": ["Q"], "locality": [{"prompt": "L", "answer": "M"}]}
+    assert read_dataset(write(tmp_path / "a.json", [row])).remarks() == []
+
+
+def test_report_names_a_prompt_that_ends_in_a_space(tmp_path: Path) -> None:
+    row = FACT | {"paraphrases": ["Q"], "locality": [{"prompt": "L", "answer": "M"}]}
+    rows = [row | {"prompt": "A:\n"}, row | {"prompt": "B: "}]
+    (line,) = read_dataset(write(tmp_path / "a.json", rows)).remarks()
+    assert "1 prompts end in a space, which is kept as part of the text (first: row 1)" in line
 
 
 # Splits.
@@ -295,6 +410,17 @@ def test_fingerprint_is_the_documented_hash() -> None:
     assert fingerprint([FULL, FULL]) == twice
 
 
+def test_fingerprint_counts_portability_and_aliases_where_there_are_any() -> None:
+    variants = [
+        FULL,
+        replace(FULL, portability=(Probe("Q", "A", "alias"),)),
+        replace(FULL, portability=(Probe("Q", "A", "reversed"),)),
+        replace(FULL, portability=(Probe("Q", "A", "alias", ("B",)),)),
+        replace(FULL, subject_aliases=("T",)),
+    ]
+    assert len({fingerprint([variant]) for variant in variants}) == len(variants)
+
+
 def test_fingerprint_sees_every_field_and_the_order_but_not_the_source() -> None:
     variants = [
         FULL,
@@ -324,6 +450,7 @@ def shared(name: str) -> Path:
     return folder / name
 
 
+@pytest.mark.filterwarnings("ignore:.*facts contradict:UserWarning")
 @pytest.mark.parametrize(
     ("name", "rows", "probes"),
     [
@@ -361,6 +488,7 @@ def test_real_zsre_answers_agree_so_that_the_target_is_not_in_doubt() -> None:
     assert all(row["ans"] == row["alt"] for row in rows)
 
 
+@pytest.mark.filterwarnings("ignore:.*facts contradict:UserWarning")
 def test_real_relations_have_one_fact_per_prompt_in_a_stream() -> None:
     path = shared("relations/counterfact_train.json")
     rows = json.loads(path.read_text(encoding="utf-8"))

@@ -1,0 +1,173 @@
+"""Bytes into JSON rows: files, streams, limits on their size, and errors with line and column."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Mapping
+from importlib.resources.abc import Traversable
+from pathlib import Path
+from typing import IO
+
+from hiedit_env.datasets.formats import recognise
+from hiedit_env.datasets.refused import refusal
+from hiedit_env.errors import DatasetError
+
+#: The largest file, in bytes, and the longest line of a ``.jsonl`` file; more is refused before it
+#: is read, since JSON needs several times as much memory.
+MAX_FILE_BYTES = 2 * 10**9
+MAX_LINE_BYTES = 200 * 10**6
+
+_ENDINGS = (".json", ".jsonl")
+_MARK = b"\xef\xbb\xbf"  # the byte order mark that some editors put in front
+
+
+def read_rows(label: str, built_in: Traversable | None, names: str) -> list[object]:
+    """The rows of a data set.
+
+    Args:
+        label: What the user gave: a path, or ``-`` for standard input.
+        built_in: The file of a built-in data set, if ``label`` is its name.
+        names: The built-in names, for messages.
+
+    Raises:
+        DatasetError: there is no such file, it cannot be read, is too large or is not JSON.
+    """
+    if built_in is not None:
+        return _document(_decode(built_in.read_bytes(), label), label)
+    if label == "-":
+        return _document(_decode(_read_all(sys.stdin.buffer, label), label), label)
+    path = Path(label)
+    if not path.exists():
+        raise DatasetError(
+            f"no data set {label!r}: neither a built-in name ({names}) "
+            "nor the path of an existing .json or .jsonl file"
+        )
+    by_content = _is_stream(path)
+    if not by_content and path.suffix.lower() not in _ENDINGS:
+        raise DatasetError(f"{label}: a data set is a .json or .jsonl file{_remedy(path)}")
+    try:
+        with path.open("rb") as file:
+            if not by_content and os.fstat(file.fileno()).st_size > MAX_FILE_BYTES:
+                raise _too_large(label)
+            if not by_content and path.suffix.lower() == ".jsonl":
+                return _lines(file, label)
+            data = _read_all(file, label)
+    except OSError as error:
+        raise DatasetError(f"{label} cannot be read: {error.strerror or error}") from error
+    return _document(_decode(data, label), label)
+
+
+def _is_stream(path: Path) -> bool:
+    """Pipes, devices and file descriptors have no ending and are judged by their content."""
+    named = str(path.absolute()).startswith(("/dev/", "/proc/"))
+    return not path.is_dir() and (named or not path.is_file())
+
+
+def _remedy(path: Path) -> str:
+    if path.suffix.lower() not in (".csv", ".tsv", ".parquet"):
+        return ""
+    table = path.suffix.lower()[1:]
+    start = b""
+    if path.is_file():
+        with path.open("rb") as file:
+            start = file.read(4096)
+    called = " (this table is of HalluEditBench)" if b"paraphrased_question" in start else ""
+    reader = "read_parquet(FILE" if table == "parquet" else "read_csv(FILE"
+    if table == "tsv":
+        reader += ', sep="\\t"'
+    return f'{called}; write it as one: pandas.{reader}).to_json("facts.json", orient="records")'
+
+
+def _too_large(label: str) -> DatasetError:
+    return DatasetError(
+        f"{label} has more than {MAX_FILE_BYTES / 1e9:.3g} GB, the most that is read; split it"
+    )
+
+
+def _read_all(file: IO[bytes], label: str) -> bytes:
+    data = file.read(MAX_FILE_BYTES + 1)
+    if len(data) > MAX_FILE_BYTES:
+        raise _too_large(label)
+    return data
+
+
+def _decode(data: bytes, label: str, offset: int = 0) -> str:
+    try:
+        return data.removeprefix(_MARK if not offset else b"").decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise DatasetError(
+            f"{label} is not UTF-8 text (byte {offset + error.start}); save it as UTF-8"
+        ) from error
+
+
+def _lines(file: IO[bytes], label: str) -> list[object]:
+    """One row a line, never more than one line in memory beside the rows."""
+    rows = []
+    offset = number = 0
+    while line := file.readline(MAX_LINE_BYTES + 1):
+        number += 1
+        if len(line) > MAX_LINE_BYTES:
+            raise DatasetError(
+                f"{label} line {number} has more than {MAX_LINE_BYTES / 1e6:.4g} MB, the most that "
+                "is read of one row; shorten its texts"
+            )
+        text = _decode(line, label, offset)
+        offset += len(line)
+        if text.strip():
+            rows.append(_loads(text.rstrip("\r\n"), label, number))
+    return rows
+
+
+def _loads(text: str, label: str, first_line: int = 1) -> object:
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError as error:
+        line = first_line + error.lineno - 1
+        raise DatasetError(
+            f"{label} is not JSON at line {line}, column {error.colno}: {error.msg}"
+        ) from error
+    except (ValueError, RecursionError) as error:  # a number too long, lists nested too deep
+        raise DatasetError(f"{label} cannot be read as JSON: {error}") from error
+
+
+def _document(text: str, label: str) -> list[object]:
+    """The rows of a JSON document, or of one row a line under another ending than ``.jsonl``."""
+    if not text.strip():
+        return []
+    try:
+        document = _loads(text, label)
+    except DatasetError:
+        if not _starts_with_a_row(text):
+            raise
+        # Not splitlines(): it also breaks at characters such as U+2028, which JSON allows in texts.
+        lines = enumerate(text.split("\n"), start=1)
+        return [_loads(line, label, number) for number, line in lines if line.strip()]
+    if isinstance(document, list):
+        return document
+    if not isinstance(document, dict):
+        raise DatasetError(f"{label} must hold a list of rows, got {json.dumps(document)[:60]}")
+    if recognise(document):  # a single row: its own lists are paraphrases, not rows
+        return [document]
+    refused = refusal(document)
+    if refused is not None:
+        raise DatasetError(f"{label} {refused}")
+    lists = [value for value in document.values() if isinstance(value, list)]
+    if len(lists) == 1:
+        return lists[0]
+    values = list(document.values())
+    if values and all(isinstance(v, Mapping) and recognise(v) for v in values):
+        return values  # rows under their names
+    raise DatasetError(
+        f"{label} must hold a list of rows, or an object with exactly one list; "
+        f"it has {len(lists)} lists (fields: {', '.join(document) or 'none'})"
+    )
+
+
+def _starts_with_a_row(text: str) -> bool:
+    """Whether the first line alone is a JSON object, so that the rest must be rows too."""
+    try:
+        return isinstance(json.loads(text.lstrip().split("\n", 1)[0]), dict)
+    except (ValueError, RecursionError):
+        return False
