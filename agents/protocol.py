@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, Protocol, runtime_checkable
 
 import gymnasium as gym
@@ -66,15 +67,25 @@ class Agent(Protocol):
         """Takes in one transition; ``info`` is the information that came with its reward."""
 
 
+class FixedAgent:
+    """Base of agents that do not learn while they act."""
+
+    def update(self, *transition: Any, **named: Any) -> None:
+        """Does nothing."""
+
+
 @runtime_checkable
 class Trainable(Protocol):
-    """A level with parameters."""
+    """A level with trained numbers. Every ``torch.nn.Module`` is one."""
 
     def parameters(self) -> Any:
         """What training changes: an iterable of ``torch.nn.Parameter``."""
 
-    def state(self) -> dict[str, Any]:
-        """Parameters, and statistics that belong to them, by dotted path."""
+    def state_dict(self) -> Mapping[str, Any]:
+        """All trained numbers by dotted path: parameters, and what was collected in training.
 
-    def load_state(self, state: dict[str, Any]) -> None:
-        """Puts a saved state back."""
+        The statistics of an episode do not belong to them; an update rule has ``statistics()``.
+        """
+
+    def load_state_dict(self, state: Mapping[str, Any], /) -> Any:
+        """Puts a saved :meth:`state_dict` back."""

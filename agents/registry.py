@@ -58,7 +58,9 @@ SHIPPED = Path(__file__).parent / "trained"
 
 #: Arguments of training that one level's preset sets for that level alone.
 _OF_THE_HIGH = frozenset({"train_high", "high_learning_rate"})
-_OF_THE_LOW = frozenset({"train_low", "low_learning_rate", "lasting", "lasting_prompts"})
+_OF_THE_LOW = frozenset(
+    {"train_low", "low_learning_rate", "future_damage", "future_damage_prompts"}
+)
 #: Policies trained in another way: prefix → module whose ``load(folder)`` makes an agent.
 LOADERS: Mapping[str, str] = MappingProxyType(
     {
@@ -236,7 +238,7 @@ class SpecAgent:
                 record = read_record(found)
                 check_fits(found, record, llm)
                 try:
-                    level.load_state(part(read_state(found, record, llm.device), kind))
+                    level.load_state_dict(part(read_state(found, record, llm.device), kind))
                 except (RuntimeError, KeyError, TypeError) as error:
                     raise CheckpointError(
                         f"the {kind} level in {found} does not fit its own settings: {error}"

@@ -1,16 +1,19 @@
-"""Damage of an option to the rest of an episode, as a penalty for training a low level.
+"""A penalty for the damage that an update does to later facts of the episode.
 
-An update made for one fact stays in the weights while all later facts are edited, asked, and not
-asked. The objective of the present fact sees that once; an episode sees it again and again. So a
-low level is charged, as often as there are edits to come (``lasting``, 0 for no charge), for
+An update made for one fact stays in the weights while all later facts are edited and asked. The
+objective of the present fact counts its damage once, but the episode suffers it again and again.
+This term of the objective stands for the later facts: it is the loss of the edited model on a
+random sample, multiplied by a fixed number of later facts (the setting ``future_damage``, 0 for no
+penalty):
 
-    retention weight × mean over n earlier facts of (−log p(y | x) + mean over paraphrases) / 2
-    + λ × mean over n unrelated prompts of KL[p_unedited ‖ p]
+    future_damage × ( retention weight × mean over n earlier facts of
+                          (−log p(y | x) + mean over paraphrases) / 2
+                      + λ × mean over n unrelated prompts of KL[p_unedited ‖ p] )
 
-with both drawn anew for every fact: the facts from all earlier ones of this episode, the prompts
-from all training facts. It stands for what later facts will lose by the present option; the number
-of edits to come is a constant, so that a policy is learned that does not depend on an episode's
-length. (Ours; the memory of HiEdit and RLEdit holds the last k edits, and each counts once.)
+Both samples are drawn anew for every fact: the facts from all earlier ones of this episode, the
+prompts from all training facts. The number of later facts is a constant, so that the learned policy
+does not depend on the length of an episode. (Ours; the memory of HiEdit and RLEdit holds the last k
+edits, and each counts once.)
 """
 
 from __future__ import annotations
@@ -19,24 +22,24 @@ from collections.abc import Sequence
 
 import numpy as np
 import torch
-from hiedit_agents.hierarchy.references import UneditedLogProbs
 from hiedit_agents.hierarchy.train_settings import TrainSettings
 from torch import Tensor
 
 from hiedit_env.datasets.requests import Request
 from hiedit_env.envs.base import EditingEnv
+from hiedit_env.evaluation.unedited import UneditedModel
 from hiedit_env.model.tokenization import EncodedFact, EncodedPrompt
 from hiedit_env.resident.batched import scores_together
 from hiedit_env.resident.low_rank import Updates
 
 
-class LastingDamage:
-    """Measures, on a sample, what the present weights are worth to the rest of an episode.
+class FutureDamage:
+    """Measures the damage of the present weights to the rest of an episode, on a random sample.
 
     Args:
         env: The environment that is trained in; its ``reward_weights`` weigh the two sums.
         requests: Training facts, whose unrelated prompts are drawn from.
-        settings: Of the training: ``lasting`` edits to come, ``lasting_prompts`` n.
+        settings: Of the training: ``future_damage`` and ``future_damage_prompts``, n.
         cache_bytes: Bound of the memory for the unedited model's log-probabilities.
     """
 
@@ -49,17 +52,18 @@ class LastingDamage:
     ) -> None:
         self.env, self.settings = env, settings
         self._probes = list(dict.fromkeys(p for request in requests for p in request.locality))
-        self._unedited = UneditedLogProbs(env.llm, cache_bytes)
+        self._unedited = UneditedModel(env.llm, cache_bytes=cache_bytes)
         self._facts: list[EncodedFact] = []
         self._references: dict[EncodedPrompt, Tensor] = {}
 
     def draw(self, rng: np.random.Generator) -> None:
-        """Draws what the present fact's updates are measured on; not the fact itself.
+        """Draws the sample for the present fact's updates; the fact itself is not in it.
 
         Raises:
             PromptError: a drawn unrelated prompt that cannot be tokenised.
         """
-        episode, count, weights = self.env.episode, self.settings.lasting_prompts, self._weights
+        episode, weights = self.env.episode, self._weights
+        count = self.settings.future_damage_prompts
         own = episode.fact.request.locality
         earlier = episode.facts[: episode.position]
         # Nothing that weighs nothing: 0 times a loss that is not finite would be no number.
@@ -69,10 +73,10 @@ class LastingDamage:
         probes = [p for p in (self._probes[i] for i in places) if p not in own][:count]
         encoded = [self.env.llm.encode(probe.prompt, probe.answer) for probe in probes]
         self._facts = [earlier[i] for i in facts]
-        self._references = {probe: self._unedited.get(probe) for probe in encoded}
+        self._references = {p: self._unedited.log_probs((p,))[p] for p in encoded}
 
     def loss(self, updates: Updates | None = None) -> Tensor:
-        """The charge at the present weights, with updates as an overlay.
+        """The penalty at the present weights, with updates as an overlay.
 
         Args:
             updates: As for :meth:`~hiedit_env.envs.base.EditingEnv.loss`; None for none.
@@ -93,7 +97,7 @@ class LastingDamage:
         llm = self.env.llm
         losses, _, kl, _ = scores_together([(llm, prompts, self._references)], updates)[0].unbind(1)
         values = torch.cat((kl[: len(self._references)], -losses[len(self._references) :]))
-        return self.settings.lasting * (values @ values.new_tensor(weights))
+        return self.settings.future_damage * (values @ values.new_tensor(weights))
 
     @property
     def _weights(self) -> dict[str, float]:

@@ -19,10 +19,10 @@ The update then has one of three forms:
 * ``"ridge"`` (MALMEN, arXiv 2311.04661; RLEdit): (KᵀK + λ_l I) Δ_l = Kᵀ D with the raw keys K and
   D = −step_l (K ⊙ ũ) 1 ⊙ ṽ row by row.
 * ``"decorrelated"`` (ours): the outer form with ũ multiplied by the damped inverse of the lifelong
-  second moment C_l of the keys, see :class:`hiedit_env.rules.base.DecorrelatedRule`. Here
+  second moment C_l of the keys, see :class:`hiedit_env.rules.closed_form.DecorrelatedRule`. Here
   C_l = (edits of this episode) + prior_l (unrelated prompts), the second collected once in training
-  by :meth:`Hypernetwork.calibrate`, so that what unrelated prompts have in common is left alone
-  from the first edit on. The ridge and prior_l are learned.
+  by :meth:`Hypernetwork.calibrate`, so that directions common to unrelated prompts are damped from
+  the first edit on. The ridge and prior_l are learned.
 
 B, b, shift and c begin at 0, so an untrained hypernetwork *is* the closed-form rule of its form;
 only the ridge form differs from the ridge rule, which has ‖ũ‖² in the place of (K ⊙ ũ) 1.
@@ -40,10 +40,11 @@ from torch import Tensor, nn
 
 from hiedit_env.errors import SettingsError
 from hiedit_env.resident.capture import Capture
-from hiedit_env.rules.base import Tokens
-from hiedit_env.rules.closed_form import DecorrelatedRule, Gradients, Keys, LifelongRule
+from hiedit_env.rules.base import Tokens, positive
+from hiedit_env.rules.closed_form import LifelongRule
+from hiedit_env.rules.forms import DecorrelatedForm, Gradients, Keys, OuterForm, RidgeForm
 
-Form = Literal["outer", "ridge", "decorrelated"]
+FormName = Literal["outer", "ridge", "decorrelated"]
 Network = Literal["rows", "tokens"]
 
 #: The closed-form rule that an untrained hypernetwork of a form is, and for ridge is nearest to.
@@ -56,6 +57,7 @@ RULE_OF_FORM: Mapping[str, str] = {
 _DEFAULT_TOKENS: Mapping[str, Tokens] = {"outer": "all", "ridge": "answer", "decorrelated": "all"}
 
 _TINY = torch.finfo(torch.float32).eps
+_CALIBRATION = "calibration."
 
 
 class Block(nn.Module):
@@ -133,11 +135,12 @@ class GroupNet(nn.Module):
         return rows[..., : keys.shape[2]], rows[..., keys.shape[2] :]
 
 
-class Hypernetwork(DecorrelatedRule):
+class Hypernetwork(LifelongRule):
     """A low level with trained parameters; an untrained one is a closed-form rule.
 
     It is an update rule, so it can be given wherever one can: to
-    :meth:`~hiedit_env.envs.base.EditingEnv.use_low_level`, or by a trained agent's folder.
+    :meth:`~hiedit_env.envs.base.EditingEnv.use_low_level`, or by a trained agent's folder. Its form
+    (:mod:`hiedit_env.rules.forms`) turns what the network makes into updates.
 
     Args:
         shapes: ``(d_in, d_out)`` per candidate layer.
@@ -150,12 +153,12 @@ class Hypernetwork(DecorrelatedRule):
         step_size: Nominal step size; ``exp(log_step)`` multiplies it layer by layer.
         tokens: As for :class:`~hiedit_env.rules.base.UpdateRule`; None for all tokens in the outer
             forms and the answer's in the ridge form, as in the released configurations.
-        ridge: Of the decorrelated form, and the λ the ridge form begins at.
+        ridge: Initial ridge of the ridge form and the decorrelated form; None for 1 and 3.
         prior: Nominal weight of the unrelated prompts in C_l.
         keys: Of the decorrelated form, which keys C_l is the second moment of: standardised as the
-            network's input, or ``"raw"``, as a changed layer meets them; a network for rows then
+            network's input, or ``"raw"``, as a changed layer receives them; a network for rows then
             changes them by as many standard deviations.
-        gradients: Whether the mean is taken away from value gradients before they are divided by
+        gradients: Whether the mean is subtracted from value gradients before they are divided by
             their standard deviation (``"standardised"``) or not (``"scaled"``).
         seed: Of the random initial values.
 
@@ -172,7 +175,7 @@ class Hypernetwork(DecorrelatedRule):
         shapes: Sequence[tuple[int, int]],
         device: torch.device,
         *,
-        form: Form = "outer",
+        form: FormName = "outer",
         network: Network = "rows",
         rank: int = 64,
         blocks: int = 1,
@@ -184,8 +187,8 @@ class Hypernetwork(DecorrelatedRule):
         gradients: Gradients = "standardised",
         seed: int = 0,
     ) -> None:
-        if form not in get_args(Form):
-            raise SettingsError(f"form must be one of {get_args(Form)}, got {form!r}")
+        if form not in get_args(FormName):
+            raise SettingsError(f"form must be one of {get_args(FormName)}, got {form!r}")
         if rank < 1 or blocks < 0:
             raise SettingsError(f"rank must be ≥ 1 and blocks ≥ 0, got {rank!r} and {blocks!r}")
         if network not in get_args(Network):
@@ -198,11 +201,13 @@ class Hypernetwork(DecorrelatedRule):
             raise SettingsError(
                 f"form={form!r} has no second moment of keys, so keys={keys!r} means nothing"
             )
-        self.form: Form = form
-        #: Which statistics are kept: the decorrelated form alone needs the products of keys.
-        self._kind = DecorrelatedRule if form == "decorrelated" else LifelongRule
+        self.form_name: FormName = form
+        self.keys: Keys = keys
+        self.ridge = positive(
+            (3.0 if form == "decorrelated" else 1.0) if ridge is None else ridge, "ridge"
+        )
         self.prior = prior
-        #: Statistics of unrelated prompts, as of :meth:`state_dict`; None before calibration.
+        #: Statistics of unrelated prompts by dotted path; None before calibration.
         self._calibration: dict[str, Any] | None = None
         self._calibrated_products: list[Tensor] = []
         super().__init__(
@@ -210,9 +215,7 @@ class Hypernetwork(DecorrelatedRule):
             device,
             step_size=step_size,
             tokens=tokens or _DEFAULT_TOKENS[form],
-            ridge=(3.0 if form == "decorrelated" else 1.0) if ridge is None else ridge,
-            keys=keys,
-            gradients=gradients,
+            form=_make_form(form, shapes, device, keys, gradients),
         )
         generator = torch.Generator().manual_seed(seed)
         self.net = nn.ModuleList(
@@ -220,12 +223,51 @@ class Hypernetwork(DecorrelatedRule):
             for group in self.groups
         ).to(device)
 
+    # -- trained numbers --------------------------------------------------------------------------
+
     def parameters(self) -> list[nn.Parameter]:
         """What training changes."""
         return list(self.net.parameters())
 
+    def state_dict(self) -> dict[str, Any]:
+        """The parameters, and the calibration if there is one, by dotted path."""
+        calibration = self._calibration or {}
+        return {
+            **self.net.state_dict(),
+            **{f"{_CALIBRATION}{name}": value for name, value in calibration.items()},
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Puts a saved :meth:`state_dict` back.
+
+        Raises:
+            SettingsError: a calibration for other ``keys``; nothing has changed.
+            RuntimeError: parameters that do not fit the network.
+        """
+        own = {k: v for k, v in state.items() if not k.startswith(_CALIBRATION)}
+        found = {k.removeprefix(_CALIBRATION): v for k, v in state.items() if k not in own}
+        if found and ("sizes.0" in found) != (self.keys == "raw"):
+            raise SettingsError(
+                f"keys={self.keys!r}, but the calibration that was saved is of the other kind of "
+                "keys"
+            )
+        self.net.load_state_dict(own)
+        self._set_calibration(found or None)
+
+    # -- calibration ------------------------------------------------------------------------------
+
+    @property
+    def is_calibrated(self) -> bool:
+        """Whether :meth:`calibrate` was called, now or before the parameters were saved."""
+        return self._calibration is not None
+
+    @property
+    def wants_calibration(self) -> bool:
+        """Whether its form uses a calibration that it does not have yet."""
+        return self.form_name == "decorrelated" and not self.is_calibrated
+
     def calibrate(self, captures: Iterable[Capture]) -> None:
-        """Collects what unrelated prompts have in common; every episode begins with it.
+        """Collects the statistics of unrelated prompts; every episode begins with them.
 
         Args:
             captures: Of unrelated prompts at the unedited weights.
@@ -240,7 +282,7 @@ class Hypernetwork(DecorrelatedRule):
             self._calibration = before
             self.reset()
             raise
-        found = self.state_dict()
+        found = self.statistics()
         calibration: dict[str, Any] = {}
         for i, moments in enumerate(found["moments"]):
             calibration |= {f"moments.{i}.{name}": value for name, value in moments.items()}
@@ -275,104 +317,73 @@ class Hypernetwork(DecorrelatedRule):
             self._calibrated_products.append(whole * calibration[f"moments.{i}.count"])
         self.reset()
 
-    @property
-    def is_calibrated(self) -> bool:
-        """Whether :meth:`calibrate` was called, now or before the parameters were saved."""
-        return self._calibration is not None
-
-    @property
-    def wants_calibration(self) -> bool:
-        """Whether its form uses a calibration that it does not have yet."""
-        return self.form == "decorrelated" and not self.is_calibrated
-
-    def state(self) -> dict[str, Any]:
-        """The parameters, and the calibration if there is one, by dotted path."""
-        calibration = self._calibration or {}
-        return {
-            **self.net.state_dict(),
-            **{f"calibration.{name}": value for name, value in calibration.items()},
-        }
-
-    def load_state(self, state: Mapping[str, Any]) -> None:
-        """Puts a saved :meth:`state` back."""
-        start = "calibration."
-        own = {k: v for k, v in state.items() if not k.startswith(start)}
-        found = {k[len(start) :]: v for k, v in state.items() if k.startswith(start)}
-        # Agents saved earlier: biases were vectors, and every layer had products of its own.
-        own |= {k: v[None] for k, v in own.items() if k.endswith(".bias") and v.ndim == 1}
-        for i in range(len(self.groups)):
-            if f"products.{i}" in found and f"places.{i}" not in found:
-                found |= _each_once(f"products.{i}", f"places.{i}", found[f"products.{i}"])
-        if found and ("sizes.0" in found) != (self.keys == "raw"):
-            raise SettingsError(
-                f"keys={self.keys!r}, but the calibration that was saved is of the other kind of "
-                "keys"
-            )
-        self.net.load_state_dict(own)
-        self._set_calibration(found or None)
-
     def reset(self) -> None:
         """Forgets the lifelong statistics; parameters and calibration stay."""
-        self._kind.reset(self)
+        super().reset()
         if self._calibration is not None:
             # The products of keys are added when they are used, with their learned weight.
-            for i, moments in enumerate(self._moments):
+            for i, moments in enumerate(self.form.moments):
                 names = ("count", "mean", "squares")
                 saved = {name: self._calibration[f"moments.{i}.{name}"] for name in names}
-                moments.load_state_dict(saved)
+                moments.load_statistics(saved)
 
-    def observe(self, capture: Capture) -> None:
-        """Takes one capture into the statistics the form needs."""
-        self._kind.observe(self, capture)
-
-    def state_dict(self) -> dict[str, Any]:
-        """The lifelong statistics, not the parameters."""
-        return self._kind.state_dict(self)
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Puts saved statistics back, bit for bit."""
-        self._kind.load_state_dict(self, state)
-
-    def _second_moment(self, group: int, places: list[int]) -> Tensor:
-        own = super()._second_moment(group, places)
-        if self._calibration is None:
-            return own
-        net = self.net[group]
-        assert isinstance(net, GroupNet)
-        weight = self.prior * net.log_prior[places].exp()
-        return own + weight[:, None, None] * self._calibrated_products[group][places]
-
-    def _left(self, group: int, places: list[int], standardised: Tensor, keys: Tensor) -> Tensor:
-        return self._kind._left(self, group, places, standardised, keys)
-
-    def _steps(self, group: int, places: list[int]) -> Tensor:
-        net = self.net[group]
-        assert isinstance(net, GroupNet)
-        return net.log_step[places].exp()[:, None, None]
-
-    def _ridges(self, group: int, places: list[int]) -> Tensor:
-        net = self.net[group]
-        assert isinstance(net, GroupNet)
-        return self.ridge * net.log_ridge[places].exp()[:, None]
+    # -- the update -------------------------------------------------------------------------------
 
     def _factors(
         self, group: int, places: list[int], keys: Tensor, gradients: Tensor
     ) -> tuple[Tensor, Tensor]:
+        own, right = self._normalised(group, places, keys, gradients)
+        left, right = self._net(group)(own, right, places)
+        if self.keys == "raw" and left is not own:
+            keys = keys + self.form.moments[group].unscale(left - own, places)
+        return self.form.factors(
+            group,
+            places,
+            keys,
+            left,
+            right,
+            steps=self._steps(group, places),
+            ridges=self._ridges(group, places),
+            added=self._added(group, places),
+        )
+
+    def _left(self, group: int, places: list[int], standardised: Tensor, keys: Tensor) -> Tensor:
+        ridges, added = self._ridges(group, places), self._added(group, places)
+        return self.form.left(group, places, standardised, keys, ridges, added)
+
+    def _steps(self, group: int, places: list[int]) -> Tensor:
+        return self._net(group).log_step[places].exp()[:, None, None]
+
+    def _ridges(self, group: int, places: list[int]) -> Tensor:
+        """The learned ridge of every layer, G × 1."""
+        return self.ridge * self._net(group).log_ridge[places].exp()[:, None]
+
+    def _added(self, group: int, places: list[int]) -> Tensor | None:
+        """What the calibration adds to the second moment of the keys, G × d_in × d_in."""
+        if not self._calibrated_products:
+            return None
+        weight = self.prior * self._net(group).log_prior[places].exp()
+        return weight[:, None, None] * self._calibrated_products[group][places]
+
+    def _net(self, group: int) -> GroupNet:
         net = self.net[group]
         assert isinstance(net, GroupNet)
-        own, right = self._normalised(group, places, keys, gradients)
-        left, right = net(own, right, places)
-        step = self._steps(group, places)
-        if self.form != "ridge":
-            if self.keys == "raw" and left is not own:
-                keys = keys + self._moments[group].unscale(left - own, places)
-            return self._left(group, places, left, keys), right * step
-        # (K ⊙ ũ) 1: as UltraEdit's ‖ũ‖² once K is normalised too.
-        wanted = (keys * left).sum(2, keepdim=True) * right * step
-        ridge = self.ridge * net.log_ridge[places].exp()
-        eye = torch.eye(keys.shape[1], device=keys.device)
-        gram = keys @ keys.mT + ridge[:, None, None] * eye
-        return keys, torch.linalg.solve(gram, wanted)
+        return net
+
+
+def _make_form(
+    name: FormName,
+    shapes: Sequence[tuple[int, int]],
+    device: torch.device,
+    keys: Keys,
+    gradients: Gradients,
+) -> OuterForm:
+    """A form by name; its ridge is given with every update, since it is learned."""
+    if name == "outer":
+        return OuterForm(shapes, device, gradients=gradients)
+    if name == "ridge":
+        return RidgeForm(shapes, device, gradients=gradients, row_sizes="with-raw")
+    return DecorrelatedForm(shapes, device, gradients=gradients, keys=keys)
 
 
 def _each_once(rows_name: str, places_name: str, rows: Tensor) -> dict[str, Tensor]:

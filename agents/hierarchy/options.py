@@ -18,7 +18,7 @@ import gymnasium as gym
 import numpy as np
 import torch
 from gymnasium import spaces
-from hiedit_agents.protocol import Observation
+from hiedit_agents.protocol import FixedAgent, Observation
 from numpy.typing import NDArray
 from torch import Tensor
 
@@ -134,7 +134,7 @@ class UntrainedChoice:
         return Choice(self._choice(capture, self._generator))
 
 
-class HierarchicalAgent:
+class HierarchicalAgent(FixedAgent):
     """Any high level over any low level, on ``hiedit/LayerSelection-v1``.
 
     The environment runs the options: :meth:`reset` gives it the low level.
@@ -183,18 +183,6 @@ class HierarchicalAgent:
         with torch.no_grad():
             choice = self.high.choose(observation, self._env.capture)
         return choice.layers.astype(np.int8)
-
-    def update(
-        self,
-        observation: Observation,
-        action: Any,
-        reward: float,
-        terminated: bool,
-        truncated: bool,
-        next_observation: Observation,
-        info: dict[str, Any],
-    ) -> None:
-        """Learns nothing here; :mod:`hiedit_agents.hierarchy.trainer` trains."""
 
 
 def layer_selection(env: gym.Env[Any, Any], name: str) -> EditingEnv:

@@ -23,18 +23,17 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 import torch
 from hiedit_agents.hierarchy.hypernetwork import Hypernetwork
-from hiedit_agents.hierarchy.references import UneditedLogProbs
 from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional as F
 
 from hiedit_env.errors import NonFiniteUpdateError, SettingsError
-from hiedit_env.evaluation.metrics import UneditedAnswers
+from hiedit_env.evaluation.unedited import UneditedModel
 from hiedit_env.model.tokenization import EncodedPrompt, PromptBatch
 from hiedit_env.resident.capture import Capture, GradientRows
 from hiedit_env.resident.low_rank import LowRankUpdate
@@ -100,7 +99,7 @@ class Rehearsal(Hypernetwork):
         self._end: tuple[int, ...] = (end,) if end_answers and end is not None else ()
         self._seed, self._episode = seed, 0
         self._bank: tuple[EncodedPrompt, ...] = ()
-        self._unedited = UneditedLogProbs(llm, cache_bytes)
+        self._unedited = UneditedModel(llm, cache_bytes=cache_bytes)
         self._past: tuple[EncodedPrompt, ...] = ()
         #: Accumulated changes of the weights (never written in place), prompts, and their rows.
         self._latest: tuple[tuple[Tensor | None, ...], list[EncodedPrompt], GradientRows] | None = (
@@ -120,20 +119,20 @@ class Rehearsal(Hypernetwork):
                 yield capture
 
         super().calibrate(noted())
-        own = UneditedAnswers(self.llm).get(prompts)
+        own = self._unedited.answers(prompts)
         found = [self._prompt(p.prompt_ids, p.answer_ids) for p in (*own, *prompts)]
         self._bank = tuple(dict.fromkeys(found))
 
-    def state(self) -> dict[str, Any]:
+    def state_dict(self) -> dict[str, Any]:
         """Parameters, calibration, and the tokens of the unrelated prompts."""
         bank = [[list(p.prompt_ids), list(p.answer_ids)] for p in self._bank]
-        return {**super().state(), "bank": bank}
+        return {**super().state_dict(), "bank": bank}
 
-    def load_state(self, state: Mapping[str, Any]) -> None:
-        """Puts a saved :meth:`state` back."""
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Puts a saved :meth:`state_dict` back."""
         rest = dict(state)
         bank = tuple(self._prompt(prompt, answer) for prompt, answer in rest.pop("bank"))
-        super().load_state(rest)
+        super().load_state_dict(rest)
         self._bank = bank
 
     def _prompt(self, prompt: Sequence[int], answer: Sequence[int]) -> EncodedPrompt:
@@ -161,17 +160,23 @@ class Rehearsal(Hypernetwork):
             others = (prompt for prompt in self._past if prompt.prompt_ids != asked)
             self._past = (*others, capture.prompt)
 
-    def state_dict(self) -> dict[str, Any]:
+    def statistics(self) -> dict[str, Any]:
         """Statistics, memory and random state of this episode."""
         own = {"past": self._past, "random": self._rng.bit_generator.state}
-        return {**super().state_dict(), **own}
+        return {**super().statistics(), **own}
 
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+    def load_statistics(self, statistics: Mapping[str, Any]) -> None:
         """Puts saved statistics back, bit for bit."""
-        super().load_state_dict(state)
-        if "past" in state:
-            self._past = state["past"]
-            self._rng.bit_generator.state = state["random"]
+        super().load_statistics(statistics)
+        self._past = statistics["past"]
+        self._rng.bit_generator.state = statistics["random"]
+
+    def clone_for(self, llm: ResidentLLM) -> Self:
+        """As in the base class; the copy rehearses on ``llm``."""
+        twin = super().clone_for(llm)
+        twin.llm, twin._latest = llm, None
+        twin._unedited = self._unedited.clone_for(llm)
+        return twin
 
     # -- the update -----------------------------------------------------------------------------
 
@@ -191,7 +196,7 @@ class Rehearsal(Hypernetwork):
             facts = [self._ended(prompt) for prompt in (capture.prompt, *facts)]
         if not (facts or probes) or not layers.any():
             return written
-        references = [self._unedited.get(probe) for probe in probes]
+        references = [self._unedited.log_probs((probe,))[probe] for probe in probes]
 
         def loss(logits: Tensor, batch: PromptBatch) -> Tensor:
             sizes = [len(prompt.answer_ids) for prompt in batch.prompts]

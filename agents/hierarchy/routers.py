@@ -34,6 +34,36 @@ def half(num_layers: int) -> int:
     return max(1, num_layers // 2)
 
 
+class InputMoments(RunningMoments, nn.Module):
+    """Running moments of a network's inputs, saved with its parameters.
+
+    ``count`` is a plain number in ``state_dict()``, ``mean`` and ``squares`` are tensors.
+
+    Args:
+        groups, size, device: As for :class:`~hiedit_env.rules.moments.RunningMoments`.
+    """
+
+    def __init__(self, groups: int, size: int, device: torch.device) -> None:
+        nn.Module.__init__(self)
+        RunningMoments.__init__(self, groups, size, device)
+
+    def _save_to_state_dict(
+        self, destination: dict[str, Any], prefix: str, keep_vars: bool
+    ) -> None:
+        destination.update({f"{prefix}{name}": v for name, v in self.statistics().items()})
+
+    def _load_from_state_dict(
+        self, state_dict: Mapping[str, Any], prefix: str, *arguments: Any
+    ) -> None:
+        own = self.statistics()
+        missing = [f"{prefix}{name}" for name in own if f"{prefix}{name}" not in state_dict]
+        if missing:
+            missing_keys: list[str] = arguments[2]
+            missing_keys += missing
+        else:
+            self.load_statistics({name: state_dict[f"{prefix}{name}"] for name in own})
+
+
 class StraightThroughRouter(nn.Module):
     """The router of HiEdit (arXiv 2604.11214): top-K of a gate over encoded activations.
 
@@ -76,10 +106,10 @@ class StraightThroughRouter(nn.Module):
         self.shifts = nn.ParameterList(torch.zeros(len(g), 1, hidden) for g in self.groups)
         self.gate = _linear(hidden * len(shapes), len(shapes), generator)
         self.to(device)
-        self.moments = [
-            RunningMoments(len(group), size, device)
+        self.moments = nn.ModuleList(
+            InputMoments(len(group), size, device)
             for group, size in zip(self.groups, sizes, strict=True)
-        ]
+        )
 
     def reset(self, seed: int) -> None:
         """Nothing here is random."""
@@ -101,30 +131,17 @@ class StraightThroughRouter(nn.Module):
             rows = torch.stack(
                 [torch.cat((capture.keys[i], capture.value_gradients[i]), 1) for i in group]
             ).float()
+            moments = self.moments[place]
+            assert isinstance(moments, InputMoments)
             if learn_moments:
-                self.moments[place].update(rows)
-            if self.moments[place].count:
-                rows = self.moments[place].normalise(rows, list(range(len(group))))
+                moments.update(rows)
+            if moments.count:
+                rows = moments.normalise(rows, list(range(len(group))))
             inner = self.encoders[place](rows).relu()
             parts.append((self.scales[place] * inner + self.shifts[place]).mean(1))
         hidden = torch.cat(parts)[self._order]
         logits: Tensor = self.gate(hidden.flatten())
         return logits
-
-    def state(self) -> dict[str, Any]:
-        """Parameters and moments by dotted path."""
-        state: dict[str, Any] = dict(self.state_dict())
-        for i, moments in enumerate(self.moments):
-            state |= {f"moments.{i}.{name}": value for name, value in moments.state_dict().items()}
-        return state
-
-    def load_state(self, state: Mapping[str, Any]) -> None:
-        """Puts a saved :meth:`state` back."""
-        own = self.state_dict()
-        self.load_state_dict({name: state[name] for name in own})
-        for i, moments in enumerate(self.moments):
-            names = moments.state_dict()
-            moments.load_state_dict({name: state[f"moments.{i}.{name}"] for name in names})
 
 
 class PolicyRouter(nn.Module):
@@ -137,7 +154,7 @@ class PolicyRouter(nn.Module):
       probability softmax(score) among those left (Plackett and Luce). ``log_probability`` is that
       of the drawn order, ``entropy`` that of the first draw. The best choice is the top K.
     * ``size="learned"``: every layer is drawn on its own with probability sigmoid(score), so that
-      the number of layers follows from what they bring and what the sparsity bonus pays;
+      the number of layers follows from their scores and from the sparsity term of the reward;
       ``entropy`` is the mean over layers. The best choice is every layer above one half, and the
       best one if there is none.
 
@@ -200,7 +217,7 @@ class PolicyRouter(nn.Module):
         self.temperature = temperature
         self._generator = torch.Generator()
         features = LAYER_FEATURES + GLOBAL_FEATURES
-        self.moments = RunningMoments(1, features, device) if normalize else None
+        self.moments = InputMoments(1, features, device) if normalize else None
         generator = torch.Generator().manual_seed(seed)
         self.embedding = nn.Parameter(torch.randn(num_layers, embedding, generator=generator))
         inputs = LAYER_FEATURES + GLOBAL_FEATURES + embedding
@@ -222,23 +239,6 @@ class PolicyRouter(nn.Module):
         # Not the bits that Gymnasium draws the stream of facts from.
         bits = np.random.SeedSequence([seed, 4]).generate_state(1, np.uint64)[0]
         self._generator.manual_seed(int(bits >> np.uint64(1)))
-
-    def state(self) -> dict[str, Any]:
-        """Parameters, and moments if there are any, by dotted path."""
-        state: dict[str, Any] = dict(self.state_dict())
-        if self.moments is not None:
-            state |= {f"moments.{k}": v for k, v in self.moments.state_dict().items()}
-        return state
-
-    def load_state(self, state: Mapping[str, Any]) -> None:
-        """Puts a saved :meth:`state` back."""
-        own = self.state_dict()
-        if self.moments is None:
-            self.load_state_dict(dict(state))
-        else:
-            self.load_state_dict({name: state[name] for name in own})
-            names = self.moments.state_dict()
-            self.moments.load_state_dict({name: state[f"moments.{name}"] for name in names})
 
     def features(self, observation: Observation) -> Tensor:
         """L × (features of the layer, then those of fact and stream) float32, not normalised."""

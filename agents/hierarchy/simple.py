@@ -7,7 +7,7 @@ from typing import Any, ClassVar
 import gymnasium as gym
 import numpy as np
 from hiedit_agents.hierarchy.options import HierarchicalAgent, UntrainedChoice, layer_selection
-from hiedit_agents.protocol import Observation
+from hiedit_agents.protocol import FixedAgent, Observation
 from numpy.typing import NDArray
 
 from hiedit_env.envs.planted import Planted
@@ -56,7 +56,7 @@ class LayerChoiceAgent(HierarchicalAgent):
         super().reset(env, seed)
 
 
-class OracleAgent:
+class OracleAgent(FixedAgent):
     """Asks ``hiedit/Planted-v1`` for the best layers of every fact: what a choice can reach.
 
     Its regret is 0 by definition. The low level is the environment's own update rule.
@@ -95,6 +95,3 @@ class OracleAgent:
         if self._env is None:
             raise SettingsError(f"agent {self.name!r} must be reset before it can act")
         return self._env.oracle().layers.astype(np.int8)
-
-    def update(self, *transition: Any, **named: Any) -> None:
-        """Learns nothing."""

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 import torch
@@ -13,6 +14,7 @@ from torch import Tensor, nn
 from hiedit_env.errors import SettingsError
 from hiedit_env.resident.capture import Capture
 from hiedit_env.resident.low_rank import LowRankUpdate
+from hiedit_env.resident.resident import ResidentLLM
 from hiedit_env.rules.base import UpdateRule
 from hiedit_env.rules.names import RULES, make_rule
 
@@ -46,13 +48,19 @@ class RescaledRule(UpdateRule):
         """Takes one capture into the rule's statistics."""
         self.rule.observe(capture)
 
-    def state_dict(self) -> dict[str, Any]:
-        """The rule's statistics, not the parameters."""
-        return self.rule.state_dict()
+    def statistics(self) -> dict[str, Any]:
+        """The statistics of the rule inside."""
+        return self.rule.statistics()
 
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+    def load_statistics(self, statistics: Mapping[str, Any]) -> None:
         """Puts saved statistics back, bit for bit."""
-        self.rule.load_state_dict(state)
+        self.rule.load_statistics(statistics)
+
+    def clone_for(self, llm: ResidentLLM) -> Self:
+        """As in the base class, around a copy of the rule inside; parameters are shared."""
+        twin = copy.copy(self)
+        twin.rule = self.rule.clone_for(llm)
+        return twin
 
     def _factors(
         self, group: int, places: list[int], keys: Tensor, gradients: Tensor
@@ -120,12 +128,12 @@ class StepSizePolicy(RescaledRule):
         """What training changes."""
         return list(self.net.parameters())
 
-    def state(self) -> dict[str, Any]:
+    def state_dict(self) -> dict[str, Any]:
         """The parameters by name."""
         return dict(self.net.state_dict())
 
-    def load_state(self, state: Mapping[str, Any]) -> None:
-        """Puts a saved :meth:`state` back."""
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Puts a saved :meth:`state_dict` back."""
         self.net.load_state_dict(dict(state))
 
     def multipliers(self, capture: Capture) -> Tensor:

@@ -47,10 +47,11 @@ class TrainSettings:
     locality_reference: str = _option(
         "unedited", "what unrelated prompts are compared with: the unedited model, or the previous"
     )
-    lasting: float = _option(
-        0.0, "edits to come that a trained low level is charged for what it leaves behind"
+    future_damage: float = _option(
+        0.0,
+        "weight of the penalty for damage to later facts, as a number of facts (trained low level)",
     )
-    lasting_prompts: int = _option(
+    future_damage_prompts: int = _option(
         4, "earlier facts of the episode, and unrelated prompts, that this is measured on"
     )
     samples_per_fact: int = _option(2, "options a policy router tries per fact")
@@ -78,7 +79,7 @@ class TrainSettings:
             ("samples_per_fact", 1),
             ("window", 0),
             ("retention_window", 0),
-            ("lasting_prompts", 1),
+            ("future_damage_prompts", 1),
             ("evaluation_edits", 0),
             ("calibration", 0),
             ("seed", 0),
@@ -90,7 +91,7 @@ class TrainSettings:
             if not (value > 0 and math.isfinite(value)):
                 raise SettingsError(f"{name} must be a positive finite number, got {value!r}")
         for name in (
-            *("l2", "entropy_weight", "edit_weight", "locality_weight", "lasting"),
+            *("l2", "entropy_weight", "edit_weight", "locality_weight", "future_damage"),
             *("retention_weight", "sparsity_weight"),
         ):
             value = getattr(self, name)

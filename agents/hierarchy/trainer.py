@@ -1,26 +1,25 @@
 """Trains an agent on the environment: ``hiedit train``.
 
-One loop for every agent. A trajectory is one episode on a stream of training facts. For each
-fact the high level chooses, the option runs, and
+One loop for every agent. A trajectory is one episode on a stream of training facts. For each fact
+the high level chooses, the option runs, and
 
 * a trained low level gets the gradient of the environment's objective (edit, paraphrases,
-  unrelated prompts, remembered edits, L2) through the overlay, at the weights the option leaves
-  behind, through the updates of all its primitive steps: what is left undone by a step that another
-  one follows costs nothing, as in the environment's reward. It is exact for options of one step;
-  what an update changes in the captures of later steps is left out (first order), and where a low
-  level rehearses, what :mod:`hiedit_agents.hierarchy.rehearsal` says. The graphs of an option's
+  unrelated prompts, remembered edits, L2) through the overlay. Only the weights at the end of the
+  option count, with gradients in the updates of all its primitive steps; intermediate steps are not
+  penalised, as in the environment's reward. The gradient is exact for options of one step. For
+  longer ones it is first-order: how an update changes the captures of later steps is left out. For
+  a low level that rehearses see :mod:`hiedit_agents.hierarchy.rehearsal`. The graphs of an option's
   updates are kept until it ends;
 * a straight-through router gets the same gradient through its gates;
-* a policy router gets REINFORCE (Williams 1992) on the option's reward. What is subtracted is the
-  mean reward of the *other* options sampled for the same fact from the same state (leave-one-out)
-  or, with ``intrinsic``, the reward of the same option with all layers (HiEdit's intrinsic reward).
+* a policy router gets REINFORCE (Williams 1992) on the option's reward. The baseline is the mean
+  reward of the *other* options sampled for the same fact from the same state (leave-one-out) or,
+  with ``intrinsic``, the reward of the same option with all layers (HiEdit's intrinsic reward).
+  ``normalize_advantage`` divides advantages by their root mean square over a window, which makes
+  step size and entropy weight independent of the scale of the rewards.
 
-  ``normalize_advantage`` divides by their root mean square over a window, which makes step size and
-  entropy weight independent of the scale of the rewards.
-
-With ``lasting`` the objective of a low level that is trained is also charged for what the option
-leaves behind for the rest of the episode: :mod:`hiedit_agents.hierarchy.future_damage`. (A
-straight-through router above it gets the same gradient.)
+With ``future_damage`` the objective of a trained low level also contains a penalty for damage to
+the later facts of the episode: :mod:`hiedit_agents.hierarchy.future_damage`. (A straight-through
+router above it gets the same gradient.)
 
 Gradients are averaged over a window of facts or a whole trajectory, then Adam steps.
 """
@@ -34,11 +33,13 @@ from typing import Any, cast
 
 import numpy as np
 import torch
-from hiedit_agents.hierarchy.future_damage import LastingDamage
+from hiedit_agents.hierarchy.future_damage import FutureDamage
 from hiedit_agents.hierarchy.hypernetwork import Hypernetwork
+from hiedit_agents.hierarchy.lesson import Lesson, make_lesson
 from hiedit_agents.hierarchy.option_runner import Outcome, run_option
 from hiedit_agents.hierarchy.options import Choice, HierarchicalAgent, Option
 from hiedit_agents.hierarchy.train_settings import TrainSettings
+from hiedit_agents.hierarchy.training_log import LogRow, Tally
 from hiedit_agents.protocol import Observation, Trainable
 from torch import Tensor, nn
 
@@ -46,15 +47,13 @@ from hiedit_env.datasets.requests import Probe, Request
 from hiedit_env.datasets.streams import stream
 from hiedit_env.envs.accounting import Judging
 from hiedit_env.envs.base import EditingEnv
-from hiedit_env.errors import NonFiniteUpdateError, SettingsError
+from hiedit_env.errors import SettingsError
 from hiedit_env.resident.capture import Capture
-from hiedit_env.resident.low_rank import LowRankUpdate, Updates
+from hiedit_env.resident.low_rank import Updates
 
 #: Learning rate of a low level's vectors over that of its matrices: one number per layer (step
 #: size, ridge, weight of the prior) has to go further than an entry of a matrix.
 VECTOR_FACTOR = 10.0
-#: A row of the training log: one per trajectory.
-LogRow = dict[str, float]
 
 
 class Trainer:
@@ -106,8 +105,8 @@ class Trainer:
         #: Whether the objective's gradient is needed at all.
         self._differentiated = "low" in self.optimizers or self._gated
         self._generator = torch.Generator()
-        charged = settings.lasting and "low" in self.optimizers
-        self._lasting = LastingDamage(env, self.requests, settings) if charged else None
+        penalised = settings.future_damage and "low" in self.optimizers
+        self._future_damage = FutureDamage(env, self.requests, settings) if penalised else None
 
     def calibration_prompts(self) -> list[Probe]:
         """Unrelated prompts of training facts that the low level is to be shown.
@@ -148,9 +147,9 @@ class Trainer:
         Returns:
             Means over the trajectory's facts: ``reward`` (where only gradients are learned from,
             the edited model is not judged, and the reward is the low level's own, −L_t),
-            ``loss`` (L_t, without what ``lasting`` charges, at the end of the options that wrote
-            something), ``right_after`` (efficacy, share), ``layers``, ``steps``; and ``updates``,
-            the number of optimiser steps, with the mean ``gradient_norm``.
+            ``loss`` (L_t, without the penalty for future damage, at the end of the options that
+            wrote something), ``right_after`` (efficacy, share), ``layers``, ``steps``; and
+            ``updates``, the number of optimiser steps, with the mean ``gradient_norm``.
         """
         settings = self.settings
         seed = np.random.SeedSequence([settings.seed, number])
@@ -166,8 +165,8 @@ class Trainer:
         tried: list[list[Tried]] = []
         window = settings.window or len(facts)
         for place in range(len(facts)):
-            if self._lasting is not None:
-                self._lasting.draw(rng)
+            if self._future_damage is not None:
+                self._future_damage.draw(rng)
             outcome, options = self._fact(observation, tally)
             observation = outcome.observation
             tried.append(options)
@@ -245,38 +244,8 @@ class Trainer:
         return outcome
 
     def _lesson(self, made: Sequence[Updates]) -> Lesson | None:
-        """The objective at the weights after an option's updates, and the gradient in all of them.
-
-        The gradient is that of what ``lasting`` charges, too.
-
-        Args:
-            made: Updates of the primitive steps so far, attached to the parameters they come from;
-                all but the last are written already.
-
-        Returns:
-            None after updates that wreck the model: they teach nothing, the environment ends the
-            episode.
-        """
-        factors = [f for step in made for u in step if u is not None for f in (u.left, u.right)]
-        leaves = [factor.detach().requires_grad_(factor.requires_grad) for factor in factors]
-        pairs = iter(zip(leaves[::2], leaves[1::2], strict=True))
-        own = [[None if u is None else LowRankUpdate(*next(pairs)) for u in step] for step in made]
-        try:
-            written = [_with_earlier(layer) for layer in zip(*own, strict=True)]
-            loss = self.env.loss(written)
-            damage = None if self._lasting is None else self._lasting.loss(written)
-        except NonFiniteUpdateError:
-            return None
-        if self.settings.l2:
-            loss = loss + self.settings.l2 * sum(
-                u.squared_norm() for step in own for u in step if u is not None
-            )
-        total = loss if damage is None else loss + damage
-        if not torch.isfinite(total):
-            return None
-        places = [i for i, leaf in enumerate(leaves) if leaf.requires_grad]
-        gradients = torch.autograd.grad(total, [leaves[i] for i in places]) if places else ()
-        return Lesson(float(loss.detach()), [factors[i] for i in places], gradients)
+        """See :func:`~hiedit_agents.hierarchy.lesson.make_lesson`."""
+        return make_lesson(self.env, made, self.settings.l2, self._future_damage)
 
     def _reward(self, layers: np.ndarray) -> float:
         """What an option would be paid; the caller restores the state."""
@@ -378,83 +347,6 @@ class Tried:
 
     choice: Choice
     advantage: float
-
-
-class Tally:
-    """What happened on the facts of a trajectory: a list per quantity."""
-
-    def __init__(self) -> None:
-        self.rewards: list[float] = []
-        self.efficacy: list[float] = []
-        self.layers: list[float] = []
-        self.steps: list[float] = []
-        self.losses: list[float] = []
-        self.norms: list[float] = []
-        self._counted = 0
-
-    def add(self, outcome: Outcome, *, judged: bool) -> None:
-        """Takes in a finished fact, whose loss is in already, if it has one.
-
-        Args:
-            outcome: What became of it.
-            judged: Whether its reward was paid by the environment. If not, it is minus the loss
-                that was learned from, with what an episode that ended early was paid for that.
-        """
-        own = self.losses[self._counted :]
-        self._counted = len(self.losses)
-        self.rewards.append(outcome.reward if judged else outcome.reward - sum(own))
-        self.efficacy.append(float(outcome.info["metrics"].get("efficacy", 0.0)))
-        self.layers.append(float(np.asarray(outcome.info["layers"]).sum()))
-        self.steps.append(float(outcome.steps))
-
-    def row(self) -> LogRow:
-        """Means, see :meth:`Trainer.trajectory`."""
-
-        def mean(values: list[float]) -> float:
-            return float(np.mean(values)) if values else 0.0
-
-        return {
-            "reward": mean(self.rewards),
-            "loss": mean(self.losses),
-            "right_after": mean(self.efficacy),
-            "layers": mean(self.layers),
-            "steps": mean(self.steps),
-            "updates": float(len(self.norms)),
-            "gradient_norm": mean(self.norms),
-        }
-
-
-@dataclass(frozen=True, slots=True)
-class Lesson:
-    """What an option teaches a low level.
-
-    Args:
-        loss: The objective at the weights it left behind, without what ``lasting`` charges.
-        factors: Of its updates, attached to the parameters they come from.
-        gradients: Of ``loss`` and the charge, in each of them.
-    """
-
-    loss: float
-    factors: Sequence[Tensor]
-    gradients: Sequence[Tensor]
-
-    def learn(self) -> None:
-        """Adds the gradient to that of the parameters."""
-        # A choice that leaves nothing to learn (no layer, or an answered fact) has no factors.
-        if self.factors:
-            torch.autograd.backward(list(self.factors), list(self.gradients))
-
-
-def _with_earlier(steps: Sequence[LowRankUpdate | None]) -> LowRankUpdate | None:
-    """A layer's last update, plus 0 through which a gradient flows into the ones before it."""
-    *earlier, last = steps
-    parts = [] if last is None else [last]
-    for update in earlier:
-        if update is not None:
-            parts += (update, update.detach().scaled(-1.0))
-    if not parts:
-        return None
-    return LowRankUpdate(torch.cat([p.left for p in parts]), torch.cat([p.right for p in parts]))
 
 
 def _adam(level: Trainable, learning_rate: float, vector_factor: float) -> torch.optim.Adam:

@@ -64,7 +64,7 @@ HIEDIT = AgentSpec(
         "train_low": False,
         "low_learning_rate": 3e-3,
         "high_learning_rate": 0.01,
-        "lasting": 100.0,
+        "future_damage": 100.0,
         "normalize_advantage": True,
         "entropy_weight": 0.1,
         "locality_weight": 5.0,

@@ -15,7 +15,8 @@ import gymnasium as gym
 from hiedit_agents.hierarchy.hypernetwork import Hypernetwork
 from hiedit_agents.hierarchy.options import HierarchicalAgent
 from hiedit_agents.hierarchy.train_settings import TrainSettings
-from hiedit_agents.hierarchy.trainer import LogRow, Tally, Trainer
+from hiedit_agents.hierarchy.trainer import Trainer
+from hiedit_agents.hierarchy.training_log import LogRow, Tally
 from hiedit_agents.named.candidates import candidates_for
 from hiedit_agents.named.checkpoints import describe_model, fact_hashes, facts_entry, save_agent
 from hiedit_agents.named.spec import AgentSpec
@@ -30,7 +31,8 @@ from hiedit_env.datasets.requests import Request
 from hiedit_env.datasets.streams import fingerprint, split_by_subject, without
 from hiedit_env.envs.base import EditingEnv
 from hiedit_env.errors import MissingLibraryError, SettingsError, whole_number
-from hiedit_env.evaluation.metrics import UneditedAnswers, evaluate
+from hiedit_env.evaluation.metrics import evaluate
+from hiedit_env.evaluation.unedited import UneditedModel
 
 
 @dataclass(frozen=True, slots=True)
@@ -234,7 +236,7 @@ def _evaluate(
     episode = play(env, agent, settings.seed, options={"requests": requests}, progress=progress)
     llm = unwrapped(env).llm
     with stage_bars("held-out facts: measuring", progress) as report:
-        found = evaluate(llm, episode.requests, UneditedAnswers(llm), progress=report)
+        found = evaluate(llm, episode.requests, UneditedModel(llm), progress=report)
     edits = episode.edits
     return {
         "agent": agent.name,

@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from hiedit_agents.hierarchy.train_settings import describe
-from hiedit_agents.hierarchy.trainer import LogRow, Trainer
+from hiedit_agents.hierarchy.trainer import Trainer
+from hiedit_agents.hierarchy.training_log import LogRow
 from hiedit_agents.named.checkpoints import (
     JSON_FILE,
     check_fits,
@@ -29,7 +30,7 @@ from hiedit_env.errors import ResultsExistError, SettingsError
 
 def parameters(trainer: Trainer) -> dict[str, Any]:
     """State of the levels that have parameters, by name."""
-    return {name: level.state() for name, level in trainer.levels().items()}
+    return {name: level.state_dict() for name, level in trainer.levels().items()}
 
 
 class TrainingFolder:
@@ -98,7 +99,7 @@ class TrainingFolder:
             )
         state = read_state(folder, record, env.llm.device)
         for name, level in trainer.levels().items():
-            level.load_state(part(state, name))
+            level.load_state_dict(part(state, name))
         trainer.load_optimizer_state(part(state, "optimizer"))
         return rows
 

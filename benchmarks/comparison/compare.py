@@ -46,7 +46,8 @@ import hiedit_env  # noqa: F401 - registers the environments
 from hiedit_env.datasets.streams import fingerprint
 from hiedit_env.envs.planted import Planted
 from hiedit_env.errors import MissingLibraryError, SettingsError
-from hiedit_env.evaluation.metrics import Evaluation, UneditedAnswers, evaluate
+from hiedit_env.evaluation.metrics import Evaluation, evaluate
+from hiedit_env.evaluation.unedited import UneditedModel
 from hiedit_env.files import write_bytes
 from hiedit_env.model.built_in import environment_for
 
@@ -174,7 +175,7 @@ def _run_all(
     progress: bool,
 ) -> None:
     """Runs what the folder does not hold yet."""
-    reference = UneditedAnswers(unwrapped(env).llm)
+    reference = UneditedModel(unwrapped(env).llm)
     for seed in seeds:
         best: list[float] | None = None
         for name, agent in agents.items():
@@ -244,7 +245,7 @@ def _run(
     agent: Agent,
     name: str,
     seed: int,
-    reference: UneditedAnswers,
+    reference: UneditedModel,
     settings: CompareSettings,
     progress: bool,
 ) -> tuple[PlayedEpisode, Evaluation]:

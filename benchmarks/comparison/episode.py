@@ -18,7 +18,7 @@ from tqdm import tqdm
 from hiedit_env.datasets.requests import Request
 from hiedit_env.envs.base import EditingEnv
 from hiedit_env.envs.planted import Oracle, Planted
-from hiedit_env.evaluation.metrics import Progress
+from hiedit_env.evaluation.unedited import Progress
 
 
 @dataclass(frozen=True, slots=True)

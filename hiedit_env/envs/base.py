@@ -26,11 +26,11 @@ from hiedit_env.envs.settings import RENDER_MODES, EnvSettings, draw_stream, rew
 from hiedit_env.envs.state import EnvState, History
 from hiedit_env.errors import HieditError, SettingsError
 from hiedit_env.evaluation.reward import Evaluator
+from hiedit_env.evaluation.unedited import UneditedModel
 from hiedit_env.model.architectures import find_candidates
 from hiedit_env.model.loading import load_model
 from hiedit_env.resident.capture import Capture
 from hiedit_env.resident.low_rank import Updates
-from hiedit_env.resident.prefix_cache import TensorCache
 from hiedit_env.resident.resident import ResidentLLM
 from hiedit_env.rules.base import UpdateRule
 from hiedit_env.rules.names import check_rule, make_rule
@@ -76,12 +76,13 @@ class EditingEnv(StepSemantics, gym.Env[NDArray[np.float32], Any], gym.utils.EzP
         self.settings = settings
         self._settle(ResidentLLM(loaded.model, loaded.tokenizer, candidates))
 
-    def _settle(self, llm: ResidentLLM, cache: TensorCache | None = None) -> None:
+    def _settle(self, llm: ResidentLLM, unedited: UneditedModel | None = None) -> None:
         """Builds on a model everything that belongs to one episode.
 
         Args:
             llm: The model.
-            cache: Of what the unedited model says, see :class:`.reward.Evaluator`.
+            unedited: Asks the unedited model, see
+                :class:`~hiedit_env.evaluation.reward.Evaluator`.
         """
         settings = self.settings
         self.llm = llm
@@ -90,7 +91,7 @@ class EditingEnv(StepSemantics, gym.Env[NDArray[np.float32], Any], gym.utils.EzP
             kind=settings.reward,
             decay=settings.retention_decay,
             reference=settings.locality_reference,
-            cache=cache,
+            unedited=unedited,
         )
         self._own_low_level = make_rule(
             settings.rule, llm.shapes, llm.device, settings.rule_settings
@@ -123,7 +124,8 @@ class EditingEnv(StepSemantics, gym.Env[NDArray[np.float32], Any], gym.utils.EzP
         twin = type(self).__new__(type(self))
         twin.__dict__.update(self.__dict__)
         twin._np_random, twin._np_random_seed = None, None
-        twin._settle(self.llm.fork(), self.episode.evaluator.cache)
+        llm = self.llm.fork()
+        twin._settle(llm, self.episode.evaluator.unedited.clone_for(llm))
         return twin
 
     # -- Gymnasium ------------------------------------------------------------------------------

@@ -251,7 +251,7 @@ class EditingEpisode:
             written_counts=self.written_counts.copy(),
             ended=self.ended,
             weights=self.llm.snapshot(),
-            rule=self.rule.state_dict(),
+            rule=self.rule.statistics(),
             references=self.evaluator.references,
             reading=self._reading,
             observed=self._observed,
@@ -260,7 +260,7 @@ class EditingEpisode:
     def restore(self, state: EpisodeState) -> None:
         """Goes back to a saved state, bit for bit."""
         self.llm.restore(state.weights)
-        self.rule.load_state_dict(state.rule)
+        self.rule.load_statistics(state.rule)
         self.facts = state.facts
         self.position, self.steps = state.position, state.steps
         self.written = state.written.copy()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import combinations
@@ -157,8 +156,7 @@ class Planted(LayerSelection):
             chosen = options[first : first + len(self._twins)]
             twins = self._twins[: len(chosen)]
             for twin in twins:
-                # A rule that runs the model itself has to run the twin's.
-                rule = copy.deepcopy(self.episode.rule, {id(self.llm): twin.llm})
+                rule = self.episode.rule.clone_for(twin.llm)
                 twin.episode.use(rule, self.episode.max_steps_per_edit)
                 twin.episode.restore(start)
             with self.llm.unedited():

@@ -9,7 +9,7 @@ given away (arXiv 2509.22072), and generated freely.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -20,11 +20,10 @@ from hiedit_env.datasets.requests import Request
 from hiedit_env.errors import PromptError, SettingsError
 from hiedit_env.evaluation.matching import EXTRA_TOKENS, is_match, starts_with
 from hiedit_env.evaluation.names import METRICS
+from hiedit_env.evaluation.unedited import Progress, UneditedModel
 from hiedit_env.model.tokenization import EncodedPrompt
 from hiedit_env.resident.resident import ResidentLLM
 
-#: ``(stage, done, total)``: called after every batch of prompts.
-Progress = Callable[[str, int, int], None]
 Scores = dict[str, NDArray[np.float64]]
 
 #: How each of :data:`~hiedit_env.evaluation.names.METRICS` is read.
@@ -32,8 +31,6 @@ READINGS = ("token_accuracy", "exact_match", "generation", "generation_prefix")
 
 #: Most facts that retention is measured on.
 RETENTION_LIMIT = 500
-#: Greedy tokens of the unedited model that ``agreement`` compares with.
-REFERENCE_TOKENS = 5
 
 
 def retention_size(num_facts: int) -> int:
@@ -43,76 +40,6 @@ def retention_size(num_facts: int) -> int:
     [1, 1, 50, 500]
     """
     return min(max(num_facts // 3, 1), RETENTION_LIMIT)
-
-
-class UneditedAnswers:
-    """The unedited model's own greedy answers, each computed once and kept.
-
-    Make one per model and hand it to every :func:`evaluate`, so that agents and seeds that share
-    prompts share the work.
-
-    Args:
-        llm: The model; its unedited weights are used whatever its present ones are.
-        max_tokens: Tokens of an answer; fewer where a token of ``llm.end_ids`` comes first.
-
-    Raises:
-        SettingsError: ``max_tokens`` below 1.
-    """
-
-    def __init__(self, llm: ResidentLLM, max_tokens: int = REFERENCE_TOKENS) -> None:
-        if max_tokens < 1:
-            raise SettingsError(f"max_tokens must be at least 1, got {max_tokens!r}")
-        self.llm, self.max_tokens = llm, max_tokens
-        self._answers: dict[tuple[int, ...], EncodedPrompt] = {}
-
-    def __len__(self) -> int:
-        """Number of different prompts answered so far."""
-        return len(self._answers)
-
-    def get(
-        self, prompts: Sequence[EncodedPrompt], progress: Progress | None = None
-    ) -> list[EncodedPrompt]:
-        """The prompts with the unedited model's greedy tokens in place of their answers.
-
-        Args:
-            prompts: Their own answers play no part.
-            progress: Called with the stage ``"reference"`` where something has to be computed.
-        """
-        missing = {p.prompt_ids: p for p in prompts if p.prompt_ids not in self._answers}
-        if missing:
-            with self.llm.unedited(), torch.inference_mode():
-                self._compute(list(missing.values()), progress)
-        return [self._answers[p.prompt_ids] for p in prompts]
-
-    def _compute(self, prompts: list[EncodedPrompt], progress: Progress | None) -> None:
-        # Whole prefixes are run again for each token: the logits are then those that teacher
-        # forcing gives, so that the unedited model agrees with itself also where two are close.
-        limit, ends = self.llm.encoder.max_length, self.llm.end_ids
-        generated: list[list[int]] = [[] for _ in prompts]
-        running = list(range(len(prompts)))
-        for step in range(self.max_tokens):
-            reads = [
-                EncodedPrompt(p.prompt, p.answer, (*p.prompt_ids, *generated[i]), (0,))
-                for i, p in ((i, prompts[i]) for i in running)
-            ]
-            for bucket in self.llm.buckets(reads):
-                batch = self.llm.batch([reads[k] for k in bucket])
-                logits = self.llm.answer_logits(batch, remember=False)
-                for k, token in zip(bucket, logits.argmax(-1).tolist(), strict=True):
-                    generated[running[k]].append(token)
-            running = [
-                i
-                for i in running
-                if generated[i][-1] not in ends
-                and (limit is None or len(prompts[i].prompt_ids) + len(generated[i]) < limit)
-            ]
-            if progress is not None:
-                progress("reference", step + 1, self.max_tokens)
-            if not running:
-                break
-        for p, ids in zip(prompts, generated, strict=True):
-            answer = self.llm.encoder.decode(ids)
-            self._answers[p.prompt_ids] = EncodedPrompt(p.prompt, answer, p.prompt_ids, tuple(ids))
 
 
 @dataclass(frozen=True, slots=True)
@@ -142,7 +69,7 @@ class Evaluation:
 def evaluate(
     llm: ResidentLLM,
     requests: Sequence[Request],
-    reference: UneditedAnswers | None,
+    reference: UneditedModel | None,
     *,
     generation: Collection[str] = METRICS,
     progress: Progress | None = None,
@@ -182,7 +109,7 @@ def evaluate(
     own: dict[EncodedPrompt, EncodedPrompt] = {}
     if reference is not None:
         probes = list(itertools.chain.from_iterable(groups["specificity"]))
-        own = dict(zip(probes, reference.get(probes, progress), strict=True))
+        own = dict(zip(probes, reference.answers(probes, progress), strict=True))
     accuracy, exact = _teacher_forced(llm, [*_all(groups, groups), *own.values()], progress)
     per_fact: dict[str, Scores] = {
         metric: {

@@ -18,11 +18,11 @@ from hiedit_env.errors import PromptError, SettingsError
 from hiedit_env.evaluation.matching import EXTRA_TOKENS, generated_answer, is_match, normalise
 from hiedit_env.evaluation.names import LocalityReference, RewardKind
 from hiedit_env.evaluation.reward_terms import Means, Quality, first_probes
+from hiedit_env.evaluation.unedited import UneditedModel, answer_log_probs
 from hiedit_env.model.tokenization import EncodedFact, EncodedPrompt
 from hiedit_env.resident.batched import scores_together
 from hiedit_env.resident.capture import Reading
 from hiedit_env.resident.low_rank import Updates
-from hiedit_env.resident.prefix_cache import TensorCache
 from hiedit_env.resident.resident import ResidentLLM
 
 #: Log-probabilities (answer tokens × vocabulary) and generated texts, by unrelated prompt.
@@ -66,8 +66,8 @@ class Evaluator:
         decay: μ in (0, 1].
         reference: What unrelated prompts are compared with: the unedited model, or the model as it
             was before the present fact (as in the papers).
-        cache: Where the unedited model's log-probabilities are kept; forks of one model share it.
-            64 MB of its own where None.
+        unedited: Asks the unedited model; forks of one model share what it remembers. None for a
+            new one.
 
     Attributes:
         on_device: Whether levels are scalar tensors that were never on the host. False unless set;
@@ -81,12 +81,12 @@ class Evaluator:
         kind: RewardKind = "loss",
         decay: float = 0.95,
         reference: LocalityReference = "unedited",
-        cache: TensorCache | None = None,
+        unedited: UneditedModel | None = None,
     ) -> None:
         check_judging(kind, decay, reference)
         self.llm, self.kind, self.decay, self.reference = llm, kind, decay, reference
         self.on_device = False
-        self.cache = TensorCache(64 * 2**20) if cache is None else cache
+        self.unedited = UneditedModel(llm) if unedited is None else unedited
         self.forget_references()
 
     def encode(self, request: Request) -> EncodedFact:
@@ -133,23 +133,21 @@ class Evaluator:
         texts: dict[EncodedPrompt, str] = {}
         self.references = (log_probs, texts)
         wanted = dict.fromkeys((*fact.probes, *first_probes(remembered)))
-        weights = self.llm.unedited() if unedited else nullcontext()
-        # Never inference tensors, wherever this is called from: they later enter autograd graphs.
-        with torch.inference_mode(False), torch.no_grad(), weights:
+        if unedited:
             # A fact's probes are always run together, and with nothing else, so that a reference
             # depends on the stream alone and not on what was known before it.
-            rest = [probe for probe in wanted if probe not in fact.probes]
-            if unedited:
-                log_probs |= self._log_probs(fact.probes, remember=True)
-                for probe in rest:
-                    if probe in old_log_probs:
-                        log_probs[probe] = old_log_probs[probe]
-                    else:
-                        log_probs |= self._log_probs((probe,), remember=True)
-            else:
-                log_probs |= self._log_probs(tuple(wanted), remember=False)
-            for probe in wanted if self.kind == "generation" else ():
-                texts[probe] = old_texts.get(probe) or self._generate([probe])[0]
+            log_probs |= self.unedited.log_probs(fact.probes)
+            for probe in wanted:
+                if probe not in log_probs and probe in old_log_probs:
+                    log_probs[probe] = old_log_probs[probe]
+                elif probe not in log_probs:
+                    log_probs |= self.unedited.log_probs((probe,))
+        else:
+            log_probs |= answer_log_probs(self.llm, tuple(wanted))
+        if self.kind == "generation":
+            with self.llm.unedited() if unedited else nullcontext(), torch.no_grad():
+                for probe in wanted:
+                    texts[probe] = old_texts.get(probe) or self._generate([probe])[0]
 
     def evaluate(
         self, fact: EncodedFact, remembered: Sequence[EncodedFact], reading: Reading | None = None
@@ -262,26 +260,6 @@ class Evaluator:
         return total
 
     # -- inside -------------------------------------------------------------------------------
-
-    def _log_probs(
-        self, probes: tuple[EncodedPrompt, ...], *, remember: bool
-    ) -> dict[EncodedPrompt, Tensor]:
-        """Log-probabilities at the present weights of probes that are run together."""
-        known = self.cache.get(probes) if remember else None
-        if known is None:
-            rows: dict[EncodedPrompt, Tensor] = {}
-            for bucket in self.llm.buckets(probes):
-                batch = self.llm.batch([probes[i] for i in bucket])
-                found = self.llm.answer_logits(batch).float().log_softmax(-1)
-                sizes = [len(prompt.answer_ids) for prompt in batch.prompts]
-                rows |= dict(zip(batch.prompts, torch.split(found, sizes), strict=True))
-            if not probes:
-                return {}
-            known = torch.cat([rows[probe] for probe in probes])
-            if remember:
-                self.cache.put(probes, known)
-        sizes = [len(probe.answer_ids) for probe in probes]
-        return dict(zip(probes, torch.split(known, sizes), strict=True))
 
     @staticmethod
     def prompts(

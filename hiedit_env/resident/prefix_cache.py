@@ -6,49 +6,27 @@ candidate is ever edited.
 
 from __future__ import annotations
 
-from collections import OrderedDict
 from collections.abc import Hashable
+from operator import attrgetter
 
+from cachetools import LRUCache
 from torch import Tensor
 
 
-class TensorCache:
-    """Key → tensor, least recently used evicted first.
+class TensorCache(LRUCache[Hashable, Tensor]):
+    """Key → tensor; the least recently used tensors are evicted first. Not for several threads.
+
+    ``get`` gives None for an unknown key, ``currsize`` is the memory in use in bytes.
 
     Args:
-        max_bytes: Memory bound; entries beyond it are evicted, an entry larger than the whole
-            bound is simply not kept.
+        max_bytes: Memory bound.
     """
 
     def __init__(self, max_bytes: int) -> None:
-        self.max_bytes = max_bytes
-        self.bytes = 0
-        self._entries: OrderedDict[Hashable, Tensor] = OrderedDict()
-
-    def __len__(self) -> int:
-        return len(self._entries)
-
-    def get(self, key: Hashable) -> Tensor | None:
-        """The tensor of a key, or None where it has to be computed."""
-        entry = self._entries.get(key)
-        if entry is not None:
-            self._entries.move_to_end(key)
-        return entry
+        super().__init__(max_bytes, getsizeof=attrgetter("nbytes"))
 
     def put(self, key: Hashable, value: Tensor) -> None:
-        """Keeps a tensor, evicting the least recently used ones."""
-        old = self._entries.pop(key, None)
-        if old is not None:
-            self.bytes -= old.nbytes
-        if value.nbytes > self.max_bytes:
-            return
-        self._entries[key] = value
-        self.bytes += value.nbytes
-        while self.bytes > self.max_bytes:
-            _, evicted = self._entries.popitem(last=False)
-            self.bytes -= evicted.nbytes
-
-    def clear(self) -> None:
-        """Forgets everything."""
-        self._entries.clear()
-        self.bytes = 0
+        """Keeps a tensor; one that is larger than the whole memory bound is not kept."""
+        self.pop(key, None)
+        if value.nbytes <= self.maxsize:
+            self[key] = value

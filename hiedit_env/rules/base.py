@@ -7,10 +7,11 @@ the sign and the step size inside ``right``.
 
 from __future__ import annotations
 
+import copy
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from numbers import Real
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, Self
 
 import numpy as np
 import torch
@@ -20,6 +21,7 @@ from torch import Tensor
 from hiedit_env.errors import SettingsError
 from hiedit_env.resident.capture import Capture
 from hiedit_env.resident.low_rank import LowRankUpdate, layer_groups
+from hiedit_env.resident.resident import ResidentLLM
 
 Tokens = Literal["answer", "all"]
 
@@ -155,12 +157,35 @@ class UpdateRule(ABC):
         for layer, pair in zip(chosen, pairs, strict=True):
             updates[layer] = LowRankUpdate(*pair)
 
-    def state_dict(self) -> dict[str, Any]:
-        """The lifelong statistics: tensors that are never written in place, and plain numbers."""
+    def statistics(self) -> dict[str, Any]:
+        """The lifelong statistics: tensors that are never written in place, and plain numbers.
+
+        Trained parameters do not belong to them: a learned rule has ``state_dict()`` for those.
+        """
         return {}
 
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:  # noqa: B027
+    def load_statistics(self, statistics: Mapping[str, Any]) -> None:  # noqa: B027
         """Puts saved statistics back, bit for bit."""
+
+    def clone_for(self, llm: ResidentLLM) -> Self:
+        """The same rule, with the same statistics, for another view of the same model.
+
+        What the copy observes and draws later does not reach this rule. A rule that runs the model
+        itself must write its own version, whose copy runs ``llm``.
+
+        Args:
+            llm: A fork of the model that this rule is used on.
+
+        Raises:
+            SettingsError: the rule holds a model and has no version of its own.
+        """
+        held = sorted(k for k, v in vars(self).items() if isinstance(v, ResidentLLM))
+        if held:
+            raise SettingsError(
+                f"update rule {self.name!r} holds a model in {held[0]!r}, so it has to define "
+                "clone_for(llm), which returns a copy that runs llm"
+            )
+        return copy.deepcopy(self)
 
     def _rows(
         self, capture: Capture, group: list[int], places: list[int] | None = None

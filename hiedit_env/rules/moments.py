@@ -83,14 +83,14 @@ class RunningMoments:
         """
         return rows * picked(self.deviation, places)[..., : rows.shape[2]]
 
-    def state_dict(self) -> dict[str, Any]:
+    def statistics(self) -> dict[str, Any]:
         """The statistics; the tensors are never written in place."""
         return {"count": self.count, "mean": self.mean, "squares": self.squares}
 
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+    def load_statistics(self, statistics: Mapping[str, Any]) -> None:
         """Puts saved statistics back, bit for bit."""
-        self.count = int(state["count"])
-        self.mean, self.squares = state["mean"], state["squares"]
+        self.count = int(statistics["count"])
+        self.mean, self.squares = statistics["mean"], statistics["squares"]
         self._deviation = None
 
 

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from hiedit_agents.hierarchy.future_damage import LastingDamage
+from hiedit_agents.hierarchy.future_damage import FutureDamage
 from hiedit_agents.hierarchy.hypernetwork import Hypernetwork
 from hiedit_agents.hierarchy.train_settings import TrainSettings
 from hiedit_agents.hierarchy.trainer import Trainer
@@ -24,8 +24,8 @@ from tests.support.episodes import SELECTION, L, make
 
 SETTINGS = TrainSettings(
     edits_per_trajectory=4,
-    lasting=7.0,
-    lasting_prompts=2,
+    future_damage=7.0,
+    future_damage_prompts=2,
     locality_weight=3.0,
     retention_weight=0.5,
 )
@@ -69,7 +69,7 @@ def nats(env: EditingEnv, prompt: EncodedPrompt) -> float:
 
 def test_the_charge_is_the_sum_over_what_was_drawn() -> None:
     env = edited_episode()
-    damage = LastingDamage(env, env.requests, SETTINGS)
+    damage = FutureDamage(env, env.requests, SETTINGS)
     damage.draw(np.random.default_rng(1))
     probes, facts = list(damage._references), damage._facts
     assert len(probes) == len(facts) == 2
@@ -93,7 +93,7 @@ def test_the_charge_is_the_sum_over_what_was_drawn() -> None:
 def test_a_fact_without_paraphrases_counts_whole() -> None:
     env = edited_episode()
     env.episode.facts = tuple(replace(fact, paraphrases=()) for fact in env.episode.facts)
-    damage = LastingDamage(env, [], SETTINGS)
+    damage = FutureDamage(env, [], SETTINGS)
     damage.draw(np.random.default_rng(1))
     wanted = 7.0 * 0.5 * np.mean([nats(env, fact.prompt) for fact in damage._facts])
     assert float(damage.loss()) == pytest.approx(float(wanted), rel=1e-4)
@@ -101,8 +101,8 @@ def test_a_fact_without_paraphrases_counts_whole() -> None:
 
 def test_what_is_drawn_is_not_the_present_fact() -> None:
     env = edited_episode()
-    settings = replace(SETTINGS, lasting_prompts=1000)
-    damage = LastingDamage(env, env.requests, settings)
+    settings = replace(SETTINGS, future_damage_prompts=1000)
+    damage = FutureDamage(env, env.requests, settings)
     damage.draw(np.random.default_rng(1))
     assert {fact.prompt for fact in damage._facts} == {f.prompt for f in env.episode.facts[:3]}
     probes = {p.prompt for request in env.requests for p in request.locality}
@@ -114,14 +114,14 @@ def test_what_is_drawn_is_not_the_present_fact() -> None:
 def test_nothing_to_measure_on_costs_nothing() -> None:
     env = make(SELECTION, num_edits=None, reward_weights=SETTINGS.reward_weights())
     env.reset(seed=0)
-    damage = LastingDamage(env, [], SETTINGS)
+    damage = FutureDamage(env, [], SETTINGS)
     damage.draw(np.random.default_rng(1))
     assert float(damage.loss()) == 0.0
 
 
 def test_its_gradient_is_that_of_central_differences() -> None:
     env = edited_episode()
-    damage = LastingDamage(env, env.requests, SETTINGS)
+    damage = FutureDamage(env, env.requests, SETTINGS)
     damage.draw(np.random.default_rng(1))
     updates = random_updates(env, 5)
     direction = random_updates(env, 6, 1.0)
@@ -154,10 +154,10 @@ def trainer(agent: str, **changes: Any) -> Trainer:
 
 def test_only_a_low_level_that_is_trained_is_charged() -> None:
     for agent in ("policy", "straight-through", "straight-through+ridge"):
-        assert trainer(agent)._lasting is None
-    assert trainer("policy+hypernetwork", train_low=False)._lasting is None
-    assert trainer("policy+hypernetwork", lasting=0.0)._lasting is None
-    assert trainer("policy+hypernetwork")._lasting is not None
+        assert trainer(agent)._future_damage is None
+    assert trainer("policy+hypernetwork", train_low=False)._future_damage is None
+    assert trainer("policy+hypernetwork", future_damage=0.0)._future_damage is None
+    assert trainer("policy+hypernetwork")._future_damage is not None
 
 
 def test_a_low_level_learns_from_both() -> None:
@@ -168,8 +168,8 @@ def test_a_low_level_learns_from_both() -> None:
     env.reset(seed=0, options={"requests": env.requests[:3]})
     env.apply(random_updates(env, 0, 0.03))
     env.step(np.zeros(L, np.int8))
-    assert one._lasting is not None
-    one._lasting.draw(np.random.default_rng(0))
+    assert one._future_damage is not None
+    one._future_damage.draw(np.random.default_rng(0))
     capture = env.episode.observe()
 
     def gradient(with_charge: bool, with_objective: bool) -> torch.Tensor:
@@ -180,8 +180,8 @@ def test_a_low_level_learns_from_both() -> None:
         if with_objective:
             total = total + env.loss(updates, l2=one.settings.l2)
         if with_charge:
-            assert one._lasting is not None
-            total = total + one._lasting.loss(updates)
+            assert one._future_damage is not None
+            total = total + one._future_damage.loss(updates)
         torch.autograd.backward(total)
         return torch.cat([net.log_step.grad for net in low.net])  # type: ignore[misc]
 
@@ -202,11 +202,11 @@ def test_a_low_level_learns_from_both() -> None:
 
 def test_a_step_that_is_too_long_for_the_rest_of_the_episode_does_not_grow() -> None:
     found = []
-    for lasting in (0.0, 100.0):
+    for future_damage in (0.0, 100.0):
         one = trainer(
             "all-layers+hypernetwork?step_size=1e-3",
-            lasting=lasting,
-            lasting_prompts=4,
+            future_damage=future_damage,
+            future_damage_prompts=4,
             edits_per_trajectory=12,
             window=3,
             low_learning_rate=3e-3,
@@ -226,18 +226,18 @@ def test_what_weighs_nothing_is_not_run() -> None:
     env = edited_episode()
     for term, left in (("locality", "_references"), ("retention", "_facts")):
         env.weights_of_terms = {**SETTINGS.reward_weights(), term: 0.0}
-        damage = LastingDamage(env, env.requests, SETTINGS)
+        damage = FutureDamage(env, env.requests, SETTINGS)
         damage.draw(np.random.default_rng(1))
         assert len(getattr(damage, left)) == 0
         assert float(damage.loss().detach()) > 0
 
 
 def test_the_charge_is_not_for_the_other_levels_preset_to_say() -> None:
-    assert spec_agent("hiedit").spec.train["lasting"] == 100
-    assert spec_agent("random-layers+hiedit").spec.train["lasting"] == 100
+    assert spec_agent("hiedit").spec.train["future_damage"] == 100
+    assert spec_agent("random-layers+hiedit").spec.train["future_damage"] == 100
     for agent in ("hiedit+rledit", "hiedit+hypernetwork"):
         train = spec_agent(agent).spec.train
-        assert "lasting" not in train
+        assert "future_damage" not in train
         assert "low_learning_rate" not in train
         assert train["high_learning_rate"] == 0.01
     assert "high_learning_rate" not in spec_agent("straight-through+hiedit").spec.train
@@ -246,14 +246,14 @@ def test_the_charge_is_not_for_the_other_levels_preset_to_say() -> None:
 def test_a_run_from_before_the_charge_goes_on_without_it(tmp_path: Path) -> None:
     folder = TrainingFolder(tmp_path / "run", {"settings": asdict(SETTINGS)}, False)
     record = {"training": {"settings": asdict(SETTINGS)}}
-    del record["training"]["settings"]["lasting"]
-    with pytest.raises(SettingsError, match=r"lasting was 0.0 and is now 7.0"):
+    del record["training"]["settings"]["future_damage"]
+    with pytest.raises(SettingsError, match=r"future_damage was 0.0 and is now 7.0"):
         folder._check_same(record)
-    folder.settings["settings"]["lasting"] = 0.0
+    folder.settings["settings"]["future_damage"] = 0.0
     folder._check_same(record)
 
 
-@pytest.mark.parametrize(("name", "value"), [("lasting", -1.0), ("lasting_prompts", 0)])
+@pytest.mark.parametrize(("name", "value"), [("future_damage", -1.0), ("future_damage_prompts", 0)])
 def test_wrong_settings_are_refused(name: str, value: float) -> None:
     changes: dict[str, Any] = {name: value}
     with pytest.raises(SettingsError, match=name):

@@ -12,10 +12,11 @@ import numpy as np
 import pytest
 import torch
 from hiedit_agents.hierarchy.hypernetwork import Hypernetwork
+from hiedit_agents.hierarchy.lesson import _with_earlier
 from hiedit_agents.hierarchy.options import HierarchicalAgent, UntrainedChoice
 from hiedit_agents.hierarchy.routers import PolicyRouter, StraightThroughRouter
 from hiedit_agents.hierarchy.train_settings import TrainSettings
-from hiedit_agents.hierarchy.trainer import Trainer, Tried, _with_earlier
+from hiedit_agents.hierarchy.trainer import Trainer, Tried
 from hiedit_agents.named.checkpoints import TENSOR_FILE
 from hiedit_agents.registry import spec_agent
 from hiedit_benchmarks.commands.train import TrainingRun, train

@@ -49,10 +49,10 @@ class OwnStep(OuterProductRule):
     def parameters(self) -> list[torch.nn.Parameter]:
         return [self.log_step]
 
-    def state(self) -> dict[str, Any]:
+    def state_dict(self) -> dict[str, Any]:
         return {"log_step": self.log_step.detach()}
 
-    def load_state(self, state: dict[str, Any]) -> None:
+    def load_state_dict(self, state: dict[str, Any]) -> None:
         self.log_step.data.copy_(state["log_step"])
 
 

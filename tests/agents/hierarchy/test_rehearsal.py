@@ -121,7 +121,7 @@ def test_unrelated_prompts_are_pulled_back_to_the_unedited_model() -> None:
             env.step(np.ones(L, np.int8))
         total = 0.0
         for probe in low._bank:
-            reference = low._unedited.get(probe)
+            reference = low._unedited.log_probs((probe,))[probe]
             with torch.no_grad():
                 now = env.llm.answer_logits(env.llm.batch([probe])).float().log_softmax(-1)
             total += F.kl_div(now, reference, log_target=True, reduction="batchmean").item()
@@ -163,7 +163,7 @@ def test_what_is_rehearsed_is_saved(tmp_path: Path) -> None:
     env = make(SELECTION, num_edits=3)
     one = rehearsing(env)
     two = Rehearsal(env.llm, rank=2, step_size=1e-3, ridge=0.5)
-    two.load_state(one.state())
+    two.load_state_dict(one.state_dict())
     assert two._bank == one._bank
     assert [len(p.answer_ids) for p in one._bank] != []
     trajectories = []
@@ -201,10 +201,10 @@ def test_gradients_against_finite_differences() -> None:
     with torch.no_grad():
         for parameter in low.parameters():
             parameter.add_(torch.randn(parameter.shape, generator=generator) * 0.05)
-    capture, state = env.episode.observe(), low.state_dict()
+    capture, state = env.episode.observe(), low.statistics()
 
     def loss() -> torch.Tensor:
-        low.load_state_dict(state)
+        low.load_statistics(state)
         return env.loss(low.compute(capture, ALL))
 
     gradients = torch.autograd.grad(loss(), low.parameters(), allow_unused=True)
@@ -321,7 +321,7 @@ def test_what_is_rehearsed_follows_from_the_seed_of_the_episode() -> None:
 def test_a_calibration_that_fails_leaves_the_old_one() -> None:
     env = make(SELECTION)
     low = rehearsing(env)
-    before = {k: torch.as_tensor(v) for k, v in low.state().items() if k != "bank"}
+    before = {k: torch.as_tensor(v) for k, v in low.state_dict().items() if k != "bank"}
 
     def broken() -> Any:
         yield probes(env, 1)[0]
@@ -331,11 +331,13 @@ def test_a_calibration_that_fails_leaves_the_old_one() -> None:
         low.calibrate(broken())
     bank = low._bank
     assert bank
-    assert all(torch.equal(before[name], torch.as_tensor(low.state()[name])) for name in before)
-    wrong = {**low.state(), "bank": []}
+    assert all(
+        torch.equal(before[name], torch.as_tensor(low.state_dict()[name])) for name in before
+    )
+    wrong = {**low.state_dict(), "bank": []}
     del wrong[next(name for name in before if not name.startswith("calibration"))]
     with pytest.raises(RuntimeError):
-        low.load_state(wrong)
+        low.load_state_dict(wrong)
     assert low._bank == bank
 
 

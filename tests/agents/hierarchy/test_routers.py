@@ -62,7 +62,7 @@ def test_gates_carry_the_slope_of_the_real_objective() -> None:
     env.reset(seed=0)
     env.step(np.ones(6, np.int8))
     rule = OuterProductRule(env.llm.shapes, CPU, step_size=1e-3)
-    rule.load_state_dict(env.episode.rule.state_dict())
+    rule.load_statistics(env.episode.rule.statistics())
     capture = env.episode.capture
     rule.observe(capture)
     router = StraightThroughRouter(env.llm.shapes, CPU, layers_per_edit=2, hidden=4)
@@ -95,7 +95,7 @@ def test_router_moments_are_learned_in_training_only() -> None:
     router.choose(np.zeros(0, np.float32), env.capture)
     assert router.moments[0].count == count == len(env.capture.keys[0])
     other = StraightThroughRouter(env.llm.shapes, CPU, hidden=4, seed=7)
-    other.load_state(router.state())
+    other.load_state_dict(router.state_dict())
     assert torch.equal(other.logits(env.capture), before)
 
 
@@ -318,7 +318,7 @@ def test_normalised_features_make_scores_independent_of_their_scale() -> None:
         assert router.moments.count == before["count"] == 5 * layers
         choices.append(router.scores(last))
         again = PolicyRouter(layers, CPU, layers_per_edit=1, hidden=5, normalize=True, seed=7)
-        again.load_state(router.state())
+        again.load_state_dict(router.state_dict())
         assert torch.equal(again.scores(last), choices[-1])
     torch.testing.assert_close(*choices, rtol=1e-3, atol=1e-4)
     assert choices[0].std() > 0.01

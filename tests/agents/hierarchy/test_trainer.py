@@ -225,7 +225,7 @@ def test_same_seed_same_parameters(agent: str) -> None:
         built = spec_agent(agent).build(env.llm)
         trainer = Trainer(env, built, env.requests, SHORT)
         rows = [trainer.trajectory(number) for number in range(2)]
-        found.append((rows, {name: level.state() for name, level in trainer.levels().items()}))
+        found.append((rows, {name: level.state_dict() for name, level in trainer.levels().items()}))
     (rows, one), (again, two) = found
     assert rows == again
     assert one.keys() == two.keys()

@@ -12,7 +12,8 @@ from typing import Any
 
 import pytest
 from hiedit_agents.hierarchy.train_settings import TrainSettings
-from hiedit_agents.hierarchy.trainer import Tally, Trainer
+from hiedit_agents.hierarchy.trainer import Trainer
+from hiedit_agents.hierarchy.training_log import Tally
 from hiedit_agents.registry import spec_agent
 from hiedit_benchmarks.commands.train import TrainingRun, train
 

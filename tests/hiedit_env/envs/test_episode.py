@@ -148,11 +148,11 @@ def test_a_saved_state_is_restored_bit_for_bit(name: str, stop: bool) -> None:
         # Writing nothing must not make a difference either.
         chosen[2] = act(name, 0)
     expected, states = [], [(env.save_state(), bits(env), env.llm.weights_fingerprint())]
-    statistics = [repr(env.episode.rule.state_dict())]
+    statistics = [repr(env.episode.rule.statistics())]
     for action in chosen:
         expected.append(shown(env.step(action)))
         states.append((env.save_state(), bits(env), env.llm.weights_fingerprint()))
-        statistics.append(repr(env.episode.rule.state_dict()))
+        statistics.append(repr(env.episode.rule.statistics()))
         if env.episode.ended:
             break
     assert env.episode.ended
@@ -165,7 +165,7 @@ def test_a_saved_state_is_restored_bit_for_bit(name: str, stop: bool) -> None:
         env.restore_state(state)
         assert same_bits(bits(env), weights)
         assert env.llm.weights_fingerprint() == fingerprint
-        assert repr(env.episode.rule.state_dict()) == statistics[i]
+        assert repr(env.episode.rule.statistics()) == statistics[i]
         if i == len(states) - 1:
             with pytest.raises(ResetNeeded):
                 env.step(chosen[0])
@@ -233,12 +233,12 @@ class CountingRule(OuterProductRule):
         super().observe(capture)
         self.seen = (*self.seen, len(capture.prompt.answer_ids))
 
-    def state_dict(self) -> dict[str, Any]:
-        return {**super().state_dict(), "seen": self.seen}
+    def statistics(self) -> dict[str, Any]:
+        return {**super().statistics(), "seen": self.seen}
 
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        super().load_state_dict(state)
-        self.seen = state["seen"]
+    def load_statistics(self, statistics: Mapping[str, Any]) -> None:
+        super().load_statistics(statistics)
+        self.seen = statistics["seen"]
 
 
 @pytest.mark.parametrize("intrinsic", [False, True])

@@ -108,12 +108,12 @@ class SpoilingRule(OuterProductRule):
             first = first and first.scaled(float("nan"))
         return (first, *rest)
 
-    def state_dict(self) -> dict[str, Any]:
-        return {**super().state_dict(), "proposals": self.proposals}
+    def statistics(self) -> dict[str, Any]:
+        return {**super().statistics(), "proposals": self.proposals}
 
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        super().load_state_dict(state)
-        self.proposals = state["proposals"]
+    def load_statistics(self, statistics: Mapping[str, Any]) -> None:
+        super().load_statistics(statistics)
+        self.proposals = statistics["proposals"]
 
 
 def spoiling(name: str, good: int, **settings: Any) -> EditingEnv:
@@ -145,12 +145,12 @@ def test_a_rule_that_gives_nan_ends_the_episode(name: str) -> None:
     if name != SELECTION:
         assert "error_type" not in env.step(act(name))[4]
         env.step(act(name))
-    before, state = bits(env), repr(env.episode.rule.state_dict())
+    before, state = bits(env), repr(env.episode.rule.statistics())
     result = env.step(act(name))
     assert_collapsed(result, "non_finite_update")
     assert env.observation_space.contains(result[0])
     assert same_bits(bits(env), before)
-    assert repr(env.episode.rule.state_dict()) == state
+    assert repr(env.episode.rule.statistics()) == state
     assert_no_hooks_left(env)
     with pytest.raises(ResetNeeded, match="ended"):
         env.step(act(name))

@@ -232,11 +232,11 @@ class Exploding(UpdateRule):
     def observe(self, capture: Any) -> None:
         self.seen += 1
 
-    def state_dict(self) -> dict[str, Any]:
+    def statistics(self) -> dict[str, Any]:
         return {"seen": self.seen}
 
-    def load_state_dict(self, state: Any) -> None:
-        self.seen = state["seen"]
+    def load_statistics(self, statistics: Any) -> None:
+        self.seen = statistics["seen"]
 
     def _factors(self, group: int, places: list[int], keys: Any, gradients: Any) -> Any:
         return keys, gradients * (0.0 if self.seen == 1 else np.inf)

@@ -15,7 +15,8 @@ from hiedit_env.datasets.load import load_requests
 from hiedit_env.datasets.requests import Request
 from hiedit_env.errors import PromptError, SettingsError
 from hiedit_env.evaluation.matching import EXTRA_TOKENS, is_match, starts_with
-from hiedit_env.evaluation.metrics import Evaluation, UneditedAnswers, evaluate, retention_size
+from hiedit_env.evaluation.metrics import Evaluation, evaluate, retention_size
+from hiedit_env.evaluation.unedited import UneditedModel
 from hiedit_env.model.architectures import find_candidates
 from hiedit_env.model.loading import load_model
 from hiedit_env.resident.low_rank import LowRankUpdate
@@ -111,7 +112,7 @@ def measured(requests: list[Request]) -> tuple[ResidentLLM, Evaluation, Plain, P
     llm = resident()
     unedited = Plain(llm)
     damage(llm, 0.23)
-    return llm, evaluate(llm, requests, UneditedAnswers(llm)), Plain(llm), unedited
+    return llm, evaluate(llm, requests, UneditedModel(llm)), Plain(llm), unedited
 
 
 def check(values: NDArray[np.float64], wanted: Sequence[float]) -> None:
@@ -153,7 +154,7 @@ def test_agreement_is_with_the_unedited_models_own_tokens(
     check(evaluation.per_fact["specificity"]["agreement"], wanted)
     assert 0 < evaluation.metrics["specificity"]["agreement"] < 100
     llm_unedited = resident()
-    clean = evaluate(llm_unedited, requests, UneditedAnswers(llm_unedited), generation=())
+    clean = evaluate(llm_unedited, requests, UneditedModel(llm_unedited), generation=())
     assert clean.metrics["specificity"]["agreement"] == 100.0
 
 
@@ -192,7 +193,7 @@ def test_means_are_per_fact_first() -> None:
 def test_what_cannot_be_measured_is_nan() -> None:
     llm = resident()
     stream = [Request("Belka lives in", "Cindrath", "Belka")]
-    found = evaluate(llm, stream, UneditedAnswers(llm))
+    found = evaluate(llm, stream, UneditedModel(llm))
     assert all(np.isnan(v) for v in found.metrics["generalization"].values())
     assert all(np.isnan(v) for v in found.metrics["specificity"].values())
     assert np.isfinite(found.metrics["efficacy"]["generation"])
@@ -228,7 +229,7 @@ def test_nothing_is_run_twice_and_no_weight_changes(
 
     monkeypatch.setattr(llm, "answer_logits", logits)
     monkeypatch.setattr(llm, "generate", generate)
-    reference = UneditedAnswers(llm)
+    reference = UneditedModel(llm)
     stages: list[tuple[str, int, int]] = []
     twice = [*requests, *requests]
     evaluate(llm, twice, reference, progress=lambda *stage: stages.append(stage))
@@ -254,10 +255,10 @@ def test_unedited_answers_end_at_the_models_own_end_tokens(requests: list[Reques
     """Chat models often have more of them than their tokenizer knows."""
     llm = resident()
     prompt = llm.encode(requests[0].prompt, requests[0].answer)
-    (own,) = UneditedAnswers(llm).get([prompt])
+    (own,) = UneditedModel(llm).answers([prompt])
     assert len(set(own.answer_ids[:3])) == 3
     llm.model.generation_config.eos_token_id = [llm.tokenizer.eos_token_id, own.answer_ids[1]]
-    (shorter,) = UneditedAnswers(llm).get([prompt])
+    (shorter,) = UneditedModel(llm).answers([prompt])
     assert shorter.answer_ids == own.answer_ids[:2]
 
 
@@ -265,7 +266,7 @@ def test_no_float64_is_needed(requests: list[Request], monkeypatch: pytest.Monke
     """Some devices (MPS) have none."""
     llm = resident()
     monkeypatch.setattr(torch.Tensor, "double", lambda self: 1 / 0)
-    evaluate(llm, requests[:2], UneditedAnswers(llm))
+    evaluate(llm, requests[:2], UneditedModel(llm))
 
 
 def test_errors(requests: list[Request]) -> None:
@@ -273,11 +274,11 @@ def test_errors(requests: list[Request]) -> None:
     with pytest.raises(SettingsError, match="at least one request"):
         evaluate(llm, [], None)
     with pytest.raises(SettingsError, match="another ResidentLLM"):
-        evaluate(llm, requests, UneditedAnswers(resident()))
+        evaluate(llm, requests, UneditedModel(resident()))
     with pytest.raises(SettingsError, match="unknown metrics \\['accuracy'\\]"):
         evaluate(llm, requests, None, generation=["accuracy"])
     with pytest.raises(SettingsError, match="max_tokens"):
-        UneditedAnswers(llm, 0)
+        UneditedModel(llm, max_tokens=0)
     long = Request("Belka " * 400, "Cindrath", "Belka", source="facts.json row 7")
     with pytest.raises(PromptError, match=r"facts.json row 7: "):
         evaluate(llm, [long], None)

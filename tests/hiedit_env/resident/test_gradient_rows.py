@@ -52,7 +52,7 @@ def test_rows_at_updated_weights_are_those_after_the_updates_were_written() -> N
 def test_corrections_by_hand() -> None:
     """One layer: ũ standardised, v over its deviation alone, minus the step size."""
     rule = OuterProductRule([(1, 1)], torch.device("cpu"), step_size=0.5, tokens="all")
-    rule._moments[0].update(torch.tensor([[[0.0, 1.0], [2.0, 5.0]]]))  # means 1, 3; sd √2, √8
+    rule.form.moments[0].update(torch.tensor([[[0.0, 1.0], [2.0, 5.0]]]))  # means 1, 3; sd √2, √8
     rows = GradientRows((torch.tensor([[3.0]]),), (torch.tensor([[4.0]]),))
     (update,) = rule.correct(rows, np.array([True]))
     assert update is not None

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import copy
+import pickle
+
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
@@ -22,7 +25,7 @@ def test_gives_back_the_very_tensor() -> None:
     cache.put((1, 2), kept)
     assert cache.get((1, 2)) is kept
     assert cache.get((2, 1)) is None
-    assert (len(cache), cache.bytes) == (1, 24)
+    assert (len(cache), cache.currsize) == (1, 24)
 
 
 def test_evicts_the_least_recently_used() -> None:
@@ -30,11 +33,11 @@ def test_evicts_the_least_recently_used() -> None:
     cache.put("a", rows(1))
     cache.put("b", rows(1))
     cache.put("c", rows(2))
-    assert (len(cache), cache.bytes) == (3, 32)  # exactly full is not too full
+    assert (len(cache), cache.currsize) == (3, 32)  # exactly full is not too full
     cache.get("a")
     cache.put("d", rows(1))
     assert [cache.get(key) is not None for key in "abcd"] == [True, False, True, True]
-    assert cache.bytes == 32
+    assert cache.currsize == 32
 
 
 def test_evicts_as_many_as_it_takes() -> None:
@@ -43,7 +46,7 @@ def test_evicts_as_many_as_it_takes() -> None:
         cache.put(key, rows(1))
     cache.put("d", rows(3))
     assert [cache.get(key) is not None for key in "abcd"] == [False, False, True, True]
-    assert cache.bytes == 32
+    assert cache.currsize == 32
 
 
 def test_what_is_larger_than_the_bound_is_not_kept_and_evicts_nothing() -> None:
@@ -54,7 +57,7 @@ def test_what_is_larger_than_the_bound_is_not_kept_and_evicts_nothing() -> None:
     assert cache.get("a") is not None
     cache.put("a", rows(4))  # the old value would be wrong now
     assert cache.get("a") is None
-    assert (len(cache), cache.bytes) == (0, 0)
+    assert (len(cache), cache.currsize) == (0, 0)
 
 
 def test_a_second_value_replaces_the_first() -> None:
@@ -64,14 +67,16 @@ def test_a_second_value_replaces_the_first() -> None:
     found = cache.get("a")
     assert found is not None
     assert found.tolist() == [[2, 2], [2, 2]]
-    assert (len(cache), cache.bytes) == (1, 16)
+    assert (len(cache), cache.currsize) == (1, 16)
 
 
-def test_clear() -> None:
-    cache = TensorCache(100)
-    cache.put("a", rows(5))
-    cache.clear()
-    assert (cache.get("a"), len(cache), cache.bytes) == (None, 0, 0)
+def test_a_copy_keeps_its_bound() -> None:
+    cache = TensorCache(16)
+    cache.put("a", rows(1, 3.0))
+    for twin in (copy.deepcopy(cache), pickle.loads(pickle.dumps(cache))):
+        twin.put("b", rows(2))
+        assert (twin.get("a"), twin.currsize) == (None, 16)
+    assert cache.get("a") is not None
 
 
 @given(
@@ -95,5 +100,5 @@ def test_any_history(history: list[tuple[bool, int, int]], bound: int) -> None:
             known.append(entry)
         while sum(8 * n for _, n in known) > bound:
             known.pop(0)
-        assert (len(cache), cache.bytes) == (len(known), sum(8 * n for _, n in known))
-        assert cache.bytes <= bound
+        assert (len(cache), cache.currsize) == (len(known), sum(8 * n for _, n in known))
+        assert cache.currsize <= bound

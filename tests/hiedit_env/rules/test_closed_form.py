@@ -22,6 +22,7 @@ from hiedit_env.rules.closed_form import (
     OuterProductRule,
     RidgeRule,
 )
+from hiedit_env.rules.forms import DecorrelatedForm
 from hiedit_env.rules.moments import RunningMoments
 from hiedit_env.rules.names import RULES, make_rule
 from tests.support.models import PROMPTS, fake_capture, normal, prompt
@@ -416,19 +417,19 @@ def test_state_round_trip_is_bit_exact(name: str) -> None:
     rule = by_name(name)
     rule.observe(first)
     rule.observe(second)
-    state, wanted = rule.state_dict(), proposed(rule, second)
+    state, wanted = rule.statistics(), proposed(rule, second)
     copied = flat(state)
     rule.observe(third)
     later = proposed(rule, second)
     assert (later == wanted) is (name == "gradient")  # which keeps no statistics
     assert flat(state) == copied  # a saved state does not move on
-    rule.load_state_dict(state)
+    rule.load_statistics(state)
     assert proposed(rule, second) == wanted
     rule.observe(third)
     assert proposed(rule, second) == later
     assert flat(state) == copied
     other = by_name(name)
-    other.load_state_dict(state)
+    other.load_statistics(state)
     assert proposed(other, second) == wanted
 
 
@@ -437,13 +438,13 @@ def test_proposing_observes_nothing_and_reset_forgets(name: str) -> None:
     first, second = captures(2)
     rule, fresh = by_name(name), by_name(name)
     rule.observe(first)
-    state = flat(rule.state_dict())
+    state = flat(rule.statistics())
     wanted = proposed(rule, first)
     assert proposed(rule, first) == wanted
-    assert flat(rule.state_dict()) == state
+    assert flat(rule.statistics()) == state
     rule.observe(second)
     rule.reset()
-    assert flat(rule.state_dict()) == flat(fresh.state_dict())
+    assert flat(rule.statistics()) == flat(fresh.statistics())
     rule.observe(first)
     assert proposed(rule, first) == wanted
 
@@ -451,10 +452,12 @@ def test_proposing_observes_nothing_and_reset_forgets(name: str) -> None:
 def test_a_moment_that_has_no_square_root_makes_an_update_that_is_refused(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    def indefinite(self: DecorrelatedRule, group: int, places: list[int]) -> torch.Tensor:
+    def indefinite(
+        self: DecorrelatedForm, group: int, places: list[int], added: torch.Tensor | None = None
+    ) -> torch.Tensor:
         return torch.tensor([[[1.0, 3.0], [3.0, 1.0]]])
 
-    monkeypatch.setattr(DecorrelatedRule, "_second_moment", indefinite)
+    monkeypatch.setattr(DecorrelatedForm, "second_moment", indefinite)
     rule = DecorrelatedRule([(2, 1)], torch.device("cpu"), ridge=0.1)
     left = rule._left(0, [0], torch.ones(1, 3, 2), torch.ones(1, 3, 2))
     assert left.isnan().all()

@@ -1,0 +1,149 @@
+"""The answers and log-probabilities of the unedited model: the reference for damage by edits."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Sequence
+from typing import Self
+
+import torch
+from torch import Tensor
+
+from hiedit_env.errors import SettingsError
+from hiedit_env.model.tokenization import EncodedPrompt
+from hiedit_env.resident.prefix_cache import TensorCache
+from hiedit_env.resident.resident import ResidentLLM
+
+#: ``(stage, done, total)``: called after every batch of prompts.
+Progress = Callable[[str, int, int], None]
+
+#: Greedy tokens of the unedited model that ``agreement`` compares with.
+REFERENCE_TOKENS = 5
+
+
+class UneditedModel:
+    """Asks the unedited model, whatever the present weights are, and remembers the results.
+
+    Share one object among agents and seeds that ask the same prompts, so that each is run once.
+
+    Args:
+        llm: The model.
+        max_tokens: Maximum number of tokens of an answer; fewer where a token of ``llm.end_ids``
+            comes first.
+        cache_bytes: Bound of the memory for log-probabilities. Answers are small and always kept.
+
+    Raises:
+        SettingsError: ``max_tokens`` below 1.
+    """
+
+    def __init__(
+        self,
+        llm: ResidentLLM,
+        *,
+        max_tokens: int = REFERENCE_TOKENS,
+        cache_bytes: int = 64 * 2**20,
+    ) -> None:
+        if max_tokens < 1:
+            raise SettingsError(f"max_tokens must be at least 1, got {max_tokens!r}")
+        self.llm, self.max_tokens = llm, max_tokens
+        self._log_probs = TensorCache(cache_bytes)
+        self._answers: dict[tuple[int, ...], EncodedPrompt] = {}
+
+    def __len__(self) -> int:
+        """Number of different prompts answered so far."""
+        return len(self._answers)
+
+    def clone_for(self, llm: ResidentLLM) -> Self:
+        """The same for a fork of the model; both share all results, past and future."""
+        twin = copy.copy(self)
+        twin.llm = llm
+        return twin
+
+    def log_probs(self, prompts: Sequence[EncodedPrompt]) -> dict[EncodedPrompt, Tensor]:
+        """Log-probabilities at the answers of prompts, which are run together.
+
+        Results are remembered for the whole sequence: which prompts are batched together changes
+        the last bits, so equal calls give equal bits, whatever was asked before.
+
+        Args:
+            prompts: Different prompts.
+
+        Returns:
+            Per prompt answer tokens × vocabulary, float32; without gradient, but no inference
+            tensor.
+        """
+        key = tuple(prompts)
+        if not key:
+            return {}
+        known = self._log_probs.get(key)
+        if known is None:
+            with self.llm.unedited():
+                rows = answer_log_probs(self.llm, key)
+            known = torch.cat([rows[prompt] for prompt in key])
+            self._log_probs.put(key, known)
+        sizes = [len(prompt.answer_ids) for prompt in key]
+        return dict(zip(key, torch.split(known, sizes), strict=True))
+
+    def answers(
+        self, prompts: Sequence[EncodedPrompt], progress: Progress | None = None
+    ) -> list[EncodedPrompt]:
+        """The prompts with the unedited model's greedy tokens in place of their answers.
+
+        Args:
+            prompts: Their own answers play no part.
+            progress: Called with the stage ``"reference"`` where something has to be computed.
+        """
+        missing = {p.prompt_ids: p for p in prompts if p.prompt_ids not in self._answers}
+        if missing:
+            with self.llm.unedited(), torch.inference_mode():
+                self._answer(list(missing.values()), progress)
+        return [self._answers[p.prompt_ids] for p in prompts]
+
+    def _answer(self, prompts: list[EncodedPrompt], progress: Progress | None) -> None:
+        # Whole prefixes are run again for each token: the logits are then those that teacher
+        # forcing gives, so that the unedited model agrees with itself also where two are close.
+        limit, ends = self.llm.encoder.max_length, self.llm.end_ids
+        generated: list[list[int]] = [[] for _ in prompts]
+        running = list(range(len(prompts)))
+        for step in range(self.max_tokens):
+            reads = [
+                EncodedPrompt(p.prompt, p.answer, (*p.prompt_ids, *generated[i]), (0,))
+                for i, p in ((i, prompts[i]) for i in running)
+            ]
+            for bucket in self.llm.buckets(reads):
+                batch = self.llm.batch([reads[k] for k in bucket])
+                logits = self.llm.answer_logits(batch, remember=False)
+                for k, token in zip(bucket, logits.argmax(-1).tolist(), strict=True):
+                    generated[running[k]].append(token)
+            running = [
+                i
+                for i in running
+                if generated[i][-1] not in ends
+                and (limit is None or len(prompts[i].prompt_ids) + len(generated[i]) < limit)
+            ]
+            if progress is not None:
+                progress("reference", step + 1, self.max_tokens)
+            if not running:
+                break
+        for p, ids in zip(prompts, generated, strict=True):
+            answer = self.llm.encoder.decode(ids)
+            self._answers[p.prompt_ids] = EncodedPrompt(p.prompt, answer, p.prompt_ids, tuple(ids))
+
+
+def answer_log_probs(
+    llm: ResidentLLM, prompts: Sequence[EncodedPrompt]
+) -> dict[EncodedPrompt, Tensor]:
+    """Log-probabilities at the answers of prompts at the present weights.
+
+    Returns:
+        Per prompt answer tokens × vocabulary, float32; without gradient, but no inference tensor.
+    """
+    rows: dict[EncodedPrompt, Tensor] = {}
+    # Never inference tensors, wherever this is called from: they later enter autograd graphs.
+    with torch.inference_mode(False), torch.no_grad():
+        for bucket in llm.buckets(prompts):
+            batch = llm.batch([prompts[i] for i in bucket])
+            found = llm.answer_logits(batch).float().log_softmax(-1)
+            sizes = [len(prompt.answer_ids) for prompt in batch.prompts]
+            rows |= dict(zip(batch.prompts, torch.split(found, sizes), strict=True))
+    return rows
