@@ -84,7 +84,7 @@ def read_dataset(
 
     >>> report = read_dataset("tiny-facts")
     >>> report.format, report.counts["facts"], report.remarks()
-    ('hiedit', 300, [])
+    ('hiedit', 160, [])
     """
     label = os.fspath(name_or_path)
     if format is not None and format not in FORMATS:
