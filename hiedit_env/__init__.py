@@ -38,7 +38,8 @@ from typing import TYPE_CHECKING, Any
 from gymnasium.envs.registration import register
 
 if TYPE_CHECKING:
-    from hiedit_env.datasets.load import load_requests
+    from hiedit_env.datasets.load import load_requests, read_dataset
+    from hiedit_env.datasets.report import DatasetReport
     from hiedit_env.datasets.requests import Probe, Request
     from hiedit_env.datasets.streams import fingerprint, split_by_subject, stream
     from hiedit_env.envs.base import EditingEnv
@@ -54,6 +55,7 @@ if TYPE_CHECKING:
         DatasetError,
         DeviceError,
         HieditError,
+        HieditWarning,
         LayerError,
         MissingLibraryError,
         ModelError,
@@ -82,12 +84,14 @@ __all__ = [
     "Capture",
     "CheckpointError",
     "DatasetError",
+    "DatasetReport",
     "DeviceError",
     "EditRecord",
     "EditingEnv",
     "EnvState",
     "Evaluation",
     "HieditError",
+    "HieditWarning",
     "History",
     "LayerError",
     "LayerSelection",
@@ -116,13 +120,15 @@ __all__ = [
     "load_model",
     "load_requests",
     "make_rule",
+    "read_dataset",
     "split_by_subject",
     "stream",
 ]
 
 #: Module → names that it holds; the imports above tell type checkers the same.
 _EXPORTS = {
-    "hiedit_env.datasets.load": ("load_requests",),
+    "hiedit_env.datasets.load": ("load_requests", "read_dataset"),
+    "hiedit_env.datasets.report": ("DatasetReport",),
     "hiedit_env.datasets.requests": (
         "Probe",
         "Request",
@@ -149,6 +155,7 @@ _EXPORTS = {
         "DatasetError",
         "DeviceError",
         "HieditError",
+        "HieditWarning",
         "LayerError",
         "MissingLibraryError",
         "ModelError",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import sys
 
 from rich.console import Console
@@ -32,6 +33,8 @@ def main(file: str) -> int:
     except HieditError as error:
         print(f"hiedit: error: {error}", file=sys.stderr)
         return 2
+    if isinstance(sys.stdout, io.TextIOWrapper):  # what the terminal cannot show is escaped
+        sys.stdout.reconfigure(errors="backslashreplace")
     show(report, Console(highlight=False, soft_wrap=True))
     return 0
 
