@@ -78,9 +78,9 @@ class Trainer:
     ) -> None:
         self.env, self.agent, self.settings = env, agent, settings
         self.requests = list(requests)
-        if settings.edits_per_trajectory > len(self.requests):
+        if settings.edits_per_episode > len(self.requests):
             raise SettingsError(
-                f"edits_per_trajectory is {settings.edits_per_trajectory}, but there are only "
+                f"edits_per_episode is {settings.edits_per_episode}, but there are only "
                 f"{len(self.requests)} training facts"
             )
         self.high = agent.high
@@ -91,13 +91,13 @@ class Trainer:
         if settings.train_high and isinstance(self.high, Trainable):
             self.optimizers["high"] = _adam(self.high, settings.high_learning_rate, 1.0)
         # With no trajectories a low level may still be calibrated.
-        if settings.trajectories and not self.optimizers:
+        if settings.episodes and not self.optimizers:
             raise SettingsError(
                 f"agent {agent.name!r} has nothing to train: its high level is {self.high.name!r} "
                 f"and its low level {getattr(agent.low, 'name', 'the update rule')!r}; one of them "
                 "must be learned (policy, straight-through; hypernetwork, rehearsal, step-sizes) "
                 "and its training not switched off (as that of hiedit's low level is, which "
-                "--train-low trains, and --trajectories 0 calibrates and nothing more)"
+                "--train-low trains, and --episodes 0 calibrates and nothing more)"
             )
         env.use_low_level(agent.low, max_steps_per_edit=agent.max_steps_per_edit)
         self._gated = "high" in self.optimizers and getattr(self.high, "straight_through", False)
@@ -159,7 +159,7 @@ class Trainer:
         if self.agent.low is not None:
             self.agent.low.seed(int(levels[2]))
         rng = np.random.default_rng(seed)
-        facts = stream(self.requests, settings.edits_per_trajectory, rng)
+        facts = stream(self.requests, settings.edits_per_episode, rng)
         observation, _ = self.env.reset(seed=0, options={"requests": facts})
         tally = Tally()
         tried: list[list[Tried]] = []

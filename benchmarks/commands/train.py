@@ -7,7 +7,7 @@ import math
 import sys
 from collections.abc import Sequence
 from contextlib import closing
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,7 @@ from hiedit_agents.named.checkpoints import describe_model, fact_hashes, facts_e
 from hiedit_agents.named.spec import AgentSpec
 from hiedit_agents.registry import SpecAgent, spec_agent
 from hiedit_benchmarks.commands.train_folder import TrainingFolder, parameters
+from hiedit_benchmarks.commands.train_settings import TrainingRun
 from hiedit_benchmarks.comparison.episode import bar, play, stage_bars, unwrapped
 from hiedit_benchmarks.comparison.results import plain, versions, write_json, write_text
 
@@ -33,35 +34,6 @@ from hiedit_env.envs.base import EditingEnv
 from hiedit_env.errors import MissingLibraryError, SettingsError, whole_number
 from hiedit_env.evaluation.metrics import evaluate
 from hiedit_env.evaluation.unedited import UneditedModel
-
-
-@dataclass(frozen=True, slots=True)
-class TrainingRun:
-    """Where and on what to train; ``TrainSettings`` says how.
-
-    Args:
-        agent: Name for :func:`hiedit_agents.registry.spec_agent`.
-        name: Of the trained agent; None for ``agent``.
-        model, dataset, layers, device, dtype, trust_remote_code: As for ``LifelongEdit``.
-        layers_per_edit: K of the high level; None for its default.
-        max_steps_per_edit: Horizon of the options; None for the agent's own, or 5.
-        step_size: Nominal step size of the low level; None for its default.
-        exclude: A data set kept for an evaluation: its subjects are not trained on, and nothing
-            that it asks is shown.
-    """
-
-    agent: str
-    name: str | None = None
-    model: str = "smollm2-135m"
-    dataset: str | None = None
-    layers: tuple[str, ...] | None = None
-    layers_per_edit: int | None = None
-    max_steps_per_edit: int | None = None
-    step_size: float | None = None
-    exclude: str | None = None
-    device: str = "cpu"
-    dtype: str = "float32"
-    trust_remote_code: bool = False
 
 
 def train(
@@ -76,7 +48,7 @@ def train(
     """Trains, saves and evaluates an agent.
 
     ``out`` gets ``agent.json`` and ``agent.safetensors`` (the trained agent, for ``--agents out``),
-    ``train.jsonl`` (a row per trajectory), ``evaluation.json`` (metrics on held-out facts),
+    ``train.jsonl`` (a row per episode), ``evaluation.json`` (metrics on held-out facts),
     ``tensorboard/`` and, while training, ``checkpoint-N/``.
 
     Args:
@@ -94,7 +66,7 @@ def train(
     Raises:
         ResultsExistError: ``out`` holds results and ``resume`` is False.
         SettingsError: nothing to train, an argument that the agent does not take, too few facts,
-            or a resumed run with other settings or fewer trajectories.
+            or a resumed run with other settings or fewer episodes.
         CheckpointError: a checkpoint that cannot be read or does not fit.
     """
     editor = _checked(run)
@@ -127,7 +99,7 @@ def train(
         }
         _calibrate(trainer, progress)
         with _Log(out, rows, progress, tensorboard, settings) as log:
-            for number in range(len(rows), settings.trajectories):
+            for number in range(len(rows), settings.episodes):
                 log.add(trainer.trajectory(number, log.fact))
                 folder.save(trainer, spec, about, log.rows)
         result = _evaluate(env, agent, held_out, settings, progress)
@@ -262,8 +234,8 @@ class _Log:
     ) -> None:
         self.rows = list(rows)
         self._file = out / "train.jsonl"
-        done = len(rows) * settings.edits_per_trajectory
-        total = settings.trajectories * settings.edits_per_trajectory
+        done = len(rows) * settings.edits_per_episode
+        total = settings.episodes * settings.edits_per_episode
         self._manager = bar("training", total, progress)
         self._done = done
         self._means: dict[str, float] = {}
@@ -293,7 +265,7 @@ class _Log:
         self._bar.update()
 
     def add(self, row: LogRow) -> None:
-        """A finished trajectory."""
+        """A finished episode."""
         self.rows.append(row)
         text = "".join(json.dumps(plain(r)) + "\n" for r in self.rows)
         write_text(self._file, text)

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from hiedit_agents.hierarchy.train_settings import describe
+from hiedit_agents.hierarchy.train_settings import defaults
 from hiedit_agents.hierarchy.trainer import Trainer
 from hiedit_agents.hierarchy.training_log import LogRow
 from hiedit_agents.named.checkpoints import (
@@ -34,7 +34,7 @@ def parameters(trainer: Trainer) -> dict[str, Any]:
 
 
 class TrainingFolder:
-    """``out/checkpoint-N``: the agent, the optimisers and the log after N trajectories.
+    """``out/checkpoint-N``: the agent, the optimisers and the log after N episodes.
 
     Args:
         out: The folder.
@@ -72,7 +72,7 @@ class TrainingFolder:
     def save(
         self, trainer: Trainer, spec: AgentSpec, about: Mapping[str, Any], rows: list[LogRow]
     ) -> None:
-        """Writes the state after ``len(rows)`` trajectories; agent.json comes last."""
+        """Writes the state after ``len(rows)`` episodes; agent.json comes last."""
         folder = self.out / f"checkpoint-{len(rows):06d}"
         optimizers, _ = flatten({"optimizer": trainer.optimizer_state()})
         state = {**parameters(trainer), **optimizers}
@@ -91,10 +91,10 @@ class TrainingFolder:
         check_fits(folder, record, env.llm)
         self._check_same(record)
         rows: list[LogRow] = record["log"]
-        wanted = self.settings["settings"]["trajectories"]
+        wanted = self.settings["settings"]["episodes"]
         if wanted < len(rows):
             raise SettingsError(
-                f"cannot resume {self.out}: {len(rows)} trajectories are done, and trajectories "
+                f"cannot resume {self.out}: {len(rows)} episodes are done, and episodes "
                 f"is now {wanted}; give at least as many, or another --out"
             )
         state = read_state(folder, record, env.llm.device)
@@ -107,15 +107,15 @@ class TrainingFolder:
         """What the evaluation of a finished run with the same settings found.
 
         Raises:
-            SettingsError: it was trained with other settings, or on fewer or more trajectories.
+            SettingsError: it was trained with other settings, or on fewer or more episodes.
         """
         record = read_record(self.out)
         self._check_same(record)
-        done = record["training"]["settings"]["trajectories"]
-        wanted = self.settings["settings"]["trajectories"]
+        done = record["training"]["settings"]["episodes"]
+        wanted = self.settings["settings"]["episodes"]
         if wanted != done:
             raise SettingsError(
-                f"cannot resume {self.out}: it finished after {done} trajectories, and what "
+                f"cannot resume {self.out}: it finished after {done} episodes, and what "
                 f"{'more' if wanted > done else 'fewer'} would go on from was removed then; give "
                 "another --out"
             )
@@ -128,14 +128,14 @@ class TrainingFolder:
         return found
 
     def _check_same(self, record: Mapping[str, Any]) -> None:
-        """Compares the settings with those of a record, all but the number of trajectories."""
+        """Compares the settings with those of a record, all but the number of episodes."""
         # What a setting that an older record lacks did then: nothing, as by default.
-        defaults = {"settings": {key: default for key, (default, _) in describe().items()}}
+        known = {"settings": defaults()}
         for name, values in self.settings.items():
-            old = {**defaults.get(name, {}), **record["training"].get(name, {})}
+            old = {**known.get(name, {}), **record["training"].get(name, {})}
             for key, value in values.items():
                 # A longer run goes on from a shorter one.
-                if key != "trajectories" and old.get(key) != value:
+                if key != "episodes" and old.get(key) != value:
                     raise SettingsError(
                         f"cannot resume {self.out}: {key} was {old.get(key)!r} and is now "
                         f"{value!r}; give another --out"

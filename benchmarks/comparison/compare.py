@@ -32,7 +32,7 @@ from hiedit_benchmarks.comparison.results import (
     write_json,
 )
 from hiedit_benchmarks.comparison.rows import details_of, row_of
-from hiedit_benchmarks.comparison.settings import CompareSettings
+from hiedit_benchmarks.comparison.settings import MAX_STEPS, CompareSettings
 from hiedit_benchmarks.comparison.statistics import (
     PairedDifferences,
     Summary,
@@ -224,6 +224,7 @@ def make_env(settings: CompareSettings, progress: bool, **overrides: Any) -> gym
     arguments = asdict(settings)
     for name in ("layers_per_edit", "generation"):
         del arguments[name]
+    arguments["max_steps_per_edit"] = settings.max_steps_per_edit or MAX_STEPS
     arguments.update(progress=progress, **overrides)
     # The checker tests the environment, not the agents, and is run in the tests.
     name = environment_for(settings.model, settings.dataset)

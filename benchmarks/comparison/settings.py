@@ -1,4 +1,4 @@
-"""What a comparison is run with; read by the command line without torch."""
+"""What edits and comparisons are run with; read by the command line without torch."""
 
 from __future__ import annotations
 
@@ -11,17 +11,34 @@ from hiedit_env.envs.settings import (
     Must,
     Name,
     NumEdits,
+    RuleSettings,
     settings,
 )
 from hiedit_env.evaluation.names import METRICS, Metric
 
-#: Steps per fact where nobody says otherwise.
+#: Updates per fact where neither the user nor the agent says otherwise.
 MAX_STEPS = 5
 
 
 @settings
+class EditSettings(RuleSettings):
+    """Which model is edited, and how; what is given here goes before the agent's own settings."""
+
+    model: Name = "smollm2-135m"
+    """smollm2-135m, tiny, planted (a toy whose right layers are known), a folder, or a Hugging Face
+    id"""
+    layers_per_edit: AtLeast1 | None = None
+    """K, for an agent that chooses a number of layers; by default the agent's own, or half of the
+    layers"""
+
+
+@settings
 class CompareSettings(EditingSettings):
-    """What is the same for every agent and seed of a comparison."""
+    """What is the same for every agent and seed of a comparison.
+
+    Settings of agents that are given here go before the agents' own; settings within an agent's
+    name go before these.
+    """
 
     model: Name = "smollm2-135m"
     """smollm2-135m, tiny, planted (a toy whose right layers are known), a folder, or a Hugging Face
@@ -32,7 +49,7 @@ class CompareSettings(EditingSettings):
     """k, how many past edits are remembered in the reward; no built-in agent reads the reward, and
     remembering takes most of a step's time"""
     layers_per_edit: AtLeast1 | None = None
-    """K, for agents that choose a fixed number of layers; by default half of the layers, or the K
-    that a trained agent was trained with"""
+    """K, for agents that choose a number of layers; by default the agent's own, or half of the
+    layers"""
     generation: Annotated[tuple[Metric, ...], Must("a tuple of metrics")] = METRICS
     """metrics for which the evaluation generates answers, which takes most of its time"""

@@ -86,7 +86,7 @@ class Plan:
         layers_per_edit: K.
         low_settings: Behind the low level's name, as ``name=value&name=value``.
         low_window: Facts per optimiser step of the low level; None for the preset's.
-        low_trajectories, high_trajectories: Episodes to train either level on, the low one
+        low_episodes, high_episodes: Episodes to train either level on, the low one
             for ``trained-low`` alone.
         variants: Names of the rows, ``hiedit`` first.
     """
@@ -97,8 +97,8 @@ class Plan:
     layers_per_edit: int
     low_settings: str
     low_window: int | None
-    low_trajectories: int
-    high_trajectories: int
+    low_episodes: int
+    high_episodes: int
     variants: tuple[str, ...]
 
     def filled(self, text: str, high: str = _BASE) -> str:
@@ -115,13 +115,13 @@ class Plan:
         query = f"?{self.low_settings}" if self.low_settings else ""
         agent = self.filled("random-layers?layers_per_edit={k}+hiedit") + query
         window = () if self.low_window is None else ("--window", str(self.low_window))
-        count = ("--train-low", "--trajectories", str(trajectories))
+        count = ("--train-low", "--episodes", str(trajectories))
         return ["train", agent, *self.train, *window, *count, *self._to(folder)]
 
     def high(self, name: str) -> list[str]:
         """Command line that trains a variant's high level."""
         agent, *options = (self.filled(text) for text in VARIANTS[name].train)
-        count = ("--trajectories", str(self.high_trajectories))
+        count = ("--episodes", str(self.high_episodes))
         own = ("--no-train-low", "--name", name)
         return ["train", agent, *self.train, *own, *options, *count, *self._to(name)]
 
@@ -192,7 +192,7 @@ def ablate(plan: Plan, run: Run, jobs: int = 1) -> None:
         base = pool.submit(train, _BASE, plan.high(_BASE), low)
         trained: list[Future[None]] = []
         if "trained-low" in plan.variants:
-            command = plan.low(plan.low_trajectories, "trained")
+            command = plan.low(plan.low_episodes, "trained")
             trained.append(pool.submit(train, "trained", command))
         own = dict.fromkeys(plan.variants, base)
         for name in plan.variants:
@@ -280,9 +280,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--layers-per-edit", type=int, required=True, metavar="K")
     parser.add_argument("--low-settings", default="", metavar="NAME=VALUE&…")
     parser.add_argument("--low-window", type=int, help="facts per optimiser step of the low level")
-    parser.add_argument("--low-trajectories", type=int, default=6)
-    parser.add_argument("--high-trajectories", type=int, default=8)
-    parser.add_argument("--edits-per-trajectory", type=int, default=25)
+    parser.add_argument("--low-episodes", type=int, default=6)
+    parser.add_argument("--high-episodes", type=int, default=8)
+    parser.add_argument("--edits-per-episode", type=int, default=25)
     parser.add_argument("--num-edits", type=int, default=100, help="facts per stream")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="one stream each")
     parser.add_argument("--generation", action="store_true", help="also generate answers")
@@ -295,7 +295,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         train=(
             *common,
             *("--dataset", given.train, "--exclude", given.evaluate, "--evaluation-edits", "0"),
-            *("--edits-per-trajectory", str(given.edits_per_trajectory), "--no-tensorboard"),
+            *("--edits-per-episode", str(given.edits_per_episode), "--no-tensorboard"),
         ),
         compare=(
             *common,
@@ -306,8 +306,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         layers_per_edit=given.layers_per_edit,
         low_settings=given.low_settings,
         low_window=given.low_window,
-        low_trajectories=given.low_trajectories,
-        high_trajectories=given.high_trajectories,
+        low_episodes=given.low_episodes,
+        high_episodes=given.high_episodes,
         variants=tuple(given.variants),
     )
     try:

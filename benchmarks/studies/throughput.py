@@ -38,7 +38,8 @@ import transformers
 from hiedit_agents.hierarchy.train_settings import TrainSettings
 from hiedit_agents.hierarchy.trainer import Trainer
 from hiedit_agents.registry import spec_agent
-from hiedit_benchmarks.commands.train import TrainingRun, build, make_env
+from hiedit_benchmarks.commands.train import build, make_env
+from hiedit_benchmarks.commands.train_settings import TrainingRun
 from hiedit_benchmarks.comparison.results import write_text
 from torch import Tensor
 from torch.nn import functional as F
@@ -241,7 +242,7 @@ def measure_training(
     the optimiser.
     """
     editor = spec_agent(agent)
-    own = {"retention_window": 10, "window": 1, "edits_per_trajectory": 11 + edits}
+    own = {"retention_window": 10, "window": 1, "edits_per_episode": 11 + edits}
     # How much it is calibrated on is nothing to a step.
     settings = TrainSettings(**{**editor.spec.train, **own, "calibration": 20})
     run = TrainingRun(agent=agent, model=model, dataset=dataset, device=device)

@@ -236,30 +236,36 @@ class ModelSettings:
 
 
 @settings
-class EditingSettings(ModelSettings):
-    """Which facts are edited, by which rule, and how an edit is rewarded."""
+class RuleSettings(ModelSettings):
+    """How one fact is written."""
+
+    max_steps_per_edit: AtLeast1 | None = None
+    """maximum number of updates per fact; by default the agent's own, or 5"""
+    update_rule: Annotated[str, Must("a name or 'module:Class'")] | None = None
+    """decorrelated, outer-product, ridge, gradient or module:Class; by default the rule that
+    belongs to the model"""
+    step_size: StepLength | None = None
+    """nominal step size of the update rule; by default the rule's own"""
+
+    @property
+    def rule(self) -> str:
+        """The update rule: the given one, or the one that belongs to the model."""
+        return self.update_rule or built_in(self.model).rule
+
+
+@settings
+class EditingSettings(RuleSettings):
+    """Which facts are written, and how an edit is rewarded."""
 
     dataset: Dataset | None = None
     """world-facts, tiny-facts, planted-facts, or a .json or .jsonl file; by default the facts that
     belong to the model"""
     num_edits: NumEdits | None = 32
     """facts per stream; None for all facts"""
-    max_steps_per_edit: AtLeast1 = 5
-    """maximum number of updates per fact; 1 is the papers' setting"""
-    update_rule: Annotated[str, Must("a name or 'module:Class'")] | None = None
-    """decorrelated, outer-product, ridge, gradient or module:Class; by default the rule that
-    belongs to the model"""
-    step_size: StepLength | None = None
-    """nominal step size of the update rule; by default the rule's own"""
     reward: RewardKind = "loss"
     """unit of the reward's terms: nats per token, share of right tokens, or generated answers"""
     retention_window: AtLeast0 = 10
     """k, how many past edits are remembered in the reward"""
-
-    @property
-    def rule(self) -> str:
-        """The update rule: the given one, or the one that belongs to the model."""
-        return self.update_rule or built_in(self.model).rule
 
     @property
     def facts(self) -> str:
@@ -271,6 +277,8 @@ class EditingSettings(ModelSettings):
 class EnvSettings(EditingSettings):
     """All arguments of :class:`hiedit_env.envs.lifelong_edit.LifelongEdit`."""
 
+    max_steps_per_edit: AtLeast1 = 5
+    """maximum number of updates per fact; 1 is the papers' setting"""
     reward_weights: Annotated[Mapping[str, float] | None, BeforeValidator(_checked_weights)] = None
     """weights of the reward's terms that differ from the default"""
     render_mode: RenderMode | None = None

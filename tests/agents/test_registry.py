@@ -13,7 +13,8 @@ from hiedit_agents.hierarchy.routers import PolicyRouter
 from hiedit_agents.hierarchy.train_settings import TrainSettings
 from hiedit_agents.named.presets import PRESETS
 from hiedit_agents.registry import AGENTS, SHIPPED, make_agent, spec_agent
-from hiedit_benchmarks.commands.train import TrainingRun, train
+from hiedit_benchmarks.commands.train import train
+from hiedit_benchmarks.commands.train_settings import TrainingRun
 from hiedit_benchmarks.comparison.compare import compare
 from hiedit_benchmarks.comparison.settings import CompareSettings
 
@@ -21,7 +22,7 @@ from hiedit_env.errors import CheckpointError, LayerError, SettingsError
 from hiedit_env.rules.closed_form import DecorrelatedRule, RidgeRule
 from tests.support.episodes import SELECTION, make
 
-QUICK = TrainSettings(trajectories=1, edits_per_trajectory=2, evaluation_edits=0)
+QUICK = TrainSettings(episodes=1, edits_per_episode=2, evaluation_edits=0)
 UP = tuple(f"model.layers.{i}.mlp.up_proj" for i in (1, 2))
 
 

@@ -23,7 +23,7 @@ from hiedit_env.resident.low_rank import LowRankUpdate, Updates
 from tests.support.episodes import SELECTION, L, make
 
 SETTINGS = TrainSettings(
-    edits_per_trajectory=4,
+    edits_per_episode=4,
     future_damage=7.0,
     future_damage_prompts=2,
     locality_weight=3.0,
@@ -207,7 +207,7 @@ def test_a_step_that_is_too_long_for_the_rest_of_the_episode_does_not_grow() -> 
             "all-layers+hypernetwork?step_size=1e-3",
             future_damage=future_damage,
             future_damage_prompts=4,
-            edits_per_trajectory=12,
+            edits_per_episode=12,
             window=3,
             low_learning_rate=3e-3,
         )

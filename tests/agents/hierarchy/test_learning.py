@@ -19,7 +19,8 @@ from hiedit_agents.hierarchy.train_settings import TrainSettings
 from hiedit_agents.hierarchy.trainer import Trainer, Tried
 from hiedit_agents.named.checkpoints import TENSOR_FILE
 from hiedit_agents.registry import spec_agent
-from hiedit_benchmarks.commands.train import TrainingRun, train
+from hiedit_benchmarks.commands.train import train
+from hiedit_benchmarks.commands.train_settings import TrainingRun
 from safetensors.torch import load_file
 
 from hiedit_env.errors import SettingsError
@@ -43,7 +44,7 @@ def test_a_straight_through_router_finds_the_only_layer_that_helps(useful: int) 
         return found
 
     assert [useful] not in chosen()
-    settings = TrainSettings(edits_per_trajectory=12, window=4, high_learning_rate=0.01)
+    settings = TrainSettings(edits_per_episode=12, window=4, high_learning_rate=0.01)
     trainer = Trainer(env, HierarchicalAgent("toy", router, low), env.requests, settings)
     for number in range(5):
         trainer.trajectory(number)
@@ -57,7 +58,7 @@ def test_a_router_that_is_compared_with_all_layers_finds_the_only_one_that_helps
     low = OnlyOneHelps(env.llm.shapes, env.llm.device, step_size=2e-3)
     router = PolicyRouter(L, env.llm.device, layers_per_edit=1, hidden=8)
     settings = TrainSettings(
-        edits_per_trajectory=12,
+        edits_per_episode=12,
         window=4,
         samples_per_fact=2,
         intrinsic=True,
@@ -136,7 +137,7 @@ def test_an_option_whose_second_step_wrecks_the_model_teaches_nothing() -> None:
     env = make(SELECTION, num_edits=None, max_steps_per_edit=3)
     low = WreckedLater(env.llm.shapes, env.llm.device, step_size=1e-6)
     agent = HierarchicalAgent("toy", UntrainedChoice("all-layers", L), low, 3)
-    settings = TrainSettings(edits_per_trajectory=2, window=1)
+    settings = TrainSettings(edits_per_episode=2, window=1)
     trainer = Trainer(env, agent, env.requests, settings)
     before = [parameter.clone() for parameter in low.parameters()]
     row = trainer.trajectory(0)
@@ -171,17 +172,17 @@ def test_a_layer_left_out_of_a_later_step_still_learns_from_earlier_ones() -> No
 
 def short(**changes: Any) -> TrainSettings:
     """The settings of ``hiedit``, with two windows an episode and little of everything else."""
-    little = {"trajectories": 3, "edits_per_trajectory": 3, "window": 2, "calibration": 12}
+    little = {"episodes": 3, "edits_per_episode": 3, "window": 2, "calibration": 12}
     return TrainSettings(**{**spec_agent("hiedit").spec.train, **little, **changes})
 
 
 def test_hiedit_is_calibrated_below_and_trained_above(tmp_path: Path) -> None:
     """In one training, or in two of which the first takes no trajectories: the same agent."""
     one, low, two = (tmp_path / name for name in ("one", "low", "two"))
-    settings = short(evaluation_edits=0, trajectories=2)
+    settings = short(evaluation_edits=0, episodes=2)
     train(TrainingRun(agent="hiedit", model="tiny"), settings, one, progress=False)
     calibrated = TrainingRun(agent="random-layers+hiedit", model="tiny")
-    train(calibrated, replace(settings, trajectories=0), low, progress=False)
+    train(calibrated, replace(settings, episodes=0), low, progress=False)
     train(TrainingRun(agent=f"hiedit+{low}", model="tiny"), settings, two, progress=False)
     found = load_file(one / TENSOR_FILE)
     again = load_file(two / TENSOR_FILE)
@@ -192,7 +193,7 @@ def test_hiedit_is_calibrated_below_and_trained_above(tmp_path: Path) -> None:
     assert all(torch.equal(found[name], value) for name, value in calibration.items())
     assert not any(value.any() for name, value in found.items() if name.endswith(".log_step"))
     assert found["high.bias"].any()
-    with pytest.raises(SettingsError, match=r"--train-low.*--trajectories 0"):
+    with pytest.raises(SettingsError, match=r"--train-low.*--episodes 0"):
         train(calibrated, settings, tmp_path / "none", progress=False)
 
 

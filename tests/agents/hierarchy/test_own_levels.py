@@ -11,16 +11,15 @@ from hiedit_agents.hierarchy.options import Choice
 from hiedit_agents.hierarchy.routers import PolicyRouter
 from hiedit_agents.hierarchy.train_settings import TrainSettings
 from hiedit_agents.registry import spec_agent
-from hiedit_benchmarks.commands.train import TrainingRun, train
+from hiedit_benchmarks.commands.train import train
+from hiedit_benchmarks.commands.train_settings import TrainingRun
 from safetensors.torch import load_file
 
 from hiedit_env.errors import SettingsError
 from hiedit_env.rules.closed_form import OuterProductRule
 from tests.support.episodes import SELECTION, L, make
 
-SHORT = TrainSettings(
-    trajectories=2, edits_per_trajectory=4, retention_window=2, evaluation_edits=3
-)
+SHORT = TrainSettings(episodes=2, edits_per_episode=4, retention_window=2, evaluation_edits=3)
 
 
 def run_of(agent: str) -> TrainingRun:

@@ -12,7 +12,8 @@ import torch
 from hiedit_agents.hierarchy.hypernetwork import Hypernetwork
 from hiedit_agents.hierarchy.rehearsal import Rehearsal
 from hiedit_agents.hierarchy.train_settings import TrainSettings
-from hiedit_benchmarks.commands.train import TrainingRun, train
+from hiedit_benchmarks.commands.train import train
+from hiedit_benchmarks.commands.train_settings import TrainingRun
 from torch.nn import functional as F
 
 from hiedit_env.envs.base import EditingEnv
@@ -358,7 +359,7 @@ def test_training_leaves_out_what_an_evaluation_asks(tmp_path: Path) -> None:
 
     run = TrainingRun("random-layers+rehearsal", model="tiny", exclude=str(kept))
     settings = TrainSettings(
-        trajectories=1, edits_per_trajectory=2, evaluation_edits=0, calibration=500, held_out=0.0
+        episodes=1, edits_per_episode=2, evaluation_edits=0, calibration=500, held_out=0.0
     )
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Rehearsal, "calibrate", noted)

@@ -16,11 +16,12 @@ from hiedit_agents.hierarchy.hypernetwork import Hypernetwork
 from hiedit_agents.hierarchy.option_runner import Outcome
 from hiedit_agents.hierarchy.options import Choice, HierarchicalAgent, UntrainedChoice
 from hiedit_agents.hierarchy.routers import PolicyRouter
-from hiedit_agents.hierarchy.train_settings import TrainSettings, describe
+from hiedit_agents.hierarchy.train_settings import TrainSettings, defaults
 from hiedit_agents.hierarchy.trainer import Trainer, Tried
 from hiedit_agents.registry import make_agent, spec_agent
 from hiedit_benchmarks.commands.cli import main as hiedit
-from hiedit_benchmarks.commands.train import TrainingRun, train
+from hiedit_benchmarks.commands.train import train
+from hiedit_benchmarks.commands.train_settings import TrainingRun
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -30,8 +31,8 @@ from hiedit_env.rules.closed_form import OuterProductRule
 from tests.support.episodes import SELECTION, L, make
 
 SHORT = TrainSettings(
-    trajectories=2,
-    edits_per_trajectory=4,
+    episodes=2,
+    edits_per_episode=4,
     retention_window=2,
     evaluation_edits=3,
     held_out=0.1,
@@ -170,7 +171,7 @@ def test_a_router_finds_the_only_layer_that_helps() -> None:
     low = OnlyOneHelps(env.llm.shapes, env.llm.device, step_size=2e-3)
     router = PolicyRouter(L, env.llm.device, layers_per_edit=1, hidden=8)
     settings = TrainSettings(
-        edits_per_trajectory=12, window=4, samples_per_fact=3, high_learning_rate=0.1
+        edits_per_episode=12, window=4, samples_per_fact=3, high_learning_rate=0.1
     )
     trainer = Trainer(env, HierarchicalAgent("toy", router, low), env.requests, settings)
     for number in range(5):
@@ -185,7 +186,7 @@ def test_a_low_level_learns_from_a_bad_beginning() -> None:
     """From a step size a hundred times too small, the objective falls."""
     env = make(SELECTION, num_edits=None, max_steps_per_edit=1)
     agent = spec_agent("all-layers+hypernetwork").with_low_settings(step_size=2e-5).build(env.llm)
-    settings = TrainSettings(edits_per_trajectory=8, window=1, low_learning_rate=5e-3)
+    settings = TrainSettings(edits_per_episode=8, window=1, low_learning_rate=5e-3)
     trainer = Trainer(env, agent, env.requests, settings)
     rows = [trainer.trajectory(0) for _ in range(8)]
     assert rows[-1]["loss"] < 0.8 * rows[0]["loss"]
@@ -201,7 +202,7 @@ def test_every_parameter_of_a_fresh_low_level_learns(form: str, network: str) ->
     low = agent.low
     assert isinstance(low, Hypernetwork)
     before = {name: value.clone() for name, value in low.net.named_parameters()}
-    settings = TrainSettings(edits_per_trajectory=3, window=1, calibration=4)
+    settings = TrainSettings(edits_per_episode=3, window=1, calibration=4)
     trainer = Trainer(env, agent, env.requests, settings)
     trainer.calibrate()
     trainer.trajectory(0)
@@ -236,7 +237,7 @@ def test_same_seed_same_parameters(agent: str) -> None:
 
 @pytest.mark.parametrize("agent", ["policy+hypernetwork", "policy+ridge", "hiedit"])
 def test_another_seed_begins_elsewhere(tmp_path: Path, agent: str) -> None:
-    settings = replace(SHORT, trajectories=1, evaluation_edits=0, calibration=4)
+    settings = replace(SHORT, episodes=1, evaluation_edits=0, calibration=4)
     run = replace(RUN, agent=agent)
     states = []
     for seed in (0, 1):
@@ -293,7 +294,7 @@ def test_a_resumed_run_equals_an_uninterrupted_one(
     tmp_path: Path, agent: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run = replace(RUN, agent=agent)
-    settings = replace(SHORT, trajectories=3)
+    settings = replace(SHORT, episodes=3)
     whole, parted = tmp_path / "whole", tmp_path / "parted"
     train(run, settings, whole, progress=False)
     own = Trainer.trajectory
@@ -384,7 +385,7 @@ def test_the_papers_objectives_and_statistics_are_theirs() -> None:
 
 def test_a_model_it_does_not_fit_is_refused(tmp_path: Path) -> None:
     out = tmp_path / "agent"
-    train(RUN, replace(SHORT, trajectories=1, evaluation_edits=0), out, progress=False)
+    train(RUN, replace(SHORT, episodes=1, evaluation_edits=0), out, progress=False)
     env = make(SELECTION, layers=["model.layers.1.mlp.up_proj"])
     with pytest.raises(CheckpointError, match=r"candidate layers .*gate_proj.* here they are"):
         make_agent(str(out)).reset(env, 0)
@@ -427,14 +428,14 @@ def test_every_setting_is_an_option_of_the_command_line(
     with pytest.raises(SystemExit):
         hiedit(["train", "--help"])
     text = capsys.readouterr().out
-    for name in describe():
+    for name in defaults():
         assert "--" + name.replace("_", "-") in text
     out = str(tmp_path / "agent")
-    arguments = ["train", "mend", "--model", "tiny", "--out", out, "--trajectories", "1"]
-    arguments += ["--edits-per-trajectory", "3", "--evaluation-edits", "2", "--no-tensorboard"]
+    arguments = ["train", "mend", "--model", "tiny", "--out", out, "--episodes", "1"]
+    arguments += ["--edits-per-episode", "3", "--evaluation-edits", "2", "--no-tensorboard"]
     assert hiedit(arguments) == 0
     record = json.loads((tmp_path / "agent" / "agent.json").read_text())
     # The agent's own defaults hold where nothing was given.
     assert record["training"]["settings"]["window"] == 1
-    assert record["training"]["settings"]["trajectories"] == 1
+    assert record["training"]["settings"]["episodes"] == 1
     assert record["low"]["settings"]["step_size"] == 2e-3

@@ -15,14 +15,13 @@ from hiedit_agents.hierarchy.train_settings import TrainSettings
 from hiedit_agents.hierarchy.trainer import Trainer
 from hiedit_agents.hierarchy.training_log import Tally
 from hiedit_agents.registry import spec_agent
-from hiedit_benchmarks.commands.train import TrainingRun, train
+from hiedit_benchmarks.commands.train import train
+from hiedit_benchmarks.commands.train_settings import TrainingRun
 
 from hiedit_env.resident.low_rank import Updates
 from tests.support.episodes import SELECTION, make
 
-SHORT = TrainSettings(
-    trajectories=2, edits_per_trajectory=3, retention_window=2, evaluation_edits=0
-)
+SHORT = TrainSettings(episodes=2, edits_per_episode=3, retention_window=2, evaluation_edits=0)
 RUN = TrainingRun(agent="rledit", model="tiny")
 
 
@@ -162,7 +161,7 @@ def test_tensorboard_gets_every_number_of_the_log_at_its_trajectory(
         return rows[-1]
 
     monkeypatch.setattr(Trainer, "trajectory", stopped)
-    settings = replace(SHORT, trajectories=4)
+    settings = replace(SHORT, episodes=4)
     with pytest.raises(KeyboardInterrupt):
         train(RUN, settings, out, progress=False)
     train(RUN, settings, out, resume=True, progress=False)

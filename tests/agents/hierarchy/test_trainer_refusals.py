@@ -12,17 +12,18 @@ from typing import Any
 
 import pytest
 import torch
-from hiedit_agents.hierarchy.train_settings import TrainSettings, describe
+from hiedit_agents.hierarchy.train_settings import TrainSettings, defaults
 from hiedit_agents.hierarchy.trainer import Trainer
 from hiedit_agents.named.checkpoints import save_agent
 from hiedit_agents.registry import make_agent, spec_agent
 from hiedit_benchmarks.commands.cli import main as hiedit
-from hiedit_benchmarks.commands.train import TrainingRun, train
+from hiedit_benchmarks.commands.train import train
+from hiedit_benchmarks.commands.train_settings import TrainingRun
 
 from hiedit_env.errors import CheckpointError, ResultsExistError, SettingsError
 from tests.support.episodes import SELECTION, make
 
-QUICK = TrainSettings(trajectories=2, edits_per_trajectory=2, evaluation_edits=2)
+QUICK = TrainSettings(episodes=2, edits_per_episode=2, evaluation_edits=2)
 RUN = TrainingRun(agent="policy+step-sizes", model="tiny", layers_per_edit=2)
 
 
@@ -94,7 +95,7 @@ def test_a_size_is_for_high_levels_that_are_trained_and_have_one(trained: Path) 
 
 # -- numbers --------------------------------------------------------------------------------------
 
-_REALS = [name for name, (default, _) in describe().items() if isinstance(default, float)]
+_REALS = [name for name, default in defaults().items() if isinstance(default, float)]
 
 
 @pytest.mark.parametrize("name", _REALS)
@@ -159,8 +160,8 @@ def test_a_finished_run_is_not_trained_again(
     with pytest.raises(SettingsError, match="seed was 0 and is now 1"):
         train(RUN, replace(QUICK, seed=1), trained, resume=True, progress=False)
     for number, word in ((3, "more"), (1, "fewer")):
-        with pytest.raises(SettingsError, match=f"finished after 2 trajectories, and what {word}"):
-            train(RUN, replace(QUICK, trajectories=number), trained, resume=True, progress=False)
+        with pytest.raises(SettingsError, match=f"finished after 2 episodes, and what {word}"):
+            train(RUN, replace(QUICK, episodes=number), trained, resume=True, progress=False)
     with pytest.raises(ResultsExistError, match="--resume to see"):
         train(RUN, QUICK, trained, progress=False)
 
@@ -168,8 +169,8 @@ def test_a_finished_run_is_not_trained_again(
 def test_the_documented_command_can_be_given_twice(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    command = ["train", "policy", "--model", "tiny", "--trajectories", "1", "--no-tensorboard"]
-    command += ["--edits-per-trajectory", "2", "--evaluation-edits", "2", "--resume"]
+    command = ["train", "policy", "--model", "tiny", "--episodes", "1", "--no-tensorboard"]
+    command += ["--edits-per-episode", "2", "--evaluation-edits", "2", "--resume"]
     command += ["--out", str(tmp_path / "out")]
     printed = []
     for _ in range(2):
@@ -186,14 +187,14 @@ def test_fewer_trajectories_than_there_are_is_refused(
     with monkeypatch.context() as patch:
         patch.setattr("hiedit_benchmarks.commands.train._evaluate", lambda *_: 1 / 0)
         with pytest.raises(ZeroDivisionError):
-            train(RUN, replace(QUICK, trajectories=3), out, progress=False)
-    with pytest.raises(SettingsError, match=r"3 trajectories are done.* is now 2"):
+            train(RUN, replace(QUICK, episodes=3), out, progress=False)
+    with pytest.raises(SettingsError, match=r"3 episodes are done.* is now 2"):
         train(RUN, QUICK, out, resume=True, progress=False)
     # As many, or more, go on.
     more = tmp_path / "more"
     shutil.copytree(out, more)
-    assert train(RUN, replace(QUICK, trajectories=3), out, resume=True, progress=False)
-    train(RUN, replace(QUICK, trajectories=4), more, resume=True, progress=False)
+    assert train(RUN, replace(QUICK, episodes=3), out, resume=True, progress=False)
+    train(RUN, replace(QUICK, episodes=4), more, resume=True, progress=False)
     assert len((out / "train.jsonl").read_text().splitlines()) == 3
     assert len((more / "train.jsonl").read_text().splitlines()) == 4
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -11,7 +13,8 @@ from typing import Any
 
 import pytest
 import torch
-from hiedit_benchmarks.commands import cli
+from hiedit_agents.registry import AGENTS
+from hiedit_benchmarks.commands import agents, cli
 from hiedit_benchmarks.commands.cli import main
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
@@ -167,8 +170,9 @@ def test_compare_prints_the_table_and_refuses_to_run_twice(
     command += ["--agents", "fixed-layers", "--layers-per-edit", "2", "--no-generation"]
     assert main(command) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert lines[0].split()[0] == "agent"
-    assert [line.split()[0] for line in lines[1:3]] == ["no-edit", "fixed-layers"]
+    assert lines[0].startswith("Edited facts")
+    assert lines[1].split()[0] == "agent"
+    assert [line.split()[0] for line in lines[3:5]] == ["no-edit", "fixed-layers"]
     assert main(command) == 2
     assert "--resume" in one_error(capsys)
     assert main([*command, "--resume"]) == 0
@@ -200,7 +204,7 @@ def test_interruption(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFix
     def interrupt(_: Any) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(cli, "_demo", interrupt)
+    monkeypatch.setattr(cli.Demo, "run", interrupt)
     assert main(["demo"]) == 130
     assert "interrupted" in capsys.readouterr().err
 
@@ -214,23 +218,88 @@ def test_waiting_threads_do_not_spin_unless_asked_to(
     if given is None:
         monkeypatch.delenv("OMP_WAIT_POLICY")
     seen = []
-    monkeypatch.setattr(cli, "_demo", lambda _: seen.append(os.environ["OMP_WAIT_POLICY"]))
+    monkeypatch.setattr(cli.Demo, "run", lambda _: seen.append(os.environ["OMP_WAIT_POLICY"]))
     assert main(["demo"]) == 0
     assert seen == [wanted]
 
 
-@pytest.mark.parametrize("command", [[], ["edit"], ["compare"], ["demo"]])
+@pytest.mark.parametrize("command", [[], *([name] for name in cli.COMMANDS)])
 def test_help(command: list[str], capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit) as stopped:
-        main([*command, "--help"])
-    assert stopped.value.code == 0
+    with contextlib.suppress(SystemExit):
+        assert main([*command, "--help"]) == 0
     assert "usage: hiedit" in capsys.readouterr().out
 
 
-def test_help_imports_nothing_heavy() -> None:
+@pytest.mark.parametrize("command", ["", "edit", "compare", "train", "demo", "agents"])
+def test_help_imports_nothing_heavy(command: str) -> None:
     code = (
-        "import sys\nfrom hiedit_benchmarks.commands.cli import build_parser\n"
-        "build_parser().format_help()\n"
+        "import sys\nfrom hiedit_benchmarks.commands.cli import main\n"
+        "try:\n    status = main([*sys.argv[1:], '--help'])\n"
+        "except SystemExit as stopped:\n    status = stopped.code\n"
+        "assert not status\n"
         "assert not {'torch', 'transformers', 'matplotlib'} & set(sys.modules)"
     )
-    subprocess.run([sys.executable, "-c", code], check=True)
+    words = [command] if command else []
+    subprocess.run([sys.executable, "-c", code, *words], check=True, stdout=subprocess.DEVNULL)
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["compare", "--out", "x", "--modle", "tiny"], "no option --modle; did you mean --model?"),
+        (["compare", "--out", "x", "--seeds", "a"], "--seeds"),
+        (["compare"], "--out must be given"),
+        (["compare", "--out", "x", "--reward", "luck"], "'luck'"),
+        (["compare", "--out", "x", "--num-edits", "0"], "num_edits must be ≥ 1 and a whole number"),
+        (["train", "--out", "x"], "AGENT must be given"),
+        (["train", "hiedit", "--out", "x", "--gamma", "2"], "gamma must be a number in (0, 1]"),
+        (["trian"], "there is no command 'trian'; did you mean 'train'?"),
+        (["agents", "hiedti"], "there is no agent or level 'hiedti'; did you mean 'hiedit'?"),
+    ],
+)
+def test_wrong_words_get_one_line_and_status_2(
+    words: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(words) == 2
+    text = capsys.readouterr().err
+    assert text.startswith("hiedit: error: ")
+    assert text.count("\n") == 1
+    assert message in text
+
+
+def test_help_of_training_shows_the_agents_own_defaults(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    def default(option: str, *agent: str) -> str:
+        with contextlib.suppress(SystemExit):
+            main(["train", *agent, "--help"])
+        text = " ".join(capsys.readouterr().out.replace("│", " ").split())
+        found = re.search(rf"{option} .*?\(default: (\S+)\)", text)
+        assert found
+        return found[1]
+
+    assert default("--window") == "0"
+    assert default("--window", "hiedit") == "6"
+    assert default("--high-learning-rate", "--out", "x", "hiedit") == "0.01"
+    assert default("--entropy-weight", "--layers-per-edit", "3", "policy+ridge") == "0.0"
+
+
+def test_agents_lists_levels_with_true_defaults(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["agents"]) == 0
+    text = capsys.readouterr().out
+    assert all(name in text for name in AGENTS)
+    assert main(["agents", "rehearsal"]) == 0
+    text = capsys.readouterr().out
+    assert re.search(r"^facts +4 +Earlier requests", text, re.M)
+    assert re.search(r"^rank +64 ", text, re.M)
+
+
+def test_every_setting_of_a_level_has_a_meaning() -> None:
+    lacking = [
+        f"{kind} {level}: {name}"
+        for kind, found in agents.levels().items()
+        for level, (_, own) in found.items()
+        for name, _, meaning in own
+        if not meaning
+    ]
+    assert not lacking

@@ -11,7 +11,8 @@ import pytest
 from hiedit_agents.hierarchy.train_settings import TrainSettings
 from hiedit_agents.named.checkpoints import fact_hashes, read_record, trained_facts
 from hiedit_benchmarks.commands.cli import main as hiedit
-from hiedit_benchmarks.commands.train import TrainingRun, train
+from hiedit_benchmarks.commands.train import train
+from hiedit_benchmarks.commands.train_settings import TrainingRun
 from hiedit_benchmarks.comparison.compare import compare
 from hiedit_benchmarks.comparison.settings import CompareSettings
 
@@ -20,7 +21,7 @@ from hiedit_env.datasets.requests import Request
 from hiedit_env.datasets.streams import split_by_subject
 
 QUICK = TrainSettings(
-    trajectories=1, edits_per_trajectory=2, evaluation_edits=0, held_out=0.0, calibration=4
+    episodes=1, edits_per_episode=2, evaluation_edits=0, held_out=0.0, calibration=4
 )
 FACTS = load_requests("tiny-facts")
 

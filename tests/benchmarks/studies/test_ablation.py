@@ -57,7 +57,7 @@ def plan_of(folder: Path, *variants: str) -> Plan:
         train=(
             *common,
             *("--dataset", train, "--exclude", test, "--evaluation-edits", "0"),
-            *("--edits-per-trajectory", "2", "--no-tensorboard"),
+            *("--edits-per-episode", "2", "--no-tensorboard"),
         ),
         compare=(
             *common,
@@ -66,8 +66,8 @@ def plan_of(folder: Path, *variants: str) -> Plan:
         layers_per_edit=2,
         low_settings="",
         low_window=None,
-        low_trajectories=1,
-        high_trajectories=1,
+        low_episodes=1,
+        high_episodes=1,
         variants=variants,
     )
 
@@ -136,7 +136,7 @@ def test_every_variant_leaves_out_one_thing() -> None:
         if variant.train:
             command = plan.high(name)
             assert "--no-train-low" in command
-            assert command[command.index("--trajectories") + 1] == "8"
+            assert command[command.index("--episodes") + 1] == "8"
             if name != "straight-through":
                 differing = set(command) ^ set(base)
                 # Its agent or one more option, its name and its folder.

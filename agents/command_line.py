@@ -1,0 +1,108 @@
+"""Command lines made of data classes by tyro: options, help and one-line errors.
+
+A field is an option, its type says which values there are, and the docstring below it is the help.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import itertools
+import re
+import sys
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
+
+import tyro
+
+from hiedit_env.errors import HieditError, SettingsError
+
+T = TypeVar("T")
+
+_CONFIG = (tyro.conf.OmitArgPrefixes, tyro.conf.OmitSubcommandPrefixes)
+#: Lines that tyro draws around and between the parts of its errors.
+_RULE = re.compile(r"[─╰╯]+|-{3,}")
+
+
+def parse(
+    kind: type[T],
+    arguments: Sequence[str] | None,
+    *,
+    program: str,
+    description: str | None = None,
+    default: T | None = None,
+) -> T:
+    """Reads a command line.
+
+    Args:
+        kind: Data class whose fields are the options; nested ones are groups of options.
+        arguments: The words; None for those of the process.
+        program: How it is called.
+        description: What it does; None for the class docstring.
+        default: Where the defaults are taken from, in the place of the class.
+
+    Raises:
+        SettingsError: an option or value that is none; one line with the nearest right option.
+        SystemExit: (status 0) after ``--help``.
+    """
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    given: dict[str, Any] = {} if default is None else {"default": default}
+    complaint = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(complaint):
+            read: T = tyro.cli(
+                kind, prog=program, description=description, args=words, config=_CONFIG, **given
+            )
+            return read
+    except SystemExit as stopped:
+        if not stopped.code:
+            raise
+        reason: BaseException | None = stopped
+        while reason is not None:
+            # Raised by a data class, and caught by tyro.
+            if isinstance(reason, HieditError):
+                raise SettingsError(str(reason)) from None
+            reason = reason.__context__
+        raise SettingsError(_in_one_line(complaint.getvalue(), program)) from None
+
+
+def run_script(main: Callable[[], None], program: str = "") -> int:
+    """Runs a script's ``main``; errors of the user's end in one line and not in a traceback.
+
+    Args:
+        main: What to run.
+        program: What the line begins with.
+
+    Returns:
+        Exit status: 0, 2 for an error of the user's, 130 when interrupted.
+    """
+    prefix = f"{program}: " if program else ""
+    try:
+        main()
+    except HieditError as error:
+        print(f"{prefix}error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print(f"{prefix}interrupted", file=sys.stderr)
+        return 130
+    return 0
+
+
+def _in_one_line(text: str, program: str) -> str:
+    """Tyro's framed complaint as a sentence: its first section, and the nearest option."""
+    # The first line is a title, and rules are between the sections.
+    lines = [_RULE.sub("", line).strip(" │|") for line in text.splitlines()[1:]]
+    while lines and not lines[0]:
+        lines.pop(0)
+    section = list(itertools.takewhile(bool, lines)) or ["wrong options"]
+    message = re.sub(r"^Error parsing (?=[^-])\S+: ", "", " ".join(section))
+    options = re.findall(r"--[\w-]+", message)
+    if message.startswith("Missing from"):
+        wanted = options or [section[1].split()[0] if len(section) > 1 else "an argument"]
+        return f"{', '.join(wanted)} must be given; see {program} --help"
+    if message.startswith("Unrecognized options"):
+        names = options or [message.partition(":")[2].strip().partition(",")[0]]
+        near = re.search(r"Perhaps you meant:\s+(--[\w-]+)", " ".join(lines))
+        remedy = f"did you mean {near[1]}?" if near else f"see {program} --help"
+        return f"there is no option {names[0]}; {remedy}"
+    return message[0].lower() + message[1:]
