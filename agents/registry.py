@@ -23,6 +23,7 @@ from __future__ import annotations
 
 import importlib
 import json
+import os
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -357,7 +358,7 @@ def spec_agent(name: str, layers_per_edit: int | None = None) -> SpecAgent:
         values = [*whole[0].high_settings.values(), *whole[0].low_settings.values()]
         if not any(isinstance(value, str) and "+" in value for value in values):
             return SpecAgent(name, whole, whole, layers_per_edit)
-    if (Path(name) / POLICY_FILE).is_file():
+    if os.path.isfile(Path(name) / POLICY_FILE):
         library = library_of(Path(name))
         raise CheckpointError(f"{name} holds a policy of {library}; name it {library}:{name}")
     if name == OracleAgent.name:
@@ -395,7 +396,7 @@ def default_agent(model: str) -> str:
 
 def is_trained(name: str) -> bool:
     """Whether a name is the folder of a trained agent."""
-    return (Path(name) / JSON_FILE).is_file()
+    return os.path.isfile(Path(name) / JSON_FILE)  # False also for names that are too long
 
 
 def _part(name: str) -> tuple[AgentSpec, Path | None] | None:

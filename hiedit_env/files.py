@@ -1,4 +1,7 @@
-"""Files that appear complete or not at all, and folders that one process at a time writes."""
+"""Files that appear complete or not at all.
+
+Also locks of folders, which only one process at a time may write.
+"""
 
 from __future__ import annotations
 

@@ -14,7 +14,6 @@ from typing import Any
 from urllib.parse import quote
 
 import numpy as np
-import torch
 from filelock import FileLock
 
 from hiedit_env import __version__
@@ -273,6 +272,8 @@ def write_text(path: Path, text: str) -> None:
 
 def versions() -> dict[str, Any]:
     """What the results were made with."""
+    import torch  # late: reading and printing results needs no model
+
     packages = {name: version(name) for name in ("torch", "transformers", "gymnasium", "numpy")}
     return {
         "python": platform.python_version(),

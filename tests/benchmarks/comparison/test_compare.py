@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import io
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -253,3 +255,20 @@ def test_the_baseline_of_the_pairs_can_be_chosen(tmp_path: Path) -> None:
     assert summary["baseline"] == "random-layers"
     with pytest.raises(SettingsError, match="none of the agents"):
         compare(settings, agents, [0], tmp_path / "no", baseline="nobody", progress=False)
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "cp1252"])
+def test_output_that_is_not_utf8_does_not_break_a_comparison(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, encoding: str
+) -> None:
+    file = io.BytesIO()
+    out = tmp_path / "out"
+    with monkeypatch.context() as patch:
+        # As with PYTHONIOENCODING.
+        patch.setattr(sys, "stdout", io.TextIOWrapper(file, encoding=encoding, write_through=True))
+        settings = dataclasses.replace(SETTINGS, num_edits=1, max_steps_per_edit=1, generation=())
+        compare_module.main(settings, ["字=random-layers"], [0, 1], out, False, None)
+    text = file.getvalue().decode(encoding)
+    assert "Means over facts and seeds" in text
+    assert ("+-" if encoding == "ascii" else "±") in text
+    assert [row["agent"] for row in read(out)] == ["no-edit", "字"] * 2
