@@ -261,14 +261,14 @@ def test_the_baseline_of_the_pairs_can_be_chosen(tmp_path: Path) -> None:
 def test_output_that_is_not_utf8_does_not_break_a_comparison(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, encoding: str
 ) -> None:
-    file = io.BytesIO()
-    out = tmp_path / "out"
+    # As with PYTHONIOENCODING.
+    file, out = io.TextIOWrapper(io.BytesIO(), encoding=encoding), tmp_path / "out"
     with monkeypatch.context() as patch:
-        # As with PYTHONIOENCODING.
-        patch.setattr(sys, "stdout", io.TextIOWrapper(file, encoding=encoding, write_through=True))
+        patch.setattr(sys, "stdout", file)
         settings = dataclasses.replace(SETTINGS, num_edits=1, max_steps_per_edit=1, generation=())
         compare_module.main(settings, ["字=random-layers"], [0, 1], out, False, None)
-    text = file.getvalue().decode(encoding)
+    file.seek(0)
+    text = file.read()
     assert "Means over facts and seeds" in text
     assert ("+-" if encoding == "ascii" else "±") in text
     assert [row["agent"] for row in read(out)] == ["no-edit", "字"] * 2
