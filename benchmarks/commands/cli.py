@@ -13,6 +13,7 @@ import tyro
 from hiedit_agents.command_line import parse, run_script
 from hiedit_agents.hierarchy.train_settings import TrainSettings
 from hiedit_benchmarks.commands.train_settings import TrainingRun
+from hiedit_benchmarks.comparison.console import replace_what_cannot_be_encoded
 from hiedit_benchmarks.comparison.settings import CompareSettings, EditSettings
 
 from hiedit_env import __version__
@@ -180,6 +181,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     # Read by OpenMP when torch is imported. Threads that spin while they wait make a step ten times
     # slower as soon as another program wants the same cores.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    replace_what_cannot_be_encoded()
     return run_script(lambda: _run(words), PROGRAM)
 
 

@@ -263,12 +263,12 @@ def _run(
 
 
 def _best_rewards(env: gym.Env[Any, Any], seed: int, progress: bool) -> list[float] | None:
-    """What the oracle is paid for each fact of a stream; None where there is no oracle."""
+    """Reward of the oracle for each fact of a stream; None where there is no oracle."""
     if not isinstance(unwrapped(env), Planted):
         return None
     episode = play(env, OracleAgent(), seed, progress=progress)
-    paid = [edit.reward for edit in episode.edits]
-    return paid + [episode.ending] * (len(episode.requests) - len(paid))
+    rewards = [edit.reward for edit in episode.edits]
+    return rewards + [episode.ending] * (len(episode.requests) - len(rewards))
 
 
 def _report(

@@ -1,4 +1,4 @@
-"""Whether what agents are measured on is what they were trained on."""
+"""Finds agents that are evaluated on facts on which they were trained."""
 
 from __future__ import annotations
 
@@ -16,10 +16,16 @@ from hiedit_env.envs.base import EditingEnv
 def trained_on(
     agents: Mapping[str, Agent], env: EditingEnv, seeds: Sequence[int]
 ) -> dict[str, dict[str, int]]:
-    """Warns of agents that are measured on facts that they were trained on.
+    """Prints a warning for each agent that was trained on facts of this comparison.
+
+    Args:
+        agents: Label → agent.
+        env: The environment of the comparison.
+        seeds: The seeds whose streams are compared.
 
     Returns:
-        For each of these, by name, how many ``facts`` it was trained on and ``of`` how many.
+        Label of each such agent → ``{"facts", "of"}``: how many facts of the comparison it was
+        trained on, and how many facts the comparison has.
     """
     # The streams that env.reset(seed) draws.
     streams = [stream(env.requests, env.num_edits, np.random.default_rng(s)) for s in seeds]

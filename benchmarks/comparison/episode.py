@@ -1,4 +1,4 @@
-"""Playing one episode: one agent, one stream of facts, what was written and how well it went."""
+"""Runs one episode: one agent edits one stream of facts; records each edit and its metrics."""
 
 from __future__ import annotations
 
@@ -28,9 +28,9 @@ class FinishedEdit:
     Args:
         layers: L bool, layers written.
         steps: Primitive steps taken.
-        reward: Reward paid.
+        reward: Reward of the edit.
         metrics: The environment's metrics at the end of the edit; shares from 0 to 1.
-        oracle: What every option would have been paid, where the environment knows.
+        oracle: The reward of every option, where the environment knows it.
         true_layers: L bool, the layers that held the fact, where the environment knows.
     """
 
@@ -43,7 +43,7 @@ class FinishedEdit:
 
     @property
     def one_step_regret(self) -> float:
-        """What the best option would have been paid more there; NaN where that is not known."""
+        """Reward of the best option minus the agent's; NaN where the best is not known."""
         return float("nan") if self.oracle is None else self.oracle.reward - self.reward
 
 
@@ -57,7 +57,7 @@ class PlayedEpisode:
         error_type: Why it ended early, None if it did not.
         seconds: Wall-clock time of choosing, editing and judging, without the reset and without
             asking the oracle.
-        ending: Reward paid for the fact at which it ended early, 0 if it did not.
+        ending: Reward for the fact at which it ended early, 0 if it did not.
     """
 
     requests: tuple[Request, ...]
@@ -88,23 +88,26 @@ class PlayedEpisode:
         return float(np.mean(lost)) if lost else float("nan")
 
     def against_oracle(self, best: Sequence[float] | None) -> dict[str, float]:
-        """How good the choices were, where the right ones are known; else nothing.
+        """Compares the choices of layers with those of the oracle, where there is one.
 
         Args:
-            best: Rewards of the episode that the oracle lives on the same stream with the
-                environment's own low level, fact by fact.
+            best: Reward of the oracle for each fact of the same stream, with the environment's own
+                low level; None where there is no oracle.
 
         Returns:
-            In the unit of the reward, per fact: ``regret``, what the oracle's episode was paid more
-            (the fact at which an episode ended early and those it did not reach count as what was
-            paid there), and
-            ``one_step_regret``, what the best option would have been paid more at the agent's own
-            states with its own low level, mean over the finished edits; where an episode is ruined,
-            or a low level does nothing, that is little, since there nothing helps. In percent of
-            the facts that were not answered before anything was written, so of those where a choice
-            mattered: ``true_layer_share`` (the true layers were among those written),
-            ``true_layer_exact_share`` (they were just those written) and
-            ``true_layer_best_share`` (the oracle's best option was to write just them).
+            Nothing where ``best`` is None. Otherwise, in the unit of the reward and per fact:
+
+            * ``regret``: the oracle's reward minus the agent's. Where the episode ended early, the
+              last reward counts for that fact and for those that the episode did not reach.
+            * ``one_step_regret``: the reward of the best option minus the agent's, at the agent's
+              own states with its own low level, mean over the finished edits. It is small where
+              the model is damaged or the low level writes nothing, since no option helps there.
+
+            In percent of the facts that the model did not answer before their edit:
+
+            * ``true_layer_share``: the agent wrote the true layers, perhaps others too.
+            * ``true_layer_exact_share``: it wrote the true layers and no others.
+            * ``true_layer_best_share``: writing just the true layers was the oracle's best option.
         """
         known = [e for e in self.edits if e.oracle is not None and e.true_layers is not None]
         if best is None:
@@ -118,7 +121,7 @@ class PlayedEpisode:
             exact.append(np.array_equal(edit.layers, edit.true_layers))
             is_best.append(np.array_equal(edit.oracle.layers, edit.true_layers))
         paid = [edit.reward for edit in known]
-        # Otherwise ending early would pay for those to whom the rest would cost much.
+        # Otherwise an agent would gain by ending early where the remaining facts cost much.
         paid += [self.ending] * (len(best) - len(paid))
         one_step = [edit.one_step_regret for edit in known]
         return {
@@ -138,7 +141,7 @@ def play(
     options: dict[str, Any] | None = None,
     progress: bool = True,
 ) -> PlayedEpisode:
-    """Plays one episode in ``hiedit/LayerSelection-v1``; the edited model stays in the environment.
+    """Runs one episode in ``hiedit/LayerSelection-v1``; the edited model stays in the environment.
 
     Args:
         env: The environment.

@@ -110,12 +110,12 @@ class Plan:
             high=self.out / high,
         )
 
-    def low(self, trajectories: int, folder: str) -> list[str]:
-        """Command line that trains a low level, or with no trajectories only calibrates it."""
+    def low(self, episodes: int, folder: str) -> list[str]:
+        """Command line that trains a low level, or with no episodes only calibrates it."""
         query = f"?{self.low_settings}" if self.low_settings else ""
         agent = self.filled("random-layers?layers_per_edit={k}+hiedit") + query
         window = () if self.low_window is None else ("--window", str(self.low_window))
-        count = ("--train-low", "--episodes", str(trajectories))
+        count = ("--train-low", "--episodes", str(episodes))
         return ["train", agent, *self.train, *window, *count, *self._to(folder)]
 
     def high(self, name: str) -> list[str]:

@@ -12,9 +12,8 @@ Everything is measured in one run on one machine and reported as ratios.
 * ``training``: one training step of the agents ``rledit`` and ``hiedit``, as their presets have it
   but for a step after every fact, with 10 remembered edits.
 * ``tiny``: ``hiedit/LayerSelection-v1`` with its defaults, on one thread.
-* ``vector``: eight of its environments as a vector environment, against eight single environments
-stepped
-  in turn, on the same facts with the same actions; on one thread, episodes of the two interleaved.
+* ``vector``: eight of them as a vector environment, against eight single environments stepped in
+  turn, on the same facts with the same actions; on one thread, episodes of the two interleaved.
 """
 
 from __future__ import annotations
@@ -345,7 +344,7 @@ def measure_vector(num_envs: int, steps: int) -> dict[str, Any]:
     # The first episode fills the caches of both.
     ratios = [a / b for a, b in zip(seconds["apart"][1:], seconds["together"][1:], strict=True)]
     return {
-        "lives": num_envs,
+        "num_envs": num_envs,
         "apart_steps_per_second": num_envs * steps / min(seconds["apart"][1:]),
         "together_steps_per_second": num_envs * steps / min(seconds["together"][1:]),
         "times_faster": statistics.median(ratios),

@@ -67,7 +67,7 @@ def measure(
     changes = [env.llm.change(i) for env in envs.envs for i in range(len(env.llm.layers))]
     size = sum(change.nbytes for change in changes if change is not None)
     return {
-        "lives": num_envs,
+        "num_envs": num_envs,
         "unedited_mb": unedited,
         "edited_mb": edited,
         "updates_mb": size / 2**20,
@@ -90,12 +90,12 @@ def main(arguments: list[str] | None = None) -> None:
         prog="python -m hiedit_benchmarks.studies.vector_memory", description=__doc__
     )
     parser.add_argument("--model", default="smollm2-135m")
-    parser.add_argument("--lives", type=int, default=8)
+    parser.add_argument("--num-envs", type=int, default=8)
     parser.add_argument("--steps", type=int, default=3)
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--update-rule", default="decorrelated")
     given = parser.parse_args(arguments)
-    found = measure(given.model, given.lives, given.steps, given.device, given.update_rule)
+    found = measure(given.model, given.num_envs, given.steps, given.device, given.update_rule)
     print(json.dumps(found, indent=1))
 
 

@@ -17,5 +17,5 @@ def test_updates_are_one_float32_matrix_per_environment_and_layer() -> None:
 
 
 def test_prints_json(capsys: pytest.CaptureFixture[str]) -> None:
-    main(["--model", "tiny", "--lives", "2", "--steps", "1"])
-    assert '"lives": 2' in capsys.readouterr().out
+    main(["--model", "tiny", "--num-envs", "2", "--steps", "1"])
+    assert '"num_envs": 2' in capsys.readouterr().out
