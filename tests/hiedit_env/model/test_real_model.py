@@ -8,11 +8,12 @@ from pathlib import Path
 import pytest
 import torch
 from hiedit_agents.registry import spec_agent
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from hiedit_env.evaluation.matching import is_match, starts_with
 from hiedit_env.model import loading
 from hiedit_env.model.loading import load_model
+from hiedit_env.model.tokenization import PromptEncoder
 from tests.support.episodes import LIFELONG, SELECTION, make, shown
 from tests.support.models import weights
 
@@ -123,3 +124,22 @@ def test_the_shipped_agent_gives_its_answers() -> None:
     # Rehearsed once more, the first one also ends there.
     assert is_match(texts[0], requests[0].answer), texts
     env.llm.restore_unedited()
+
+
+@pytest.mark.real_model
+def test_a_prompt_in_chat_form_has_the_tokens_of_the_template() -> None:
+    tokenizer = AutoTokenizer.from_pretrained(loading._smollm2_folder(progress=False))
+    encoder = PromptEncoder(tokenizer, None)
+    for question, answer in [
+        ("Who runs the Velmora Institute?", "Orsin Talde"),
+        ("月湖城在哪里？", "青石国"),
+        ("Which?\n\n", "the Marn"),
+    ]:
+        chat = [{"role": "user", "content": question}]
+        whole = [*chat, {"role": "assistant", "content": answer}]
+        prompt = tokenizer.apply_chat_template(chat, add_generation_prompt=True, tokenize=False)
+        ids = tokenizer.apply_chat_template(whole, return_dict=True)["input_ids"]
+        encoded = encoder.encode(prompt, answer)
+        both = [*encoded.prompt_ids, *encoded.answer_ids]
+        assert ids[: len(both)] == both
+        assert tokenizer.decode(ids[len(both) :]).startswith("<|im_end|>")
