@@ -23,6 +23,7 @@ from hiedit_env.errors import SettingsError
 PROGRAM = "hiedit"
 Switch = tyro.conf.FlagCreatePairsOff[bool]
 Agent = Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="AGENT")]
+File = Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="FILE")]
 Name = Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="NAME")]
 
 
@@ -145,6 +146,23 @@ class Demo:
 
 
 @settings
+class Data:
+    """Show what hiedit understands of a file of facts.
+
+    Its format, counts, the first three facts in full, and warnings; nothing is edited.
+    """
+
+    file: File
+    """.json or .jsonl, a built-in name, or - for standard input"""
+
+    def run(self) -> None:
+        """Prints it."""
+        from hiedit_benchmarks.commands import data
+
+        data.describe(self.file)
+
+
+@settings
 class Agents:
     """List agents and levels with their settings, defaults and meanings."""
 
@@ -164,6 +182,7 @@ COMMANDS: Mapping[str, type[Any]] = {
     "compare": Compare,
     "train": Train,
     "demo": Demo,
+    "data": Data,
     "agents": Agents,
 }
 
@@ -204,6 +223,7 @@ def _run(words: list[str]) -> None:
 def overview() -> str:
     """What ``hiedit --help`` prints."""
     lines = [f"usage: {PROGRAM} COMMAND [OPTIONS]", ""]
+    lines += [f"  {name:8} {str(kind.__doc__).splitlines()[0]}" for name, kind in COMMANDS.items()]
     lines += ["", f"'{PROGRAM} COMMAND --help' shows the options of a command."]
     return "\n".join(lines)
 

@@ -20,7 +20,7 @@ SHOWN = 3
 
 
 def main(file: str) -> int:
-    """``hiedit data FILE``: reads a data set and prints what was understood; edits nothing.
+    """Prints what was understood of a data set; edits nothing.
 
     Args:
         file: A path, a built-in name, or ``-`` for standard input.
@@ -29,14 +29,26 @@ def main(file: str) -> int:
         Exit status: 0, or 2 for a file that is refused; the reason is on standard error.
     """
     try:
-        report = read_dataset(file)
+        describe(file)
     except HieditError as error:
         print(f"hiedit: error: {error}", file=sys.stderr)
         return 2
+    return 0
+
+
+def describe(file: str) -> None:
+    """``hiedit data FILE``: as :func:`main`, but the error of a refused file is raised.
+
+    Args:
+        file: As in :func:`main`.
+
+    Raises:
+        DatasetError: the file is refused; nothing is printed.
+    """
+    report = read_dataset(file)
     if isinstance(sys.stdout, io.TextIOWrapper):  # what the terminal cannot show is escaped
         sys.stdout.reconfigure(errors="backslashreplace")
     show(report, Console(highlight=False, soft_wrap=True))
-    return 0
 
 
 def show(report: DatasetReport, console: Console) -> None:

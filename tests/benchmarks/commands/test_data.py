@@ -7,7 +7,7 @@ import json
 from pathlib import Path
 
 import pytest
-from hiedit_benchmarks.commands import data
+from hiedit_benchmarks.commands import cli, data
 
 
 def write(tmp_path: Path, *rows: object) -> str:
@@ -82,3 +82,17 @@ def test_standard_input(
     monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(text.encode())))
     assert data.main("-") == 0
     assert "-: format facts" in capsys.readouterr().out
+
+
+def test_the_console_script(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["data", write(tmp_path, {"prompt": "P", "answer": "A"})]) == 0
+    assert "format facts" in capsys.readouterr().out
+    assert cli.main(["data", str(tmp_path / "absent.json")]) == 2
+    assert capsys.readouterr().err.startswith("hiedit: error: no data set ")
+
+
+def test_the_overview_names_every_command(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["--help"]) == 0
+    printed = capsys.readouterr().out
+    assert "  data     Show what hiedit understands of a file of facts." in printed.splitlines()
+    assert all(f"\n  {name} " in printed for name in cli.COMMANDS)
