@@ -16,14 +16,14 @@
 level after a named agent or a DIR, where ``high.name=value`` reaches the high one; after a part of
 HIGH+LOW only that level's.
 ``hiedit?facts=0`` does not rehearse facts, ``policy?size=learned+ridge`` learns how many layers,
-``hiedit?max_steps_per_edit=1`` has another horizon.
+``hiedit?max_steps_per_edit=1`` has another horizon. ``DIR?allow_code=true`` allows a DIR whose
+levels are a ``module:Class`` to import them; without it no folder runs code.
 """
 
 from __future__ import annotations
 
 import importlib
 import json
-import os
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -34,20 +34,20 @@ import gymnasium as gym
 from hiedit_agents.hierarchy.options import HierarchicalAgent, layer_selection
 from hiedit_agents.hierarchy.simple import LayerChoiceAgent, OracleAgent
 from hiedit_agents.named.checkpoints import (
-    JSON_FILE,
-    TENSOR_FILE,
+    LEVELS,
+    POLICY,
     check_fits,
-    file_digest,
+    kind_of,
     part,
     read_record,
     read_state,
     trained_facts,
+    weights_of,
 )
 from hiedit_agents.named.presets import PRESETS
 from hiedit_agents.named.spec import HIGH_LEVELS, LOW_LEVELS, AgentSpec
 from hiedit_agents.policies.networks import library_of
-from hiedit_agents.policies.record import JSON_FILE as POLICY_FILE
-from hiedit_agents.protocol import Agent, Observation, Trainable
+from hiedit_agents.protocol import Agent, FixedAgent, Observation, Trainable
 from numpy.typing import NDArray
 
 from hiedit_env.errors import CheckpointError, SettingsError, import_named
@@ -86,6 +86,9 @@ _STRUCTURE = frozenset(
 #: Belongs to the low level, though it is no argument of it.
 _HORIZON = "max_steps_per_edit"
 
+#: Argument of a folder: levels that its record gives as ``module:Class`` may be imported.
+_ALLOW_CODE = "allow_code=true"
+
 #: Names of the agents that come with hiedit, in the order they are listed.
 AGENTS: Mapping[str, str] = MappingProxyType(
     {
@@ -96,7 +99,7 @@ AGENTS: Mapping[str, str] = MappingProxyType(
 )
 
 
-class SpecAgent:
+class SpecAgent(FixedAgent):
     """An agent that is built from its parts when it meets a model.
 
     Args:
@@ -156,7 +159,7 @@ class SpecAgent:
     def identity(self) -> dict[str, Any]:
         """What makes two agents of one name different: their settings and trained weights."""
         folders = dict.fromkeys(f for f in (self._high_folder, self._low_folder) if f is not None)
-        weights = [file_digest(folder / TENSOR_FILE) for folder in folders]
+        weights = [weights_of(read_record(folder)) for folder in folders]
         spec = self.spec.to_json()
         return {
             "high": spec["high"],
@@ -295,9 +298,6 @@ class SpecAgent:
             raise SettingsError(f"agent {self.name!r} must be reset before it can act")
         return self._built[1].select_action(observation, info)
 
-    def update(self, *transition: Any, **named: Any) -> None:
-        """Learns nothing here; :mod:`hiedit_agents.hierarchy.trainer` trains."""
-
 
 def make_agent(name: str, *, layers_per_edit: int | None = None) -> Agent:
     """An agent by name, see the table above.
@@ -358,7 +358,7 @@ def spec_agent(name: str, layers_per_edit: int | None = None) -> SpecAgent:
         values = [*whole[0].high_settings.values(), *whole[0].low_settings.values()]
         if not any(isinstance(value, str) and "+" in value for value in values):
             return SpecAgent(name, whole, whole, layers_per_edit)
-    if os.path.isfile(Path(name) / POLICY_FILE):
+    if kind_of(Path(name)) == POLICY:
         library = library_of(Path(name))
         raise CheckpointError(f"{name} holds a policy of {library}; name it {library}:{name}")
     if name == OracleAgent.name:
@@ -395,8 +395,8 @@ def default_agent(model: str) -> str:
 
 
 def is_trained(name: str) -> bool:
-    """Whether a name is the folder of a trained agent."""
-    return os.path.isfile(Path(name) / JSON_FILE)  # False also for names that are too long
+    """Whether a name is the folder of an agent that ``hiedit train`` wrote."""
+    return kind_of(Path(name)) == LEVELS
 
 
 def _part(name: str) -> tuple[AgentSpec, Path | None] | None:
@@ -411,7 +411,10 @@ def _part(name: str) -> tuple[AgentSpec, Path | None] | None:
         return _with_query(PRESETS[base], query, "low"), None
     if is_trained(base):
         folder = Path(base)
-        return _with_query(AgentSpec.from_json(read_record(folder)), query, "low", folder), folder
+        items = query.split("&") if query else []
+        rest = "&".join(item for item in items if item != _ALLOW_CODE)
+        spec = AgentSpec.from_json(read_record(folder), allow_code=_ALLOW_CODE in items)
+        return _with_query(spec, rest, "low", folder), folder
     if base in HIGH_LEVELS:
         return _with_query(AgentSpec(base, base), query, "high"), None
     return None
@@ -441,6 +444,8 @@ def _refuse_unused(part: str, used: str) -> None:
         return
     own = used if base in (*HIGH_LEVELS, *LOW_LEVELS) or ":" in base else "low"
     for item in query.split("&"):
+        if item == _ALLOW_CODE:
+            continue
         key = item.partition("=")[0]
         owner, dot, _ = key.partition(".")
         if (owner if dot else "low" if key == _HORIZON else own) != used:

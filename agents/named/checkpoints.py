@@ -1,16 +1,24 @@
-"""Trained agents on disk: ``agent.json`` and ``agent.safetensors``, nothing that runs code."""
+"""Agents on disk: ``agent.json`` and ``agent.safetensors``, one format for every kind of agent.
+
+``agent.json`` says format, kind, how to build the agent, how it was trained, and the SHA-256 digest
+of the tensors. Both files are data: reading them runs no code. There are two kinds: ``levels``, a
+high and a low level that ``hiedit train`` wrote, and ``policy``, a policy of an RL library or of
+:mod:`hiedit_agents.rl.ppo`. What each kind records is checked by :mod:`.schema`.
+"""
 
 from __future__ import annotations
 
 import hashlib
 import json
 import math
+import os
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import safetensors
 import torch
+from hiedit_agents.named.schema import check_record
 from hiedit_agents.named.spec import AgentSpec
 from safetensors.torch import load, save
 from torch import Tensor
@@ -20,14 +28,169 @@ from hiedit_env.errors import CheckpointError
 from hiedit_env.files import write_bytes
 from hiedit_env.resident.resident import ResidentLLM
 
-FORMAT = 1
-_PANGRAM = "The quick brown fox jumps over 13 lazy dogs."
+FORMAT = 2
+LEVELS, POLICY = "levels", "policy"
 JSON_FILE = "agent.json"
 TENSOR_FILE = "agent.safetensors"
 #: Key of a training's record: the hashes of its facts, one text, since a line each would bury the
 #: rest.
 FACTS = "fact_hashes"
+#: Files of earlier versions, which wrote one format per kind of agent.
+_OLD_FILES = ("policy.json", "ppo.json")
+_PANGRAM = "The quick brown fox jumps over 13 lazy dogs."
 _REMEDY = "copy the folder again, or train the agent into another one"
+
+
+# -- any kind -------------------------------------------------------------------------------------
+
+
+def write_agent(
+    folder: Path, kind: str, record: Mapping[str, Any], tensors: Mapping[str, Tensor]
+) -> None:
+    """Writes an agent of any kind; each file appears whole or not at all, ``agent.json`` last.
+
+    Args:
+        folder: Made if need be.
+        kind: ``"levels"`` or ``"policy"``.
+        record: Plain JSON, what :mod:`.schema` asks for this kind.
+        tensors: Its trained numbers by name.
+
+    Raises:
+        CheckpointError: the folder cannot be written, or a tensor is not finite; nothing is
+            written then.
+    """
+    plain = {name: value.detach().cpu().contiguous() for name, value in tensors.items()}
+    data = save(plain)
+    digest = {"sha256": hashlib.sha256(data).hexdigest()}
+    whole = {"format": FORMAT, "kind": kind, **record, "tensors": digest}
+    check_record(folder / JSON_FILE, whole)
+    for name, value in plain.items():
+        if not _is_finite(value):
+            raise CheckpointError(f"{folder} is not written: {name!r} is not finite")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        write_bytes(folder / TENSOR_FILE, data)
+        text = json.dumps(whole, indent=2, ensure_ascii=False) + "\n"
+        write_bytes(folder / JSON_FILE, text.encode())
+    except OSError as error:
+        raise CheckpointError(f"{folder} cannot be written: {error}") from error
+
+
+def read_record(folder: Path, kind: str | None = LEVELS) -> dict[str, Any]:
+    """``agent.json`` of an agent's folder, with all fields checked.
+
+    Args:
+        folder: What :func:`write_agent` wrote.
+        kind: The kind that is wanted; None for any.
+
+    Raises:
+        CheckpointError: there is none, it is of another format or kind, or a field is missing or of
+            the wrong type; names the file and the field.
+    """
+    file = folder / JSON_FILE
+    old = next((name for name in _OLD_FILES if os.path.isfile(folder / name)), None)
+    if old is not None and not os.path.isfile(file):
+        raise CheckpointError(
+            f"{folder} holds {old}, a format of an earlier version of hiedit, which this one does "
+            "not read; train the policy again into another folder"
+        )
+    try:
+        record = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        what = "policy" if kind == POLICY else "trained agent"
+        raise CheckpointError(f"{folder} holds no {what}: {error}; {_REMEDY}") from error
+    if not isinstance(record, dict) or record.get("format") != FORMAT:
+        found = record.get("format") if isinstance(record, dict) else None
+        raise CheckpointError(
+            f"{file} has format {found!r}; this version of hiedit reads format {FORMAT} only: "
+            "train the agent again into another folder"
+        )
+    check_record(file, record)
+    if kind is not None and record["kind"] != kind:
+        raise CheckpointError(
+            f"{folder} holds an agent of the kind {record['kind']!r}, and {kind!r} is wanted here: "
+            "hiedit train writes 'levels', the scripts of RL libraries write 'policy'"
+        )
+    return record
+
+
+def kind_of(folder: Path) -> str | None:
+    """The kind of agent in a folder; None where there is none that can be told.
+
+    A folder whose ``agent.json`` cannot be read counts as ``"levels"``: reading it says why.
+    """
+    file = folder / JSON_FILE
+    if not os.path.isfile(file):  # which is False also for names that are too long
+        return None
+    try:
+        record = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return LEVELS
+    return POLICY if isinstance(record, dict) and record.get("kind") == POLICY else LEVELS
+
+
+def read_tensors(folder: Path, record: Mapping[str, Any]) -> dict[str, Tensor]:
+    """The trained numbers of an agent by name, on the CPU.
+
+    Raises:
+        CheckpointError: they are missing or damaged, not those of the record, or not finite.
+    """
+    file = folder / TENSOR_FILE
+    try:
+        data = file.read_bytes()
+        found = hashlib.sha256(data).hexdigest()
+        if found != record["tensors"]["sha256"]:
+            raise CheckpointError(
+                f"{file} is missing or damaged: its SHA-256 digest is {found[:16]}…, and "
+                f"{JSON_FILE} says {record['tensors']['sha256'][:16]}…; {_REMEDY}"
+            )
+        tensors: dict[str, Tensor] = load(data)
+    except (OSError, safetensors.SafetensorError) as error:
+        raise CheckpointError(f"{file} is missing or damaged: {error}; {_REMEDY}") from error
+    for name, value in tensors.items():
+        if not _is_finite(value):
+            raise CheckpointError(
+                f"{file} holds numbers that are not finite in {name!r}; {_REMEDY}"
+            )
+    return tensors
+
+
+# -- levels ---------------------------------------------------------------------------------------
+
+
+def save_agent(
+    folder: Path, spec: AgentSpec, state: Mapping[str, Any], about: Mapping[str, Any]
+) -> None:
+    """Writes a trained agent of two levels.
+
+    Args:
+        folder: Made if need be.
+        spec: How to build the agent.
+        state: Nested dictionaries of tensors and numbers: the ``state_dict()`` of its levels.
+        about: What else to record: ``model_name``, ``model`` from :func:`describe_model`,
+            ``training`` (how it was trained) and ``log``.
+
+    Raises:
+        CheckpointError: the folder cannot be written, or a number of the state is not finite.
+    """
+    tensors, values = flatten(state)
+    _require_finite(folder, {**tensors, **values})
+    write_agent(folder, LEVELS, {**spec.to_json(), **about, "values": values}, tensors)
+
+
+def read_state(folder: Path, record: Mapping[str, Any], device: torch.device) -> dict[str, Any]:
+    """Trained numbers of an agent of two levels by dotted path, tensors on ``device``.
+
+    Raises:
+        CheckpointError: the tensors are missing or damaged.
+    """
+    tensors = read_tensors(folder, record)
+    return {path: t.to(device) for path, t in tensors.items()} | dict(record["values"])
+
+
+def weights_of(record: Mapping[str, Any]) -> str:
+    """16 hexadecimal digits that say whether two agents have the same trained numbers."""
+    return str(record["tensors"]["sha256"])[:16]
 
 
 def flatten(state: Mapping[str, Any], prefix: str = "") -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -82,77 +245,6 @@ def trained_facts(record: Mapping[str, Any]) -> frozenset[str]:
     return frozenset(str(record.get("training", {}).get(FACTS, "")).split())
 
 
-def save_agent(
-    folder: Path, spec: AgentSpec, state: Mapping[str, Any], about: Mapping[str, Any]
-) -> None:
-    """Writes a trained agent.
-
-    Args:
-        folder: Made if need be; each of the two files appears whole or not at all.
-        spec: How to build the agent.
-        state: Nested dictionaries of tensors and numbers: its parameters and statistics.
-        about: What else to record: ``model`` from :func:`describe_model`, and how it was trained.
-
-    Raises:
-        CheckpointError: the folder cannot be written, or a number of the state is not finite.
-    """
-    tensors, values = flatten(state)
-    _require_finite(folder, {**tensors, **values})
-    record = {"format": FORMAT, **spec.to_json(), **about, "values": values}
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        write_bytes(folder / TENSOR_FILE, save(tensors))
-        text = json.dumps(record, indent=2, ensure_ascii=False) + "\n"
-        write_bytes(folder / JSON_FILE, text.encode())
-    except OSError as error:
-        raise CheckpointError(f"{folder} cannot be written: {error}") from error
-
-
-def read_record(folder: Path) -> dict[str, Any]:
-    """``agent.json`` of a trained agent's folder.
-
-    Raises:
-        CheckpointError: there is none, or it is not one of ours.
-    """
-    file = folder / JSON_FILE
-    try:
-        record = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{file} is not a trained agent: {error}; {_REMEDY}") from error
-    if not isinstance(record, dict) or record.get("format") != FORMAT:
-        found = record.get("format") if isinstance(record, dict) else None
-        raise CheckpointError(
-            f"{file} has format {found!r}; this version of hiedit reads format {FORMAT}"
-        )
-    return record
-
-
-def read_state(folder: Path, record: Mapping[str, Any], device: torch.device) -> dict[str, Any]:
-    """Parameters and statistics of a trained agent by dotted path, tensors on ``device``.
-
-    Raises:
-        CheckpointError: the tensors are missing or damaged.
-    """
-    file = folder / TENSOR_FILE
-    try:
-        tensors = load(file.read_bytes())
-    except (OSError, safetensors.SafetensorError) as error:
-        raise CheckpointError(f"{file} is missing or damaged: {error}; {_REMEDY}") from error
-    return {path: t.to(device) for path, t in tensors.items()} | dict(record["values"])
-
-
-def file_digest(file: Path) -> str:
-    """16 hexadecimal digits that say whether two files are the same.
-
-    Raises:
-        CheckpointError: it cannot be read.
-    """
-    try:
-        return hashlib.blake2b(file.read_bytes(), digest_size=8).hexdigest()
-    except OSError as error:
-        raise CheckpointError(f"{file} cannot be read: {error}") from error
-
-
 def part(state: Mapping[str, Any], prefix: str) -> dict[str, Any]:
     """Entries of a flat state below a path, with the path taken off.
 
@@ -186,16 +278,18 @@ def check_fits(folder: Path, record: Mapping[str, Any], llm: ResidentLLM) -> Non
 
 def _require_finite(folder: Path, flat: Mapping[str, Any]) -> None:
     for path, value in flat.items():
-        if isinstance(value, Tensor):
-            finite = bool(torch.isfinite(value).all())
-        else:
-            finite = not isinstance(value, float) or math.isfinite(value)
-        if not finite:
+        if not _is_finite(value):
             level, _, name = path.partition(".")
             raise CheckpointError(
                 f"{folder} is not written: {name!r} of the {level} level is not finite; train with "
                 "a smaller learning rate or step size"
             )
+
+
+def _is_finite(value: Any) -> bool:
+    if isinstance(value, Tensor):
+        return bool(torch.isfinite(value).all())
+    return not isinstance(value, float) or math.isfinite(value)
 
 
 def _leaves(state: Any, path: str) -> Iterator[tuple[str, Any]]:

@@ -208,12 +208,24 @@ class AgentSpec:
         }
 
     @classmethod
-    def from_json(cls, record: Mapping[str, Any]) -> AgentSpec:
+    def from_json(cls, record: Mapping[str, Any], *, allow_code: bool = False) -> AgentSpec:
         """The spec of a trained agent's record.
 
+        Args:
+            record: As :meth:`to_json` made it.
+            allow_code: Whether a level may be a ``"module:Class"``, which is imported and called.
+
         Raises:
-            CheckpointError: an entry is missing, or is one that this version does not know.
+            CheckpointError: an entry is missing, is one that this version does not know, or names
+                code that was not allowed; nothing is imported then.
         """
+        own = [level for part in ("high", "low") if ":" in (level := record[part]["name"] or "")]
+        if own and not allow_code:
+            raise CheckpointError(
+                f"the agent {record['name']!r} needs code that does not belong to hiedit: "
+                f"{' and '.join(own)}. If you trust it, add the argument allow_code=true to the "
+                "agent's folder"
+            )
         try:
             spec = cls(
                 name=record["name"],

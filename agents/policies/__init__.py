@@ -7,7 +7,7 @@ with it:
 environments on
   one resident model), :meth:`Task.make_vec` (the same as one Gymnasium vector environment);
 * :func:`save_policy` keeps the trained policy beside the library's own files, as
-  ``policy.json`` and ``policy.safetensors``;
+  ``agent.json`` and ``agent.safetensors``;
 * its ``load(folder)`` returns a :class:`PolicyAgent`, which plays the policy in
   ``hiedit compare --agents LIBRARY:DIR``.
 """

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable
 from typing import Any, ClassVar, Protocol
 
@@ -13,7 +12,7 @@ from hiedit_agents.hierarchy.options import UntrainedChoice
 from hiedit_agents.hierarchy.step_sizes import RescaledRule
 from hiedit_agents.policies.record import PolicyRecord
 from hiedit_agents.policies.task import Sizes
-from hiedit_agents.protocol import Observation
+from hiedit_agents.protocol import FixedAgent, Observation
 from numpy.typing import NDArray
 from torch import Tensor
 
@@ -100,11 +99,8 @@ class PolicyStepSizes(RescaledRule):
         self._observation = None
         super().reset()
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> PolicyStepSizes:
-        return PolicyStepSizes(copy.deepcopy(self.rule, memo), self.policy)
 
-
-class PolicyAgent:
+class PolicyAgent(FixedAgent):
     """A policy on ``hiedit/LayerSelection-v1``, ``hiedit/Planted-v1`` or the toy.
 
     ``layers``, ``box`` and ``discrete`` choose layers with one action. ``sequential`` is asked
@@ -178,9 +174,6 @@ class PolicyAgent:
             action = wrapped.action(action)
         layers: NDArray[np.int8] = np.asarray(action).astype(np.int8)
         return layers
-
-    def update(self, *transition: Any, **named: Any) -> None:
-        """Learns nothing here."""
 
     def _pick(self, wrapped: SequentialSelection, observation: Observation) -> NDArray[np.int8]:
         """What the wrapped environment would have been stepped with after the last pick."""

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from hiedit_agents.named.checkpoints import POLICY, read_record
 from hiedit_agents.policies.agent import FunctionPolicy, Mask, PolicyAgent
-from hiedit_agents.policies.record import JSON_FILE, PolicyRecord, read_policy
+from hiedit_agents.policies.record import PolicyRecord, read_policy
 from hiedit_agents.protocol import Observation
 from numpy.typing import NDArray
 from torch import Tensor, nn
@@ -117,10 +117,7 @@ def library_of(folder: Path) -> str:
     Raises:
         CheckpointError: the folder holds none.
     """
-    try:
-        return str(json.loads((folder / JSON_FILE).read_text(encoding="utf-8"))["library"])
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise CheckpointError(f"{folder} holds no trained policy: {error}") from error
+    return str(read_record(folder, POLICY)["library"])
 
 
 def _part(kind: str, place: int, tensors: Mapping[str, Tensor]) -> nn.Module:

@@ -1,8 +1,7 @@
-"""Trained policies on disk: ``policy.json`` and ``policy.safetensors``, nothing that runs code."""
+"""Policies of RL libraries on disk, in the one format of :mod:`hiedit_agents.named.checkpoints`."""
 
 from __future__ import annotations
 
-import json
 import platform
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -10,17 +9,20 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import safetensors
-import safetensors.torch
-from hiedit_agents.named.checkpoints import facts_entry, file_digest, trained_facts
+from hiedit_agents.named.checkpoints import (
+    JSON_FILE,
+    POLICY,
+    facts_entry,
+    read_record,
+    read_tensors,
+    trained_facts,
+    weights_of,
+    write_agent,
+)
 from hiedit_agents.policies.task import Sizes, Task
 from torch import Tensor
 
-from hiedit_env.errors import CheckpointError, HieditError, ResultsExistError
-from hiedit_env.files import write_bytes
-
-FORMAT = 1
-JSON_FILE, TENSOR_FILE = "policy.json", "policy.safetensors"
+from hiedit_env.errors import CheckpointError, ResultsExistError, SettingsError
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,10 +54,10 @@ def refuse_finished(out: Path | str) -> None:
     """Called before a training begins.
 
     Raises:
-        ResultsExistError: the folder holds a trained policy.
+        ResultsExistError: the folder holds a trained agent.
     """
     if (Path(out) / JSON_FILE).exists():
-        raise ResultsExistError(f"{out} holds a trained policy; give another --out")
+        raise ResultsExistError(f"{out} holds a trained agent; give another --out")
 
 
 def save_policy(
@@ -70,7 +72,7 @@ def save_policy(
     training: Mapping[str, Any],
     packages: Sequence[str] = (),
 ) -> None:
-    """Writes what ``hiedit compare`` reads, ``policy.json`` last; each file whole or not at all.
+    """Writes what ``hiedit compare`` reads: ``agent.safetensors``, then ``agent.json``.
 
     Args:
         out: The folder; made if need be.
@@ -84,14 +86,12 @@ def save_policy(
         packages: Installed packages whose versions are recorded, besides torch and gymnasium.
 
     Raises:
-        ResultsExistError: the folder holds a trained policy.
-        CheckpointError: the folder cannot be written.
+        ResultsExistError: the folder holds a trained agent.
+        CheckpointError: the folder cannot be written, or a parameter is not finite.
     """
     refuse_finished(out)
-    out = Path(out)
     names = ("hiedit", "torch", "gymnasium", "numpy", *packages)
     record = {
-        "format": FORMAT,
         "library": library,
         "algorithm": algorithm,
         "task": task.to_json(),
@@ -107,13 +107,7 @@ def save_policy(
             **{name: version(name) for name in names},
         },
     }
-    plain = {name: value.detach().cpu().contiguous() for name, value in tensors.items()}
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-        write_bytes(out / TENSOR_FILE, safetensors.torch.save(plain))
-        write_bytes(out / JSON_FILE, (json.dumps(record, indent=2) + "\n").encode())
-    except OSError as error:
-        raise CheckpointError(f"{out} cannot be written: {error}") from error
+    write_agent(Path(out), POLICY, record, tensors)
 
 
 def read_policy(folder: Path | str, library: str) -> PolicyRecord:
@@ -123,33 +117,26 @@ def read_policy(folder: Path | str, library: str) -> PolicyRecord:
         CheckpointError: there is none, it is damaged, or another library trained it.
     """
     folder = Path(folder)
-    file = folder / JSON_FILE
-    try:
-        found = json.loads(file.read_text(encoding="utf-8"))
-        if found["format"] != FORMAT:
-            raise CheckpointError(
-                f"{file} has format {found['format']!r}; this version of hiedit reads {FORMAT}"
-            )
-        if found["library"] != library:
-            raise CheckpointError(
-                f"{folder} was trained by {found['library']}, not by {library}; name it "
-                f"{found['library']}:{folder}"
-            )
-        sizes = found["sizes"]
-        return PolicyRecord(
-            library=library,
-            algorithm=found["algorithm"],
-            task=Task.from_json(found["task"]),
-            sizes=Sizes(
-                sizes["observation"], sizes["layers"], tuple(sizes["names"]), trained_facts(found)
-            ),
-            policy=found["policy"],
-            tensors=safetensors.torch.load((folder / TENSOR_FILE).read_bytes()),
-            digest=file_digest(folder / TENSOR_FILE),
-            folder=folder,
+    found = read_record(folder, POLICY)
+    if found["library"] != library:
+        raise CheckpointError(
+            f"{folder} was trained by {found['library']}, not by {library}; name it "
+            f"{found['library']}:{folder}"
         )
-    except CheckpointError:
-        raise
-    except (OSError, ValueError, KeyError, TypeError, safetensors.SafetensorError) as error:
-        hint = error if isinstance(error, HieditError | OSError) else repr(error)
-        raise CheckpointError(f"{folder} holds no policy of {library}: {hint}") from error
+    sizes = found["sizes"]
+    try:
+        task = Task.from_json(found["task"])
+    except SettingsError as error:
+        raise CheckpointError(f"{folder} holds no policy of {library}: {error}") from error
+    return PolicyRecord(
+        library=library,
+        algorithm=found["algorithm"],
+        task=task,
+        sizes=Sizes(
+            sizes["observation"], sizes["layers"], tuple(sizes["names"]), trained_facts(found)
+        ),
+        policy=found["policy"],
+        tensors=read_tensors(folder, found),
+        digest=weights_of(found),
+        folder=folder,
+    )

@@ -17,28 +17,34 @@ import argparse
 import json
 import math
 import sys
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
 import gymnasium as gym
 import numpy as np
-import safetensors.torch
 import torch
 from gymnasium.vector import AutoresetMode, VectorEnv
-from hiedit_agents.named.checkpoints import fact_hashes, facts_entry, trained_facts
+from hiedit_agents.policies import (
+    FunctionPolicy,
+    PolicyAgent,
+    Task,
+    read_policy,
+    refuse_finished,
+    save_policy,
+)
+from hiedit_agents.policies.networks import ChainPolicy, describe
+from hiedit_agents.policies.task import Sizes
 from hiedit_agents.rl.command import run_script
-from numpy.typing import NDArray
 from torch import Tensor, nn
 from tqdm import tqdm
 
-import hiedit_env
-from hiedit_env.envs.base import EditingEnv
-from hiedit_env.errors import CheckpointError, ResultsExistError, SettingsError
+import hiedit_env  # noqa: F401 - registers the environments
+from hiedit_env.errors import SettingsError
 from hiedit_env.files import write_bytes
 
-JSON_FILE, TENSOR_FILE, LOG_FILE = "ppo.json", "ppo.safetensors", "train.jsonl"
+LOG_FILE = "train.jsonl"
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,6 +83,11 @@ class Args:
     """units in each of the two hidden layers"""
     seed: int = 0
     """of initial values, streams, samples and minibatches"""
+
+    @property
+    def task(self) -> Task:
+        """What the policy is trained on, as the folder records it."""
+        return Task("layers", {"id": self.env_id, **self.env})
 
     def __post_init__(self) -> None:
         for name in ("num_envs", "total_steps", "num_steps", "epochs", "minibatches", "hidden"):
@@ -189,24 +200,19 @@ def train(args: Args, out: Path | None = None, *, progress: bool = True) -> Acto
         progress: Whether to show a bar with the mean reward per fact.
 
     Raises:
-        ResultsExistError: ``out`` holds a policy.
+        ResultsExistError: ``out`` holds a trained agent.
         SettingsError: an environment whose actions are not MultiBinary.
     """
-    if out is not None and (out / JSON_FILE).exists():
-        raise ResultsExistError(f"{out} holds a trained policy; give another --out")
+    if out is not None:
+        refuse_finished(out)
     envs = make_envs(args)
     if not isinstance(envs.single_action_space, gym.spaces.MultiBinary):
         raise SettingsError(
             f"{args.env_id} has actions {envs.single_action_space}; this PPO chooses layers, as in "
             "hiedit/LayerSelection-v1"
         )
-    seen_shape, chosen_shape = envs.single_observation_space.shape, envs.single_action_space.shape
-    assert seen_shape is not None
-    size, num_layers = seen_shape[0], chosen_shape[0]
-    vector_env = [one.unwrapped for one in getattr(envs.unwrapped, "envs", ())]
-    facts = fact_hashes(
-        r for one in vector_env if isinstance(one, EditingEnv) for r in one.requests
-    )
+    sizes = args.task.sizes(envs)
+    size, num_layers = sizes.observation, sizes.layers
     generator = torch.Generator().manual_seed(args.seed)
     model = ActorCritic(size, num_layers, args.hidden, generator)
     optimizer = torch.optim.Adam(model.parameters(), lr=args.learning_rate, eps=1e-5)
@@ -281,7 +287,7 @@ def train(args: Args, out: Path | None = None, *, progress: bool = True) -> Acto
             bar.update()
     envs.close()
     if out is not None:
-        save(model, args, size, num_layers, facts, rows, out)
+        save(model, args, sizes, rows, out)
     return model
 
 
@@ -289,84 +295,33 @@ def train(args: Args, out: Path | None = None, *, progress: bool = True) -> Acto
 
 
 def save(
-    model: ActorCritic,
-    args: Args,
-    size: int,
-    num_layers: int,
-    facts: Collection[str],
-    rows: Sequence[Mapping[str, float]],
-    out: Path,
+    model: ActorCritic, args: Args, sizes: Sizes, rows: Sequence[Mapping[str, float]], out: Path
 ) -> None:
-    """Writes the policy, its settings and its log; the settings, which make it usable, last."""
+    """Writes the log, and the policy as :mod:`hiedit_agents.policies` keeps those of libraries."""
     out.mkdir(parents=True, exist_ok=True)
     log = "".join(json.dumps(dict(row)) + "\n" for row in rows)
     write_bytes(out / LOG_FILE, log.encode())
-    write_bytes(out / TENSOR_FILE, safetensors.torch.save(model.state_dict()))
-    record = {
-        "args": {**asdict(args), "env": dict(args.env)},
-        "observation_size": size,
-        "num_layers": num_layers,
-        "hiedit": hiedit_env.__version__,
-        "training": facts_entry(facts),
-    }
-    write_bytes(out / JSON_FILE, (json.dumps(record, indent=1) + "\n").encode())
+    policy, tensors = describe(model.actor, head="coins")
+    save_policy(
+        out,
+        library="ppo",
+        algorithm="PPO",
+        task=args.task,
+        sizes=sizes,
+        policy=policy,
+        tensors=tensors,
+        training={**asdict(args), "env": dict(args.env)},
+    )
 
 
-class PPOAgent:
+def load(folder: Path) -> PolicyAgent:
     """A trained policy as an agent: a layer is written where its coin shows it more often than not.
 
-    Args:
-        folder: What :func:`train` wrote.
-
     Raises:
-        CheckpointError: it is no such folder.
+        CheckpointError: the folder holds no policy of this script.
     """
-
-    def __init__(self, folder: Path) -> None:
-        self.name = f"ppo:{folder}"
-        try:
-            record = json.loads((folder / JSON_FILE).read_text(encoding="utf-8"))
-            self.size, self.num_layers = record["observation_size"], record["num_layers"]
-            self._facts = trained_facts(record)
-            hidden = record["args"]["hidden"]
-            self.model = ActorCritic(self.size, self.num_layers, hidden, torch.Generator())
-            self.model.load_state_dict(safetensors.torch.load_file(folder / TENSOR_FILE))
-        except (OSError, ValueError, KeyError, TypeError, RuntimeError) as error:
-            raise CheckpointError(
-                f"{folder} holds no policy of hiedit_agents.rl.ppo: {error}"
-            ) from error
-
-    def reset(self, env: gym.Env[Any, Any], seed: int) -> None:
-        """Checks that the environment is like the one it was trained in.
-
-        Raises:
-            CheckpointError: other spaces.
-        """
-        spaces = (env.observation_space.shape, env.action_space.shape)
-        if spaces != ((self.size,), (self.num_layers,)):
-            raise CheckpointError(
-                f"{self.name} was trained on {self.size} observed numbers and {self.num_layers} "
-                f"layers; this environment has shapes {spaces[0]} and {spaces[1]}"
-            )
-
-    def training_facts(self, model: str) -> frozenset[str]:
-        """:func:`~hiedit_agents.named.checkpoints.fact_hashes` of what it was trained on."""
-        return self._facts
-
-    @torch.no_grad()
-    def select_action(
-        self, observation: NDArray[np.float32], info: Mapping[str, Any]
-    ) -> NDArray[np.int8]:
-        """L int8, the layers for the present fact."""
-        logits = self.model.actor(torch.from_numpy(observation)[None])[0]
-        chosen: NDArray[np.int8] = (logits > 0).numpy().astype(np.int8)
-        return chosen
-
-    def update(self, *transition: Any, **named: Any) -> None:
-        """Learns nothing here."""
-
-
-load = PPOAgent
+    record = read_policy(folder, "ppo")
+    return PolicyAgent(record, FunctionPolicy(ChainPolicy(record)))
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

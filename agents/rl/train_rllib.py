@@ -9,8 +9,8 @@ RLlib's env runner makes N environments on one resident model (``gym_env_vectori
 "vector_entry_point"``) and shows their actions as MultiDiscrete([2] * L), since RLlib knows no
 MultiBinary. Everything runs in this process; every further env runner (``num_env_runners``) would
 hold a model of its own. DIR then holds what RLlib writes (``checkpoint/``, and its statistics of
-every iteration in ``results.jsonl``) and what hiedit reads (``policy.json``,
-``policy.safetensors``). To go on training, do as RLlib does:
+every iteration in ``results.jsonl``) and what hiedit reads (``agent.json``,
+``agent.safetensors``). To go on training, do as RLlib does:
 ``hiedit_agents.rl.train_rllib.register()``, then ``Algorithm.from_checkpoint("DIR/checkpoint")``.
 """
 

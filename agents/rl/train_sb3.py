@@ -8,7 +8,7 @@ r"""Algorithms of Stable-Baselines3: PPO, A2C, DQN, SAC and TD3.
 PPO and A2C choose layers, DQN picks one layer after another, SAC and TD3 choose step sizes; --form
 makes other choices. DIR then holds what Stable-Baselines3 writes (``model.zip``,
 ``best_model.zip``, ``monitor.csv``, ``progress.csv``, ``evaluations.npz``) and what hiedit reads
-(``policy.json``, ``policy.safetensors``). To go on training, do as Stable-Baselines3 does:
+(``agent.json``, ``agent.safetensors``). To go on training, do as Stable-Baselines3 does:
 ``PPO.load("DIR/model.zip", env=EditingVecEnv(task.make_vec(16)))``.
 """
 

@@ -8,7 +8,7 @@ r"""PPO of skrl.
 N environments on one resident model are one Gymnasium vector environment, which skrl steps as it
 is; its actions are shown as MultiDiscrete([2] * L), since skrl knows no MultiBinary. DIR then holds
 what skrl writes (``training/`` with TensorBoard files and ``checkpoints/``, ``evaluation/`` with
-TensorBoard files) and what hiedit reads (``policy.json``, ``policy.safetensors``). To go on
+TensorBoard files) and what hiedit reads (``agent.json``, ``agent.safetensors``). To go on
 training, do as skrl does: ``agent.load("DIR/training/checkpoints/best_agent.pt")``.
 """
 

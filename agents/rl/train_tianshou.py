@@ -8,7 +8,7 @@ r"""PPO of Tianshou.
 N environments on one resident model are one of Tianshou's vector environments
 (:class:`EditingVectorEnv`). DIR then holds what Tianshou writes (TensorBoard files; ``last.pth``
 and the best evaluated ``best.pth``, state dicts of its algorithm) and what hiedit reads
-(``policy.json``, ``policy.safetensors``). To go
+(``agent.json``, ``agent.safetensors``). To go
 on training, do as Tianshou does: ``algorithm.load_state_dict(torch.load("DIR/last.pth"))``.
 """
 

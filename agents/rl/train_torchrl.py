@@ -8,8 +8,8 @@ r"""PPO of TorchRL.
 N environments on one resident model are one Gymnasium vector environment with autoreset disabled,
 whose masked resets TorchRL's ``GymWrapper`` makes by itself. DIR then holds what TorchRL writes
 (``training/`` with the scalars of its ``CSVLogger``; ``actor.pt``, ``critic.pt`` and the best
-evaluated ``best_actor.pt``, state dicts of its modules) and what hiedit reads (``policy.json``,
-``policy.safetensors``). To go on training, do as TorchRL does:
+evaluated ``best_actor.pt``, state dicts of its modules) and what hiedit reads (``agent.json``,
+``agent.safetensors``). To go on training, do as TorchRL does:
 ``actor.load_state_dict(torch.load("DIR/actor.pt"))``.
 """
 

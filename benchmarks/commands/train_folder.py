@@ -25,7 +25,7 @@ from hiedit_agents.named.spec import AgentSpec
 from hiedit_benchmarks.comparison.results import plain
 
 from hiedit_env.envs.base import EditingEnv
-from hiedit_env.errors import ResultsExistError, SettingsError
+from hiedit_env.errors import CheckpointError, ResultsExistError, SettingsError
 
 
 def parameters(trainer: Trainer) -> dict[str, Any]:
@@ -90,6 +90,11 @@ class TrainingFolder:
         record = read_record(folder)
         check_fits(folder, record, env.llm)
         self._check_same(record)
+        if not isinstance(record["log"], list):
+            raise CheckpointError(
+                f"{folder} is no checkpoint: field 'log' of {JSON_FILE} must be a list of one row "
+                "per trajectory; remove the folder to begin again"
+            )
         rows: list[LogRow] = record["log"]
         wanted = self.settings["settings"]["episodes"]
         if wanted < len(rows):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import shutil
 from dataclasses import replace
@@ -218,7 +219,11 @@ def test_folders_may_be_called_anything(trained: tuple[Path, Path], tmp_path: Pa
     settings = CompareSettings(model="tiny", num_edits=1, generation=())
     rows = compare(settings, [str(folder)], [0], tmp_path / "out", progress=False).rows
     assert rows[1]["agent"] == str(folder)
-    (folder / "agent.safetensors").write_bytes((trained[0] / "agent.safetensors").read_bytes())
+    data = (trained[0] / "agent.safetensors").read_bytes()
+    (folder / "agent.safetensors").write_bytes(data)
+    record = json.loads((folder / "agent.json").read_text())
+    record["tensors"] = {"sha256": hashlib.sha256(data).hexdigest()}
+    (folder / "agent.json").write_text(json.dumps(record))
     with pytest.raises(CheckpointError, match="does not fit its own settings"):
         make_agent(str(folder)).reset(make(SELECTION), 0)
 

@@ -83,7 +83,7 @@ def test_levels_of_ones_own_are_trained_and_played(tmp_path: Path, high: str, lo
     assert ("low.log_step" in state) == ("OwnStep" in low)
     if "OwnStep" in low:
         assert state["low.log_step"].item() != 0
-    agent = spec_agent(str(tmp_path / "own"))
+    agent = spec_agent(f"{tmp_path / 'own'}?allow_code=true")
     env = make(SELECTION)
     agent.reset(env, 0)
     observation, info = env.reset(seed=0)

@@ -394,7 +394,7 @@ def test_a_model_it_does_not_fit_is_refused(tmp_path: Path) -> None:
     (out / "agent.json").write_text(json.dumps(record))
     with pytest.raises(CheckpointError, match="format 99"):
         make_agent(str(out))
-    record["format"] = 1
+    record["format"] = 2
     (out / "agent.json").write_text(json.dumps(record))
     (out / "agent.safetensors").write_bytes(b"rubbish")
     with pytest.raises(CheckpointError, match=r"missing or damaged.*train the agent"):

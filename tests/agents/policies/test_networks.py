@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import builtins
+import hashlib
 import importlib
 import json
 import sys
@@ -19,7 +20,7 @@ from hiedit_agents.policies.networks import describe, load
 from hiedit_agents.registry import make_agent
 from hiedit_agents.rl.hyperparameters import replaced
 from hiedit_benchmarks.comparison.episode import play
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 from torch import nn
 
 from hiedit_env.errors import CheckpointError, MissingLibraryError, SettingsError
@@ -102,29 +103,32 @@ def test_only_networks_that_can_be_kept_are_kept() -> None:
 
 
 def test_damaged_policies_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(CheckpointError, match="holds no trained policy"):
+    with pytest.raises(CheckpointError, match="holds no policy"):
         load(tmp_path)
     keep(tmp_path, chain(size(), 4))
     with pytest.raises(CheckpointError, match=r"has \(4,\) outputs; 3 layers need 3"):
         load(tmp_path)
-    record = json.loads((tmp_path / "policy.json").read_text())
+    record = json.loads((tmp_path / "agent.json").read_text())
     for change in ({"network": ["Linear", "Conv2d"]}, {"head": "softmax"}, {}):
         policy = {**record["policy"], **change} if change else {}
-        (tmp_path / "policy.json").write_text(json.dumps({**record, "policy": policy}))
+        (tmp_path / "agent.json").write_text(json.dumps({**record, "policy": policy}))
         with pytest.raises(CheckpointError, match="does not fit its description"):
             load(tmp_path)
-    (tmp_path / "policy.json").write_text(json.dumps(record))
-    tensors = load_file(tmp_path / "policy.safetensors")
-    save_file({"0.weight": tensors["0.weight"]}, tmp_path / "policy.safetensors")
+    (tmp_path / "agent.json").write_text(json.dumps(record))
+    tensors = load_file(tmp_path / "agent.safetensors")
+    data = save({"0.weight": tensors["0.weight"]})
+    (tmp_path / "agent.safetensors").write_bytes(data)
+    record["tensors"] = {"sha256": hashlib.sha256(data).hexdigest()}
+    (tmp_path / "agent.json").write_text(json.dumps(record))
     with pytest.raises(CheckpointError, match="does not fit its description"):
         load(tmp_path)
 
 
 def test_other_forms_are_refused(tmp_path: Path) -> None:
     keep(tmp_path, chain(size(), 3))
-    record = json.loads((tmp_path / "policy.json").read_text())
+    record = json.loads((tmp_path / "agent.json").read_text())
     record["task"]["form"] = "box"
-    (tmp_path / "policy.json").write_text(json.dumps(record))
+    (tmp_path / "agent.json").write_text(json.dumps(record))
     with pytest.raises(CheckpointError, match="in the form 'box'; networks choose 'layers'"):
         load(tmp_path)
 

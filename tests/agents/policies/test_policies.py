@@ -10,7 +10,7 @@ import gymnasium as gym
 import numpy as np
 import pytest
 import torch
-from hiedit_agents.named.checkpoints import FACTS, fact_hashes
+from hiedit_agents.named.checkpoints import FACTS, JSON_FILE, fact_hashes
 from hiedit_agents.policies import (
     FunctionPolicy,
     PolicyAgent,
@@ -19,7 +19,6 @@ from hiedit_agents.policies import (
     read_policy,
     save_policy,
 )
-from hiedit_agents.policies.record import JSON_FILE
 from hiedit_agents.policies.task import Sizes
 from hiedit_agents.registry import make_agent
 from hiedit_agents.rl.command import parse_arguments, run_script
@@ -205,7 +204,7 @@ def test_a_record_says_which_facts_it_was_trained_on(tmp_path: Path) -> None:
         assert agent.training_facts("tiny") == wanted
     toy = Task("layers", TOY)
     assert toy.sizes(toy.make_env()).facts == frozenset()
-    # As those were written that do not say.
+    # A record need not say.
     file = tmp_path / "one" / JSON_FILE
     record = json.loads(file.read_text())
     del record["training"][FACTS]
@@ -214,12 +213,12 @@ def test_a_record_says_which_facts_it_was_trained_on(tmp_path: Path) -> None:
 
 
 def test_damaged_records_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(CheckpointError, match="holds no policy of any"):
+    with pytest.raises(CheckpointError, match="holds no policy"):
         read_policy(tmp_path, "any")
     write(tmp_path)
     with pytest.raises(CheckpointError, match="name it any:"):
         read_policy(tmp_path, "sb3")
-    file = tmp_path / "policy.json"
+    file = tmp_path / "agent.json"
     good = json.loads(file.read_text())
     file.write_text(json.dumps({**good, "format": 7}))
     with pytest.raises(CheckpointError, match="format 7"):
@@ -228,8 +227,8 @@ def test_damaged_records_are_refused(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="sizes"):
         read_policy(tmp_path, "any")
     file.write_text(json.dumps(good))
-    (tmp_path / "policy.safetensors").write_bytes(b"nothing")
-    with pytest.raises(CheckpointError, match="holds no policy"):
+    (tmp_path / "agent.safetensors").write_bytes(b"nothing")
+    with pytest.raises(CheckpointError, match="is missing or damaged"):
         read_policy(tmp_path, "any")
 
 
@@ -305,7 +304,7 @@ def test_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) ->
 
 def test_the_folder_of_a_policy_alone_is_refused_with_its_name(tmp_path: Path) -> None:
     write(tmp_path)
-    library = json.loads((tmp_path / "policy.json").read_text())["library"]
+    library = json.loads((tmp_path / "agent.json").read_text())["library"]
     with pytest.raises(CheckpointError, match=f"name it {library}:{tmp_path}"):
         make_agent(str(tmp_path))
 

@@ -61,7 +61,7 @@ def train(library: str, out: Path, env: Any, *more: str) -> dict[str, Any]:
     done = run(library, "--out", str(out), "--env", *words(env), *more)
     assert done.returncode == 0, done.stdout + done.stderr
     assert f"hiedit compare --agents {library}:{out}" in done.stdout
-    record: dict[str, Any] = json.loads((out / "policy.json").read_text())
+    record: dict[str, Any] = json.loads((out / "agent.json").read_text())
     return record
 
 

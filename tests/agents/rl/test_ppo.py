@@ -110,8 +110,8 @@ def test_a_trained_policy_is_compared_like_any_agent(
     options = [text for name, size in sizes.items() for text in (f"--{name}", str(size))]
     main(["--out", str(out), "--env", "model=tiny", "num_edits=2", *options])
     assert f"ppo:{out}" in capsys.readouterr().out
-    record = json.loads((out / "ppo.json").read_text())
-    assert record["args"]["env"] == {"model": "tiny", "num_edits": 2}
+    record = json.loads((out / "agent.json").read_text())
+    assert record["training"]["env"] == {"model": "tiny", "num_edits": 2}
     assert len((out / "train.jsonl").read_text().splitlines()) == 2
     settings = CompareSettings(model="tiny", num_edits=2, generation=())
     rows = compare(settings, [f"ppo:{out}"], [0], tmp_path / "table", progress=False).rows

@@ -115,13 +115,13 @@ def test_what_is_trained_plays_as_the_library_says(
     assert f"{library}:{out}" in capsys.readouterr().out
     files = {path.name for path in out.iterdir()}
     assert files >= {"model.zip", "monitor.csv", "progress.csv", "evaluations.npz"}
-    assert files >= {"best_model.zip", "policy.json", "policy.safetensors"}
+    assert files >= {"best_model.zip", "agent.json", "agent.safetensors"}
     # Statistics of episodes, the library's own way.
     rows = list(csv.reader((out / "monitor.csv").read_text().splitlines()))
     assert rows[1] == ["r", "l", "t"]
     agent: Any = make_agent(f"{library}:{out}")
     assert agent.record.algorithm == algorithm
-    assert json.loads((out / "policy.json").read_text())["training"]["steps"] >= 8
+    assert json.loads((out / "agent.json").read_text())["training"]["steps"] >= 8
     # The rebuilt network says what the library's own saved model says.
     model = how.make.load(out / "model.zip", device="cpu")
     space = model.observation_space
@@ -232,7 +232,7 @@ def test_what_cannot_be_kept_is_refused(tmp_path: Path) -> None:
 
 def test_damaged_policies_are_refused(tmp_path: Path) -> None:
     run("sb3", "a2c", tmp_path, TOY)
-    file = tmp_path / "policy.json"
+    file = tmp_path / "agent.json"
     record = json.loads(file.read_text())
     file.write_text(json.dumps({**record, "algorithm": "magic"}))
     with pytest.raises(CheckpointError, match="'magic'; known are ppo, a2c, dqn, sac, td3"):
