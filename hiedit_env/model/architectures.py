@@ -1,54 +1,47 @@
-"""Where the editable weight matrices of a language model are: the table, the presets, the search.
+"""Where the editable weight matrices of a language model are: the table and the search.
 
-A *layer* is one candidate weight matrix of a block. Everything that depends on the kind of model is
-a row of :data:`ARCHITECTURES`; the layers that were edited in published work are in
-:data:`PRESETS`. Models that are in neither can be edited too, by giving patterns.
+A *layer* is one candidate weight matrix of a block. Kinds of models whose default layers were
+chosen by hand are rows of :data:`ARCHITECTURES`; the layers that were edited in published work are
+in :mod:`.presets`. All other models are read by their structure, see :mod:`.structure`.
 """
 
 from __future__ import annotations
 
-import difflib
-import re
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from fnmatch import fnmatchcase
-from fractions import Fraction
-from math import floor
-from pathlib import PurePath
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from types import MappingProxyType
+from typing import cast
 
-import torch
 from torch import nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from hiedit_env.errors import LayerError
-from hiedit_env.model.built_in import BUILT_IN
+from hiedit_env.model.patterns import match
+from hiedit_env.model.presets import PRESETS, Preset, find_preset
+from hiedit_env.model.structure import (
+    GATE,
+    OUT,
+    UP,
+    DepthRange,
+    default_layers,
+    find_blocks,
+    is_editable,
+    sizes,
+    text_config,
+)
 
-
-@dataclass(frozen=True, slots=True)
-class DepthRange:
-    """Blocks between two relative depths, both included; part of the default rule.
-
-    Args:
-        matrix: Name of the matrix inside a block, e.g. ``"mlp.gate_proj"``.
-        first: Index of the first block divided by the number of blocks.
-        last: Index of the last block divided by the number of blocks.
-    """
-
-    matrix: str
-    first: Fraction
-    last: Fraction
-
-    def blocks(self, num_blocks: int) -> range:
-        """Block indices in a model of ``num_blocks`` blocks, rounded half up, never empty.
-
-        >>> DepthRange("mlp.up_proj", Fraction(18, 32), Fraction(24, 32)).blocks(30)
-        range(17, 24)
-        """
-        exact = (depth * num_blocks + Fraction(1, 2) for depth in (self.first, self.last))
-        first, last = (min(floor(index), num_blocks - 1) for index in exact)
-        return range(first, last + 1)
+__all__ = [
+    "ARCHITECTURES",
+    "PRESETS",
+    "Architecture",
+    "CandidateLayer",
+    "DepthRange",
+    "Preset",
+    "block_list",
+    "find_candidates",
+    "find_preset",
+]
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,15 +65,13 @@ _GATED = ("mlp.gate_proj", "mlp.up_proj", "mlp.down_proj")
 
 
 def _gated(model_type: str, blocks: str = "layers") -> Architecture:
-    # Default: the depths of the Llama-3-8B preset (32 blocks).
-    gate = DepthRange("mlp.gate_proj", Fraction(11, 32), Fraction(15, 32))
-    up = DepthRange("mlp.up_proj", Fraction(18, 32), Fraction(24, 32))
+    gate = replace(GATE, matrix="mlp.gate_proj")
+    up = replace(UP, matrix="mlp.up_proj")
     return Architecture(model_type, blocks, _GATED, (gate, up))
 
 
 def _two_matrices(model_type: str, blocks: str, matrices: tuple[str, str]) -> Architecture:
-    # Default: the depths of the GPT-J preset (28 blocks).
-    out = DepthRange(matrices[1], Fraction(18, 28), Fraction(26, 28))
+    out = replace(OUT, matrix=matrices[1])
     return Architecture(model_type, blocks, matrices, (out,))
 
 
@@ -108,107 +99,6 @@ HiEdit). Where the MLP has two matrices: the second one from 18/28 to 26/28 (GPT
 
 
 @dataclass(frozen=True, slots=True)
-class Preset:
-    """The layers edited in one published setting.
-
-    Args:
-        model_types: Values of ``config.model_type`` this preset is for.
-        num_blocks: Number of blocks of the model it is for.
-        layers: Names relative to the list of blocks, e.g. ``"11.mlp.gate_proj"``, forward order.
-        source: Where the choice was taken from.
-        aliases: Further names of the model, lower case: the last part of a hub id or path.
-    """
-
-    model_types: tuple[str, ...]
-    num_blocks: int
-    layers: tuple[str, ...]
-    source: str
-    aliases: tuple[str, ...] = ()
-
-    def fits(self, model_type: str, num_blocks: int) -> bool:
-        """Whether the preset is for a model of this type and number of blocks."""
-        return model_type in self.model_types and num_blocks == self.num_blocks
-
-
-def _names(*ranges: tuple[str, int, int]) -> tuple[str, ...]:
-    """Relative layer names of ``(matrix, first block, last block)``, in forward order."""
-    pairs = [
-        (block, order, f"{block}.mlp.{matrix}")
-        for order, (matrix, first, last) in enumerate(ranges)
-        for block in range(first, last + 1)
-    ]
-    return tuple(name for _, _, name in sorted(pairs))
-
-
-_ULTRA = "XiaojieGu/UltraEdit config/model/"
-
-PRESETS: Mapping[str, Preset] = MappingProxyType(
-    {
-        "tiny": Preset(
-            ("llama",),
-            3,
-            _names(*BUILT_IN["tiny"].layers),
-            "this package: all but the first block of its built-in tiny model",
-        ),
-        "planted": Preset(
-            ("llama",),
-            7,
-            _names(*BUILT_IN["planted"].layers),
-            "this package: where the facts of its built-in planted model are",
-        ),
-        "smollm2-135m": Preset(
-            ("llama",),
-            30,
-            _names(*BUILT_IN["smollm2-135m"].layers),
-            "this package: the Llama-3-8B depths on 30 blocks",
-            ("smollm2-135m-instruct",),
-        ),
-        "llama-3-8b": Preset(
-            ("llama",),
-            32,
-            _names(("gate_proj", 11, 15), ("up_proj", 18, 24)),
-            f"yangfanww/hiedit config/model/llama-3.yaml and {_ULTRA}llama-3-instruct.yaml",
-            ("llama-3", "llama-3-instruct", "meta-llama-3-8b", "meta-llama-3-8b-instruct"),
-        ),
-        "gemma-2-9b": Preset(
-            ("gemma2",),
-            42,
-            _names(("gate_proj", 32, 40), ("up_proj", 32, 40)),
-            "yangfanww/hiedit config/model/gemma-2.yaml",
-            ("gemma-2", "gemma-2-9b-it"),
-        ),
-        "gpt-j-6b": Preset(
-            ("gptj",), 28, _names(("fc_out", 18, 26)), f"{_ULTRA}gpt-j.yaml", ("gpt-j",)
-        ),
-        "mistral-7b": Preset(
-            ("mistral",),
-            32,
-            _names(("down_proj", 29, 30)),
-            f"{_ULTRA}mistral-7b.yaml",
-            ("mistral-7b-v1.3", "mistral-7b-instruct-v1.3"),
-        ),
-        "qwen2.5-7b": Preset(
-            ("qwen2",),
-            28,
-            _names(("gate_proj", 18, 26), ("up_proj", 18, 26)),
-            f"{_ULTRA}qwen2.5-7b.yaml",
-            ("qwen2.5-7b-instruct",),
-        ),
-        "phi-4": Preset(("phi3",), 40, _names(("down_proj", 30, 38)), f"{_ULTRA}phi-4.yaml"),
-        "gemma-3-27b": Preset(
-            ("gemma3", "gemma3_text"),
-            62,
-            _names(("gate_proj", 52, 60), ("up_proj", 52, 60)),
-            f"{_ULTRA}gemma-3-27b.yaml",
-            ("gemma-3-27b-it", "gemma-3-27b-pt"),
-        ),
-    }
-)
-"""Model name to :class:`Preset`: the lines of the files named as source that are not commented out
-(files as of HiEdit commit 1d76ab4; UltraEdit sets other layers for some data sets in comments)."""
-
-
-@dataclass(frozen=True, slots=True)
 class CandidateLayer:
     """One weight matrix that may be edited.
 
@@ -230,24 +120,10 @@ class CandidateLayer:
     is_transposed: bool
 
 
-def find_preset(name: str) -> Preset | None:
-    """The preset of a model name, hub id or path, or None.
-
-    >>> find_preset("HuggingFaceTB/SmolLM2-135M-Instruct").layers[0]
-    '10.mlp.gate_proj'
-    """
-    key = PurePath(name).name.casefold()
-    for preset_name, preset in PRESETS.items():
-        if key == preset_name or key in preset.aliases:
-            return preset
-    return None
-
-
 def block_list(model: PreTrainedModel) -> tuple[nn.ModuleList, str]:
     """The model's decoder blocks and their dotted name relative to ``model.base_model``.
 
-    For a ``model_type`` outside :data:`ARCHITECTURES` it is the only ``nn.ModuleList`` of the base
-    model, not counting lists inside lists, that has ``config.num_hidden_layers`` entries.
+    For a ``model_type`` outside :data:`ARCHITECTURES`, see :func:`.structure.find_blocks`.
 
     Raises:
         LayerError: if there is no such list, or more than one.
@@ -262,18 +138,7 @@ def block_list(model: PreTrainedModel) -> tuple[nn.ModuleList, str]:
                 f"model type {architecture.model_type!r} has in transformers 5; found {list(lists)}"
             )
         return lists[architecture.blocks], architecture.blocks
-    depth = getattr(model.config.get_text_config(), "num_hidden_layers", None)
-    found = [
-        name
-        for name, modules in lists.items()
-        if len(modules) == depth and not any(name.startswith(f"{outer}.") for outer in lists)
-    ]
-    if len(found) != 1:
-        raise LayerError(
-            f"model type {model.config.model_type!r}: expected one nn.ModuleList of {depth} blocks "
-            f"(config.num_hidden_layers) in {type(base).__name__}, found {found}; not editable"
-        )
-    return lists[found[0]], found[0]
+    return find_blocks(model)
 
 
 def find_candidates(
@@ -284,9 +149,10 @@ def find_candidates(
     Args:
         model: A decoder-only language model.
         layers: None for the preset of ``name`` or, failing that, the default rule (see
-            :data:`ARCHITECTURES`); the name of a preset; or one or several patterns over the
-            names in ``model.named_modules()``. A pattern is a shell-style glob in which ``{10-14}``
-            and ``{1,3,5-7}`` stand for numbers and ``{up,gate}`` for names; each must match.
+            :data:`ARCHITECTURES` and :func:`.structure.default_layers`); the name of a preset; or
+            one or several patterns over the names in ``model.named_modules()``. A pattern is a
+            shell-style glob in which ``{10-14}`` and ``{1,3,5-7}`` stand for numbers and
+            ``{up,gate}`` for names; each must match.
         name: Name, hub id or path of the model; its last part selects the preset. A preset of
             another model type or number of blocks is not this model's and is passed over.
 
@@ -296,7 +162,7 @@ def find_candidates(
     Raises:
         LayerError: if a pattern is malformed, matches nothing, or matches something that is not a
             floating-point ``nn.Linear`` or ``Conv1D`` inside a block; if a preset asked for is for
-            another model; if no pattern is given for a model type without a default rule.
+            another model; if no pattern is given and no block holds a matrix that can be edited.
     """
     blocks, _ = block_list(model)
     kind = model.config.model_type
@@ -311,100 +177,65 @@ def find_candidates(
             )
         patterns = [f"{root}.{layer}" for layer in preset.layers]
     elif layers is None:
-        patterns = [f"{root}.{layer}" for layer in _own_layers(kind, len(blocks), name)]
+        patterns = [f"{root}.{layer}" for layer in _own_layers(model, blocks, name)]
     else:
         patterns = [layers] if isinstance(layers, str) else list(layers)
     if not patterns:
         raise LayerError("layers is empty; give at least one pattern, or None for the default")
-    matched = {found for pattern in patterns for found in _match(pattern, modules)}
+    matched = {found for pattern in patterns for found in match(pattern, modules)}
     # Modules are registered in forward order within a block in every architecture of the table.
     return tuple(_candidate(n, m, root) for n, m in modules.items() if n in matched)
 
 
-def _own_layers(model_type: str, num_blocks: int, name: str | None) -> tuple[str, ...]:
+def _own_layers(model: PreTrainedModel, blocks: nn.ModuleList, name: str | None) -> Sequence[str]:
     """Relative names of the preset or default layers."""
+    kind = model.config.model_type
     preset = find_preset(name) if name is not None else None
-    if preset is not None and preset.fits(model_type, num_blocks):
+    if preset is not None and preset.fits(kind, len(blocks)):
         return preset.layers
-    architecture = ARCHITECTURES.get(model_type)
-    if architecture is None:
+    if (architecture := ARCHITECTURES.get(kind)) is not None:
+        return [
+            f"{block}.{rule.matrix}"
+            for rule in architecture.default
+            for block in rule.blocks(len(blocks))
+        ]
+    hidden = getattr(text_config(model.config), "hidden_size", None)
+    if hidden is None:
+        hidden = cast(nn.Embedding, model.get_input_embeddings()).weight.shape[-1]
+    found = default_layers(list(blocks), hidden)
+    if not found:
         raise LayerError(
-            f"no default layers for model type {model_type!r} (known: {', '.join(ARCHITECTURES)}); "
-            f"give a pattern such as layers='model.layers.{{1-2}}.mlp.up_proj'"
+            f"no block of {type(model).__name__} holds a matrix (nn.Linear or Conv1D) that all "
+            f"tokens pass and that writes to the residual stream; name layers by a pattern"
         )
-    return tuple(
-        f"{block}.{rule.matrix}"
-        for rule in architecture.default
-        for block in rule.blocks(num_blocks)
-    )
-
-
-def _expand(pattern: str, whole: str) -> Iterator[str]:
-    """Replace every ``{...}`` by each of its parts, lazily: a range may be absurdly long."""
-    head, brace, rest = pattern.partition("{")
-    if not brace:
-        if "}" in pattern:
-            raise LayerError(f"pattern {whole!r} has a '}}' without '{{'")
-        yield pattern
-        return
-    body, closing, tail = rest.partition("}")
-    for part in body.split(","):
-        if closing and "}" not in head and re.fullmatch(r"[A-Za-z_]\w*", part):
-            yield from _expand(f"{head}{part}{tail}", whole)
-            continue
-        ends = re.fullmatch(r"\s*(\d+)(?:-(\d+))?\s*", part)
-        if ends is None or not closing or "}" in head or int(ends[1]) > int(ends[2] or ends[1]):
-            raise LayerError(
-                f"pattern {whole!r}: braces hold numbers {{1,3}}, rising ranges {{10-14}} or names "
-                "{up,gate}"
-            )
-        for number in range(int(ends[1]), int(ends[2] or ends[1]) + 1):
-            yield from _expand(f"{head}{number}{tail}", whole)
-
-
-def _match(pattern: object, modules: Mapping[str, nn.Module]) -> list[str]:
-    if not isinstance(pattern, str):
-        raise LayerError(f"a layer pattern must be text, got {type(pattern).__name__}")
-    matched: list[str] = []
-    for single in _expand(pattern, pattern):
-        found = [name for name in modules if name and fnmatchcase(name, single)]
-        if not found:
-            pool = [n for n, m in modules.items() if isinstance(m, nn.Linear | Conv1D)]
-            close = difflib.get_close_matches(single, pool, n=3, cutoff=0.3) or pool[:3]
-            part = "" if single == pattern else f" (part of {pattern!r})"
-            raise LayerError(
-                f"pattern {single!r}{part} matches no module; close names: {', '.join(close)}"
-            )
-        matched.extend(found)
-    return matched
-
-
-_EDITABLE_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+    return found
 
 
 def _candidate(name: str, module: nn.Module, root: str) -> CandidateLayer:
     weight = getattr(module, "weight", None)
-    stored = getattr(weight, "dtype", None)
     if hasattr(module, "qweight") or (
-        isinstance(module, nn.Linear | Conv1D)
-        # Quantisation libraries store integers or 8-bit floats, or wrap the tensor in a subclass.
-        and (stored not in _EDITABLE_DTYPES or type(module.weight.data) is not torch.Tensor)
+        isinstance(module, nn.Linear | Conv1D) and not is_editable(module)
     ):
+        # Quantisation libraries store integers or 8-bit floats, or wrap the tensor in a subclass.
         raise LayerError(
-            f"layer {name!r} ({type(module).__name__}) holds quantised weights ({stored}), which "
-            f"cannot be edited; load the model in float32, bfloat16 or float16"
+            f"layer {name!r} ({type(module).__name__}) holds quantised weights "
+            f"({getattr(weight, 'dtype', None)}), which cannot be edited; load the model in "
+            f"float32, bfloat16 or float16"
         )
-    # The type decides: a square weight says nothing about which side is the input.
-    if isinstance(module, nn.Linear):
-        d_in, d_out, is_transposed = module.in_features, module.out_features, True
-    elif isinstance(module, Conv1D):
-        d_in, d_out, is_transposed = module.nx, module.nf, False
-    else:
+    if not isinstance(module, nn.Linear | Conv1D):
+        fused = [n for n, p in module.named_parameters(recurse=False) if p.ndim == 3]
+        if fused:
+            raise LayerError(
+                f"module {name!r} ({type(module).__name__}) holds routed experts fused in "
+                f"3-D parameters ({', '.join(fused)}); each expert sees only some of the tokens, "
+                f"so they cannot be edited; name a shared expert or the attention output"
+            )
         raise LayerError(
             f"module {name!r} is a {type(module).__name__}, not nn.Linear or Conv1D; "
             f"let the pattern name weight matrices only"
         )
+    d_in, d_out = sizes(module)
     index = name.removeprefix(f"{root}.").partition(".")[0]
     if not name.startswith(f"{root}.") or not index.isdecimal():
         raise LayerError(f"layer {name!r} lies outside the blocks {root!r} and cannot be edited")
-    return CandidateLayer(name, module, int(index), d_in, d_out, is_transposed)
+    return CandidateLayer(name, module, int(index), d_in, d_out, isinstance(module, nn.Linear))

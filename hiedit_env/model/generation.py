@@ -29,6 +29,7 @@ def generate(
     prompts: Sequence[str],
     max_new_tokens: Sequence[int],
     max_batch: int,
+    use_cache: bool = True,
 ) -> list[str]:
     """Greedy continuations, without the prompt and without special tokens.
 
@@ -39,6 +40,8 @@ def generate(
         max_new_tokens: Budget of each; generation also ends at a token of :func:`end_ids` and where
             the model's context ends.
         max_batch: Most prompts in one pass.
+        use_cache: Whether keys and values of earlier tokens are kept; slower, but right, without,
+            where a model's cache does not work. Then ``max_batch`` must be 1.
     """
     encoded = [encoder.encode_prompt(prompt) for prompt in prompts]
     # The last new token is never read, so it needs no position.
@@ -62,6 +65,11 @@ def generate(
             eos_token_id=sorted(ends) or None,
             bos_token_id=tokenizer.bos_token_id,
         )
+        if not use_cache:
+            (i,) = group
+            new = _plain(model, encoded[i], budgets[i], ends)
+            texts[i] = encoder.decode(new)
+            continue
         # Penalties and sampling settings that came with the model would be taken from its own.
         own, model.generation_config = model.generation_config, make_config()
         try:
@@ -78,6 +86,20 @@ def generate(
             stop = next((place for place, token in enumerate(new) if token in ends), None)
             texts[i] = encoder.decode(new[:stop])
     return texts
+
+
+def _plain(
+    model: PreTrainedModel, prompt: Sequence[int], budget: int, ends: frozenset[int]
+) -> list[int]:
+    """Greedy continuation by whole passes, up to an end token, which is left out."""
+    ids = list(prompt)
+    for _ in range(budget):
+        read = torch.tensor([ids], dtype=torch.int64, device=model.device)
+        token = int(model(input_ids=read, use_cache=False).logits[0, -1].argmax())
+        if token in ends:
+            break
+        ids.append(token)
+    return ids[len(prompt) :]
 
 
 def _groups(budgets: Sequence[int], room: Sequence[int], size: int) -> list[list[int]]:

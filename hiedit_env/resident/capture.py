@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from hiedit_env.errors import LayerError
+from hiedit_env.model.architectures import CandidateLayer
 from hiedit_env.model.tokenization import EncodedPrompt
 
 
@@ -96,6 +100,80 @@ class GradientRows:
     value_gradients: tuple[Tensor, ...]
 
 
+class LayerRecorder:
+    """Notes what candidate layers are given and give in one forward pass with gradients.
+
+    Layers may see tokens in any arrangement (prompts × tokens × size, or flattened) as long as they
+    see each exactly once, prompt after prompt.
+
+    Args:
+        layers: Candidate layers.
+        prompts: Number of prompts in the pass, N.
+        tokens: Number of tokens of each, padding included, T.
+    """
+
+    def __init__(self, layers: Sequence[CandidateLayer], prompts: int, tokens: int) -> None:
+        self._layers, self._shape = layers, (prompts, tokens)
+        self._inputs: list[Tensor | None] = [None] * len(layers)
+        #: Per layer, in the layer's own shape: what a loss is differentiated by.
+        self.outputs: list[Tensor] = [torch.empty(0)] * len(layers)
+
+    def hooks(self) -> dict[int, Any]:
+        """A forward hook for every layer."""
+        return {i: self._hook(i) for i in range(len(self._layers))}
+
+    @contextmanager
+    def attached(self) -> Iterator[None]:
+        """Registers the hooks for the time of the body."""
+        handles = []
+        try:
+            for i, hook in self.hooks().items():
+                handles.append(self._layers[i].module.register_forward_hook(hook))
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def inputs(self) -> list[Tensor]:
+        """Per layer N × T × d_in.
+
+        Raises:
+            LayerError: a layer did not run in the pass.
+        """
+        for layer, rows in zip(self._layers, self._inputs, strict=True):
+            if rows is None:
+                raise LayerError(
+                    f"layer {layer.name!r} is not run on text by itself: the part it belongs to is "
+                    "idle, or its weight is read in another way; choose other layers"
+                )
+        return [rows for rows in self._inputs if rows is not None]
+
+    def _hook(self, index: int) -> Any:
+        layer, (prompts, tokens) = self._layers[index], self._shape
+
+        def hook(_module: Any, args: tuple[Any, ...], output: Tensor) -> Tensor:
+            given = args[0]
+            if self._inputs[index] is not None:
+                raise LayerError(
+                    f"layer {layer.name!r} is run more than once in a pass, such as a matrix that "
+                    "several blocks share, so its change is not defined; choose other layers"
+                )
+            if given.numel() != prompts * tokens * layer.d_in:
+                raise LayerError(
+                    f"layer {layer.name!r} sees {given.numel() // layer.d_in} of "
+                    f"{prompts * tokens} tokens, as a routed expert does, so its change is not "
+                    "defined; choose a shared expert, another MLP or the attention output"
+                )
+            if torch.is_grad_enabled() and not output.requires_grad:
+                output.requires_grad_(True)
+            self._inputs[index] = given.reshape(prompts, tokens, layer.d_in)
+            self.outputs[index] = output
+            # Another tensor, because some models go on to write into what a layer gives.
+            return output.clone()
+
+        return hook
+
+
 class PassGraph:
     """One forward pass over one request or several, whose backward pass runs when it is asked for.
 
@@ -103,7 +181,7 @@ class PassGraph:
         losses: A, of the answer tokens of all requests, each depending on its own request only.
         weights: A, what each counts in the loss that is differentiated.
         inputs: Per layer N × T × d_in.
-        outputs: Per layer N × T × d_out.
+        outputs: Per layer N × T × d_out, in any arrangement of the first two.
     """
 
     def __init__(
@@ -120,9 +198,17 @@ class PassGraph:
         if self._rows is None:
             assert self._losses is not None
             gradients = torch.autograd.grad(self._losses, self._outputs, self._weights)
-            self._rows = GradientRows(tuple(u.detach() for u in self._inputs), gradients)
+            self._rows = GradientRows(
+                tuple(u.detach() for u in self._inputs), as_rows(gradients, self._inputs)
+            )
             self._losses, self._inputs, self._outputs = None, [], []
         return self._rows
+
+
+def as_rows(gradients: Sequence[Tensor], inputs: Sequence[Tensor]) -> tuple[Tensor, ...]:
+    """Gradients at layer outputs, N × T × d_out as the inputs are N × T × d_in."""
+    pairs = zip(gradients, inputs, strict=True)
+    return tuple(v.reshape(*u.shape[:2], v.shape[-1]) for v, u in pairs)
 
 
 class Reading:

@@ -9,15 +9,15 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from hiedit_env.errors import ModelError, SettingsError
-from hiedit_env.model.architectures import CandidateLayer, block_list
+from hiedit_env.errors import SettingsError
+from hiedit_env.model.architectures import CandidateLayer
 from hiedit_env.model.generation import end_ids, generate
 from hiedit_env.model.tokenization import (
     EncodedPrompt,
@@ -26,10 +26,10 @@ from hiedit_env.model.tokenization import (
     length_buckets,
     make_batch,
 )
-from hiedit_env.resident.capture import GradientRows, PassGraph, Reading
+from hiedit_env.resident.capture import GradientRows, LayerRecorder, PassGraph, Reading, as_rows
+from hiedit_env.resident.forward_check import find_forward
 from hiedit_env.resident.low_rank import Updates
 from hiedit_env.resident.prefix_cache import TensorCache
-from hiedit_env.resident.split_model import SplitModel
 from hiedit_env.resident.weights import EditableWeights
 
 #: Numbers in several changes up to which they are stacked and multiplied as one.
@@ -70,11 +70,8 @@ class ResidentLLM(EditableWeights):
         self.encoder = PromptEncoder(tokenizer, limit)
         self.cache = TensorCache(cache_bytes)
         self.first_block = min(layer.block for layer in self.layers)
-        _, blocks_name = block_list(model)
-        self._split = SplitModel(model.base_model, blocks_name, self.first_block)
-        self._head = cast(torch.nn.Module, cast(Any, model).get_output_embeddings())
-        self._softcap = getattr(model.config.get_text_config(), "final_logit_softcapping", None)
-        self._check_split()
+        self._way = find_forward(model, self.layers, self.first_block)
+        self._split, self._head = self._way.halves, self._way.head
 
     def fork(self) -> ResidentLLM:
         """Another environment's view of the same model: shared base weights, changes of its own.
@@ -130,6 +127,17 @@ class ResidentLLM(EditableWeights):
         Returns:
             N × vocabulary, in the model's dtype.
         """
+        if not self._shares(batch):
+            forks = forks or (self,)
+            each = len(batch.prompts) // len(forks)
+            return torch.cat(
+                [
+                    self.answer_logits(
+                        self.batch([prompt]), updates, remember=remember, forks=[forks[i // each]]
+                    )
+                    for i, prompt in enumerate(batch.prompts)
+                ]
+            )
         hidden = self._prefix(batch) if remember else self._split.prefix(batch.input_ids)
         with self._edited(forks or (self,)), self._overlay(updates):
             return self._logits(self._split.suffix(hidden), batch)
@@ -152,6 +160,9 @@ class ResidentLLM(EditableWeights):
             forks: Forks of one model, or this one alone.
         """
         batch = self.batch(prompts)
+        if not self._shares(batch):
+            pairs = zip(prompts, forks, strict=True)
+            return [self.read_forks([prompt], [fork])[0] for prompt, fork in pairs]
         logits, inputs, outputs = self._record(batch, forks)
         with torch.enable_grad():
             losses = F.cross_entropy(logits.float(), batch.labels, reduction="none")
@@ -197,14 +208,22 @@ class ResidentLLM(EditableWeights):
             Rows of the tokens that were read, padding left out.
         """
         batch = self.batch(prompts)
-        logits, inputs, outputs = self._record(batch, (self,), updates)
+        parts = [batch] if self._shares(batch) else [self.batch([prompt]) for prompt in prompts]
+        passes = [self._record(part, (self,), updates) for part in parts]
+        outputs = [output for _, _, given in passes for output in given]
         with torch.enable_grad():
-            gradients = torch.autograd.grad(loss(logits.float(), batch), outputs)
-        places = torch.arange(batch.longest, device=self.device)
-        real = places < batch.lengths[:, None]
+            logits = torch.cat([logits for logits, _, _ in passes]).float()
+            flat = torch.autograd.grad(loss(logits, batch), outputs)
+        keys: list[tuple[Tensor, ...]] = []
+        gradients: list[tuple[Tensor, ...]] = []
+        for i, (part, (_, inputs, _)) in enumerate(zip(parts, passes, strict=True)):
+            own = as_rows(flat[i * len(inputs) : (i + 1) * len(inputs)], inputs)
+            real = torch.arange(part.longest, device=self.device) < part.lengths[:, None]
+            keys.append(tuple(u.detach()[real] for u in inputs))
+            gradients.append(tuple(v[real] for v in own))
         return GradientRows(
-            keys=tuple(u.detach()[real] for u in inputs),
-            value_gradients=tuple(v[real] for v in gradients),
+            keys=tuple(map(torch.cat, zip(*keys, strict=True))),
+            value_gradients=tuple(map(torch.cat, zip(*gradients, strict=True))),
         )
 
     def _record(
@@ -215,23 +234,17 @@ class ResidentLLM(EditableWeights):
     ) -> tuple[Tensor, list[Tensor], list[Tensor]]:
         """Logits of a batch, and every layer's input and output, ready for a backward pass."""
         hidden = self._prefix(batch)
-        inputs: list[Tensor | None] = [None] * len(self.layers)
-        outputs: list[Tensor | None] = [None] * len(self.layers)
-
-        def record(index: int) -> Any:
-            def hook(_module: torch.nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
-                if not output.requires_grad:
-                    output.requires_grad_(True)
-                inputs[index], outputs[index] = args[0], output
-
-            return hook
-
-        records = {i: record(i) for i in range(len(self.layers))}
+        recorder = LayerRecorder(self.layers, len(batch.prompts), batch.longest)
         fixed = updates and [None if update is None else update.detach() for update in updates]
         edited = self._edited(forks)
-        with torch.enable_grad(), edited, self._overlay(fixed), self._hooks(records):
+        hooks = self._hooks(recorder.hooks())
+        with torch.enable_grad(), edited, self._overlay(fixed), hooks:
             logits = self._logits(self._split.suffix(hidden), batch)
-        return logits, cast(list[Tensor], inputs), cast(list[Tensor], outputs)
+        return logits, recorder.inputs(), recorder.outputs
+
+    def _shares(self, batch: PromptBatch) -> bool:
+        """Whether the prompts of a batch give their own logits beside each other."""
+        return self._way.shares([prompt.length for prompt in batch.prompts])
 
     @property
     def end_ids(self) -> frozenset[int]:
@@ -245,9 +258,16 @@ class ResidentLLM(EditableWeights):
             prompts: Texts to continue.
             max_new_tokens: Budget of each.
         """
-        size = max(1, self.max_batch_tokens // 64)
+        size = 1 if self._way.generates_alone else max(1, self.max_batch_tokens // 64)
         with self._edited((self,)):
-            return generate(self.model, self.encoder, prompts, max_new_tokens, size)
+            return generate(
+                self.model,
+                self.encoder,
+                prompts,
+                max_new_tokens,
+                size,
+                use_cache=not self._way.generates_whole,
+            )
 
     # -- inside -------------------------------------------------------------------------------
 
@@ -270,10 +290,7 @@ class ResidentLLM(EditableWeights):
         return torch.nn.utils.rnn.pad_sequence(entries, batch_first=True)
 
     def _logits(self, hidden: Tensor, batch: PromptBatch) -> Tensor:
-        logits = cast(Tensor, self._head(hidden[batch.rows, batch.positions]))
-        if self._softcap is not None:
-            logits = torch.tanh(logits / self._softcap) * self._softcap
-        return logits
+        return self._head(hidden[batch.rows, batch.positions])
 
     @contextmanager
     def _hooks(self, hooks: Mapping[int, Any]) -> Iterator[None]:
@@ -326,24 +343,6 @@ class ResidentLLM(EditableWeights):
         self._check(updates)
         with self._hooks({i: add(i) for i, update in enumerate(updates) if update is not None}):
             yield
-
-    @torch.inference_mode()
-    def _check_split(self) -> None:
-        """Compares the two halves with the model's own forward on three tokens."""
-        ids = torch.arange(3, device=self.device)[None]
-        own = self.model(input_ids=ids, use_cache=False).logits.float()
-        hidden = self._split.suffix(self._split.prefix(ids))
-        ours = cast(Tensor, self._head(hidden))
-        if self._softcap is not None:
-            ours = torch.tanh(ours / self._softcap) * self._softcap
-        tolerance = 1e-3 if self.dtype == torch.float32 else 5e-2
-        error = float((ours.float() - own).abs().max() / own.abs().max().clamp_min(1e-6))
-        if not error <= tolerance:
-            raise ModelError(
-                f"running {type(self.model).__name__} in two halves changes its logits by a "
-                f"relative {error:.2g}; this architecture computes its logits in a way hiedit does "
-                "not know"
-            )
 
 
 def products(rows: Tensor, changes: Sequence[Tensor | None], d_out: int) -> Tensor:

@@ -81,6 +81,7 @@ class SplitModel:
     """
 
     def __init__(self, base: nn.Module, blocks_name: str, first: int) -> None:
+        self.base = base
         blocks = list(cast(nn.ModuleList, base.get_submodule(blocks_name)))
         self._blocks = blocks[first:]
         self._prefix = _shallow_copy(base, blocks_name, [*blocks[:first], _Stop(blocks[first])])
@@ -127,9 +128,14 @@ class SplitModel:
         last = self._notes[-1]
         last.instead = hidden
         try:
-            return cast(Tensor, self._skeleton(inputs_embeds=hidden, use_cache=False)[0])
+            return cast(Tensor, self._run_skeleton(hidden)[0])
         finally:
             last.instead = None
+
+    def _run_skeleton(self, hidden: Tensor) -> Any:
+        # Tokens, not embeddings: some models project or scale these before the blocks.
+        ids = torch.zeros(hidden.shape[:2], dtype=torch.int64, device=hidden.device)
+        return self._skeleton(input_ids=ids, use_cache=False)
 
     def _arguments_for(self, hidden: Tensor) -> list[_Arguments]:
         """What the blocks of the second half are given for hidden states of this shape."""
@@ -142,8 +148,7 @@ class SplitModel:
                 self._arguments.move_to_end(key)
                 return known
         with torch.inference_mode(False), torch.no_grad():
-            dummy = torch.zeros(hidden.shape, dtype=hidden.dtype, device=hidden.device)
-            self._skeleton(inputs_embeds=dummy, use_cache=False)
+            self._run_skeleton(hidden)
         arguments = [cast(_Arguments, note.noted) for note in self._notes[self._first :]]
         for note in self._notes:
             note.noted = None

@@ -232,10 +232,11 @@ def test_quantised_weights_are_refused() -> None:
         find_candidates(model, "model.layers.1.mlp.gate_proj")
 
 
-def test_unlisted_architecture_works_with_a_pattern_only() -> None:
+def test_unlisted_architecture_has_the_depths_of_its_kin() -> None:
     model = build("olmo2")
-    with pytest.raises(LayerError, match=r"'olmo2'.*give a pattern"):
-        find_candidates(model)
+    # The same three blocks and matrices as in qwen3 above.
+    names = [layer.name for layer in find_candidates(model)]
+    assert names == ["model.layers.1.mlp.gate_proj", "model.layers.2.mlp.up_proj"]
     assert block_list(model)[1] == "layers"
     (layer,) = find_candidates(model, "model.layers.2.mlp.down_proj")
     assert (layer.block, layer.d_in, layer.d_out) == (2, INNER, HIDDEN)
