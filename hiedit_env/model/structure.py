@@ -73,7 +73,10 @@ def decoder_of(model: PreTrainedModel) -> nn.Module:
         decoder = cast(Any, model).get_decoder()
     except (AttributeError, NotImplementedError):
         return model.base_model
-    return decoder if isinstance(decoder, nn.Module) else model.base_model
+    has_lists = isinstance(decoder, nn.Module) and any(
+        isinstance(module, nn.ModuleList) for module in decoder.modules()
+    )
+    return cast(nn.Module, decoder) if has_lists else model.base_model
 
 
 def find_blocks(model: PreTrainedModel) -> tuple[nn.ModuleList, str]:
@@ -81,7 +84,7 @@ def find_blocks(model: PreTrainedModel) -> tuple[nn.ModuleList, str]:
 
     They are the only ``nn.ModuleList`` of the decoder with ``num_hidden_layers`` entries that hold
     weight matrices; where there is none of that length, the longest list. Lists inside lists do
-    not count.
+    not count, nor do lists deeper in the model than another one.
 
     Raises:
         LayerError: there is no such list, or more than one.
@@ -101,6 +104,8 @@ def find_blocks(model: PreTrainedModel) -> tuple[nn.ModuleList, str]:
     if not found:
         longest = max((len(modules) for modules in outer.values()), default=0)
         found = [name for name, modules in outer.items() if len(modules) == longest]
+    # Lists of other parts, such as a vision tower, lie deeper.
+    found = [n for n in found if n.count(".") == min(other.count(".") for other in found)]
     if len(found) != 1:
         raise LayerError(
             f"model type {model.config.model_type!r}: expected one nn.ModuleList of {depth} blocks "
@@ -161,16 +166,22 @@ def default_layers(blocks: Sequence[nn.Module], hidden: int) -> list[str]:
 
 
 def _matrices(block: nn.Module) -> Iterator[tuple[str, nn.Linear | Conv1D]]:
-    """Editable matrices of a block outside lists, where experts are."""
+    """Editable matrices of a block that all tokens of a text pass."""
+    if "CrossAttention" in type(block).__name__:
+        return  # idle without an image or a sound
     for name, module in block.named_modules():
-        if is_editable(module) and not _is_listed(block, name):
+        if is_editable(module) and not _is_expert(block, name):
             yield name, cast("nn.Linear | Conv1D", module)
 
 
-def _is_listed(block: nn.Module, name: str) -> bool:
+def _is_expert(block: nn.Module, name: str) -> bool:
+    """Whether a matrix belongs to one of several experts."""
     parts = name.split(".")
-    above = (block.get_submodule(".".join(parts[:i])) for i in range(1, len(parts)))
-    return any(isinstance(module, nn.ModuleList | nn.ModuleDict) for module in above)
+    above = [".".join(parts[:i]) for i in range(1, len(parts))]
+    return any(
+        "expert" in path and isinstance(block.get_submodule(path), nn.ModuleList | nn.ModuleDict)
+        for path in above
+    )
 
 
 def _is_attention(name: str) -> bool:
@@ -184,9 +195,9 @@ def _gated(matrices: Mapping[str, nn.Module], hidden: int) -> tuple[str, str] | 
         inside = [n for n in matrices if n.rpartition(".")[0] == parent]
         inner = [n for n in inside if sizes(matrices[n])[0] == hidden]
         back = [n for n in inside if sizes(matrices[n])[1] == hidden]
-        if len(inside) != 3 or _is_attention(parent):
+        if len(inside) != 3 or not back or _is_attention(parent):
             continue
-        width = sizes(matrices[back[-1]])[0] if back else None
+        width = sizes(matrices[back[-1]])[0]
         inner = [n for n in inner if n != back[-1] and sizes(matrices[n])[1] == width]
         if len(inner) == 2:
             # As in Llama, whatever the order in which they are registered.

@@ -159,10 +159,11 @@ class LayerRecorder:
                     "several blocks share, so its change is not defined; choose other layers"
                 )
             if given.numel() != prompts * tokens * layer.d_in:
+                rows = given.numel() // layer.d_in
                 raise LayerError(
-                    f"layer {layer.name!r} sees {given.numel() // layer.d_in} of "
-                    f"{prompts * tokens} tokens, as a routed expert does, so its change is not "
-                    "defined; choose a shared expert, another MLP or the attention output"
+                    f"layer {layer.name!r} sees {rows} rows for {prompts * tokens} tokens"
+                    f"{', as a routed expert does' * (rows < prompts * tokens)}, so its change is "
+                    "not defined; choose a shared expert, another MLP or the attention output"
                 )
             if torch.is_grad_enabled() and not output.requires_grad:
                 output.requires_grad_(True)

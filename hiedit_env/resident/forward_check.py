@@ -17,7 +17,7 @@ from transformers import GenerationConfig, PreTrainedModel
 from hiedit_env.errors import LayerError, ModelError
 from hiedit_env.model.architectures import CandidateLayer
 from hiedit_env.model.structure import text_config
-from hiedit_env.resident.capture import LayerRecorder, as_rows
+from hiedit_env.resident.capture import LayerRecorder
 from hiedit_env.resident.forward import Forward, own_logits, ways
 
 #: Lengths of the prompts that every model is tried on, in tokens.
@@ -62,7 +62,6 @@ def find_forward(
     """
     check = _Check(model, layers)
     way = check.first_right_way(first_block)
-    check.gradients(way)
     check.batches(way)
     check.generation(way)
     return way
@@ -85,7 +84,6 @@ class _Check:
             self.own = [self._own(ids) for ids in self.rows]
             self.long_own = [self._own(ids) for ids in self.long_rows]
 
-    @torch.inference_mode()
     def first_right_way(self, first_block: int) -> Forward:
         """The first way that gives the model's own logits of prompts that run alone."""
         reasons: list[str] = []
@@ -93,46 +91,52 @@ class _Check:
             # Whatever a model's code raises in parts means only that it cannot be run like this.
             try:
                 way = make()
-                errors = [
-                    self._error(way.head(way.halves.suffix(way.halves.prefix(ids))[0]), own)
-                    for ids, own in zip(
-                        self.rows + self.long_rows, self.own + self.long_own, strict=True
-                    )
-                ]
+                error = max(
+                    self._error(self._captured(way), self.own[-1]),
+                    self._alone_error(way, self.long_rows, self.long_own),
+                )
+            except (LayerError, MemoryError, torch.OutOfMemoryError):
+                raise
             except Exception as problem:
                 reasons.append(f"{name}, {type(problem).__name__}: {problem}")
                 continue
-            if max(errors) <= self.tolerance:
+            if error <= self.tolerance:
                 return way
-            reasons.append(f"{name}, its logits change by a relative {max(errors):.2g}")
+            reasons.append(f"{name}, its logits change by a relative {error:.2g}")
         raise ModelError(f"{self.name} cannot be edited; {_one_line('; '.join(reasons))}")
 
     @torch.inference_mode(False)
-    def gradients(self, way: Forward) -> None:
-        """Runs the longer prompt alone, forward and backward, as a capture does."""
-        ids = self.rows[-1].clone()
-        recorder = LayerRecorder(self.layers, 1, ids.shape[1])
-        hidden = way.halves.prefix(ids)
-        try:
-            with torch.enable_grad(), recorder.attached():
-                logits = way.head(way.halves.suffix(hidden)[0])
-            inputs = recorder.inputs()
-            gradients = torch.autograd.grad(logits.float().logsumexp(-1).sum(), recorder.outputs)
-            as_rows(gradients, inputs)
-        except (LayerError, MemoryError, torch.OutOfMemoryError):
-            raise
-        except Exception as problem:
-            raise ModelError(
-                f"{self.name} cannot be edited: gradients at its layers cannot be taken "
-                f"({_one_line(str(problem))})"
-            ) from problem
-        self.inputs = [rows[0].detach() for rows in inputs]
+    def _captured(self, way: Forward) -> Tensor:
+        """Logits of the longer prompt, run forward and backward as a capture does."""
+        self.hidden = [way.halves.prefix(ids)[0] for ids in self.rows]
+        recorder = LayerRecorder(self.layers, 1, LENGTHS[-1])
+        with torch.enable_grad(), recorder.attached():
+            logits = way.head(way.halves.suffix(self.hidden[-1][None])[0])
+        self.inputs = [rows[0].detach() for rows in recorder.inputs()]
+        total = logits.float().logsumexp(-1).sum()
+        torch.autograd.grad(total, recorder.outputs)
+        return logits.detach()
+
+    @torch.inference_mode()
+    def _alone_error(self, way: Forward, rows: Sequence[Tensor], own: Sequence[Tensor]) -> float:
+        """Error of prompts without gradients, one by one."""
+        pairs = zip(rows, own, strict=True)
+        errors = [
+            self._error(way.head(way.halves.suffix(way.halves.prefix(ids))[0]), wanted)
+            for ids, wanted in pairs
+        ]
+        return max(errors, default=0.0)
 
     @torch.inference_mode()
     def batches(self, way: Forward) -> None:
         """Finds from which length on prompts of different length must not share a batch."""
         error = self._batch_error(way, self.rows, self.own)
         if error > self.tolerance:
+            if (alone := self._alone_error(way, self.rows[:1], self.own[:1])) > self.tolerance:
+                raise ModelError(
+                    f"{self.name} cannot be edited: at {LENGTHS[0]} tokens its logits change by a "
+                    f"relative {alone:.2g} when its blocks are run by themselves"
+                )
             way.alone_beyond = -1
             way.notes.append(
                 f"{self.name}: padding a batch changes its logits"
@@ -210,7 +214,8 @@ class _Check:
         lengths = [ids.shape[1] for ids in rows]
         recorder = LayerRecorder(self.layers, len(rows), max(lengths))
         try:
-            hidden = [way.halves.prefix(ids)[0] for ids in rows]
+            is_short = rows is self.rows
+            hidden = self.hidden if is_short else [way.halves.prefix(ids)[0] for ids in rows]
             with recorder.attached():
                 features = way.halves.suffix(nn.utils.rnn.pad_sequence(hidden, batch_first=True))
             seen = recorder.inputs()
@@ -222,14 +227,14 @@ class _Check:
             self._error(way.head(features[i, :length]), wanted)
             for i, (length, wanted) in enumerate(zip(lengths, own, strict=True))
         ]
-        if rows is self.rows:
+        if is_short:
             # Tokens in another order than prompt after prompt would be other tokens' keys.
             pairs = zip(seen, self.inputs, strict=True)
             errors += [self._error(given[-1, : lengths[-1]], alone) for given, alone in pairs]
         return max(errors)
 
     def _generation_error(self, rows: Sequence[Tensor]) -> float:
-        """Error of the logits of two generated tokens of prompts, padded on the left."""
+        """Error of the logits of two generated tokens of the last prompts, padded on the left."""
         longest = max(ids.shape[1] for ids in rows)
         ids = torch.cat([nn.functional.pad(row, (longest - row.shape[1], 0)) for row in rows])
         mask = torch.cat(
@@ -253,15 +258,14 @@ class _Check:
             return float("inf")  # this model cannot generate like this
         finally:
             model.generation_config = own
-        errors = []
-        for i, row in enumerate(rows):
-            text = torch.cat([row, result.sequences[i : i + 1, longest : longest + 1]], 1)
-            wanted = own_logits(self.model, text)[0]
-            errors += [
-                self._error(result.logits[step][i], wanted[row.shape[1] - 1 + step])
-                for step in range(2)
-            ]
-        return max(errors)
+        # The first token of all, and the second of the shortest, which has the most padding.
+        errors = [
+            self._error(result.logits[0][i], own[-1])
+            for i, own in enumerate(self.own[-len(rows) :])
+        ]
+        text = torch.cat([rows[0], result.sequences[:1, longest : longest + 1]], 1)
+        wanted = own_logits(self.model, text)[0, -1]
+        return max(*errors, self._error(result.logits[1][0], wanted))
 
     def _affordable(self) -> list[int]:
         """Boundaries that are worth a check, rising."""

@@ -19,6 +19,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from hiedit_env.errors import SettingsError
 from hiedit_env.model.architectures import CandidateLayer
 from hiedit_env.model.generation import end_ids, generate
+from hiedit_env.model.structure import text_config
 from hiedit_env.model.tokenization import (
     EncodedPrompt,
     PromptBatch,
@@ -66,8 +67,9 @@ class ResidentLLM(EditableWeights):
         super().__init__(layers)
         self.tokenizer = tokenizer
         self.max_batch_tokens = max_batch_tokens
-        limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-        self.encoder = PromptEncoder(tokenizer, limit)
+        limit = getattr(text_config(model.config), "max_position_embeddings", None)
+        # Some configurations say -1 for no limit.
+        self.encoder = PromptEncoder(tokenizer, limit if limit is None or limit > 0 else None)
         self.cache = TensorCache(cache_bytes)
         self.first_block = min(layer.block for layer in self.layers)
         self._way = find_forward(model, self.layers, self.first_block)

@@ -45,16 +45,67 @@ _SMALL: dict[int, str] = {
     "sliding_window local_attention_window_len attention_window_size window_size",
     64: "max_position_embeddings n_positions model_max_length max_seq_len n_ctx context_length "
     "max_target_positions max_source_positions",
-    1: "first_k_dense_replace num_dense_layers moe_layer_start_index num_kv_shared_layers",
+    1: "first_k_dense_replace num_dense_layers moe_layer_start_index",
+    0: "num_kv_shared_layers",
 }
 _SIZES = {name: size for size, names in _SMALL.items() for name in names.split()}
 _IDS = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
 
-SPECIAL: dict[str, dict[str, Any]] = {}
-"""Fields of single configuration classes, beside the generic rule; for the text configuration."""
+_MAMBA = {"mamba_n_heads": 8, "mamba_d_head": 8}
+_ROPE = {"rope_type": "default", "rope_theta": 1e4}
+
+SPECIAL: dict[str, dict[str, Any]] = {
+    "bamba": _MAMBA | {"attn_layer_indices": [1, 3]},
+    "codegen": {"rotary_dim": 4},
+    "cohere_compass_text": {"rope_parameters": {"full_attention": _ROPE}},
+    "cpmant": {"prompt_length": 8},
+    "dbrx": {
+        "attn_config": {"kv_n_heads": 2, "rope_theta": 1e4, "clip_qkv": 8},
+        "ffn_config": {"ffn_hidden_size": 48, "moe_num_experts": 4, "moe_top_k": 2},
+    },
+    "deepseek_v2": {"num_experts_per_tok": 2},
+    "dots1": {
+        "n_routed_experts": 4,
+        "n_shared_experts": 1,
+        "num_experts_per_tok": 2,
+        "n_group": 1,
+        "topk_group": 1,
+        "first_k_dense_replace": 1,
+    },
+    "gptj": {"rotary_dim": 4},
+    "granitemoehybrid": _MAMBA | {"layer_types": ["linear_attention", "full_attention"] * 2},
+    "hrm_text": {"num_layers_per_stack": 2},
+    "hy_v4": {"indexer_types": ["full", "shared"] * 2},
+    "jamba": {"attn_layer_period": 2, "attn_layer_offset": 1},
+    "lfm2_moe": {"layer_types": ["conv", "full_attention"] * 2},
+    "mamba2": {"num_heads": 8, "head_dim": 8, "n_groups": 2},
+    "nemotron": {"partial_rotary_factor": 0.5, "num_key_value_heads": 2},
+    "nemotron_h": {"mamba_num_heads": 8, "mamba_head_dim": 8, "n_groups": 2},
+    "qwen4_exp_text": {"ple_embed_dim": 16, "ngram_vocab_size_base": 64, "split_ngram_parts": 2},
+    "reformer": {"axial_pos_embds_dim": [16, 16], "axial_pos_shape": [8, 8]},
+    "roc_bert": {
+        "pronunciation_embed_dim": 32,
+        "pronunciation_vocab_size": 32,
+        "shape_embed_dim": 32,
+        "shape_vocab_size": 32,
+    },
+    "xmod": {"default_language": "en_XX"},
+    "zamba": {
+        "attention_hidden_size": 64,
+        "attention_head_dim": 16,
+        "layers_block_type": ["linear_attention", "hybrid"] * 2,
+    },
+    "zamba2": {
+        "attention_hidden_size": 64,
+        "attention_head_dim": 16,
+        "mamba_headdim": 8,
+        "layers_block_type": ["linear_attention", "hybrid"] * 2,
+    },
+}
+"""Fields of single configuration classes, beside the generic rule."""
 
 
-def shrink(settings: dict[str, Any], fields: dict[str, Any]) -> dict[str, Any]:
+def shrink(settings: dict[str, Any]) -> dict[str, Any]:
     """Fields of a configuration (as its ``to_dict`` gives them) with small values."""
     depth = next(
         (settings[k] for k in _SIZES if _SIZES[k] == BLOCKS and "layer" in k and settings.get(k)),
@@ -63,11 +114,17 @@ def shrink(settings: dict[str, Any], fields: dict[str, Any]) -> dict[str, Any]:
     small: dict[str, Any] = {}
     for key, value in settings.items():
         if isinstance(value, dict) and "model_type" in value:
-            small[key] = shrink(value, fields)
+            small[key] = shrink(value)
         elif key in _IDS or key.endswith("_token_id"):
             small[key] = None if value is None else _IDS.get(key, 3)
+        elif key == "per_layer_config":
+            small[key] = {}
+        elif key == "num_key_value_heads" and settings.get("kv_lora_rank"):
+            small[key] = BLOCKS  # as many as heads
+        elif key == "head_dim" and value is None:
+            small[key] = 8
         elif key in _SIZES and isinstance(value, int) and not isinstance(value, bool):
-            small[key] = min(value, _SIZES[key]) or value
+            small[key] = min(value, _SIZES[key])
         elif isinstance(value, list) and len(value) == depth:
             small[key] = value[-BLOCKS:] if key != "no_rope_layers" else value[:BLOCKS]
         elif isinstance(value, list) and key.endswith("layers"):
@@ -80,7 +137,7 @@ def shrink(settings: dict[str, Any], fields: dict[str, Any]) -> dict[str, Any]:
 def tiny_config(model_type: str) -> PreTrainedConfig:
     """The smallest configuration of a type that still has all its parts."""
     kind = CONFIG_MAPPING[model_type]
-    settings = shrink(kind().to_dict(), {})
+    settings = shrink(kind().to_dict())
     settings |= SPECIAL.get(model_type, {})
     config: PreTrainedConfig = kind.from_dict(settings)
     for part in (config, config.get_text_config(decoder=True)):
