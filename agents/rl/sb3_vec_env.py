@@ -126,7 +126,7 @@ def _of_environment(info: dict[str, Any], i: int) -> dict[str, Any]:
 
     >>> import numpy as np
     >>> together = {"a": np.array(["one", None]), "_a": np.array([True, False])}
-    >>> _of_life(together, 0), _of_life(together, 1)
+    >>> _of_environment(together, 0), _of_environment(together, 1)
     ({'a': 'one'}, {})
     """
     found = {}

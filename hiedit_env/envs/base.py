@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import inspect
+import sys
 from abc import abstractmethod
 from collections.abc import Callable
 from typing import Any, ClassVar, Self
@@ -16,6 +17,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from hiedit_env.datasets.load import load_requests
+from hiedit_env.datasets.requests import longest_prompt
 from hiedit_env.datasets.streams import stream
 from hiedit_env.envs import rendering
 from hiedit_env.envs.accounting import Judging, Paid, StepSemantics
@@ -71,10 +73,15 @@ class EditingEnv(StepSemantics, gym.Env[NDArray[np.float32], Any], gym.utils.EzP
             dtype=settings.dtype,
             trust_remote_code=settings.trust_remote_code,
             progress=settings.progress,
+            layers=settings.layers,
+            tokens=longest_prompt(self.requests),
         )
         candidates = find_candidates(loaded.model, settings.layers, settings.model)
         self.settings = settings
-        self._settle(ResidentLLM(loaded.model, loaded.tokenizer, candidates))
+        llm = ResidentLLM(loaded.model, loaded.tokenizer, candidates)
+        for note in llm.notes:
+            print(f"hiedit: {note}", file=sys.stderr)
+        self._settle(llm)
 
     def _settle(self, llm: ResidentLLM, unedited: UneditedModel | None = None) -> None:
         """Builds on a model everything that belongs to one episode.

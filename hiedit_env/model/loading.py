@@ -16,7 +16,7 @@ import sys
 import tempfile
 import warnings
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.resources import files
@@ -27,20 +27,26 @@ import torch
 import transformers
 from huggingface_hub import HfApi, try_to_load_from_cache
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, RepositoryNotFoundError
-from safetensors import SafetensorError
 from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.models.auto import modeling_auto
 from transformers.utils import logging as hf_logging
 
 from hiedit_env.errors import (
     DeviceError,
+    HieditError,
     ModelError,
     NotEnoughMemoryError,
     SettingsError,
     require_libraries,
 )
 from hiedit_env.model.built_in import BUILT_IN, built_in
-from hiedit_env.model.memory_budget import estimate_memory, require_memory
+from hiedit_env.model.memory_budget import (
+    TOKENS,
+    auto_class,
+    estimate_memory,
+    memory_check,
+    require_memory,
+)
 
 SMOLLM2_HUB_ID = "HuggingFaceTB/SmolLM2-135M-Instruct"
 """The hub's original of ``"smollm2-135m"``, in bfloat16."""
@@ -55,7 +61,6 @@ _PIP_LIMIT_S = 1800.0
 # version; the first base of its own error is that library's base class.
 _HUB_ERRORS: tuple[type[BaseException], ...] = (*HfHubHTTPError.__bases__, OSError)
 _AUTO: Any = transformers.AutoModelForCausalLM
-_LOAD_ERRORS = (OSError, ValueError, ImportError, RuntimeError, SafetensorError)
 
 
 class _WheelUnavailable(Exception):
@@ -88,6 +93,9 @@ def load_model(
     dtype: str = "float32",
     trust_remote_code: bool = False,
     progress: bool = True,
+    layers: str | Sequence[str] | None = None,
+    tokens: int = TOKENS,
+    memory: str | None = None,
 ) -> LoadedModel:
     """Load a decoder-only language model from safetensors.
 
@@ -107,32 +115,46 @@ def load_model(
         trust_remote_code: Whether to run Python code that comes with the model.
         progress: Whether to say on standard error what is happening. The memory needed is said in
             any case if it is more than half of what is free.
+        layers: Candidate layers that will be edited, for the memory needed.
+        tokens: Length of the longest prompt that will be read, for the memory needed.
+        memory: What is done if the model seems not to fit: ``"refuse"``, ``"warn"`` or ``"off"``,
+            which also saves the estimate; None for ``$HIEDIT_MEMORY_CHECK``, else ``"refuse"``.
 
     Raises:
         ModelError: if the model is not found, not decoder-only, incomplete or unreadable.
+        LayerError: if ``layers`` are none of the model's; raised before anything is loaded.
         DeviceError: if this machine has no such device.
-        SettingsError: if the dtype is unknown.
+        SettingsError: if the dtype or the memory check is unknown.
         NotEnoughMemoryError: if it would not fit; raised before anything is loaded.
         MissingLibraryError: ``"smollm2-135m"`` is not in the cache, and a library that converts it
             is not installed; raised before anything is downloaded.
     """
     torch_dtype = check_dtype(dtype)
     place = check_device(device)
+    check = memory_check(memory)
     with _transformers_output(progress):
         source, offline = _resolve(name, progress)
         shared = {"trust_remote_code": trust_remote_code, "local_files_only": offline}
         try:
             config = transformers.AutoConfig.from_pretrained(source, **shared)
             _require_decoder(config, name)
-            needed = estimate_memory(config, torch_dtype, trust_remote_code=trust_remote_code)
-            require_memory(name, needed, place, progress)
+            if check != "off":
+                needed = estimate_memory(
+                    config,
+                    torch_dtype,
+                    layers=layers,
+                    tokens=tokens,
+                    trust_remote_code=trust_remote_code,
+                )
+                require_memory(name, needed, place, progress, check)
             tokenizer = transformers.AutoTokenizer.from_pretrained(source, **shared)
-            model = _read_weights(source, torch_dtype, shared).to(place)
+            model = _read_weights(auto_class(config), source, torch_dtype, shared).to(place)
         except torch.OutOfMemoryError as error:
             raise NotEnoughMemoryError(f"model {name!r} on {device}: {error}") from error
-        except ModelError:
+        except HieditError:
             raise
-        except _LOAD_ERRORS as error:
+        # A configuration may be wrong in any way, and transformers raises whatever comes of it.
+        except Exception as error:
             raise ModelError(
                 f"model {name!r} could not be loaded from {source}: {error}; needed are "
                 f"config.json, weights in *.safetensors and tokenizer files that fit together"
@@ -269,7 +291,11 @@ def _require_decoder(config: PreTrainedConfig, name: str) -> None:
     bidirectional = encoder and not getattr(config, "is_decoder", False)
     if getattr(config, "is_encoder_decoder", False):
         problem = "an encoder-decoder model"
-    elif bidirectional or not (remote or kind in modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES):
+    elif bidirectional or not (
+        remote
+        or kind in modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+        or kind in modeling_auto.MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES
+    ):
         problem = "not a causal language model"
     else:
         return
@@ -278,9 +304,9 @@ def _require_decoder(config: PreTrainedConfig, name: str) -> None:
     )
 
 
-def _read_weights(source: str, dtype: torch.dtype, shared: dict[str, bool]) -> Any:
+def _read_weights(auto: Any, source: str, dtype: torch.dtype, shared: dict[str, bool]) -> Any:
     settings = {"dtype": dtype, "use_safetensors": True, "output_loading_info": True}
-    model, report = _AUTO.from_pretrained(source, **settings, **shared)
+    model, report = auto.from_pretrained(source, **settings, **shared)
     # transformers would fill these with random numbers and merely log it.
     if lacking := sorted(report["missing_keys"]):
         raise ModelError(

@@ -5,52 +5,99 @@ from __future__ import annotations
 import os
 import re
 import sys
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 import transformers
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
+from transformers.models.auto import modeling_auto
 from transformers.pytorch_utils import Conv1D
 
-from hiedit_env.errors import LayerError, NotEnoughMemoryError
+from hiedit_env.errors import LayerError, NotEnoughMemoryError, SettingsError
 from hiedit_env.model.architectures import find_candidates
 
-_AUTO: Any = transformers.AutoModelForCausalLM
+#: Tokens of the longest prompt that every estimate has room for.
+TOKENS = 256
+
+#: What is done when a model seems not to fit; ``$HIEDIT_MEMORY_CHECK`` sets the default.
+MEMORY_CHECKS = ("refuse", "warn", "off")
 
 
 def estimate_memory(
-    config: PreTrainedConfig, dtype: torch.dtype, *, trust_remote_code: bool = False
+    config: PreTrainedConfig,
+    dtype: torch.dtype,
+    *,
+    layers: str | Sequence[str] | None = None,
+    tokens: int = TOKENS,
+    trust_remote_code: bool = False,
 ) -> int:
     """About how many bytes it takes to edit a model with the default update rule.
 
     The sum, with b bytes per number of the model's dtype and 4 per float32, of
 
     - the model: b per parameter;
-    - activations of one pass: b (d_in + d_out) per weight matrix, for 256 tokens;
-    - the candidate layers, by preset or default rule: b per weight for the unedited copy, and twice
-      4 for the accumulated change, before and after the step under way, which may be undone;
+    - activations of one pass: b (d_in + d_out) per weight matrix, for 256 tokens, and twice that
+      for every further token of the longest prompt, which is rehearsed beside other prompts;
+    - the candidate layers: b per weight for the unedited copy, and twice 4 for the accumulated
+      change, before and after the step under way, which may be undone;
     - the ``decorrelated`` rule's statistics: 4 d_in² per candidate layer, four times: kept, kept
       from before the step, and two temporary copies for the factorisation.
 
-    Where no candidate layers are known, they are taken to be square matrices and a quarter of the
-    model. Nothing is loaded.
+    Where no layers are given and no default is known, they are taken to be square matrices and a
+    quarter of the model. Nothing is loaded: the model is built on the meta device.
+
+    Args:
+        config: The model's configuration.
+        dtype: Of its weights.
+        layers: Candidate layers as in :func:`.architectures.find_candidates`.
+        tokens: Length of the longest prompt.
+        trust_remote_code: Whether code that comes with the model may run.
+
+    Raises:
+        LayerError: ``layers`` are given and are none of this model's.
     """
     with torch.device("meta"):
-        model: PreTrainedModel = _AUTO.from_config(config, trust_remote_code=trust_remote_code)
+        model: PreTrainedModel = auto_class(config).from_config(
+            config, trust_remote_code=trust_remote_code
+        )
     parameters = sum(p.numel() for p in model.parameters())
     try:
-        layers = find_candidates(model, name=config.name_or_path)
-        candidates = sum(layer.d_in * layer.d_out for layer in layers)
-        statistics = sum(layer.d_in**2 for layer in layers)
+        found = find_candidates(model, layers, name=config.name_or_path)
+        candidates = sum(layer.d_in * layer.d_out for layer in found)
+        statistics = sum(layer.d_in**2 for layer in found)
     except LayerError:
+        if layers is not None:
+            raise
         candidates = statistics = parameters // 4
     matrices = (m.weight for m in model.modules() if isinstance(m, nn.Linear | Conv1D))
     activations = sum(sum(weight.shape) for weight in matrices)
-    in_dtype = parameters + 256 * activations + candidates
+    passes = TOKENS + 2 * max(0, tokens - TOKENS)
+    in_dtype = parameters + passes * activations + candidates
     return in_dtype * dtype.itemsize + (2 * candidates + 4 * statistics) * 4
+
+
+def auto_class(config: PreTrainedConfig) -> Any:
+    """The class of transformers that opens a model of this configuration whole.
+
+    Models that read images or sounds beside text are opened with all their parts, so that none is
+    lost when they are saved.
+    """
+    kind = config.model_type
+    remote = getattr(config, "auto_map", None) or {}
+    multimodal = cast(Mapping[str, Any], modeling_auto.MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES)
+    names = multimodal.get(kind, ())
+    names = (names,) if isinstance(names, str) else names
+    own = (getattr(config, "architectures", None) or [""])[0]
+    is_causal = (
+        kind in modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES or "AutoModelForCausalLM" in remote
+    )
+    if names and (own in names or not is_causal):
+        return transformers.AutoModelForMultimodalLM
+    return transformers.AutoModelForCausalLM
 
 
 def available_memory(device: torch.device) -> int | None:
@@ -64,7 +111,27 @@ def available_memory(device: torch.device) -> int | None:
     return min(rooms, default=None)
 
 
-def require_memory(name: str, needed: int, device: torch.device, progress: bool) -> None:
+def memory_check(chosen: str | None) -> str:
+    """What is done when a model seems not to fit: the choice, else ``$HIEDIT_MEMORY_CHECK``.
+
+    Raises:
+        SettingsError: it is none of :data:`MEMORY_CHECKS`.
+
+    >>> memory_check("warn")
+    'warn'
+    """
+    found = chosen if chosen is not None else os.environ.get("HIEDIT_MEMORY_CHECK", "refuse")
+    if found not in MEMORY_CHECKS:
+        known = ", ".join(MEMORY_CHECKS)
+        raise SettingsError(
+            f"memory must be one of {known} (here or in HIEDIT_MEMORY_CHECK), got {found!r}"
+        )
+    return found
+
+
+def require_memory(
+    name: str, needed: int, device: torch.device, progress: bool, check: str = "refuse"
+) -> None:
     """Checks that a model fits; says what it needs if asked to, or if that is more than half.
 
     Args:
@@ -72,6 +139,7 @@ def require_memory(name: str, needed: int, device: torch.device, progress: bool)
         needed: Bytes.
         device: Where it is to go.
         progress: Whether to say it on standard error in any case.
+        check: ``"refuse"``, or ``"warn"`` to go on with a warning.
 
     Raises:
         NotEnoughMemoryError: more is needed than is free.
@@ -80,10 +148,11 @@ def require_memory(name: str, needed: int, device: torch.device, progress: bool)
     room = "free memory unknown" if free is None else f"{free / 1e9:.1f} GB free"
     if progress or (free is not None and 2 * needed > free):
         print(f"loading {name} needs about {needed / 1e9:.2g} GB; {room}", file=sys.stderr)
-    if free is not None and needed > free:
+    if check == "refuse" and free is not None and needed > free:
         raise NotEnoughMemoryError(
             f"model {name!r} needs about {needed / 1e9:.2g} GB but {device} has {room}; choose a "
-            f"smaller model, dtype='bfloat16', or another device, or free some memory"
+            f"smaller model, fewer layers, shorter prompts, dtype='bfloat16', or another device, "
+            f"free some memory, or go on all the same with HIEDIT_MEMORY_CHECK=warn"
         )
 
 

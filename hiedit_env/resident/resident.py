@@ -72,8 +72,14 @@ class ResidentLLM(EditableWeights):
         self.encoder = PromptEncoder(tokenizer, limit if limit is None or limit > 0 else None)
         self.cache = TensorCache(cache_bytes)
         self.first_block = min(layer.block for layer in self.layers)
+        #: How the model is run, see :mod:`.forward_check`.
         self._way = find_forward(model, self.layers, self.first_block)
         self._split, self._head = self._way.halves, self._way.head
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What a user should know about how this model is run, one line each; usually nothing."""
+        return tuple(self._way.notes)
 
     def fork(self) -> ResidentLLM:
         """Another environment's view of the same model: shared base weights, changes of its own.

@@ -11,7 +11,7 @@ import pytest
 import torch
 from transformers import LlamaConfig
 
-from hiedit_env.errors import NotEnoughMemoryError
+from hiedit_env.errors import LayerError, NotEnoughMemoryError, SettingsError
 from hiedit_env.model import loading, memory_budget
 from hiedit_env.model.loading import load_model
 from hiedit_env.model.memory_budget import available_memory, estimate_memory
@@ -33,16 +33,57 @@ def test_estimate_by_hand() -> None:
     assert estimate_memory(CONFIG, torch.bfloat16) == 2 * in_dtype + 4 * in_float32
 
 
-def test_large_inputs_cost_more(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_large_inputs_cost_more() -> None:
     """Keys of down projections are longer, and their statistics grow with the square."""
-    find = memory_budget.find_candidates
-
-    def down(model: Any, name: str) -> Any:
-        return find(model, "*layers.{0,1}.mlp.down_proj", name)
-
     usual = estimate_memory(CONFIG, torch.float32)
-    monkeypatch.setattr(memory_budget, "find_candidates", down)
-    assert estimate_memory(CONFIG, torch.float32) - usual == 4 * 4 * 2 * (24**2 - 16**2)
+    down = estimate_memory(CONFIG, torch.float32, layers="*layers.{0,1}.mlp.down_proj")
+    assert down - usual == 4 * 4 * 2 * (24**2 - 16**2)
+
+
+def test_the_layers_asked_for_are_counted() -> None:
+    usual = estimate_memory(CONFIG, torch.float32)
+    one = estimate_memory(CONFIG, torch.float32, layers=["model.layers.2.mlp.up_proj"])
+    # One layer of 16 × 24 less: 12 bytes per weight, and four float32 matrices of 16 × 16.
+    assert usual - one == 12 * 16 * 24 + 16 * 16**2
+    with pytest.raises(LayerError, match="matches no module"):
+        estimate_memory(CONFIG, torch.float32, layers="model.layers.9.mlp.up_proj")
+
+
+def test_one_matrix_of_a_7b_needs_little_more_than_the_model() -> None:
+    config = LlamaConfig(num_hidden_layers=32)  # Llama-2-7B's sizes
+    one = estimate_memory(config, torch.bfloat16, layers="model.layers.12.mlp.up_proj")
+    assert 13.5e9 < one < 15.5e9
+
+
+def test_long_prompts_cost_more() -> None:
+    usual = estimate_memory(CONFIG, torch.float32)
+    assert estimate_memory(CONFIG, torch.float32, tokens=256) == usual
+    # Two numbers of 4 bytes per column of every matrix and further token; columns as above.
+    columns = 3 * (4 * 32 + 3 * 40) + 24
+    assert estimate_memory(CONFIG, torch.float32, tokens=2000) - usual == 8 * 1744 * columns
+
+
+@pytest.mark.parametrize("way", ["argument", "environment"])
+def test_the_check_can_be_overridden(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], way: str
+) -> None:
+    save_model(tmp_path)
+    monkeypatch.setattr(memory_budget, "available_memory", lambda _: 1)
+
+    def load(check: str) -> None:
+        monkeypatch.setenv("HIEDIT_MEMORY_CHECK", check if way == "environment" else "refuse")
+        argument = {"memory": check} if way == "argument" else {}
+        capfd.readouterr()
+        load_model(str(tmp_path), progress=False, **argument)
+
+    load("warn")
+    assert "needs about 0.00083 GB; 0.0 GB free" in capfd.readouterr().err
+    load("off")
+    assert capfd.readouterr().err == ""
+    with pytest.raises(NotEnoughMemoryError, match="HIEDIT_MEMORY_CHECK=warn"):
+        load("refuse")
+    with pytest.raises(SettingsError, match=r"refuse, warn, off.*got 'no'"):
+        load("no")
 
 
 def test_too_little_memory_is_found_before_loading(
