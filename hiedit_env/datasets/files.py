@@ -39,7 +39,7 @@ def read_rows(label: str, built_in: Traversable | None, names: str) -> list[obje
     if label == "-":
         return _document(_decode(_read_all(sys.stdin.buffer, label), label), label)
     path = Path(label)
-    if not path.exists():
+    if not os.path.exists(path):
         raise DatasetError(
             f"no data set {label!r}: neither a built-in name ({names}) "
             "nor the path of an existing .json or .jsonl file"

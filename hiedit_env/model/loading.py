@@ -244,7 +244,7 @@ def _resolve(name: str, progress: bool) -> tuple[str, bool]:
     """Folder or hub id, and whether everything is on this machine."""
     if built_in(name).shipped:
         return str(files("hiedit_env.model").joinpath("assets", name)), True
-    if name and Path(name).is_dir():
+    if name and os.path.isdir(name):
         if not Path(name, "config.json").is_file():
             raise ModelError(f"folder {name!r} has no config.json, so it holds no model")
         return str(Path(name)), True

@@ -284,3 +284,11 @@ def test_files_appear_complete_or_not_at_all(
 def test_plain_values_are_json() -> None:
     value = {"a": (np.float32(0.5), np.inf), "b": Path("x"), "c": np.array([[True]])}
     assert json.loads(json.dumps(plain(value))) == {"a": [0.5, None], "b": "x", "c": [[True]]}
+
+
+@pytest.mark.parametrize("option", ["model", "dataset"])
+def test_names_that_no_file_system_has_are_one_line(tmp_path: Path, option: str) -> None:
+    settings = replace(QUICK, **{option: "x" * 300})
+    with pytest.raises(HieditError, match=r"'x+'") as raised:
+        compare(settings, ["all-layers"], [0], tmp_path / "out", progress=False)
+    assert "\n" not in str(raised.value)
