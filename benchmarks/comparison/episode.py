@@ -95,17 +95,17 @@ class PlayedEpisode:
                 low level; None where there is no oracle.
 
         Returns:
-            Nothing where ``best`` is None. Otherwise the numbers below; regrets are in the unit of the
-            reward and per fact, shares in percent of the facts that the model did not answer before
-            their edit.
+            Nothing where ``best`` is None. Otherwise the numbers below; regrets are in the unit of
+            the reward and per fact, shares in percent of the facts that the model did not answer
+            before their edit.
 
         The numbers:
 
         - ``regret``: the oracle's reward minus the agent's. Where the episode ended early, the last
           reward counts for that fact and for those that the episode did not reach.
         - ``one_step_regret``: the reward of the best option minus the agent's, at the agent's own
-          states with its own low level, mean over the finished edits. It is small where the model is
-          damaged or the low level writes nothing, since no option helps there.
+          states with its own low level, mean over the finished edits. It is small where the model
+          is damaged or the low level writes nothing, since no option helps there.
         - ``true_layer_share``: the agent wrote the true layers, perhaps others too.
         - ``true_layer_exact_share``: it wrote the true layers and no others.
         - ``true_layer_best_share``: writing just the true layers was the oracle's best option.
