@@ -51,8 +51,8 @@ def run_option(
     """Runs an option on the present fact of a LayerSelection environment.
 
     With γ = 1 and the option's own policy this is ``env.step(option.layers)``, primitive step by
-    primitive step. The model is judged when the fact is over, so all reward is paid then; with
-    γ < 1 after every primitive step, since what is lost would weigh less the longer it took.
+    primitive step. The model is judged when the fact is over, so all reward comes then; with
+    γ < 1 after every primitive step, since otherwise losses of late steps would count less.
 
     Args:
         env: The environment, with the option's low level and horizon in use.
@@ -68,20 +68,20 @@ def run_option(
     reward, discount, steps = 0.0, 1.0, 0
     if not option.can_begin(episode.capture) or not option.layers.any():
         # Nothing is written: the environment judges the fact as it is.
-        observation, paid, ended, _, info = env.step(np.zeros(len(option.layers), np.int8))
-        paid = 0.0 if judge == "never" else paid
-        return Outcome(paid, discount, steps, observation, ended, info)
+        observation, own, ended, _, info = env.step(np.zeros(len(option.layers), np.int8))
+        own = 0.0 if judge == "never" else own
+        return Outcome(own, discount, steps, observation, ended, info)
     while True:
         episode.rule.look(env.observe)
         capture = episode.observe()
         updates = (policy or option.updates)(capture)
         steps += 1
-        # An option may end before the environment's own horizon: it is paid for what it did.
+        # An option may end before the environment's own horizon: its reward is due then.
         horizon = judge == "fact" and steps >= option.max_steps
-        observation, paid, ended, _, info = env.apply(
+        observation, own, ended, _, info = env.apply(
             updates, judge="step" if horizon else judge, rule_made=True
         )
-        reward += discount * paid
+        reward += discount * own
         discount *= gamma
         if ended or info["edit_over"] or option.is_over(episode.capture, steps):
             return Outcome(reward, discount, steps, observation, ended, info)

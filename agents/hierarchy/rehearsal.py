@@ -1,22 +1,22 @@
-"""A low level that rehearses: every update also mends what earlier ones have damaged.
+"""A low level with experience replay: every update also rehearses earlier facts and other prompts.
 
-At every primitive step a few requests edited earlier and a few unrelated prompts are run, at the
-present weights or, with ``look_ahead``, at those that the fact's own update would give, and the
-loss
+At every primitive step the model runs a few requests edited earlier and a few unrelated prompts, at
+the present weights or, with ``look_ahead``, at the weights that the fact's own update would give.
+The loss
 
     Σ −log p(y_i | x_i)  +  Σ KL[p_unedited ‖ p]
 
-(mean over each one's tokens) gives a second low-rank update of the same layers, by the same
-decorrelated rule. With ``look_ahead`` training takes the gradients at those weights as constants:
-how the parameters move them through the fact's own update is left out (first order). So is how they
-move the bound of its size.
+(mean over the tokens of each prompt) gives a second low-rank update of the same layers, by the same
+decorrelated rule. With ``look_ahead`` training is first-order: gradients at those weights count as
+constants, so how the parameters move the weights through the fact's own update is left out. So is
+how they move the bound of the second update's size.
 
-The earlier requests are those the agent itself edited in this episode, without their paraphrases
-(what was answered when it came, or had no layer chosen, was not edited), each with its latest
-answer. The unrelated prompts are from training, each once with the unedited model's own answer and
-once with the true one; at both, the unedited model's distribution is what is kept. Nothing that an
-evaluation asks is looked at. It is experience replay (Lin 1992) on the weights of the model that is
-edited; HiEdit's and RLEdit's memory of the last k edits acts in training only.
+The earlier requests are those that the agent itself edited in this episode, without their
+paraphrases, each with its latest answer; a fact that was already answered, or for which no layer
+was chosen, was not edited. The unrelated prompts come from training, each once with the unedited
+model's own answer and once with the true one; both are held to the unedited model's distribution.
+No prompt of an evaluation is used. This is experience replay (Lin 1992) on the weights of the
+edited model; the memory of the last k edits in HiEdit and RLEdit acts in training only.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ class Rehearsal(Hypernetwork):
         largest: Bound of the size (Frobenius norm) of what is rehearsed, as a multiple of the
             fact's own update, layer by layer.
         look_ahead: Whether what is rehearsed is run at the weights that the fact's own update would
-            give, so that it also mends what that update damages; at the present ones if not.
+            give, so that it also repairs the damage of that update; at the present ones if not.
         end_answers: Whether a rehearsed answer is followed by the tokenizer's end token, and the
             present request is rehearsed too: the model learns to give the answer and stop.
         seed: Of the initial values; and with that of an episode (:meth:`seed`) of what is rehearsed
@@ -220,11 +220,11 @@ class Rehearsal(Hypernetwork):
                 return written
         else:
             rows = self._rows_at_present(prompts, loss)
-        mended = self.correct(rows, layers)
+        rehearsed = self.correct(rows, layers)
         # Bounded as if all were written: a multiplier of 0 would leave no bound to differentiate.
         joined = tuple(
             None if one is None or two is None else _joined(one, self._bounded(two, one))
-            for one, two in zip(own, mended, strict=True)
+            for one, two in zip(own, rehearsed, strict=True)
         )
         return _times(joined, multipliers)
 

@@ -233,7 +233,7 @@ class Trainer:
             )
 
         policy = learn if self._differentiated else None
-        # What is paid is only needed where it is learned from.
+        # The reward costs a pass; only policy-gradient learning needs it.
         judge: Judging = "fact" if self._sampled else "never"
         outcome = run_option(
             self.env, option, gamma=self.settings.gamma, policy=policy, judge=judge
@@ -248,7 +248,7 @@ class Trainer:
         return make_lesson(self.env, made, self.settings.l2, self._future_damage)
 
     def _reward(self, layers: np.ndarray) -> float:
-        """What an option would be paid; the caller restores the state."""
+        """The reward of an option; the caller restores the state."""
         option = self._option(Choice(layers))
         return run_option(self.env, option, gamma=self.settings.gamma).reward
 
@@ -342,7 +342,7 @@ class Tried:
 
     Args:
         choice: With the log-probability it was drawn with.
-        advantage: Its own reward over what it is compared with.
+        advantage: Its own reward over the baseline.
     """
 
     choice: Choice

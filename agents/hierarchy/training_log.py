@@ -26,8 +26,8 @@ class Tally:
 
         Args:
             outcome: What became of it.
-            judged: Whether its reward was paid by the environment. If not, it is minus the loss
-                that was learned from, with what an episode that ended early was paid for that.
+            judged: Whether its reward is the environment's. If not, it is minus the loss that was
+                learned from, plus the environment's reward for an early end of the episode.
         """
         own = self.losses[self._counted :]
         self._counted = len(self.losses)
