@@ -357,7 +357,7 @@ def test_training_leaves_out_what_an_evaluation_asks(tmp_path: Path) -> None:
         seen.extend(capture.prompt.prompt for capture in found)
         own(self, found)
 
-    run = TrainingRun("random-layers+rehearsal", model="tiny", exclude=str(kept))
+    run = TrainingRun(agent="random-layers+rehearsal", model="tiny", exclude=str(kept))
     settings = TrainSettings(
         episodes=1, edits_per_episode=2, evaluation_edits=0, calibration=500, held_out=0.0
     )
