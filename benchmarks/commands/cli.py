@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import os
 import sys
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import fields
 from pathlib import Path
-from typing import Annotated, Any, Protocol
+from typing import Annotated, Any, Protocol, TextIO
 
 import tyro
 from hiedit_agents.command_line import parse, run_script
@@ -18,7 +19,7 @@ from hiedit_benchmarks.comparison.settings import CompareSettings, EditSettings
 
 from hiedit_env import __version__
 from hiedit_env.envs.settings import AtLeast1, settings, unknown_name
-from hiedit_env.errors import SettingsError
+from hiedit_env.errors import HieditWarning, SettingsError
 
 PROGRAM = "hiedit"
 Switch = tyro.conf.FlagCreatePairsOff[bool]
@@ -201,7 +202,24 @@ def main(arguments: Sequence[str] | None = None) -> int:
     # slower as soon as another program wants the same cores.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     replace_what_cannot_be_encoded()
-    return run_script(lambda: _run(words), PROGRAM)
+    with warnings.catch_warnings():
+        warnings.showwarning = _show_warning
+        return run_script(lambda: _run(words), PROGRAM)
+
+
+def _show_warning(
+    message: Warning | str,
+    category: type[Warning],
+    filename: str,
+    lineno: int,
+    file: TextIO | None = None,
+    line: str | None = None,
+) -> None:
+    """Warnings of hiedit's own in one line; others as Python shows them."""
+    if issubclass(category, HieditWarning):
+        print(f"{PROGRAM}: warning: {message}", file=sys.stderr)
+    else:
+        print(warnings.formatwarning(message, category, filename, lineno, line), file=sys.stderr)
 
 
 def _run(words: list[str]) -> None:
