@@ -12,19 +12,20 @@
 ``module:Class``          an agent of your own
 ========================  =====================================================================
 
-``?name=value&name=value`` changes arguments: of the level itself after a HIGH or a LOW, of the low
-level after a named agent or a DIR, where ``high.name=value`` reaches the high one; after a part of
-HIGH+LOW only that level's.
-``hiedit?facts=0`` does not rehearse facts, ``policy?size=learned+ridge`` learns how many layers,
-``hiedit?max_steps_per_edit=1`` has another horizon. ``DIR?allow_code=true`` allows a DIR whose
-levels are a ``module:Class`` to import them; without it no folder runs code.
+Settings follow the part they belong to, after commas: those of the level itself after a HIGH or a
+LOW, of the low level after a named agent or a DIR, where ``high.name=value`` reaches the high one;
+after a part of HIGH+LOW only that level's.
+``hiedit,facts=0`` does not rehearse facts, ``policy,size=learned+ridge`` learns how many layers,
+``hiedit,max_steps_per_edit=1`` has another horizon. ``DIR,allow_code=true`` allows a DIR whose
+levels are a ``module:Class`` to import them; without it no folder runs code. A spec file (YAML or
+JSON) stands for a name, see :mod:`hiedit_agents.named.grammar`.
 """
 
 from __future__ import annotations
 
 import importlib
-import json
-from collections.abc import Callable, Mapping
+import inspect
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from types import MappingProxyType
@@ -44,6 +45,15 @@ from hiedit_agents.named.checkpoints import (
     trained_facts,
     weights_of,
 )
+from hiedit_agents.named.grammar import (
+    Pair,
+    is_spec_file,
+    read_spec_file,
+    refuse_old_syntax,
+    split_label,
+    split_settings,
+)
+from hiedit_agents.named.over_low_level import OverLowLevel
 from hiedit_agents.named.presets import PRESETS
 from hiedit_agents.named.spec import HIGH_LEVELS, LOW_LEVELS, AgentSpec
 from hiedit_agents.policies.networks import library_of
@@ -87,7 +97,7 @@ _STRUCTURE = frozenset(
 _HORIZON = "max_steps_per_edit"
 
 #: Argument of a folder: levels that its record gives as ``module:Class`` may be imported.
-_ALLOW_CODE = "allow_code=true"
+_ALLOW_CODE = "allow_code"
 
 #: Names of the agents that come with hiedit, in the order they are listed.
 AGENTS: Mapping[str, str] = MappingProxyType(
@@ -205,6 +215,53 @@ class SpecAgent(FixedAgent):
             low = low.with_seed(seed, low=True)
         return SpecAgent(self.name, (high, self._high_folder), (low, self._low_folder))
 
+    def acting_with(self, layers_per_edit: int | None) -> SpecAgent:
+        """The same agent with another K, also of a trained high level; its name goes before it.
+
+        Raises:
+            SettingsError: the number of layers follows from what it has learned.
+        """
+        if layers_per_edit is None or self._high.high in SIZELESS:
+            return self
+        if "high.layers_per_edit" in self._high.given:
+            return self
+        if self._high.high_settings.get("size") == "learned":
+            raise SettingsError(
+                f"agent {self.name!r} has learned how many layers to choose, so layers_per_edit="
+                f"{layers_per_edit} would change nothing; leave it out"
+            )
+        high = self._high.with_layers_per_edit(layers_per_edit)
+        low = high if self._low is self._high else self._low
+        return SpecAgent(self.name, (high, self._high_folder), (low, self._low_folder))
+
+    def with_low_options(
+        self, max_steps_per_edit: int | None, step_size: float | None, update_rule: str | None
+    ) -> SpecAgent:
+        """The same agent with what is given for all agents; its name goes before it.
+
+        Raises:
+            SettingsError: an update rule, where the low level comes with the agent.
+        """
+        low = self._low
+        bundled = self._low_folder is not None or low.name in PRESETS
+        if update_rule is not None and low.low is not None and bundled:
+            raise SettingsError(
+                f"agent {self.name!r} has a low level of its own, so update_rule={update_rule!r} "
+                f"would change nothing; leave it out, or name {low.high}+{update_rule}"
+            )
+        given, settings, horizon = set(low.given), dict(low.low_settings), low.max_steps_per_edit
+        if max_steps_per_edit is not None and _HORIZON not in given:
+            horizon = max_steps_per_edit
+            given.add(_HORIZON)
+        if step_size is not None and low.low is not None and "low.step_size" not in given:
+            settings["step_size"] = step_size
+            given.add("low.step_size")
+        spec = replace(
+            low, low_settings=settings, max_steps_per_edit=horizon, given=frozenset(given)
+        )
+        high = spec if self._high is low else self._high
+        return SpecAgent(self.name, (high, self._high_folder), (spec, self._low_folder))
+
     def with_low_settings(self, **settings: Any) -> SpecAgent:
         """The same agent with other arguments of its low level."""
         spec = replace(
@@ -299,52 +356,106 @@ class SpecAgent(FixedAgent):
         return self._built[1].select_action(observation, info)
 
 
-def make_agent(name: str, *, layers_per_edit: int | None = None) -> Agent:
+def make_agent(
+    name: str,
+    *,
+    layers_per_edit: int | None = None,
+    max_steps_per_edit: int | None = None,
+    step_size: float | None = None,
+    update_rule: str | None = None,
+) -> Agent:
     """An agent by name, see the table above.
+
+    What is given here goes before what an agent was trained with or has by default; what its name
+    says goes before what is given here. Agents over the environment's own update rule leave all but
+    ``layers_per_edit`` to the environment.
 
     Args:
         name: What to make.
-        layers_per_edit: Layers per fact, for agents that have such a setting. A class of your own
-            is made as ``Class(layers_per_edit=...)``.
+        layers_per_edit: Layers per fact, for agents that choose a number of them.
+        max_steps_per_edit: Horizon of an option.
+        step_size: Nominal step size of the low level.
+        update_rule: The environment's; refused by agents with a low level of their own.
 
     Raises:
-        SettingsError: unknown name, a module or class that cannot be imported, or a class that is
-            no agent.
+        SettingsError: unknown name, a module or class that cannot be imported, a class that is no
+            agent, or an argument that would change nothing about the agent.
         CheckpointError: a folder that is no trained agent.
 
     >>> make_agent("all-layers").name, make_agent("random-layers+ridge").name
     ('all-layers', 'random-layers+ridge')
     """
+    low = {
+        "max_steps_per_edit": max_steps_per_edit, "step_size": step_size, "update_rule": update_rule
+    }  # fmt: skip
+    if not is_trained(name):
+        refuse_old_syntax(name)
     if name in CHOICES:
         return LayerChoiceAgent(name, layers_per_edit=layers_per_edit)
     if name == OracleAgent.name:
         return OracleAgent()
-    prefix, colon, place = name.partition(":")
-    if colon and prefix in LOADERS and not is_trained(name):
-        agent: Agent = importlib.import_module(LOADERS[prefix]).load(Path(place))
-        trained_by = agent.name.partition(":")[0]
-        if trained_by != prefix:
-            raise CheckpointError(
-                f"{place} was trained by {trained_by}, not by {prefix}; name it {agent.name}"
-            )
-        return agent
-    if ":" in name and "+" not in name and not is_trained(name.partition("?")[0]):
-        made = _import(name)(layers_per_edit=layers_per_edit)
-        if not isinstance(made, Agent):
-            raise SettingsError(
-                f"{name!r} is no agent; it needs name, reset, select_action and update"
-            )
-        return made
-    return spec_agent(name, layers_per_edit)
+    base, pairs = (name, []) if is_trained(name) else split_settings(name)
+    if is_spec_file(base):
+        file = read_spec_file(base)
+        if file.agent is not None and _outside(file.agent):
+            base, pairs = file.agent, [*file.pairs, *pairs]
+    if _outside(base):
+        prefix, _, place = base.partition(":")
+        if prefix in LOADERS:
+            return _policy(prefix, Path(place), dict(pairs), low)
+        if "+" not in base:
+            return _own(base, dict(pairs), layers_per_edit)
+    made = spec_agent(name).acting_with(layers_per_edit)
+    return made.with_low_options(max_steps_per_edit, step_size, update_rule)
+
+
+def takes_layers_per_edit(agent: Agent) -> bool:
+    """Whether an agent chooses a number of layers that can be given."""
+    if isinstance(agent, SpecAgent):
+        return agent.spec.high not in SIZELESS
+    if isinstance(agent, LayerChoiceAgent):
+        return agent.name not in SIZELESS
+    return "layers_per_edit" in _parameters(type(agent))
+
+
+def refuse_unused_size(agents: Collection[Agent], layers_per_edit: int | None) -> None:
+    """Refuses a number of layers that changes nothing about any agent.
+
+    Raises:
+        SettingsError: none of the agents chooses a number of layers.
+    """
+    if layers_per_edit is None or any(takes_layers_per_edit(agent) for agent in agents):
+        return
+    names = ", ".join(agent.name for agent in agents if agent.name != "no-edit") or "no-edit"
+    raise SettingsError(
+        f"layers_per_edit={layers_per_edit} changes nothing about {names}: it is for agents that "
+        "choose a number of layers, such as random-layers; leave it out"
+    )
+
+
+def labelled(text: str) -> tuple[str, str]:
+    """How an agent is called in tables, and its name: from ``LABEL=NAME``, or the name twice.
+
+    An agent of a spec file without a label is called as the file says.
+    """
+    label, name = split_label(text, is_trained)
+    if label is None and is_spec_file(name):
+        label = read_spec_file(name).name
+    return label or name, name
 
 
 def spec_agent(name: str, layers_per_edit: int | None = None) -> SpecAgent:
-    """An agent that has a spec: a named one, a trained one, or ``HIGH+LOW``.
+    """An agent that has a spec: a named one, a trained one, ``HIGH+LOW``, or a spec file.
 
     Raises:
         SettingsError: unknown name, or arguments that are none.
         CheckpointError: a folder that is no trained agent, or that of a library's policy.
     """
+    if not is_trained(name):
+        refuse_old_syntax(name)
+        base, pairs = split_settings(name) if "+" not in name else (name, [])
+        if is_spec_file(base):
+            return _of_file(base, pairs, layers_per_edit)
     # A folder or a number may have a "+" in it: the first one between two known parts counts.
     pluses = [] if is_trained(name) else [i for i, sign in enumerate(name) if sign == "+"]
     for place in pluses:
@@ -399,9 +510,19 @@ def is_trained(name: str) -> bool:
     return kind_of(Path(name)) == LEVELS
 
 
-def _part(name: str) -> tuple[AgentSpec, Path | None] | None:
-    """A named agent, a trained one or a high level, with its arguments; None if it is none."""
-    base, _, query = (name, "", "") if is_trained(name) else name.partition("?")
+def _split(part: str) -> tuple[str, list[Pair]]:
+    """A part's name and settings; a folder may be called anything."""
+    return (part, []) if is_trained(part) else split_settings(part)
+
+
+def _part(name: str, pairs: Sequence[Pair] | None = None) -> tuple[AgentSpec, Path | None] | None:
+    """A named agent, a trained one or a high level, with its settings; None if it is none.
+
+    Args:
+        name: With settings, or without them where ``pairs`` holds them.
+        pairs: Settings.
+    """
+    base, query = _split(name) if pairs is None else (name, pairs)
     if base in PRESETS and is_trained(base):
         raise SettingsError(
             f"{base!r} is a named agent, and here it is also the folder of a trained one; write "
@@ -411,76 +532,81 @@ def _part(name: str) -> tuple[AgentSpec, Path | None] | None:
         return _with_query(PRESETS[base], query, "low"), None
     if is_trained(base):
         folder = Path(base)
-        items = query.split("&") if query else []
-        rest = "&".join(item for item in items if item != _ALLOW_CODE)
-        spec = AgentSpec.from_json(read_record(folder), allow_code=_ALLOW_CODE in items)
+        rest = [pair for pair in query if pair[0] != _ALLOW_CODE]
+        allowed = (_ALLOW_CODE, True) in query
+        spec = AgentSpec.from_json(read_record(folder), allow_code=allowed)
         return _with_query(spec, rest, "low", folder), folder
     if base in HIGH_LEVELS:
         return _with_query(AgentSpec(base, base), query, "high"), None
     return None
 
 
-def _high_part(name: str) -> tuple[AgentSpec, Path | None] | None:
-    base, _, query = (name, "", "") if is_trained(name) else name.partition("?")
+def _high_part(
+    name: str, pairs: Sequence[Pair] | None = None
+) -> tuple[AgentSpec, Path | None] | None:
+    base, query = _split(name) if pairs is None else (name, pairs)
+    if is_spec_file(base):
+        file = _of_file(base, query)
+        return file._high, file._high_folder
     own = ":" in base and base.partition(":")[0] not in LOADERS
     if own and not is_trained(base):
         return _with_query(AgentSpec(base, base), query, "high"), None
-    return _part(name)
+    return _part(base, query)
 
 
-def _low_part(name: str) -> tuple[AgentSpec, Path | None] | None:
-    base, _, query = (name, "", "") if is_trained(name) else name.partition("?")
+def _low_part(
+    name: str, pairs: Sequence[Pair] | None = None
+) -> tuple[AgentSpec, Path | None] | None:
+    base, query = _split(name) if pairs is None else (name, pairs)
+    if is_spec_file(base):
+        file = _of_file(base, query)
+        return file._low, file._low_folder
     if base in HIGH_LEVELS:
         return None
     if base in LOW_LEVELS or (":" in base and not is_trained(base)):
         return _with_query(AgentSpec(base, "all-layers", base), query, "low"), None
-    return _part(name)
+    return _part(base, query)
 
 
 def _refuse_unused(part: str, used: str) -> None:
     """Refuses arguments of the level that is not taken from a part of ``HIGH+LOW``."""
-    base, _, query = part.partition("?")
-    if not query or is_trained(part):
-        return
+    base, query = _split(part)
     own = used if base in (*HIGH_LEVELS, *LOW_LEVELS) or ":" in base else "low"
-    for item in query.split("&"):
-        if item == _ALLOW_CODE:
+    for key, value in query:
+        if key == _ALLOW_CODE:
             continue
-        key = item.partition("=")[0]
         owner, dot, _ = key.partition(".")
         if (owner if dot else "low" if key == _HORIZON else own) != used:
             raise SettingsError(
-                f"{item!r} changes the other level of {part!r}, of which only the {used} level is "
-                f"taken; '{used}.name=value' reaches that one"
+                f"'{key}={value}' changes the other level of {part!r}, of which only the {used} "
+                f"level is taken; '{used}.name=value' reaches that one"
             )
 
 
-def _with_query(spec: AgentSpec, query: str, level: str, folder: Path | None = None) -> AgentSpec:
-    """The spec with other arguments, given as ``name=value&high.name=value&low.name=value``."""
+def _with_query(
+    spec: AgentSpec, query: Sequence[Pair], level: str, folder: Path | None = None
+) -> AgentSpec:
+    """The spec with other settings: ``name``, ``high.name`` or ``low.name``, and the horizon."""
     if not query:
         return spec
     settings = {"high": dict(spec.high_settings), "low": dict(spec.low_settings)}
     horizon, given = spec.max_steps_per_edit, set(spec.given)
-    for item in query.split("&"):
-        path, equals, text = item.partition("=")
+    for path, value in query:
         if path == _HORIZON:
-            horizon = _steps(item, text)
+            horizon = _steps(value)
             given.add(_HORIZON)
             continue
         owner, dot, key = path.partition(".")
         owner, key = (owner, key) if dot else (level, path)
-        if not (key and equals) or owner not in settings:
+        if owner not in settings or not key:
             raise SettingsError(
-                f"{query!r} must be name=value pairs joined by '&', with names such as 'ridge', "
-                "'low.ridge' or 'high.size'"
+                f"{path!r} is no name of a setting; it is such as 'ridge', 'low.ridge' or "
+                "'high.size'"
             )
         if folder is not None and key in _STRUCTURE:
             raise SettingsError(f"{key!r} of {folder} was fixed when it was trained")
         given.add(f"{owner}.{key}")
-        try:
-            settings[owner][key] = json.loads(text)
-        except ValueError:
-            settings[owner][key] = text
+        settings[owner][key] = value
     return replace(
         spec,
         high_settings=settings["high"],
@@ -490,10 +616,102 @@ def _with_query(spec: AgentSpec, query: str, level: str, folder: Path | None = N
     )
 
 
-def _steps(item: str, text: str) -> int:
-    if not (text.isdecimal() and int(text) > 0):
-        raise SettingsError(f"{item!r}: an option lasts a whole number of steps, at least 1")
-    return int(text)
+def _steps(value: Any) -> int:
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise SettingsError(
+            f"{_HORIZON}={value}: an option lasts a whole number of steps, at least 1"
+        )
+    return value
+
+
+def _of_file(name: str, pairs: Sequence[Pair], layers_per_edit: int | None = None) -> SpecAgent:
+    """The agent of a spec file, with more settings."""
+    file = read_spec_file(name)
+    if file.agent is not None:
+        whole = _part(file.agent, [])
+        if whole is None:
+            raise SettingsError(
+                f"{name}: unknown agent {file.agent!r}; give a named agent or the folder of a "
+                "trained one, or 'high' and 'low'"
+            )
+        high = low = whole
+    else:
+        one, two = _high_part(*file.level(file.high)), _low_part(*file.level(file.low))
+        if one is None or two is None:
+            kind, level = ("high", file.high) if one is None else ("low", file.low)
+            raise SettingsError(f"{name}: unknown {kind} level {file.level(level)[0]!r}")
+        high, low = one, two
+    more = [*file.pairs, *pairs]
+    train = dict(file.train or {})
+
+    def changed(part: tuple[AgentSpec, Path | None]) -> tuple[AgentSpec, Path | None]:
+        spec, folder = part
+        default = "low" if file.agent not in HIGH_LEVELS else "high"
+        spec = _with_query(spec, more, default, folder)
+        return replace(spec, train={**spec.train, **train}), folder
+
+    made = changed(high)
+    label = file.name or name
+    return SpecAgent(label, made, made if low is high else changed(low), layers_per_edit)
+
+
+def _outside(name: str) -> bool:
+    """Whether an agent is no levels: a library's policy or a class of your own."""
+    prefix, colon, _ = name.partition(":")
+    if not colon or is_trained(name):
+        return False
+    return prefix in LOADERS or "+" not in name
+
+
+def _policy(
+    prefix: str, folder: Path, given: Mapping[str, Any], options: Mapping[str, Any]
+) -> Agent:
+    """A policy that ``LOADERS[prefix]`` trained, with settings of the low level below it."""
+    agent: Agent = importlib.import_module(LOADERS[prefix]).load(folder)
+    trained_by = agent.name.partition(":")[0]
+    if trained_by != prefix:
+        raise CheckpointError(
+            f"{folder} was trained by {trained_by}, not by {prefix}; name it {agent.name}"
+        )
+    wanted = {k: v for k, v in options.items() if v is not None}
+    record = getattr(agent, "record", None)
+    if record is not None and record.task.form == "step-sizes":
+        if given or wanted:
+            names = ", ".join({**wanted, **given})
+            raise SettingsError(
+                f"{agent.name} chooses step sizes: it keeps the rule and the horizon it was "
+                f"trained with, so {names} would change nothing; leave it out"
+            )
+        return agent
+    # What is given for all agents is the environment's.
+    return OverLowLevel(agent, given) if given else agent
+
+
+def _own(name: str, given: Mapping[str, Any], layers_per_edit: int | None) -> Agent:
+    """An agent of the user's own class."""
+    found = _import(name)
+    arguments = dict(given)
+    if "layers_per_edit" in _parameters(found):
+        arguments.setdefault("layers_per_edit", layers_per_edit)
+    elif layers_per_edit is not None:
+        raise SettingsError(
+            f"agent {name!r} takes no layers_per_edit, so {layers_per_edit} would change nothing; "
+            "leave it out, or let the class take it"
+        )
+    try:
+        made = found(**arguments)
+    except TypeError as error:
+        raise SettingsError(f"agent {name!r} cannot be made: {error}") from error
+    if not isinstance(made, Agent):
+        raise SettingsError(f"{name!r} is no agent; it needs name, reset, select_action and update")
+    return made
+
+
+def _parameters(found: Any) -> Collection[str]:
+    try:
+        return inspect.signature(found).parameters
+    except (TypeError, ValueError):
+        return ()
 
 
 def _import(name: str) -> Callable[..., Any]:

@@ -202,6 +202,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     # slower as soon as another program wants the same cores.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     replace_what_cannot_be_encoded()
+    # So that module:Class finds modules of the working folder, as "python -m" does.
+    if "" not in sys.path and os.getcwd() not in sys.path:
+        sys.path.append(os.getcwd())
     with warnings.catch_warnings():
         warnings.showwarning = _show_warning
         return run_script(lambda: _run(words), PROGRAM)

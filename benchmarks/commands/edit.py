@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 from hiedit_agents.named.candidates import candidates_for
-from hiedit_agents.registry import make_agent
+from hiedit_agents.registry import labelled, make_agent, refuse_unused_size
 from hiedit_benchmarks.comparison.compare import make_env
 from hiedit_benchmarks.comparison.episode import FinishedEdit, bar, play, unwrapped
 from hiedit_benchmarks.comparison.results import versions, write_json
@@ -74,7 +74,15 @@ def edit_model(
     """
     _require_writable(out)
     _require_free(out)
-    editor = make_agent(agent, layers_per_edit=settings.layers_per_edit)
+    label, name = labelled(agent)
+    editor = make_agent(
+        name,
+        layers_per_edit=settings.layers_per_edit,
+        max_steps_per_edit=settings.max_steps_per_edit,
+        step_size=settings.step_size,
+        update_rule=settings.update_rule,
+    )
+    refuse_unused_size([editor], settings.layers_per_edit)
     with candidates_for([editor], settings.model, settings.layers) as layers:
         settings = replace(settings, layers=layers)
         env = make_env(settings, progress, num_edits=None, shuffle=False)
@@ -97,7 +105,21 @@ def edit_model(
             episode.requests, before, after, episode.edits, correct["exact_match"], strict=True
         )
     ]
-    record = {"agent": agent, "settings": asdict(settings), "versions": versions(), "facts": facts}
+    rule = inner.episode.rule
+    # What ran, which need not be what the environment was made with.
+    ran = {
+        "num_edits": len(facts),
+        "max_steps_per_edit": inner.episode.max_steps_per_edit,
+        "update_rule": getattr(rule, "name", type(rule).__name__),
+        "step_size": rule.step_size,
+    }
+    record = {
+        "agent": label,
+        "identity": {"agent": name, **getattr(editor, "identity", {})},
+        "settings": {**asdict(settings), **ran},
+        "versions": versions(),
+        "facts": facts,
+    }
     unverified = _save(inner.llm, episode.requests, settings, record, out)
     env.close()
     return SavedEdits(out, facts, before_and_after(facts), unverified)

@@ -175,7 +175,7 @@ def build(
         low_settings["step_size"] = agent.low.step_size
     return agent, replace(
         spec,
-        name=run.name or run.agent,
+        name=run.name or editor.name,
         low_settings=low_settings,
         max_steps_per_edit=agent.max_steps_per_edit,
     )

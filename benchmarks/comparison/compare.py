@@ -12,7 +12,8 @@ import gymnasium as gym
 from hiedit_agents.hierarchy.simple import OracleAgent
 from hiedit_agents.named.candidates import candidates_for
 from hiedit_agents.protocol import Agent
-from hiedit_agents.registry import is_trained, make_agent
+from hiedit_agents.registry import labelled as labelled_name
+from hiedit_agents.registry import make_agent, refuse_unused_size
 from hiedit_benchmarks.comparison.contamination import trained_on
 from hiedit_benchmarks.comparison.episode import (
     PlayedEpisode,
@@ -124,11 +125,23 @@ def compare(
     seeds = list(dict.fromkeys(seeds))
     # What is cheap to check comes before the model is loaded.
     made = {
-        name: make_agent(agent, layers_per_edit=settings.layers_per_edit)
+        name: make_agent(
+            agent,
+            layers_per_edit=settings.layers_per_edit,
+            max_steps_per_edit=settings.max_steps_per_edit,
+            step_size=settings.step_size,
+            update_rule=settings.update_rule,
+        )
         for name, agent in labelled.items()
     }
+    refuse_unused_size(list(made.values()), settings.layers_per_edit)
     with candidates_for(list(made.values()), settings.model, settings.layers) as layers:
-        settings = replace(settings, layers=layers, update_rule=settings.rule)
+        settings = replace(
+            settings,
+            layers=layers,
+            update_rule=settings.rule,
+            max_steps_per_edit=settings.max_steps_per_edit or MAX_STEPS,
+        )
         folder = ResultsFolder(out, asdict(settings), resume=resume)
         env = make_env(settings, progress)
     fixed = {**asdict(settings), **_facts_of(env)}
@@ -190,14 +203,6 @@ def _run_all(
             )
 
 
-def _labelled(agent: str) -> tuple[str, str]:
-    label, equals, name = agent.partition("=")
-    # The "=" of arguments comes after a "?", and a folder may be called anything.
-    if not equals or "?" in label or is_trained(agent.partition("?")[0]):
-        return agent, agent
-    return label, name
-
-
 def _labels(agents: Sequence[str]) -> dict[str, str]:
     """Label → name.
 
@@ -205,7 +210,7 @@ def _labels(agents: Sequence[str]) -> dict[str, str]:
         SettingsError: one label for two agents.
     """
     found: dict[str, str] = {}
-    for label, name in map(_labelled, agents):
+    for label, name in map(labelled_name, agents):
         if found.setdefault(label, name) != name:
             raise SettingsError(
                 f"two agents are called {label!r}: {found[label]!r} and {name!r}; give each a "

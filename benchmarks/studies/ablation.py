@@ -53,23 +53,23 @@ class Variant:
 
 
 #: The high level of ``hiedit``, and its settings: they are drawn in acting as in training.
-_POLICY = "hiedit?high.layers_per_edit={k}&high.deterministic=false"
+_POLICY = "hiedit,high.layers_per_edit={k},high.deterministic=false"
 
 VARIANTS: Mapping[str, Variant] = {
     "hiedit": Variant(train=(_POLICY + "+{low}",)),
-    "random-choice": Variant("random-layers?layers_per_edit={k}+{low}"),
-    "best-choice": Variant("{high}?high.deterministic=true"),
+    "random-choice": Variant("random-layers,layers_per_edit={k}+{low}"),
+    "best-choice": Variant("{high},high.deterministic=true"),
     "straight-through": Variant(
-        train=("straight-through?layers_per_edit={k}+{low}", "--high-learning-rate", "0.01")
+        train=("straight-through,layers_per_edit={k}+{low}", "--high-learning-rate", "0.01")
     ),
-    "learned-size": Variant(train=(_POLICY + "&high.size=learned+{low}",)),
+    "learned-size": Variant(train=(_POLICY + ",high.size=learned+{low}",)),
     "intrinsic": Variant(train=(_POLICY + "+{low}", "--intrinsic")),
-    "no-history": Variant(train=(_POLICY + "&high.history=false+{low}",)),
-    "one-step": Variant("{high}?max_steps_per_edit=1"),
+    "no-history": Variant(train=(_POLICY + ",high.history=false+{low}",)),
+    "one-step": Variant("{high},max_steps_per_edit=1"),
     "trained-low": Variant("{high}+{trained}"),
-    "no-end-token": Variant("{high}?end_answers=false"),
-    "no-rehearsal": Variant("{high}?facts=0&probes=0&end_answers=false"),
-    "no-look-ahead": Variant("{high}?look_ahead=false"),
+    "no-end-token": Variant("{high},end_answers=false"),
+    "no-rehearsal": Variant("{high},facts=0,probes=0,end_answers=false"),
+    "no-look-ahead": Variant("{high},look_ahead=false"),
 }
 #: The variant whose levels those variants use that train none.
 _BASE = "hiedit"
@@ -84,7 +84,7 @@ class Plan:
         train: Options of every ``hiedit train``.
         compare: Options of every ``hiedit compare``.
         layers_per_edit: K.
-        low_settings: Behind the low level's name, as ``name=value&name=value``.
+        low_settings: Behind the low level's name, as ``name=value,name=value``.
         low_window: Facts per optimiser step of the low level; None for the preset's.
         low_episodes, high_episodes: Episodes to train either level on, the low one
             for ``trained-low`` alone.
@@ -112,8 +112,8 @@ class Plan:
 
     def low(self, episodes: int, folder: str) -> list[str]:
         """Command line that trains a low level, or with no episodes only calibrates it."""
-        query = f"?{self.low_settings}" if self.low_settings else ""
-        agent = self.filled("random-layers?layers_per_edit={k}+hiedit") + query
+        query = f",{self.low_settings}" if self.low_settings else ""
+        agent = self.filled("random-layers,layers_per_edit={k}+hiedit") + query
         window = () if self.low_window is None else ("--window", str(self.low_window))
         count = ("--train-low", "--episodes", str(episodes))
         return ["train", agent, *self.train, *window, *count, *self._to(folder)]

@@ -137,41 +137,41 @@ def test_arguments_of_the_low_level_can_be_given_with_the_name(
     trained: tuple[Path, Path], tmp_path: Path
 ) -> None:
     env = make(SELECTION)
-    rule = spec_agent("all-layers+decorrelated?ridge=0.25&step_size=0.5").build(env.llm).low
+    rule = spec_agent("all-layers+decorrelated,ridge=0.25,step_size=0.5").build(env.llm).low
     assert isinstance(rule, DecorrelatedRule)
     assert (rule.ridge, rule.step_size) == (0.25, 0.5)
-    again = spec_agent(f"{trained[1]}?step_size=0.125").build(env.llm).low
+    again = spec_agent(f"{trained[1]},step_size=0.125").build(env.llm).low
     assert again is not None
     assert again.step_size == 0.125
     with pytest.raises(SettingsError, match="name=value"):
-        spec_agent("all-layers+ridge?ridge")
-    router = spec_agent("policy?size=learned&history=false+ridge?ridge=2").build(env.llm)
+        spec_agent("all-layers+ridge,ridge")
+    router = spec_agent("policy,size=learned,history=false+ridge,ridge=2").build(env.llm)
     assert isinstance(router.high, PolicyRouter)
     assert (router.high.size, router.high.history) == ("learned", False)
     assert isinstance(router.low, RidgeRule)
     assert router.low.ridge == 2
-    assert spec_agent("hiedit?facts=0&high.history=false").spec.high_settings["history"] is False
+    assert spec_agent("hiedit,facts=0,high.history=false").spec.high_settings["history"] is False
     for name, message in (
-        ("all-layers+hypernetwork?form=mend", "form='mend': Input should be 'outer'"),
-        ("all-layers+rehearsal?facts=1.5", "facts=1.5: Input should be a valid integer"),
-        ("all-layers+rehearsal?seed=-1", "rehearsal"),
-        ("all-layers?x=1+ridge", "x"),
+        ("all-layers+hypernetwork,form=mend", "form='mend': Input should be 'outer'"),
+        ("all-layers+rehearsal,facts=1.5", "facts=1.5: Input should be a valid integer"),
+        ("all-layers+rehearsal,seed=-1", "rehearsal"),
+        ("all-layers,x=1+ridge", "x"),
     ):
         with pytest.raises(SettingsError, match=message):
             spec_agent(name).build(env.llm)
-    for name in ("all-layers+ridge?max_steps_per_edit=2", f"{trained[1]}?max_steps_per_edit=2"):
+    for name in ("all-layers+ridge,max_steps_per_edit=2", f"{trained[1]},max_steps_per_edit=2"):
         assert spec_agent(name).build(env.llm).max_steps_per_edit == 2
         assert spec_agent(name).identity["max_steps_per_edit"] == 2
-    assert spec_agent("all-layers+rledit?max_steps_per_edit=3").spec.max_steps_per_edit == 3
+    assert spec_agent("all-layers+rledit,max_steps_per_edit=3").spec.max_steps_per_edit == 3
     for name, message in (
-        ("all-layers+ridge?max_steps_per_edit=0", "at least 1"),
-        ("policy?max_steps_per_edit=2+ridge", "changes the other level"),
+        ("all-layers+ridge,max_steps_per_edit=0", "at least 1"),
+        ("policy,max_steps_per_edit=2+ridge", "changes the other level"),
     ):
         with pytest.raises(SettingsError, match=message):
             spec_agent(name)
     with pytest.raises(SettingsError, match="fixed when it was trained"):
-        spec_agent(f"{trained[1]}?rule=ridge")
-    assert spec_agent("fixed-layers?layers_per_edit=[3,1]+ridge").spec.high_settings == {
+        spec_agent(f"{trained[1]},rule=ridge")
+    assert spec_agent("fixed-layers,layers_per_edit=[3,1]+ridge").spec.high_settings == {
         "layers_per_edit": [3, 1]
     }
     # Whether a low level is trained is said by its own preset.
@@ -180,18 +180,18 @@ def test_arguments_of_the_low_level_can_be_given_with_the_name(
     for name, message in (
         ("nobody+ridge", "unknown high level 'nobody'"),
         # A folder that is missing is no part of the value before it.
-        ("random-layers?layers_per_edit=2+no/folder", "unknown low level 'no/folder'"),
-        ("policy?size=fixed+no/folder", "unknown low level 'no/folder'"),
+        ("random-layers,layers_per_edit=2+no/folder", "unknown low level 'no/folder'"),
+        ("policy,size=fixed+no/folder", "unknown low level 'no/folder'"),
     ):
         with pytest.raises(SettingsError, match=message):
             spec_agent(name)
     with pytest.raises(SettingsError, match="layers_per_edit must be ≥ 1 and a whole number, got"):
-        spec_agent("random-layers?layers_per_edit=two+ridge").build(env.llm)
-    assert spec_agent("random-layers+ridge?step_size=1e+2").spec.low_settings["step_size"] == 100
+        spec_agent("random-layers,layers_per_edit=two+ridge").build(env.llm)
+    assert spec_agent("random-layers+ridge,step_size=1e+2").spec.low_settings["step_size"] == 100
     with pytest.raises(SettingsError, match="colour"):
-        spec_agent("all-layers+ridge?colour=red").build(env.llm)
+        spec_agent("all-layers+ridge,colour=red").build(env.llm)
     settings = CompareSettings(model="tiny", num_edits=1, generation=())
-    names = ["all-layers+ridge?ridge=2", "mine=all-layers+ridge?ridge=3"]
+    names = ["all-layers+ridge,ridge=2", "mine=all-layers+ridge,ridge=3"]
     rows = compare(settings, names, [0], tmp_path / "out", progress=False).rows
     assert [row["agent"] for row in rows] == ["no-edit", names[0], "mine"]
     for agents, message in (
@@ -211,7 +211,7 @@ def test_folders_may_be_called_anything(trained: tuple[Path, Path], tmp_path: Pa
     shutil.copytree(trained[1], folder)
     env = make(SELECTION)
     names = (
-        str(folder), f"{folder}+ridge", f"random-layers+{folder}", f"{folder}?step_size=0.125"
+        str(folder), f"{folder}+ridge", f"random-layers+{folder}", f"{folder},step_size=0.125"
     )  # fmt: skip
     for name in names:
         agent = make_agent(name)
@@ -231,10 +231,10 @@ def test_folders_may_be_called_anything(trained: tuple[Path, Path], tmp_path: Pa
 @pytest.mark.parametrize(
     "name",
     [
-        "hiedit?history=false+ridge",
-        "hiedit?low.facts=0+ridge",
-        "random-layers+hiedit?high.layers_per_edit=4",
-        "policy?low.ridge=1+ridge",
+        "hiedit,history=false+ridge",
+        "hiedit,low.facts=0+ridge",
+        "random-layers+hiedit,high.layers_per_edit=4",
+        "policy,low.ridge=1+ridge",
     ],
 )
 def test_arguments_of_a_level_that_is_not_taken_are_refused(name: str) -> None:
@@ -243,7 +243,7 @@ def test_arguments_of_a_level_that_is_not_taken_are_refused(name: str) -> None:
 
 
 def test_arguments_reach_the_level_that_is_taken() -> None:
-    spec = spec_agent("hiedit?high.history=false+hiedit?facts=0").spec
+    spec = spec_agent("hiedit,high.history=false+hiedit,facts=0").spec
     assert spec.high_settings["history"] is False
     assert spec.low_settings["facts"] == 0
 
@@ -253,10 +253,10 @@ def test_a_folder_that_is_called_like_a_named_agent(
 ) -> None:
     train(TrainingRun(agent="hiedit", model="tiny"), QUICK, tmp_path / "hiedit", progress=False)
     monkeypatch.chdir(tmp_path)
-    for name in ("hiedit", "hiedit?facts=1", "random-layers+hiedit"):
+    for name in ("hiedit", "hiedit,facts=1", "random-layers+hiedit"):
         with pytest.raises(SettingsError, match=r"write './hiedit' for the folder"):
             make_agent(name)
-    agent = make_agent("random-layers+./hiedit?facts=1")
+    agent = make_agent("random-layers+./hiedit,facts=1")
     assert agent.identity["weights"]  # type: ignore[attr-defined]
 
 
@@ -265,18 +265,18 @@ def test_what_ships_keeps_the_settings_it_was_trained_with(
 ) -> None:
     # Presets move on; what was trained before they did is built as it was trained.
     monkeypatch.setattr("hiedit_agents.registry.SHIPPED", tmp_path)
-    agent = "hiedit?high.normalize=false&rank=8&facts=3"
+    agent = "hiedit,high.normalize=false,rank=8,facts=3"
     run = TrainingRun(agent=agent, name="hiedit", model="tiny")
     train(run, QUICK, tmp_path / "hiedit-tiny", progress=False)
     env = make(SELECTION, model="tiny", num_edits=1)
     assert PRESETS["hiedit"].high_settings["normalize"]
-    built = spec_agent("hiedit?facts=1").build(env.llm, "tiny")
+    built = spec_agent("hiedit,facts=1").build(env.llm, "tiny")
     assert isinstance(built.high, PolicyRouter)
     assert isinstance(built.low, Rehearsal)
     assert built.high.moments is None
     assert (built.low.facts, built.low.probes) == (1, 4)
     # What is given by name counts also where the preset has the same.
-    for query, facts in (("", 3), (f"?facts={PRESETS['hiedit'].low_settings['facts']}", 4)):
+    for query, facts in (("", 3), (f",facts={PRESETS['hiedit'].low_settings['facts']}", 4)):
         low = spec_agent(f"hiedit{query}").build(env.llm, "tiny").low
         assert isinstance(low, Rehearsal)
         assert low.facts == facts

@@ -204,7 +204,7 @@ def test_a_step_that_is_too_long_for_the_rest_of_the_episode_does_not_grow() -> 
     found = []
     for future_damage in (0.0, 100.0):
         one = trainer(
-            "all-layers+hypernetwork?step_size=1e-3",
+            "all-layers+hypernetwork,step_size=1e-3",
             future_damage=future_damage,
             future_damage_prompts=4,
             edits_per_episode=12,

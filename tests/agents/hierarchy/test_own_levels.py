@@ -69,7 +69,7 @@ class NoLevel:
         pass
 
 
-@pytest.mark.parametrize("high", ["all-layers", f"{__name__}:OwnRouter?layers_per_edit=2"])
+@pytest.mark.parametrize("high", ["all-layers", f"{__name__}:OwnRouter,layers_per_edit=2"])
 @pytest.mark.parametrize("low", ["ridge", f"{__name__}:OwnStep"])
 def test_levels_of_ones_own_are_trained_and_played(tmp_path: Path, high: str, low: str) -> None:
     run = run_of(f"{high}+{low}")
@@ -83,7 +83,7 @@ def test_levels_of_ones_own_are_trained_and_played(tmp_path: Path, high: str, lo
     assert ("low.log_step" in state) == ("OwnStep" in low)
     if "OwnStep" in low:
         assert state["low.log_step"].item() != 0
-    agent = spec_agent(f"{tmp_path / 'own'}?allow_code=true")
+    agent = spec_agent(f"{tmp_path / 'own'},allow_code=true")
     env = make(SELECTION)
     agent.reset(env, 0)
     observation, info = env.reset(seed=0)

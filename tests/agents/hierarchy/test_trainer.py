@@ -197,7 +197,7 @@ def test_a_low_level_learns_from_a_bad_beginning() -> None:
 @pytest.mark.parametrize("form", ["outer", "ridge", "decorrelated"])
 def test_every_parameter_of_a_fresh_low_level_learns(form: str, network: str) -> None:
     env = make(SELECTION, num_edits=None, max_steps_per_edit=2)
-    name = f"all-layers+hypernetwork?form={form}&network={network}"
+    name = f"all-layers+hypernetwork,form={form},network={network}"
     agent = spec_agent(name).build(env.llm)
     low = agent.low
     assert isinstance(low, Hypernetwork)

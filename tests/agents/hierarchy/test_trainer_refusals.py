@@ -83,7 +83,7 @@ def test_a_size_is_for_high_levels_that_are_trained_and_have_one(trained: Path) 
         (f"policy+{trained}", 3),
         ("random-layers+ridge", 3),
         (str(trained), 2),
-        (f"{trained}?high.layers_per_edit=4", 4),
+        (f"{trained},high.layers_per_edit=4", 4),
         ("all-layers+ridge", 6),
     ):
         editor = spec_agent(name, 3)
@@ -216,4 +216,4 @@ def test_nor_of_an_agent_that_ships() -> None:
             agent.training_facts("smollm2-135m")
         # To be trained it takes them.
         assert agent.training_facts("smollm2-135m", trained=False) == frozenset()
-    assert spec_agent("hiedit?step_size=1e-4").training_facts("smollm2-135m")
+    assert spec_agent("hiedit,step_size=1e-4").training_facts("smollm2-135m")

@@ -13,14 +13,14 @@ from hiedit_env.errors import CheckpointError, SettingsError
 @pytest.mark.parametrize(
     ("name", "said"),
     [
-        ("hiedit?look_ahead=2x", "look_ahead='2x': Input should be a valid boolean"),
-        ("hiedit?facts=2.5", "facts=2.5: Input should be a valid integer"),
-        ("hiedit?facts=true", "facts=True: Input should be a valid integer"),
-        ("hiedit?form=square", "form='square': Input should be 'outer'"),
-        ("hiedit?step_size=big", "step_size='big': Input should be a valid number"),
-        ("hiedit?stepsize=1", "has no argument 'stepsize'; it has facts, probes"),
-        ("hiedit?high.size=5", "high level 'policy': size=5"),
-        ("all-layers+step-sizes?hidden=many", "low level 'step-sizes': hidden='many'"),
+        ("hiedit,look_ahead=2x", "look_ahead='2x': Input should be a valid boolean"),
+        ("hiedit,facts=2.5", "facts=2.5: Input should be a valid integer"),
+        ("hiedit,facts=true", "facts=True: Input should be a valid integer"),
+        ("hiedit,form=square", "form='square': Input should be 'outer'"),
+        ("hiedit,step_size=big", "step_size='big': Input should be a valid number"),
+        ("hiedit,stepsize=1", "has no argument 'stepsize'; it has facts, probes"),
+        ("hiedit,high.size=5", "high level 'policy': size=5"),
+        ("all-layers+step-sizes,hidden=many", "low level 'step-sizes': hidden='many'"),
     ],
 )
 def test_wrong_arguments_of_a_learned_level_are_named(name: str, said: str) -> None:

@@ -229,6 +229,6 @@ def test_a_folder_imports_nothing(
 
 def test_a_folder_that_is_trusted_imports(levels: Path) -> None:
     change(levels, "low", "name", to=f"{MADE}:called")
-    spec = spec_agent(f"{levels}?allow_code=true").spec
+    spec = spec_agent(f"{levels},allow_code=true").spec
     assert spec.low == f"{MADE}:called"
-    assert spec_agent(f"{levels}?allow_code=true+ridge").spec.low == "ridge"
+    assert spec_agent(f"{levels},allow_code=true+ridge").spec.low == "ridge"

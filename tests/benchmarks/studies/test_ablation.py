@@ -143,9 +143,9 @@ def test_every_variant_leaves_out_one_thing() -> None:
                 assert len({text for text in differing if text not in (name, "hiedit")}) <= 4
         else:
             assert "/hiedit" in plan.rows(name)[2] or "/calibrated" in plan.rows(name)[2]
-    assert plan.rows("one-step")[2] == "one-step=out/hiedit?max_steps_per_edit=1"
+    assert plan.rows("one-step")[2] == "one-step=out/hiedit,max_steps_per_edit=1"
     assert plan.rows("trained-low")[2] == "trained-low=out/hiedit+out/trained"
-    assert plan.low(0, "calibrated")[1] == "random-layers?layers_per_edit=3+hiedit?step_size=1e-4"
+    assert plan.low(0, "calibrated")[1] == "random-layers,layers_per_edit=3+hiedit,step_size=1e-4"
 
 
 def plan_of_nothing(variants: tuple[str, ...]) -> Plan:
