@@ -212,7 +212,7 @@ def called(*arguments: Any, **settings: Any) -> None:
 
 
 @pytest.mark.parametrize(
-    "name", [lambda path: f"{path}", lambda path: f"{path}+ridge", lambda path: f"{path}?ridge=1"]
+    "name", [lambda path: f"{path}", lambda path: f"{path}+ridge", lambda path: f"{path},ridge=1"]
 )
 @pytest.mark.parametrize("level", ["high", "low"])
 def test_a_folder_imports_nothing(
