@@ -27,9 +27,9 @@ from torch import Tensor
 
 from hiedit_env.datasets.requests import Request
 from hiedit_env.envs.base import EditingEnv
+from hiedit_env.evaluation.scores import scores_together
 from hiedit_env.evaluation.unedited import UneditedModel
 from hiedit_env.model.tokenization import EncodedFact, EncodedPrompt
-from hiedit_env.resident.batched import scores_together
 from hiedit_env.resident.low_rank import Updates
 
 
@@ -62,12 +62,10 @@ class FutureDamage:
         Raises:
             PromptError: a drawn unrelated prompt that cannot be tokenised.
         """
-        episode, weights = self.env.episode, self._weights
-        count = self.settings.future_damage_prompts
-        own = episode.fact.request.locality
-        earlier = episode.facts[: episode.position]
+        weights, count = self._weights, self.settings.future_damage_prompts
+        own, earlier = self.env.fact.request.locality, self.env.past_facts
         # Nothing that weighs nothing: 0 times a loss that is not finite would be no number.
-        facts = _some(len(earlier), count if weights["retention"] else 0, rng)
+        facts = _some(len(earlier), count if weights["recent_retention"] else 0, rng)
         # As many more as the present fact has, which are left out.
         places = _some(len(self._probes), count + len(own) if weights["locality"] else 0, rng)
         probes = [p for p in (self._probes[i] for i in places) if p not in own][:count]
@@ -90,7 +88,7 @@ class FutureDamage:
         prompts: list[EncodedPrompt] = list(self._references)
         weights = [self._weights["locality"] / max(len(prompts), 1)] * len(prompts)
         for fact in self._facts:
-            share = self._weights["retention"] / len(self._facts)
+            share = self._weights["recent_retention"] / len(self._facts)
             own = share / 2 if fact.paraphrases else share
             prompts += (fact.prompt, *fact.paraphrases)
             weights += (own, *[(share - own) / len(fact.paraphrases) for _ in fact.paraphrases])

@@ -62,18 +62,17 @@ def run_option(
         judge: As for :meth:`~hiedit_env.envs.base.EditingEnv.apply`; ``"never"`` where the reward
             is not needed, which is most of a step's cost.
     """
-    episode = env.episode
     if gamma < 1 and judge == "fact":
         judge = "step"
     reward, discount, steps = 0.0, 1.0, 0
-    if not option.can_begin(episode.capture) or not option.layers.any():
+    if not option.can_begin(env.capture) or not option.layers.any():
         # Nothing is written: the environment judges the fact as it is.
         observation, own, ended, _, info = env.step(np.zeros(len(option.layers), np.int8))
         own = 0.0 if judge == "never" else own
         return Outcome(own, discount, steps, observation, ended, info)
     while True:
-        episode.rule.look(env.observe)
-        capture = episode.observe()
+        env.rule.look(env.observe)
+        capture = env.observe_fact()
         updates = (policy or option.updates)(capture)
         steps += 1
         # An option may end before the environment's own horizon: its reward is due then.
@@ -83,5 +82,5 @@ def run_option(
         )
         reward += discount * own
         discount *= gamma
-        if ended or info["edit_over"] or option.is_over(episode.capture, steps):
+        if ended or info["edit_over"] or option.is_over(env.capture, steps):
             return Outcome(reward, discount, steps, observation, ended, info)

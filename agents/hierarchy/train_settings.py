@@ -85,7 +85,7 @@ class TrainSettings:
         return {
             "edit": self.edit_weight,
             "locality": self.locality_weight,
-            "retention": self.retention_weight,
+            "recent_retention": self.retention_weight,
             "sparsity": self.sparsity_weight,
         }
 

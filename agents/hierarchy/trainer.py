@@ -253,10 +253,8 @@ class Trainer:
         return run_option(self.env, option, gamma=self.settings.gamma).reward
 
     def _option(self, choice: Choice) -> Option:
-        episode = self.env.episode
-        return Option(
-            choice.layers, episode.rule, episode.max_steps_per_edit, episode.stop_when_answered
-        )
+        env = self.env
+        return Option(choice.layers, env.rule, env.max_steps_per_edit, env.stop_when_answered)
 
     # -- learning -------------------------------------------------------------------------------
 

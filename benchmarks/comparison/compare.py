@@ -242,7 +242,7 @@ def _facts_of(env: gym.Env[Any, Any]) -> dict[str, Any]:
     return {
         "dataset_fingerprint": fingerprint(inner.requests),
         "candidate_layers": list(inner.llm.names),
-        "step_size_used": inner.episode.rule.step_size,
+        "step_size_used": inner.rule.step_size,
     }
 
 

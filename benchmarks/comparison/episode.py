@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from tqdm import tqdm
 
 from hiedit_env.datasets.requests import Request
+from hiedit_env.envs.accounting import StepError
 from hiedit_env.envs.base import EditingEnv
 from hiedit_env.envs.planted import Oracle, Planted
 from hiedit_env.evaluation.unedited import Progress
@@ -156,7 +157,7 @@ def play(
     inner.use_low_level(None)
     agent.reset(env, seed)
     observation, info = env.reset(seed=seed, options=options)
-    requests = tuple(fact.request for fact in inner.episode.facts)
+    requests = inner.stream
     edits: list[FinishedEdit] = []
     ended, error, ending = False, None, 0.0
     start, asking = time.perf_counter(), 0.0
@@ -169,10 +170,12 @@ def play(
                 oracle = inner.oracle()
                 asking += time.perf_counter() - began
             action = agent.select_action(observation, info)
+            true = info.get("true_layers")
             following, reward, terminated, truncated, info = env.step(action)
             agent.update(observation, action, float(reward), terminated, truncated, following, info)
             observation, ended = following, terminated or truncated
-            error = info.get("error_type")
+            if info["error_type"]:
+                error = StepError(info["error_type"]).name.lower()
             if not info["edit_over"]:
                 ending = float(reward)
                 continue
@@ -181,9 +184,13 @@ def play(
                     layers=np.asarray(info["layers"], bool),
                     steps=int(info["edit_steps"]),
                     reward=float(reward),
-                    metrics={name: float(value) for name, value in info["metrics"].items()},
+                    metrics={
+                        name: float(value)
+                        for name, value in info["metrics"].items()
+                        if np.isfinite(value)
+                    },
                     oracle=oracle,
-                    true_layers=None if oracle is None else np.asarray(info["true_layers"], bool),
+                    true_layers=None if oracle is None else np.asarray(true, bool),
                 )
             )
             accuracy += edits[-1].metrics["efficacy"]

@@ -129,7 +129,7 @@ class PlainLoop:
             The sum, over all prompts, of nats per answer token on the fact, its paraphrases and the
             remembered facts, and of KL(unedited ‖ edited) per answer token on unrelated prompts.
         """
-        llm, rule = self.llm, self.env.episode.rule
+        llm, rule = self.llm, self.env.rule
         probes = [*fact.probes, *(old.probes[0] for old in remembered if old.probes)]
         # Run again at every step: nothing is cached.
         with torch.no_grad(), llm.unedited():
@@ -206,7 +206,7 @@ def measure_model(model: str, dataset: str | None, edits: int, device: str) -> d
     pass_seconds: list[float] = []
     plain_seconds: list[float] = []
     for _ in tqdm(range(edits), desc="measure", leave=False):
-        fact, remembered = base.episode.fact, base.episode.remembered
+        fact, remembered = base.fact, base.episode.remembered
         start = clock(base.llm.device)
         plain.step(fact, remembered)
         plain_seconds.append(clock(base.llm.device) - start)

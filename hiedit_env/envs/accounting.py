@@ -1,141 +1,199 @@
-"""What a step is paid and what it tells: the semantics all environments share."""
+"""From the primitive steps of an action to reward and information: the same for every id."""
 
 from __future__ import annotations
 
-from abc import abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from enum import IntEnum
 from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
-from hiedit_env.envs.episode import LEVELS, EditingEpisode, NumericalCollapse
+from hiedit_env.envs.episode import TERMS, EditingEpisode, NumericalCollapse
 from hiedit_env.envs.scheduler import Passes
 from hiedit_env.envs.state import EditRecord, History
 from hiedit_env.errors import NonFiniteUpdateError
-from hiedit_env.resident.resident import ResidentLLM
+from hiedit_env.evaluation.info_metrics import metrics_of
 
 #: When updates that were handed in are judged.
 Judging = Literal["step", "fact", "never"]
-#: Runs one or more primitive steps; gives L bool, the layers written.
-Body = Callable[[], Passes[NDArray[np.bool_]]]
-#: A step without its observation: reward (a float, or a scalar tensor where levels are kept on the
-#: device), whether the episode has ended, information.
-Paid = tuple[Any, bool, dict[str, Any]]
+#: Runs the primitive steps of an action, or of the same action with all layers if its argument is
+#: True; gives L bool, the layers written.
+Write = Callable[[bool], Passes[NDArray[np.bool_]]]
+#: A step without its observation: reward (a float, or a scalar tensor where the evaluator keeps
+#: terms on the device), whether the episode has ended, information.
+Outcome = tuple[Any, bool, dict[str, Any]]
 
 
-class StepSemantics:
-    """From a body of primitive steps to reward and information; see :class:`.LifelongEdit`."""
+class StepError(IntEnum):
+    """Why a step ended the episode early: ``info["error_type"]``, a number that arrays can hold."""
 
-    llm: ResidentLLM
+    NONE = 0
+    #: The model's loss is no longer finite.
+    NUMERICAL_COLLAPSE = 1
+    #: The update rule's update is not finite.
+    NON_FINITE_UPDATE = 2
+
+
+@dataclass(slots=True)
+class _Attempt:
+    """Reward terms, metrics, layers written and the error of one try."""
+
+    terms: dict[str, Any]
+    metrics: dict[str, float | bool]
+    layers: NDArray[np.bool_]
+    error: StepError = StepError.NONE
+
+
+@dataclass(slots=True)
+class Accounting:
+    """Rewards and information of one episode; see the class docstring of ``LifelongEdit``.
+
+    Args:
+        episode: What is written to and judged.
+        weights: Weight of every reward term.
+        intrinsic: Whether each term counts relative to the same step with all layers.
+        history: The finished edits.
+        edit_reward: Sum of the rewards of the present fact so far.
+    """
+
     episode: EditingEpisode
-    history: History
-    weights_of_terms: dict[str, float]
+    weights: dict[str, float]
     intrinsic: bool
-    _edit_reward: Any
+    history: History = field(init=False)
+    edit_reward: Any = field(init=False)
 
-    @abstractmethod
-    def _begin_fact(self) -> None:
-        """Called when a new fact begins."""
+    def __post_init__(self) -> None:
+        self.begin()
 
-    def _pay(
-        self, body: Body, body_all: Body, *, rule_made: bool = True, judge: Judging = "step"
-    ) -> Passes[Paid]:
-        baseline: dict[str, float] = {}
-        if self.intrinsic:
-            state = self.episode.save()
-            baseline, *_ = yield from self._attempt(body_all, rule_made=True)
-            self.episode.restore(state)
-        terms, metrics, layers, error = yield from self._attempt(
-            body, rule_made=rule_made, judge="step" if self.intrinsic else judge
-        )
-        terms = {term: value - baseline.get(term, 0.0) for term, value in terms.items()}
-        reward: Any = sum(terms.values())
-        # A tensor where the evaluator keeps levels on the device.
+    def begin(self) -> None:
+        """Forgets the finished edits: a new episode begins."""
+        self.history = History(self.episode.llm.names, len(self.episode.facts))
+        self.edit_reward = 0.0
+
+    def first(self) -> dict[str, Any]:
+        """The information of ``reset``."""
+        metrics = metrics_of(efficacy=self.episode.reading.accuracy)
+        none = np.zeros(len(self.episode.llm.layers), bool)
+        return self._info(_Attempt(dict.fromkeys((*TERMS, "collapse"), 0.0), metrics, none), 0, 0)
+
+    def step(
+        self, write: Write, *, rule_made: bool = True, judge: Judging = "step"
+    ) -> Passes[Outcome]:
+        """Carries out an action, judges it, and goes on to the next fact if this one is over.
+
+        Args:
+            write: The action.
+            rule_made: Whether updates that are not finite end the episode, or are an error of the
+                caller's.
+            judge: When the model is judged; with ``intrinsic`` every step is.
+
+        Raises:
+            NonFiniteUpdateError: ``rule_made`` is False; nothing has changed.
+        """
+        episode = self.episode
+        index = episode.position
+        done = yield from self._weigh(write, rule_made, judge)
+        reward: Any = sum(done.terms.values())
         reward = reward if isinstance(reward, Tensor) else float(reward)
-        self._edit_reward = self._edit_reward + reward
-        edit_index, steps = self.episode.position, self.episode.steps
-        edit_over = False
-        if error is not None:
-            self.episode.ended = True
+        self.edit_reward = self.edit_reward + reward
+        steps, over = episode.steps, False
+        if done.error:
+            episode.ended = True
         else:
-            edit_over = steps >= self.episode.max_steps_per_edit or (
-                self.episode.stop_when_answered and bool(metrics["answered"])
+            over = steps >= episode.max_steps_per_edit or (
+                episode.stop_when_answered and bool(done.metrics["answered"])
             )
-        info = self._info(terms, metrics, layers, edit_index, steps, edit_over)
-        if error is not None:
-            info["error_type"] = error
-        if edit_over:
-            self._record(dict(metrics))
-            yield from self.episode.advance()
-            if not self.episode.ended:
-                self._begin_fact()
-        return reward, self.episode.ended, info
+        info = self._info(done, index, steps, over)
+        if over:
+            self._record(done.metrics)
+            yield from episode.advance()
+        return reward, episode.ended, info
+
+    def worth(self, write: Write) -> Passes[float]:
+        """The reward of an action, without book-keeping; the episode stays where the action ends.
+
+        Args:
+            write: The action.
+        """
+        done = yield from self._weigh(write, True, "step")
+        return float(sum(done.terms.values()))
+
+    # -- inside -----------------------------------------------------------------------------------
+
+    def _weigh(self, write: Write, rule_made: bool, judge: Judging) -> Passes[_Attempt]:
+        """An attempt, relative to all layers where the reward is intrinsic."""
+        if not self.intrinsic:
+            return (yield from self._attempt(write(False), rule_made, judge))
+        before = self.episode.save()
+        every = yield from self._attempt(write(True), True, "step")
+        self.episode.restore(before)
+        done = yield from self._attempt(write(False), rule_made, "step")
+        done.terms = {term: value - every.terms[term] for term, value in done.terms.items()}
+        return done
 
     def _attempt(
-        self, body: Body, *, rule_made: bool, judge: Judging = "step"
-    ) -> Passes[tuple[dict[str, float], dict[str, float | bool], NDArray[np.bool_], str | None]]:
-        """Runs and judges a body: terms, metrics, layers, error.
-
-        After a collapse, which the error names, everything is as before.
-        """
-        weights = self.weights_of_terms
-        error = "numerical_collapse"
+        self, body: Passes[NDArray[np.bool_]], rule_made: bool, judge: Judging
+    ) -> Passes[_Attempt]:
+        """Runs and judges primitive steps; after a failure everything is as before."""
+        episode, weights = self.episode, self.weights
+        nothing = dict.fromkeys((*TERMS, "collapse"), 0.0)
         try:
-            with self.episode.transaction():
-                layers = yield from body()
-                if judge == "never" or (judge == "fact" and not self.episode.edit_over):
-                    if not np.isfinite(self.episode.reading.loss):
+            with episode.transaction():
+                layers = yield from body
+                if judge == "never" or (judge == "fact" and not episode.edit_over):
+                    reading = yield from episode.read()
+                    if not np.isfinite(reading.loss):
                         raise NumericalCollapse
-                    nothing = dict.fromkeys((*LEVELS, "collapse"), 0.0)
-                    return nothing, self.episode.reading.metrics, layers, None
-                rises, quality = yield from self.episode.judge()
+                    return _Attempt(nothing, metrics_of(efficacy=reading.accuracy), layers)
+                increase, quality = yield from episode.judge()
         except NumericalCollapse:
-            pass
+            error = StepError.NUMERICAL_COLLAPSE
         except NonFiniteUpdateError:
             # Updates handed in by the caller are the caller's mistake; the rule's are an outcome.
             if not rule_made:
                 raise
-            error = "non_finite_update"
+            error = StepError.NON_FINITE_UPDATE
         else:
-            terms = {term: weights[term] * rises[term] for term in LEVELS}
-            found = {k: v for k, v in quality.metrics.items() if np.isfinite(v)}
-            found["answered"] = found["efficacy"] == 1.0
-            return {**terms, "collapse": 0.0}, found, layers, None
-        terms = {**dict.fromkeys(LEVELS, 0.0), "collapse": -weights["collapse"]}
-        return terms, {}, np.zeros(len(self.llm.layers), bool), error
+            terms = {term: weights[term] * increase[term] for term in TERMS}
+            return _Attempt({**terms, "collapse": 0.0}, quality.metrics, layers)
+        none = np.zeros(len(episode.llm.layers), bool)
+        return _Attempt({**nothing, "collapse": -weights["collapse"]}, metrics_of(), none, error)
 
-    def _info(
-        self,
-        terms: dict[str, float],
-        metrics: Mapping[str, float | bool],
-        layers: NDArray[np.bool_],
-        edit_index: int,
-        steps: int = 0,
-        edit_over: bool = False,
-    ) -> dict[str, Any]:
+    def _info(self, done: _Attempt, index: int, steps: int, over: bool = False) -> dict[str, Any]:
         return {
-            "reward_terms": dict(terms),
-            "metrics": dict(metrics),
-            "layers": layers.astype(np.int8),
-            "weights_fingerprint": self.llm.weights_fingerprint(),
-            "edit_index": edit_index,
+            "reward_terms": done.terms,
+            "metrics": done.metrics,
+            "layers": done.layers.astype(np.int8),
+            "weights_fingerprint": fingerprint_number(self.episode.llm.weights_fingerprint()),
+            "edit_index": index,
             "edit_steps": steps,
-            "edit_over": edit_over,
+            "edit_over": over,
+            "error_type": int(done.error),
         }
 
-    def _record(self, metrics: dict[str, float]) -> None:
-        fact = self.episode.fact.request
+    def _record(self, metrics: dict[str, float | bool]) -> None:
+        episode = self.episode
         self.history.records.append(
             EditRecord(
-                edit_index=self.episode.position,
-                prompt=fact.prompt,
-                answer=fact.answer,
-                layers=self.episode.written.copy(),
-                steps=self.episode.steps,
-                reward=float(self._edit_reward),
-                metrics=metrics,
+                edit_index=episode.position,
+                prompt=episode.fact.request.prompt,
+                answer=episode.fact.request.answer,
+                layers=episode.written.copy(),
+                steps=episode.steps,
+                reward=float(self.edit_reward),
+                metrics={name: value for name, value in metrics.items() if np.isfinite(value)},
             )
         )
-        self._edit_reward = 0.0
+        self.edit_reward = 0.0
+
+
+def fingerprint_number(digits: str) -> int:
+    """A fingerprint of 16 hexadecimal digits as a signed 64-bit number, which arrays can hold.
+
+    >>> fingerprint_number("ffffffffffffffff"), fingerprint_number("0000000000000010")
+    (-1, 16)
+    """
+    return int.from_bytes(bytes.fromhex(digits), "big", signed=True)

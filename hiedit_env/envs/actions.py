@@ -4,12 +4,26 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from hiedit_env.errors import ActionError
+
+
+@dataclass(frozen=True, slots=True)
+class Choice:
+    """A checked action.
+
+    Args:
+        layers: L bool, the layers to write.
+        multipliers: L float32, factors on the rule's nominal step size; 1 where None.
+    """
+
+    layers: NDArray[np.bool_]
+    multipliers: NDArray[np.float32] | None = None
 
 
 def split_dict(action: Any, num_layers: int) -> tuple[Any, Any]:

@@ -7,6 +7,8 @@ import inspect
 import sys
 from abc import abstractmethod
 from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
 from typing import Any, ClassVar, Self
 
 import gymnasium as gym
@@ -17,11 +19,12 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from hiedit_env.datasets.load import load_requests
-from hiedit_env.datasets.requests import longest_prompt
+from hiedit_env.datasets.requests import Request, longest_prompt
 from hiedit_env.datasets.streams import stream
 from hiedit_env.envs import rendering
-from hiedit_env.envs.accounting import Judging, Paid, StepSemantics
-from hiedit_env.envs.episode import LEVELS, EditingEpisode
+from hiedit_env.envs.accounting import Accounting, Judging, Outcome, Write
+from hiedit_env.envs.actions import Choice
+from hiedit_env.envs.episode import EditingEpisode
 from hiedit_env.envs.observations import Observer, View
 from hiedit_env.envs.scheduler import Passes, run
 from hiedit_env.envs.settings import RENDER_MODES, EnvSettings, draw_stream, reward_weights
@@ -31,16 +34,18 @@ from hiedit_env.evaluation.reward import Evaluator
 from hiedit_env.evaluation.unedited import UneditedModel
 from hiedit_env.model.architectures import find_candidates
 from hiedit_env.model.loading import load_model
+from hiedit_env.model.tokenization import EncodedFact
 from hiedit_env.resident.capture import Capture
 from hiedit_env.resident.low_rank import Updates
 from hiedit_env.resident.resident import ResidentLLM
 from hiedit_env.rules.base import UpdateRule
 from hiedit_env.rules.names import check_rule, make_rule
 
-Step = tuple[NDArray[np.float32], float, bool, bool, dict[str, Any]]
+#: Observation, reward, whether the episode has ended, whether it was cut off, information.
+StepResult = tuple[NDArray[np.float32], float, bool, bool, dict[str, Any]]
 
 
-class EditingEnv(StepSemantics, gym.Env[NDArray[np.float32], Any], gym.utils.EzPickle):
+class EditingEnv(gym.Env[NDArray[np.float32], Any], gym.utils.EzPickle):
     """Base of the environments; the arguments are described in :class:`LifelongEdit`."""
 
     metadata: dict[str, Any] = {"render_modes": list(RENDER_MODES), "render_fps": 4}
@@ -58,9 +63,7 @@ class EditingEnv(StepSemantics, gym.Env[NDArray[np.float32], Any], gym.utils.EzP
         # Everything cheap is checked before the model is loaded.
         settings = self.settings_class(**arguments)
         check_rule(settings.rule, settings.rule_settings)
-        self.weights_of_terms = reward_weights(settings.reward_weights)
         self.render_mode = settings.render_mode
-        self.intrinsic = settings.intrinsic
         self.shuffle = settings.shuffle
         self.num_edits = settings.num_edits
         self.model_name = settings.model
@@ -84,12 +87,11 @@ class EditingEnv(StepSemantics, gym.Env[NDArray[np.float32], Any], gym.utils.EzP
         self._settle(llm)
 
     def _settle(self, llm: ResidentLLM, unedited: UneditedModel | None = None) -> None:
-        """Builds on a model everything that belongs to one episode.
+        """Builds on a model everything that belongs to one environment.
 
         Args:
             llm: The model.
-            unedited: Asks the unedited model, see
-                :class:`~hiedit_env.evaluation.reward.Evaluator`.
+            unedited: What the unedited model says, shared by forks of one model.
         """
         settings = self.settings
         self.llm = llm
@@ -112,10 +114,11 @@ class EditingEnv(StepSemantics, gym.Env[NDArray[np.float32], Any], gym.utils.EzP
             stop_when_answered=settings.stop_when_answered,
             retention_window=settings.retention_window,
         )
+        self.accounting = Accounting(
+            self.episode, reward_weights(settings.reward_weights), settings.intrinsic
+        )
         self.observer = Observer(llm)
         self.observation_space = spaces.Box(-1.0, 1.0, (self.observer.size,), np.float32)
-        self.history = History(llm.names, 0)
-        self._edit_reward = 0.0
         self.action_space = self._make_action_space(len(llm.layers))
 
     def fork(self) -> Self:
@@ -133,6 +136,38 @@ class EditingEnv(StepSemantics, gym.Env[NDArray[np.float32], Any], gym.utils.EzP
         twin._np_random, twin._np_random_seed = None, None
         llm = self.llm.fork()
         twin._settle(llm, self.episode.evaluator.unedited.clone_for(llm))
+        return twin
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Self:
+        """A copy with a model of its own that goes on from the present state, bit for bit."""
+        # The default would rebuild the environment from its arguments, as unpickling does.
+        return self._copy_on(self._copy_model(), memo)
+
+    def _copy_model(self) -> ResidentLLM:
+        """An unedited copy of the model that shares no tensor with this one."""
+        with self.llm.unedited():
+            model = copy.deepcopy(self.llm.model)
+        layers = [
+            replace(layer, module=model.get_submodule(layer.name)) for layer in self.llm.layers
+        ]
+        limit = self.llm.max_batch_tokens
+        return ResidentLLM(model, self.llm.tokenizer, layers, max_batch_tokens=limit)
+
+    def _copy_on(
+        self, llm: ResidentLLM, memo: dict[int, Any], unedited: UneditedModel | None = None
+    ) -> Self:
+        """A copy of this environment, state included, on another model with the same weights."""
+        twin = type(self).__new__(type(self))
+        memo[id(self)] = twin
+        twin.__dict__.update(self.__dict__)
+        twin._np_random = copy.deepcopy(self._np_random)
+        twin._settle(llm, unedited)
+        twin.weights_of_terms, twin.intrinsic = dict(self.weights_of_terms), self.intrinsic
+        twin.episode.evaluator.on_device = self.episode.evaluator.on_device
+        if self.episode.rule is not self._own_low_level:
+            twin.episode.use(self.episode.rule.clone_for(llm), self.episode.max_steps_per_edit)
+        if self.episode.facts:
+            twin.restore_state(self.save_state())
         return twin
 
     # -- Gymnasium ------------------------------------------------------------------------------
@@ -166,23 +201,20 @@ class EditingEnv(StepSemantics, gym.Env[NDArray[np.float32], Any], gym.utils.EzP
         except HieditError:
             self._np_random, self._np_random_seed = random
             raise
-        self.history = History(self.llm.names, len(self.episode.facts))
-        self._edit_reward = 0.0
+        self.accounting.begin()
         self._begin_fact()
-        nothing = dict.fromkeys((*LEVELS, "collapse"), 0.0)
-        none = np.zeros(len(self.llm.layers), bool)
-        return self._info(nothing, self.episode.reading.metrics, none, 0)
+        return self._tell(self.accounting.first())
 
-    def step(self, action: Any) -> Step:
+    def step(self, action: Any) -> StepResult:
         """One step; what it means depends on the id, see the class docstring."""
         reward, ended, info = run(self.act(action))
         return self.observe(), reward, ended, False, info
 
-    def act(self, action: Any) -> Passes[Paid]:
-        """:meth:`step` as passes, without the observation."""
-        chosen = self._check_action(action)
+    def act(self, action: Any) -> Passes[Outcome]:
+        """:meth:`step` as passes, without the observation; checks the action when it is called."""
+        choice = self._check_action(action)
         self._require_running()
-        return self._pay(lambda: self._run(*chosen), lambda: self._run_all(*chosen))
+        return self._step(partial(self._write, choice))
 
     def render(self) -> Any:
         """The edits so far: text (``"ansi"``) or a picture, H × W × 3 uint8 (``"rgb_array"``)."""
@@ -200,6 +232,7 @@ class EditingEnv(StepSemantics, gym.Env[NDArray[np.float32], Any], gym.utils.EzP
 
     def view(self) -> View:
         """What the present observation is made of."""
+        self._require_started()
         episode = self.episode
         share = episode.written_counts / max(episode.position, 1)
         return View(
@@ -218,6 +251,67 @@ class EditingEnv(StepSemantics, gym.Env[NDArray[np.float32], Any], gym.utils.EzP
         self._require_running()
         return self.episode.capture
 
+    def observe_fact(self) -> Capture:
+        """:attr:`capture`, after the rule's statistics took it in (once per fact and weights)."""
+        self._require_running()
+        return self.episode.observe()
+
+    @property
+    def rule(self) -> UpdateRule:
+        """The low level in use, see :meth:`use_low_level`."""
+        return self.episode.rule
+
+    @property
+    def max_steps_per_edit(self) -> int:
+        """Maximum number of primitive steps on a fact."""
+        return self.episode.max_steps_per_edit
+
+    @property
+    def stop_when_answered(self) -> bool:
+        """Whether a fact ends as soon as it is answered."""
+        return self.episode.stop_when_answered
+
+    @property
+    def fact(self) -> EncodedFact:
+        """The present fact as tokens; the last one after the end of the stream."""
+        self._require_started()
+        return self.episode.fact
+
+    @property
+    def past_facts(self) -> tuple[EncodedFact, ...]:
+        """The facts edited before the present one, earliest first."""
+        self._require_started()
+        return self.episode.facts[: self.episode.position]
+
+    @property
+    def stream(self) -> tuple[Request, ...]:
+        """The requests of the present episode, in the order they are edited."""
+        self._require_started()
+        return tuple(fact.request for fact in self.episode.facts)
+
+    @property
+    def history(self) -> History:
+        """The finished edits of the present episode."""
+        return self.accounting.history
+
+    @property
+    def weights_of_terms(self) -> dict[str, float]:
+        """Weight of every reward term; one that is changed counts from the next step on."""
+        return self.accounting.weights
+
+    @weights_of_terms.setter
+    def weights_of_terms(self, weights: dict[str, float]) -> None:
+        self.accounting.weights = weights
+
+    @property
+    def intrinsic(self) -> bool:
+        """Whether the reward is the advantage over editing all layers."""
+        return self.accounting.intrinsic
+
+    @intrinsic.setter
+    def intrinsic(self, intrinsic: bool) -> None:
+        self.accounting.intrinsic = intrinsic
+
     def loss(self, updates: Updates, *, l2: float = 0.0) -> Tensor:
         """What the model would lose by these updates, without writing them.
 
@@ -227,7 +321,7 @@ class EditingEnv(StepSemantics, gym.Env[NDArray[np.float32], Any], gym.utils.EzP
 
         Returns:
             Scalar tensor, differentiable in the factors of the updates: the negative of the edit,
-            locality and retention terms as under ``reward="loss"``, weighted by the
+            locality and recent-retention terms as under ``reward="loss"``, weighted by the
             environment's ``reward_weights``, plus the penalty.
 
         Raises:
@@ -239,16 +333,18 @@ class EditingEnv(StepSemantics, gym.Env[NDArray[np.float32], Any], gym.utils.EzP
             episode.fact, episode.remembered, updates, self.weights_of_terms, l2
         )
 
-    def apply(self, updates: Updates, *, judge: Judging = "step", rule_made: bool = False) -> Step:
+    def apply(
+        self, updates: Updates, *, judge: Judging = "step", rule_made: bool = False
+    ) -> StepResult:
         """Writes the given updates as one primitive step of the present fact.
 
         Args:
             updates: One :class:`~hiedit_env.resident.low_rank.LowRankUpdate` or None per layer;
                 detached before they are written.
-            judge: When the model is judged and levels are paid: at every ``"step"``, once at the
-                end of the ``"fact"`` (what the levels rose by until then is paid there), or
-                ``"never"``. A step without judgement is paid 0, and its ``metrics`` hold only what
-                the fact's own reading tells. With ``intrinsic`` every step is judged.
+            judge: When the model is judged: at every ``"step"``, once at the end of the
+                ``"fact"`` (the reward there is the increase of the terms over the whole fact), or
+                ``"never"``. The reward of a step without judgement is 0, and only ``efficacy`` and
+                ``answered`` of its metrics are known. With ``intrinsic`` every step is judged.
             rule_made: Whether updates that are not finite end the episode, as they do in ``step``,
                 and are not an error of the caller's.
 
@@ -259,15 +355,12 @@ class EditingEnv(StepSemantics, gym.Env[NDArray[np.float32], Any], gym.utils.EzP
             UpdateShapeError, NonFiniteUpdateError: nothing has changed.
         """
         self._require_running()
-        everything = np.ones(len(self.llm.layers), bool)
-        reward, ended, info = run(
-            self._pay(
-                lambda: self.episode.primitive(updates),
-                lambda: self.episode.primitive(self.episode.propose(everything)),
-                rule_made=rule_made,
-                judge=judge,
-            )
-        )
+
+        def write(everything: bool) -> Passes[NDArray[np.bool_]]:
+            every = np.ones(len(self.llm.layers), bool)
+            return self.episode.primitive(self.episode.propose(every) if everything else updates)
+
+        reward, ended, info = run(self._step(write, rule_made=rule_made, judge=judge))
         return self.observe(), reward, ended, False, info
 
     def use_low_level(
@@ -279,8 +372,8 @@ class EditingEnv(StepSemantics, gym.Env[NDArray[np.float32], Any], gym.utils.EzP
 
         Args:
             low_level: Made for ``llm.shapes`` on ``llm.device``; None for the environment's own.
-            max_steps_per_edit: Most primitive steps per fact from now on; None for the
-                environment's own.
+            max_steps_per_edit: Maximum number of primitive steps per fact from now on; None for
+                the environment's own.
 
         Raises:
             SettingsError: a rule for other layers, or fewer than one step; nothing has changed.
@@ -301,7 +394,7 @@ class EditingEnv(StepSemantics, gym.Env[NDArray[np.float32], Any], gym.utils.EzP
             episode=self.episode.save(),
             random=self.np_random.bit_generator.state,
             records=tuple(self.history.records),
-            edit_reward=self._edit_reward,
+            edit_reward=self.accounting.edit_reward,
         )
 
     def return_point(self) -> Callable[[], None]:
@@ -325,8 +418,9 @@ class EditingEnv(StepSemantics, gym.Env[NDArray[np.float32], Any], gym.utils.EzP
         """Goes back (or forward) to a saved state of this environment, bit for bit."""
         self.episode.restore(state.episode)
         self.np_random.bit_generator.state = state.random
-        self.history = History(self.llm.names, len(state.episode.facts), list(state.records))
-        self._edit_reward = state.edit_reward
+        self.accounting.begin()
+        self.accounting.history.records = list(state.records)
+        self.accounting.edit_reward = state.edit_reward
 
     # -- what an id adds --------------------------------------------------------------------------
 
@@ -334,34 +428,55 @@ class EditingEnv(StepSemantics, gym.Env[NDArray[np.float32], Any], gym.utils.EzP
     def _make_action_space(self, num_layers: int) -> spaces.Space[Any]: ...
 
     @abstractmethod
-    def _check_action(self, action: Any) -> tuple[Any, ...]:
-        """The action's parts, checked; raises ActionError."""
+    def _check_action(self, action: Any) -> Choice:
+        """The action, checked.
 
-    @abstractmethod
-    def _run(self, *chosen: Any) -> Passes[NDArray[np.bool_]]:
-        """Runs a checked action; gives L bool, the layers written."""
+        Raises:
+            ActionError: it is no action of this environment.
+        """
 
-    @abstractmethod
-    def _run_all(self, *chosen: Any) -> Passes[NDArray[np.bool_]]:
-        """The same with all layers, for the intrinsic reward."""
+    def _carry_out(self, choice: Choice) -> Passes[NDArray[np.bool_]]:
+        """One primitive step by the update rule; gives L bool, the layers written.
+
+        An answered fact is left alone.
+        """
+        if self.episode.edit_over or not choice.layers.any():
+            return self.episode.primitive((None,) * len(self.llm.layers))
+        self.episode.rule.look(self.observe)
+        return self.episode.primitive(self.episode.propose(choice.layers, choice.multipliers))
 
     def _begin_fact(self) -> None:
-        """As in :class:`StepSemantics`; nothing here."""
+        """Called when a new fact begins."""
+
+    def _tell(self, info: dict[str, Any]) -> dict[str, Any]:
+        """The information of a step, with what an id adds to it."""
+        return info
 
     # -- inside -----------------------------------------------------------------------------------
 
-    def _primitive(
-        self, layers: NDArray[np.bool_], multipliers: NDArray[np.float32] | None = None
-    ) -> Passes[NDArray[np.bool_]]:
-        """One primitive step by the update rule; an answered fact is left alone."""
-        if self.episode.edit_over or not layers.any():
-            return self.episode.primitive((None,) * len(self.llm.layers))
-        self.episode.rule.look(self.observe)
-        return self.episode.primitive(self.episode.propose(layers, multipliers))
+    def _write(self, choice: Choice, everything: bool) -> Passes[NDArray[np.bool_]]:
+        """Carries out a choice, or the same with all layers."""
+        if everything:
+            choice = replace(choice, layers=np.ones_like(choice.layers))
+        return self._carry_out(choice)
+
+    def _step(
+        self, write: Write, *, rule_made: bool = True, judge: Judging = "step"
+    ) -> Passes[Outcome]:
+        """One step of the accounting, with what an id adds."""
+        reward, ended, info = yield from self.accounting.step(
+            write, rule_made=rule_made, judge=judge
+        )
+        if info["edit_over"] and not ended:
+            self._begin_fact()
+        return reward, ended, self._tell(info)
 
     def _require_started(self) -> None:
         if not self.episode.facts:
-            raise ResetNeeded("call reset() before anything else")
+            raise ResetNeeded(
+                "call reset() first: no episode has begun since the environment was made or "
+                "use_low_level() changed its low level"
+            )
 
     def _require_running(self) -> None:
         self._require_started()

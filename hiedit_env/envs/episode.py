@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from hiedit_env.datasets.requests import Request
-from hiedit_env.envs.scheduler import Judge, Passes, Read
+from hiedit_env.envs.scheduler import Judge, Passes, Prepare, Read
 from hiedit_env.errors import SettingsError, whole_number
 from hiedit_env.evaluation.reward import Evaluator, References
 from hiedit_env.evaluation.reward_terms import Quality
@@ -25,8 +25,8 @@ from hiedit_env.resident.resident import ResidentLLM
 from hiedit_env.resident.weights import WeightSnapshot
 from hiedit_env.rules.base import UpdateRule
 
-#: Terms of the reward that measure a state and are paid as differences within a fact.
-LEVELS = ("edit", "locality", "sparsity", "retention")
+#: Terms of the reward that measure a state; the reward is their increase within a fact.
+TERMS = ("edit", "locality", "sparsity", "recent_retention")
 
 
 class NumericalCollapse(Exception):
@@ -42,7 +42,7 @@ class EpisodeState:
         position: Index of the present fact; the length of the stream when it is over.
         steps: Primitive steps taken on the present fact.
         written: L bool, layers written for the present fact.
-        paid: Levels already paid out as reward for the present fact.
+        counted: Terms that the rewards of the present fact sum up to so far.
         written_counts: L int64, number of finished facts that wrote each layer.
         ended: Whether the episode is over, by its stream's end or by collapse.
         weights: State of the candidate weights.
@@ -58,7 +58,7 @@ class EpisodeState:
     position: int
     steps: int
     written: NDArray[np.bool_]
-    paid: Mapping[str, float]
+    counted: Mapping[str, float]
     written_counts: NDArray[np.int64]
     ended: bool
     weights: WeightSnapshot
@@ -72,20 +72,21 @@ class EditingEpisode:
     """The state machine behind every environment.
 
     ``start`` → (``primitive`` … → ``judge``) … → ``advance`` to the next fact → … → ended. These
-    four are generators that yield the passes they need: :func:`.scheduler.run` drives them.
+    four are generators that yield forward requests: :func:`.scheduler.run` drives them. Nothing
+    else here runs the model, except the first use of ``capture``, a backward pass.
 
     Args:
         llm: The resident model.
         rule: Turns captures into updates; keeps the lifelong statistics.
         evaluator: Judges the edited model.
-        max_steps_per_edit: Most primitive steps on one fact.
+        max_steps_per_edit: Maximum number of primitive steps on one fact.
         stop_when_answered: Whether a fact ends as soon as it is answered (teacher-forced argmax),
             and is left alone if it is answered before the first step. If not, every fact takes
             exactly ``max_steps_per_edit`` steps.
         retention_window: k, how many past edits are remembered.
     """
 
-    paid: dict[str, float]
+    counted: dict[str, float]
     _reading: Reading | None
     _observed: Capture | None
 
@@ -127,9 +128,12 @@ class EditingEpisode:
 
     @property
     def reading(self) -> Reading:
-        """The present fact at the present weights."""
+        """The present fact at the present weights, as the last step or ``start`` read it.
+
+        After the last fact of the stream, that fact at the final weights.
+        """
         if self._reading is None:
-            self._reading = self.llm.read(self.fact.prompt)
+            raise RuntimeError("the present fact has not been read; call start() or read() first")
         return self._reading
 
     @property
@@ -196,18 +200,23 @@ class EditingEpisode:
         if last or layers.any():
             self._reading = None
         if not last:
-            if self._reading is None:
-                self._reading = yield Read(self.llm, self.fact.prompt)
-            if not np.isfinite(self._reading.loss):
+            reading = yield from self.read()
+            if not np.isfinite(reading.loss):
                 raise NumericalCollapse
         return layers
 
+    def read(self) -> Passes[Reading]:
+        """Reads the present fact at the present weights, unless it was read already."""
+        if self._reading is None:
+            self._reading = yield Read(self.llm, self.fact.prompt)
+        return self._reading
+
     def judge(self) -> Passes[tuple[dict[str, float], Quality]]:
-        """Levels of the present fact, and what they rose by since they were last paid.
+        """Terms of the present fact: their increase since the last judgement.
 
         Returns:
             ``(differences by term, quality)``. Summed over a fact, the differences are its final
-            levels, however many primitive steps it took.
+            terms, however many primitive steps it took.
 
         Raises:
             NumericalCollapse: the quality is not finite; the caller rolls back.
@@ -215,14 +224,10 @@ class EditingEpisode:
         quality: Quality = yield Judge(self.evaluator, self.fact, self.remembered, self._reading)
         if not quality.finite:
             raise NumericalCollapse
-        levels = {**quality.levels, "sparsity": self.sparsity}
-        rises = {term: levels[term] - self.paid[term] for term in LEVELS}
-        self.paid = levels
-        return rises, quality
-
-    def quality(self) -> Quality:
-        """The quality at the present weights, without any book-keeping."""
-        return self.evaluator.evaluate(self.fact, self.remembered, self._reading)
+        terms = {**quality.terms, "sparsity": self.sparsity}
+        increase = {term: terms[term] - self.counted[term] for term in TERMS}
+        self.counted = terms
+        return increase, quality
 
     @property
     def sparsity(self) -> float:
@@ -235,6 +240,8 @@ class EditingEpisode:
         self.position += 1
         if self.position == len(self.facts):
             self.ended = True
+            # The last observation is of the last fact at the final weights.
+            yield from self.read()
         else:
             yield from self._begin_fact()
 
@@ -247,7 +254,7 @@ class EditingEpisode:
             position=self.position,
             steps=self.steps,
             written=self.written.copy(),
-            paid=dict(self.paid),
+            counted=dict(self.counted),
             written_counts=self.written_counts.copy(),
             ended=self.ended,
             weights=self.llm.snapshot(),
@@ -264,7 +271,7 @@ class EditingEpisode:
         self.facts = state.facts
         self.position, self.steps = state.position, state.steps
         self.written = state.written.copy()
-        self.paid = dict(state.paid)
+        self.counted = dict(state.counted)
         self.written_counts = state.written_counts.copy()
         self.ended = state.ended
         # Not read again: it would be another capture to the rule, to be taken in once more.
@@ -288,15 +295,15 @@ class EditingEpisode:
         self.steps = 0
         self.written = np.zeros(len(self.llm.layers), bool)
         self.written_counts = np.zeros(len(self.llm.layers), np.int64)
-        self.paid = dict.fromkeys(LEVELS, 0.0)
+        self.counted = dict.fromkeys(TERMS, 0.0)
         self._reading = None
         self._observed = None
 
     def _begin_fact(self) -> Passes[None]:
         self.steps = 0
         self.written = np.zeros(len(self.llm.layers), bool)
-        self.paid = dict.fromkeys(LEVELS, 0.0)
+        self.counted = dict.fromkeys(TERMS, 0.0)
         self._reading = None
         self._observed = None
-        self.evaluator.begin(self.fact, self.remembered)
-        self._reading = yield Read(self.llm, self.fact.prompt)
+        yield Prepare(self.evaluator, self.fact, self.remembered)
+        yield from self.read()

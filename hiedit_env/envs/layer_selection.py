@@ -8,7 +8,7 @@ import numpy as np
 from gymnasium import spaces
 from numpy.typing import NDArray
 
-from hiedit_env.envs.actions import check_selection
+from hiedit_env.envs.actions import Choice, check_selection
 from hiedit_env.envs.base import EditingEnv
 from hiedit_env.envs.scheduler import Passes
 
@@ -26,8 +26,8 @@ class LayerSelection(EditingEnv):
     episode has ``num_edits`` steps.
 
     ## Rewards
-    The sum of what the option's primitive steps would be paid, that is the final levels of the
-    fact (γ = 1). With ``intrinsic=True``, minus those of the same option with all layers.
+    The sum of the rewards of the option's primitive steps, that is the final terms of the fact
+    (γ = 1). With ``intrinsic=True``, minus those of the same option with all layers.
 
     ## Information
     As there; ``layers`` are those written during the option, ``edit_steps`` its length. Where
@@ -35,8 +35,8 @@ class LayerSelection(EditingEnv):
     (``edit_over`` is False); ``step`` then goes on with the steps left.
 
     ## Version History
-    - v1: ``agreement`` and ``recent_retention`` have one meaning each; the keys of
-      ``info`` never vary.
+    - v1: ``agreement`` and ``recent_retention`` have one meaning each; the keys of ``info`` never
+      vary, and its fingerprint and error are numbers.
     - v0: first version, never released.
 
     >>> import gymnasium, hiedit_env, numpy as np
@@ -50,18 +50,15 @@ class LayerSelection(EditingEnv):
     def _make_action_space(self, num_layers: int) -> spaces.Space[Any]:
         return spaces.MultiBinary(num_layers)
 
-    def _check_action(self, action: Any) -> tuple[Any, ...]:
-        return (check_selection(action, len(self.llm.layers)),)
+    def _check_action(self, action: Any) -> Choice:
+        return Choice(check_selection(action, len(self.llm.layers)))
 
-    def _run(self, *chosen: Any) -> Passes[NDArray[np.bool_]]:
-        layers: NDArray[np.bool_] = chosen[0]
-        written = np.zeros_like(layers)
+    def _carry_out(self, choice: Choice) -> Passes[NDArray[np.bool_]]:
+        """A whole option: primitive steps until the fact is over."""
+        written = np.zeros_like(choice.layers)
         while not self.episode.edit_over:
-            written |= yield from self._primitive(layers)
-            if not layers.any():
+            written |= yield from super()._carry_out(choice)
+            if not choice.layers.any():
                 # Nothing will change any more: the option's remaining steps are spent at once.
                 self.episode.steps = self.episode.max_steps_per_edit
         return written
-
-    def _run_all(self, *chosen: Any) -> Passes[NDArray[np.bool_]]:
-        return self._run(np.ones_like(chosen[0]))

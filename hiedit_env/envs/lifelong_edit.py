@@ -6,11 +6,9 @@ from typing import Any
 
 import numpy as np
 from gymnasium import spaces
-from numpy.typing import NDArray
 
-from hiedit_env.envs.actions import check_layers, check_step_sizes, split_dict
+from hiedit_env.envs.actions import Choice, check_layers, check_step_sizes, split_dict
 from hiedit_env.envs.base import EditingEnv
-from hiedit_env.envs.scheduler import Passes
 
 
 class LifelongEdit(EditingEnv):
@@ -35,19 +33,19 @@ class LifelongEdit(EditingEnv):
     gradients in ``env.unwrapped.capture``.
 
     ## Rewards
-    ``reward = sum(info["reward_terms"].values())``. After every step the edited model has a level
-    in each of four terms (see :class:`hiedit_env.evaluation.reward.Evaluator`):
+    ``reward = sum(info["reward_terms"].values())``. After every step the edited model is judged by
+    four terms (see :class:`hiedit_env.evaluation.reward.Evaluator`):
 
     - ``edit``: success on this fact and its paraphrases,
-    - ``locality``: agreement with the reference model on unrelated prompts,
+    - ``locality``: likeness to the reference model on unrelated prompts,
     - ``sparsity``: share of the candidate layers not written for this fact,
-    - ``retention``: success on the last ``retention_window`` facts,
+    - ``recent_retention``: success on the last ``retention_window`` facts,
 
-    each weighted. A step is paid what the levels rose by since the previous step of the same fact;
-    the first step of a fact counts from 0. So the rewards of a fact sum up to its final levels
-    whatever the number of steps, and with ``max_steps_per_edit=1`` and ``reward="loss"`` a step is
-    paid −L_t, the low-level reward of HiEdit (arXiv 2604.11214) up to averaging. With
-    ``intrinsic=True`` each term is what it exceeds the same step with all layers by (HiEdit's
+    each weighted. The reward is the increase of the weighted terms since the previous step on this
+    fact; the first step of a fact starts from 0. So the rewards of a fact sum up to its final
+    terms, however many steps it takes. With ``max_steps_per_edit=1`` and ``reward="loss"`` the
+    reward is −L_t, the low-level reward of HiEdit (arXiv 2604.11214), up to averaging. With
+    ``intrinsic=True`` each term is the advantage over the same step with all layers (HiEdit's
     high-level reward). ``collapse`` is minus its weight when the model collapses, else 0.
 
     ## Starting State
@@ -55,33 +53,44 @@ class LifelongEdit(EditingEnv):
 
     ## Episode End
     A fact ends when it is answered (all answer tokens are the argmax under teacher forcing) or
-    after ``max_steps_per_edit`` steps. The episode terminates at the end of the stream, and on
-    numerical collapse: then the weights are as before the step and ``info["error_type"]`` is
-    ``"numerical_collapse"`` (the loss stopped being finite) or ``"non_finite_update"`` (the rule's
-    update was not). It is never truncated.
+    after ``max_steps_per_edit`` steps. The episode terminates at the end of the stream, and when a
+    step fails: then the weights are as before the step and ``info["error_type"]`` is 1 (numerical
+    collapse: the loss is no longer finite) or 2 (the rule's update is not finite); see
+    :class:`hiedit_env.envs.accounting.StepError`. It is never truncated by itself.
 
     ## Information
-    ``reward_terms`` (they sum up to the reward), ``metrics`` (token accuracies after the step:
-    ``efficacy``, ``generalization``, ``agreement``, ``retention``, each absent where there is
-    nothing to measure, and ``answered``), ``layers`` (L int8, layers written by the step),
-    ``weights_fingerprint`` (hexadecimal), ``edit_index`` (the fact the step worked on),
-    ``edit_steps`` (its primitive steps so far), ``edit_over``. After ``reset``, the first fact's
-    ``efficacy`` and ``answered``, and zeros.
+    Keys, types and shapes never vary, and every value is a number or an array of numbers:
+
+    - ``reward_terms``: five numbers that sum up to the reward.
+    - ``metrics``: token accuracies after the step, from 0 to 1, NaN where there is nothing to
+      measure: ``efficacy`` (this fact), ``generalization`` (its paraphrases), ``agreement`` (share
+      of the unedited model's own greedy answer tokens, at most five a prompt, that are still the
+      argmax, on this fact's unrelated prompts), ``argmax_match`` (share of the true answers' tokens
+      on unrelated prompts, those of remembered facts too, where the argmax is the reference
+      model's), ``recent_retention`` (the remembered facts); and ``answered``.
+    - ``layers``: L int8, the layers written by the step.
+    - ``weights_fingerprint``: a 64-bit number that changes when any bit of a weight does.
+    - ``edit_index``: the fact that the step worked on.
+    - ``edit_steps``: its primitive steps so far.
+    - ``edit_over``: whether it has ended.
+    - ``error_type``: 0, or why the step failed.
+
+    After ``reset``, the first fact's ``efficacy`` and ``answered``, and zeros.
 
     ## Arguments
     - ``model``: a name, folder or hub id for :func:`hiedit_env.model.loading.load_model`.
     - ``dataset``: ``"world-facts"``, ``"tiny-facts"``, ``"planted-facts"`` or a path; None
       picks the one for the model.
     - ``num_edits``: length of the stream; None for all facts.
-    - ``max_steps_per_edit``: most primitive steps per fact; 1 is the papers' setting.
+    - ``max_steps_per_edit``: maximum number of primitive steps per fact; 1 is the papers' setting.
     - ``update_rule``: ``"decorrelated"``, ``"outer-product"``, ``"ridge"``, ``"gradient"`` or
       ``"module:Class"``; see :mod:`hiedit_env.rules.base`.
     - ``reward_weights``: overrides of
-      ``{edit: 1, locality: 1, sparsity: 0.1, retention: 1, collapse: 10}``.
+      ``{edit: 1, locality: 1, sparsity: 0.1, recent_retention: 1, collapse: 10}``.
     - ``device``, ``dtype``: where the model lives; ``"cpu"``, ``"cuda"``, …; ``"float32"``, ….
     - ``render_mode``: ``"ansi"``, ``"rgb_array"`` or None.
-    - ``reward``: unit of the levels: ``"loss"`` (nats), ``"token_accuracy"``, ``"generation"``.
-    - ``intrinsic``: pay the advantage over editing all layers instead.
+    - ``reward``: unit of the terms: ``"loss"`` (nats), ``"token_accuracy"``, ``"generation"``.
+    - ``intrinsic``: the reward is the advantage over editing all layers.
     - ``retention_window``, ``retention_decay``: k and μ of the remembered edits.
     - ``locality_reference``: ``"unedited"``, or ``"previous"`` for the model before the fact.
     - ``stop_when_answered``: if False every fact takes ``max_steps_per_edit`` steps.
@@ -92,8 +101,8 @@ class LifelongEdit(EditingEnv):
     - ``trust_remote_code``, ``progress``: as for ``load_model``.
 
     ## Version History
-    - v1: ``agreement`` and ``recent_retention`` have one meaning each; the keys of
-      ``info`` never vary.
+    - v1: ``agreement`` and ``recent_retention`` have one meaning each; the keys of ``info`` never
+      vary, and its fingerprint and error are numbers.
     - v0: first version, never released.
 
     >>> import gymnasium, hiedit_env
@@ -111,15 +120,7 @@ class LifelongEdit(EditingEnv):
             step_size=spaces.Box(-1.0, 1.0, (num_layers,), np.float32),
         )
 
-    def _check_action(self, action: Any) -> tuple[Any, ...]:
+    def _check_action(self, action: Any) -> Choice:
         count = len(self.llm.layers)
         layers, sizes = split_dict(action, count)
-        return check_layers(layers, count), check_step_sizes(sizes, count)
-
-    def _run(self, *chosen: Any) -> Passes[NDArray[np.bool_]]:
-        layers, multipliers = chosen
-        return self._primitive(layers, multipliers)
-
-    def _run_all(self, *chosen: Any) -> Passes[NDArray[np.bool_]]:
-        layers, multipliers = chosen
-        return self._primitive(np.ones_like(layers), multipliers)
+        return Choice(check_layers(layers, count), check_step_sizes(sizes, count))

@@ -29,7 +29,15 @@ _COLUMNS = [2, 1, 1, 1, 2, 2 * PROJECTIONS]
 
 @dataclass(frozen=True, slots=True)
 class View:
-    """What one environment shows: the arguments of :meth:`Observer.__call__`, and its model."""
+    """What one observation is made of.
+
+    Args:
+        llm: The model, for the state of its weights.
+        capture: The fact's keys and value gradients.
+        written_share: L numbers in [0, 1], feature 5.
+        steps_share: In [0, 1], share of the fact's primitive steps used.
+        stream_share: In [0, 1], share of the stream done.
+    """
 
     llm: ResidentLLM
     capture: Capture
@@ -81,28 +89,6 @@ class Observer:
         self._groups = layer_groups(llm.shapes)
         order = np.argsort([i for group in self._groups for i in group])
         self._order = torch.from_numpy(order).to(llm.device)
-
-    def __call__(
-        self,
-        capture: Capture,
-        written_share: NDArray[np.float32],
-        steps_share: float,
-        stream_share: float,
-    ) -> NDArray[np.float32]:
-        """The observation of one fact at the present weights.
-
-        Args:
-            capture: The fact's keys and value gradients.
-            written_share: L numbers in [0, 1], feature 5.
-            steps_share: In [0, 1], share of the fact's primitive steps used.
-            stream_share: In [0, 1], share of the stream done.
-
-        Returns:
-            ``size`` float32 numbers in [−1, 1].
-        """
-        view = View(self.llm, capture, written_share, steps_share, stream_share)
-        observation: NDArray[np.float32] = self.batch([view])[0].cpu().numpy()
-        return observation
 
     def batch(self, views: Sequence[View]) -> Tensor:
         """Observations of several environments of one model, in few kernels.

@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import combinations
 from typing import Any, Self
 
 import numpy as np
 from numpy.typing import NDArray
 
+from hiedit_env.envs.actions import Choice
 from hiedit_env.envs.layer_selection import LayerSelection
-from hiedit_env.envs.scheduler import Passes, run_together
+from hiedit_env.envs.scheduler import run_together
 from hiedit_env.envs.settings import PlantedSettings
 from hiedit_env.errors import SettingsError
+from hiedit_env.evaluation.unedited import UneditedModel
 from hiedit_env.resident.capture import Reading
+from hiedit_env.resident.resident import ResidentLLM
 
 #: Most layers whose subsets are enumerated.
 MOST_LAYERS = 12
@@ -26,13 +30,13 @@ TIE = 1e-5
 
 @dataclass(frozen=True, slots=True)
 class Oracle:
-    """What every option would be paid for the present fact.
+    """The reward that every option would have on the present fact.
 
     Args:
         layers: L bool, the best option; among equals (up to rounding) the one of fewest layers,
             then the first in lexicographic order of their indices.
-        reward: What it is paid.
-        rewards: 2^L float64, what every option is paid; option ``i`` writes layer ``l`` if bit
+        reward: Its reward.
+        rewards: 2^L float64, the reward of every option; option ``i`` writes layer ``l`` if bit
             ``l`` of ``i`` is 1, so ``rewards[0]`` is that of writing nothing.
     """
 
@@ -41,7 +45,7 @@ class Oracle:
     rewards: NDArray[np.float64]
 
     def reward_of(self, layers: NDArray[Any]) -> float:
-        """What an option, L zeros and ones, is paid."""
+        """The reward of an option, L zeros and ones."""
         return float(self.rewards[_number(np.flatnonzero(layers))])
 
 
@@ -60,16 +64,17 @@ class Planted(LayerSelection):
     other four layers do not react to the relation: to write there changes nothing.
 
     ## Information
-    As there, and ``true_layers`` (L int8): the candidate layers that hold the fact of
-    ``edit_index``; after ``reset`` the first fact's. All zero for a fact that was given to
-    ``reset`` without any.
+    As there, and ``true_layers`` (L int8): the candidate layers that hold the fact which the
+    observation shows, the next one to be edited; after the last fact, that fact's. All zero for a
+    fact that was given to ``reset`` without any.
 
     ## Oracle
-    ``env.unwrapped.oracle()`` says what each of the 2^L options would be paid for the present fact,
-    from the present state and with the low level in use, and which is best; 32 options are tried at
-    a time, so rewards are those of ``step`` up to rounding. It leaves no trace.
-    The *one-step regret* of an action is ``oracle().reward`` minus the reward paid: never below 0,
-    up to rounding. The best option looks one fact ahead: it is the best for this fact, not for
+    ``env.unwrapped.oracle()`` gives the reward that each of the 2^L options would have on the
+    present fact, from the present state and with the low level in use, and the best option; 32
+    options are tried at a time, so rewards are those of ``step`` up to rounding. It leaves no
+    trace.
+    The *one-step regret* of an action is ``oracle().reward`` minus its reward: never below 0, up to
+    rounding. The best option looks one fact ahead: it is the best for this fact, not for
     those that follow, and the best with the low level in use, however bad that is. So
     ``hiedit compare`` reports regret against the oracle's own episode with the environment's own
     rule as well.
@@ -84,8 +89,9 @@ class Planted(LayerSelection):
     relations but no subjects.
 
     ## Version History
-    - v1: ``agreement`` and ``recent_retention`` have one meaning each; the keys of
-      ``info`` never vary.
+    - v1: ``agreement`` and ``recent_retention`` have one meaning each; the keys of ``info`` never
+      vary, and its fingerprint and error are numbers.
+      ``true_layers`` belongs to the fact that the observation shows.
     - v0: first version, never released.
 
     >>> import gymnasium, hiedit_env
@@ -113,7 +119,7 @@ class Planted(LayerSelection):
         self._twins: tuple[Planted, ...] = ()
 
     def oracle(self) -> Oracle:
-        """What every option would be paid for the present fact; takes 2^L options' time.
+        """The reward of every option on the present fact; takes 2^L options' time.
 
         The result is kept until the fact or the weights change.
 
@@ -140,7 +146,7 @@ class Planted(LayerSelection):
         return self._last[1]
 
     def _worths(self, options: Sequence[NDArray[np.bool_]]) -> list[float]:
-        """What :meth:`step` would pay for each option; tried by twins that share the model."""
+        """The reward of :meth:`step` for each option; tried by twins that share the model."""
         before = self.save_state()
         try:
             # Every option begins with the same capture, which is taken in once.
@@ -160,22 +166,17 @@ class Planted(LayerSelection):
                 twin.episode.use(rule, self.episode.max_steps_per_edit)
                 twin.episode.restore(start)
             with self.llm.unedited():
-                found = run_together([t._worth(o) for t, o in zip(twins, chosen, strict=True)])
+                found = run_together(
+                    [
+                        twin.accounting.worth(partial(twin._write, Choice(layers)))
+                        for twin, layers in zip(twins, chosen, strict=True)
+                    ]
+                )
             for worth in found:
                 if isinstance(worth, BaseException):
                     raise worth
                 worths.append(worth)
         return worths
-
-    def _worth(self, layers: NDArray[np.bool_]) -> Passes[float]:
-        """What :meth:`step` would pay; the episode is left where that ends."""
-        baseline: Mapping[str, float] = {}
-        if self.intrinsic:
-            state = self.episode.save()
-            baseline, *_ = yield from self._attempt(lambda: self._run_all(layers), rule_made=True)
-            self.episode.restore(state)
-        terms, *_ = yield from self._attempt(lambda: self._run(layers), rule_made=True)
-        return float(sum(value - baseline.get(term, 0.0) for term, value in terms.items()))
 
     def fork(self) -> Self:
         """As in :class:`.base.EditingEnv`."""
@@ -183,10 +184,18 @@ class Planted(LayerSelection):
         twin._last, twin._twins = None, ()
         return twin
 
-    def _info(self, *arguments: Any, **named: Any) -> dict[str, Any]:
+    def _copy_on(
+        self, llm: ResidentLLM, memo: dict[int, Any], unedited: UneditedModel | None = None
+    ) -> Self:
+        """As in :class:`.base.EditingEnv`."""
+        twin = super()._copy_on(llm, memo, unedited)
+        twin._last, twin._twins = None, ()
+        return twin
+
+    def _tell(self, info: dict[str, Any]) -> dict[str, Any]:
         names = self.episode.fact.request.true_layers
         true = np.array([name in names for name in self.llm.names], np.int8)
-        return {**super()._info(*arguments, **named), "true_layers": true}
+        return {**info, "true_layers": true}
 
 
 def _subsets(count: int) -> Iterator[tuple[int, ...]]:

@@ -44,7 +44,7 @@ METRICS = (
     MetricStyle("efficacy", "efficacy right after", COLOURS[1], DASHES[0]),
     MetricStyle("generalization", "generalization", COLOURS[2], DASHES[1]),
     MetricStyle("agreement", "agreement", COLOURS[3], DASHES[2]),
-    MetricStyle("retention", "retention", COLOURS[4], DASHES[3]),
+    MetricStyle("recent_retention", "recent retention", COLOURS[4], DASHES[3]),
 )
 
 _TEXT_WIDTH, _TEXT_EDITS, _TEXT_NAME = 100, 60, 24

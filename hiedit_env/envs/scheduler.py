@@ -1,9 +1,8 @@
 """Requests for forward passes, as dataclasses, so that several environments can share a pass.
 
-An environment is written as generators that *yield* a pass and are sent its result. :func:`run`
-answers them one by one; :func:`run_together` advances several lives in step and answers what they
-ask for at the same time together. Nothing of an environment's meaning depends on which of the two
-drives it.
+What an environment does is written as generators that *yield* a forward request and are sent its
+result. :func:`run` answers one environment; :func:`run_together` advances several in step and
+answers requests of one kind together. An environment does not know which of the two drives it.
 """
 
 from __future__ import annotations
@@ -12,8 +11,7 @@ from collections.abc import Generator, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
-from hiedit_env.evaluation.reward import Evaluator, evaluate_together
-from hiedit_env.evaluation.reward_terms import Quality
+from hiedit_env.evaluation.reward import Evaluator, evaluate_together, prepare_together
 from hiedit_env.model.tokenization import EncodedFact, EncodedPrompt
 from hiedit_env.resident.batched import read_together
 from hiedit_env.resident.capture import Reading
@@ -24,15 +22,24 @@ T = TypeVar("T")
 
 @dataclass(frozen=True, slots=True)
 class Read:
-    """One request forward, ready for a backward pass; answered by a ``Reading``."""
+    """Reads one fact, ready for a backward pass; answered by a ``Reading``."""
 
     llm: ResidentLLM
     prompt: EncodedPrompt
 
 
 @dataclass(frozen=True, slots=True)
+class Prepare:
+    """Computes a fact's references, see :func:`.reward.prepare_together`; answered by None."""
+
+    evaluator: Evaluator
+    fact: EncodedFact
+    remembered: Sequence[EncodedFact]
+
+
+@dataclass(frozen=True, slots=True)
 class Judge:
-    """How good an edit is, see :meth:`.reward.Evaluator.evaluate`; answered by a ``Quality``."""
+    """Judges an edit, see :func:`.reward.evaluate_together`; answered by a ``Quality``."""
 
     evaluator: Evaluator
     fact: EncodedFact
@@ -40,13 +47,14 @@ class Judge:
     reading: Reading | None
 
 
-Pass = Read | Judge
-#: A piece of an environment: yields passes, is sent their results, and returns a T.
+#: A forward request.
+Pass = Read | Prepare | Judge
+#: Part of an episode: yields forward requests, is sent their results, and returns a T.
 Passes = Generator[Pass, Any, T]
 
 
 def run(passes: Passes[T]) -> T:
-    """Drives one environment alone.
+    """Drives one environment.
 
     Returns:
         What the generator returns.
@@ -58,7 +66,10 @@ def run(passes: Passes[T]) -> T:
 
 
 def run_together(several: Sequence[Passes[T]]) -> list[T | BaseException]:
-    """Drives environments of one model in step; readings first, so that judgements wait.
+    """Drives environments of one model in step.
+
+    Readings are answered first, then references, then judgements, so that the expensive kinds wait
+    until most environments ask for them.
 
     Args:
         several: Any number of generators.
@@ -81,14 +92,15 @@ def run_together(several: Sequence[Passes[T]]) -> list[T | BaseException]:
     for i in range(len(several)):
         advance(i, None)
     while waiting:
-        kind = Read if any(isinstance(p, Read) for p in waiting.values()) else Judge
-        chosen = [i for i, wanted in waiting.items() if isinstance(wanted, kind)]
+        kind = next(
+            k for k in (Read, Prepare, Judge) if any(type(p) is k for p in waiting.values())
+        )
+        chosen = [i for i, wanted in waiting.items() if type(wanted) is kind]
         asked = [waiting.pop(i) for i in chosen]
         try:
             answers = _answer(asked)
         except BaseException as error:
-            # An interruption too: otherwise an environment would undo itself whenever it is
-            # collected.
+            # An interruption too: otherwise a generator would undo itself when it is collected.
             for i in chosen:
                 advance(i, None, error)
             continue
@@ -97,11 +109,15 @@ def run_together(several: Sequence[Passes[T]]) -> list[T | BaseException]:
     return [results[i] for i in range(len(several))]
 
 
-def _answer(asked: Sequence[Pass]) -> Sequence[Reading] | Sequence[Quality]:
-    """Passes of one kind, in as few forward passes as fit."""
-    readings = [wanted for wanted in asked if isinstance(wanted, Read)]
+def _answer(asked: Sequence[Pass]) -> Sequence[Any]:
+    """Requests of one kind, in as few forward passes as fit."""
+    readings = [(p.llm, p.prompt) for p in asked if isinstance(p, Read)]
     if readings:
-        return read_together([(wanted.llm, wanted.prompt) for wanted in readings])
+        return read_together(readings)
+    references = [(p.evaluator, p.fact, p.remembered) for p in asked if isinstance(p, Prepare)]
+    if references:
+        prepare_together(references)
+        return [None] * len(references)
     return evaluate_together(
         [(p.evaluator, p.fact, p.remembered, p.reading) for p in asked if isinstance(p, Judge)]
     )

@@ -42,7 +42,7 @@ DEFAULT_WEIGHTS: Mapping[str, float] = {
     "edit": 1.0,
     "locality": 1.0,
     "sparsity": 0.1,
-    "retention": 1.0,
+    "recent_retention": 1.0,
     "collapse": 10.0,
 }
 LayerChoiceName = Literal["no-edit", "all-layers", "random-layers", "fixed-layers", "gradient-norm"]

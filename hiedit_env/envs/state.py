@@ -22,7 +22,7 @@ class EditRecord:
         answer: The answer written.
         layers: L bool, layers written.
         steps: Primitive steps taken.
-        reward: Sum of the rewards paid for this fact.
+        reward: Sum of the rewards on this fact.
         metrics: Token accuracies at the end of the edit; a metric that could not be measured is
             absent.
     """
@@ -33,7 +33,7 @@ class EditRecord:
     layers: NDArray[np.bool_]
     steps: int
     reward: float
-    metrics: dict[str, float]
+    metrics: dict[str, float | bool]
 
 
 @dataclass(slots=True)
@@ -58,7 +58,7 @@ class EnvState:
         episode: Weights, statistics and position.
         random: State of ``np_random``.
         records: The finished edits, for rendering.
-        edit_reward: Reward paid for the present fact so far.
+        edit_reward: Sum of the rewards on the present fact so far.
         option: The present fact's layers, L bool, where a high level chose them.
     """
 

@@ -7,11 +7,9 @@ from typing import Any
 
 import numpy as np
 from gymnasium import spaces
-from numpy.typing import NDArray
 
-from hiedit_env.envs.actions import check_only_step_sizes
+from hiedit_env.envs.actions import Choice, check_only_step_sizes
 from hiedit_env.envs.base import EditingEnv
-from hiedit_env.envs.scheduler import Passes
 from hiedit_env.envs.settings import StepSizeSettings
 from hiedit_env.envs.state import EnvState
 from hiedit_env.rules.layer_choice import make_choice
@@ -38,8 +36,8 @@ class StepSize(EditingEnv):
     - ``layers_per_edit``: K of those that have a size; half of the layers where None.
 
     ## Version History
-    - v1: ``agreement`` and ``recent_retention`` have one meaning each; the keys of
-      ``info`` never vary.
+    - v1: ``agreement`` and ``recent_retention`` have one meaning each; the keys of ``info`` never
+      vary, and its fingerprint and error are numbers.
     - v0: first version, never released.
 
     >>> import gymnasium, hiedit_env, numpy as np
@@ -75,11 +73,5 @@ class StepSize(EditingEnv):
     def _make_action_space(self, num_layers: int) -> spaces.Space[Any]:
         return spaces.Box(-1.0, 1.0, (num_layers,), np.float32)
 
-    def _check_action(self, action: Any) -> tuple[Any, ...]:
-        return (check_only_step_sizes(action, len(self.llm.layers)),)
-
-    def _run(self, *chosen: Any) -> Passes[NDArray[np.bool_]]:
-        return self._primitive(self.option, chosen[0])
-
-    def _run_all(self, *chosen: Any) -> Passes[NDArray[np.bool_]]:
-        return self._primitive(np.ones_like(self.option), chosen[0])
+    def _check_action(self, action: Any) -> Choice:
+        return Choice(self.option, check_only_step_sizes(action, len(self.llm.layers)))

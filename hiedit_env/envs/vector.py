@@ -5,15 +5,16 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any, ClassVar, Generic, TypeVar
+from typing import Any, ClassVar, Generic, Self, TypeVar
 
 import numpy as np
 import torch
+from gymnasium.utils import EzPickle
 from gymnasium.vector import AutoresetMode, VectorEnv
 from gymnasium.vector.utils import batch_space
 from numpy.typing import NDArray
 
-from hiedit_env.envs.accounting import Paid
+from hiedit_env.envs.accounting import Outcome
 from hiedit_env.envs.base import EditingEnv
 from hiedit_env.envs.layer_selection import LayerSelection
 from hiedit_env.envs.lifelong_edit import LifelongEdit
@@ -21,6 +22,7 @@ from hiedit_env.envs.planted import Planted
 from hiedit_env.envs.scheduler import Passes, run_together
 from hiedit_env.envs.step_size import StepSize
 from hiedit_env.errors import ActionError, SettingsError, whole_number
+from hiedit_env.evaluation.unedited import UneditedModel
 
 T = TypeVar("T")
 E = TypeVar("E", bound=EditingEnv)
@@ -29,7 +31,7 @@ Observations = NDArray[np.float32]
 Batch = tuple[Any, Any, Any, Any, dict[str, Any]]
 
 
-class VectorEditing(VectorEnv[Observations, Any, NDArray[Any]], Generic[E]):
+class VectorEditing(VectorEnv[Observations, Any, NDArray[Any]], EzPickle, Generic[E]):
     """N independent environments over one set of resident base weights.
 
     Every environment is an environment of the id, with its own stream, statistics, accumulated
@@ -42,7 +44,7 @@ class VectorEditing(VectorEnv[Observations, Any, NDArray[Any]], Generic[E]):
     ## Arguments
     - ``num_envs``: N.
     - ``autoreset_mode``: what happens to an environment whose episode has ended. ``"NextStep"``
-      (default): the next ``step`` begins a new one in the place of an action and pays 0.
+      (default): the next ``step`` begins a new one in the place of an action; its reward is 0.
       ``"SameStep"``: it begins within the step; the last observation and information are in
       ``info["final_obs"]`` and ``info["final_info"]``. ``"Disabled"``:
       ``reset(options={"reset_mask": mask})`` begins new episodes where ``mask`` (N bool) is True,
@@ -50,6 +52,7 @@ class VectorEditing(VectorEnv[Observations, Any, NDArray[Any]], Generic[E]):
     - ``tensors``: if True, observations and rewards are float32 tensors on the model's device that
       were never on the host (rewards by generation excepted), and ended episodes are bool tensors
       there; ``info["reward_terms"]`` holds scalar tensors. Actions may be tensors in any case.
+    - ``max_episode_steps``: an episode is truncated after so many steps; None for never.
     - ``max_batch_tokens``: bound of prompts × longest prompt in one pass over all environments.
     - everything else: as for the id.
 
@@ -78,9 +81,18 @@ class VectorEditing(VectorEnv[Observations, Any, NDArray[Any]], Generic[E]):
         autoreset_mode: str | AutoresetMode = AutoresetMode.NEXT_STEP,
         tensors: bool = False,
         max_batch_tokens: int | None = None,
+        max_episode_steps: int | None = None,
         **settings: Any,
     ) -> None:
-        super().__init__()
+        EzPickle.__init__(
+            self,
+            num_envs,
+            autoreset_mode=autoreset_mode,
+            tensors=tensors,
+            max_batch_tokens=max_batch_tokens,
+            max_episode_steps=max_episode_steps,
+            **settings,
+        )
         self.num_envs = whole_number(num_envs, "num_envs", 1)
         try:
             self.autoreset_mode = AutoresetMode(autoreset_mode)
@@ -91,6 +103,9 @@ class VectorEditing(VectorEnv[Observations, Any, NDArray[Any]], Generic[E]):
             ) from error
         if max_batch_tokens is not None:
             whole_number(max_batch_tokens, "max_batch_tokens", 1)
+        if max_episode_steps is not None:
+            whole_number(max_episode_steps, "max_episode_steps", 1)
+        self.max_episode_steps = max_episode_steps
         # Holds the model, and is never reset or edited itself.
         first = self.env_class(**settings)
         if max_batch_tokens is not None:
@@ -109,6 +124,24 @@ class VectorEditing(VectorEnv[Observations, Any, NDArray[Any]], Generic[E]):
         self.action_space = batch_space(first.action_space, num_envs)
         self._observations = torch.zeros(num_envs, first.observer.size, device=first.llm.device)
         self._ended = np.zeros(num_envs, bool)
+        self._steps = np.zeros(num_envs, np.int64)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Self:
+        """A copy with a model of its own that goes on from the present state."""
+        # The default would rebuild the environments from their arguments, as unpickling does.
+        twin = type(self).__new__(type(self))
+        memo[id(self)] = twin
+        twin.__dict__.update(self.__dict__)
+        llm = self.envs[0]._copy_model()
+        unedited = UneditedModel(llm)
+        forks = [llm.fork() for _ in self.envs]
+        twin.envs = tuple(
+            env._copy_on(fork, memo, unedited.clone_for(fork))
+            for env, fork in zip(self.envs, forks, strict=True)
+        )
+        # Never written in place, except the two that count.
+        twin._ended, twin._steps = self._ended.copy(), self._steps.copy()
+        return twin
 
     # -- Gymnasium ------------------------------------------------------------------------------
 
@@ -135,6 +168,7 @@ class VectorEditing(VectorEnv[Observations, Any, NDArray[Any]], Generic[E]):
         with self._all_or_nothing():
             infos = self._run([self.envs[i].begin(seed=seeds[i], options=rest) for i in chosen])
         self._ended = self._ended & ~mask
+        self._steps = np.where(mask, 0, self._steps)
         self._look(chosen)
         return self._shown(), self._collect(dict(zip(chosen, infos, strict=True)))
 
@@ -155,31 +189,34 @@ class VectorEditing(VectorEnv[Observations, Any, NDArray[Any]], Generic[E]):
             )
         going = [i for i in range(self.num_envs) if not self._ended[i]]
         rewards: list[Any] = [0.0] * self.num_envs
-        ended = np.zeros(self.num_envs, bool)
+        ended, truncated = np.zeros((2, self.num_envs), bool)
         # Every action is checked before anything happens.
         steps: list[Passes[Any]] = [self._act(i, rows[i]) for i in going]
         steps += [self.envs[i].begin() for i in fresh]
         infos: dict[int, dict[str, Any]] = {}
         with self._all_or_nothing():
             results = self._run(steps)
+            self._steps = np.where(self._ended, 0, self._steps + 1)
             for i, result in zip([*going, *fresh], results, strict=True):
                 if i in fresh:
                     infos[i] = result
                 else:
-                    one: Paid = result
-                    rewards[i], ended[i], infos[i] = one
+                    outcome: Outcome = result
+                    rewards[i], ended[i], infos[i] = outcome
+                    truncated[i] = self._steps[i] == self.max_episode_steps
             self._look(range(self.num_envs))
-            over = [i for i in range(self.num_envs) if ended[i]]
+            over = [i for i in range(self.num_envs) if ended[i] or truncated[i]]
             if over and self.autoreset_mode is AutoresetMode.SAME_STEP:
                 seen = self._shown()
                 finals = {i: (seen[i], infos[i]) for i in over}
                 begun = self._run([self.envs[i].begin() for i in over])
+                self._steps[over] = 0
                 self._look(over)
                 for i, info in zip(over, begun, strict=True):
                     final_obs, final_info = finals[i]
                     infos[i] = {"final_obs": final_obs, "final_info": final_info, **info}
-        self._ended = ended & (self.autoreset_mode is not AutoresetMode.SAME_STEP)
-        truncated = np.zeros(self.num_envs, bool)
+        is_over = ended | truncated
+        self._ended = is_over & (self.autoreset_mode is not AutoresetMode.SAME_STEP)
         rest = self._collect(infos)
         if not self.tensors:
             return self._shown(), np.array(rewards, np.float64), ended, truncated, rest
@@ -209,9 +246,24 @@ class VectorEditing(VectorEnv[Observations, Any, NDArray[Any]], Generic[E]):
         for env, value in zip(self.envs, each, strict=True):
             setattr(env, name, value)
 
+    @property
+    def np_random(self) -> Any:
+        """The random generators of all environments."""
+        return tuple(env.np_random for env in self.envs)
+
+    @np_random.setter
+    def np_random(self, value: Any) -> None:
+        for env, generator in zip(self.envs, value, strict=True):
+            env.np_random = generator
+
+    @property
+    def np_random_seed(self) -> Any:
+        """The seeds of all environments; see :attr:`gymnasium.Env.np_random_seed`."""
+        return tuple(env.np_random_seed for env in self.envs)
+
     # -- inside -----------------------------------------------------------------------------------
 
-    def _act(self, i: int, action: Any) -> Passes[Paid]:
+    def _act(self, i: int, action: Any) -> Passes[Outcome]:
         try:
             return self.envs[i].act(action)
         except ActionError as error:
@@ -230,13 +282,13 @@ class VectorEditing(VectorEnv[Observations, Any, NDArray[Any]], Generic[E]):
         """Puts every environment back if one of them fails."""
         before: list[Callable[[], None]] = [env.return_point() for env in self.envs]
         # Never written in place: the old ones are still whole.
-        observations, ended = self._observations, self._ended
+        kept = self._observations, self._ended, self._steps
         try:
             yield
         except BaseException:
             for back in before:
                 back()
-            self._observations, self._ended = observations, ended
+            self._observations, self._ended, self._steps = kept
             raise
 
     def _look(self, chosen: Sequence[int]) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from contextlib import nullcontext
+from dataclasses import dataclass
 from numbers import Real
 from typing import Any, get_args
 
@@ -15,18 +15,35 @@ from torch.nn import functional as F
 
 from hiedit_env.datasets.requests import Request
 from hiedit_env.errors import PromptError, SettingsError
+from hiedit_env.evaluation.info_metrics import metrics_of
 from hiedit_env.evaluation.matching import EXTRA_TOKENS, generated_answer, is_match, normalise
 from hiedit_env.evaluation.names import LocalityReference, RewardKind
-from hiedit_env.evaluation.reward_terms import Means, Quality, first_probes
+from hiedit_env.evaluation.reward_terms import (
+    MEASURED,
+    Means,
+    Quality,
+    first_probes,
+)
+from hiedit_env.evaluation.scores import scores_together
 from hiedit_env.evaluation.unedited import UneditedModel, answer_log_probs
 from hiedit_env.model.tokenization import EncodedFact, EncodedPrompt
-from hiedit_env.resident.batched import scores_together
+from hiedit_env.resident.batched import logits_together
 from hiedit_env.resident.capture import Reading
 from hiedit_env.resident.low_rank import Updates
 from hiedit_env.resident.resident import ResidentLLM
 
-#: Log-probabilities (answer tokens × vocabulary) and generated texts, by unrelated prompt.
-References = tuple[dict[EncodedPrompt, Tensor], dict[EncodedPrompt, str]]
+
+@dataclass(frozen=True, slots=True)
+class References:
+    """What unrelated prompts are compared with; never changed once made, so saved states share it.
+
+    Args:
+        log_probs: The reference model's log-probabilities by prompt, answer tokens × vocabulary.
+        texts: Its greedy continuations by prompt; only where the reward is by generation.
+    """
+
+    log_probs: Mapping[EncodedPrompt, Tensor]
+    texts: Mapping[EncodedPrompt, str]
 
 
 def check_judging(kind: object, decay: object, reference: object) -> None:
@@ -51,27 +68,28 @@ class Evaluator:
     * edit: mean of the fact's score and the mean score of its paraphrases.
     * locality: how little the model's output on unrelated prompts (this fact's, and the first of
       every remembered edit) differs from the reference model's.
-    * retention: score of the remembered edits' own prompts.
+    * recent retention: score of the remembered edits' own prompts.
 
     A score is −(nats per answer token) for ``"loss"``, the share of answer tokens that are the
     argmax under teacher forcing for ``"token_accuracy"``, and 1 or 0 by
     :func:`~hiedit_env.evaluation.matching.is_match` for ``"generation"``; the difference on
-    unrelated prompts is −KL(reference ‖ edited) per answer token, the share of equal argmaxes, and
-    equality of the generated answers. An edit remembered for a steps weighs ``decay ** a`` in the
-    weighted means (HiEdit and RLEdit's memory backtracking sums instead of averaging).
+    unrelated prompts is −KL(reference ‖ edited) per answer token, the share of equal argmaxes at
+    the true answer's tokens (``argmax_match``), and equality of the generated answers. An edit
+    remembered for a steps weighs ``decay ** a`` in the weighted means (HiEdit and RLEdit's memory
+    backtracking sums instead of averaging).
 
     Args:
         llm: The model.
-        kind: Unit of the levels.
+        kind: Unit of the terms.
         decay: μ in (0, 1].
         reference: What unrelated prompts are compared with: the unedited model, or the model as it
             was before the present fact (as in the papers).
-        unedited: Asks the unedited model; forks of one model share what it remembers. None for a
-            new one.
+        unedited: What the unedited model says; forks of one model share it. Made anew where None.
 
     Attributes:
-        on_device: Whether levels are scalar tensors that were never on the host. False unless set;
-            without effect on levels by generation, which are judged as text.
+        on_device: Whether terms are scalar tensors that were never on the host. False unless set;
+            without effect on terms by generation, which are judged as text.
+        references: What unrelated prompts are compared with, see :func:`prepare_together`.
     """
 
     def __init__(
@@ -108,58 +126,7 @@ class Evaluator:
 
     def forget_references(self) -> None:
         """Drops all references; called when a stream begins."""
-        self.references = ({}, {})
-
-    @property
-    def references(self) -> References:
-        """The reference model's log-probabilities and texts, by unrelated prompt."""
-        return self._reference_log_probs, self._reference_texts
-
-    @references.setter
-    def references(self, references: References) -> None:
-        self._reference_log_probs, self._reference_texts = references
-
-    def begin(self, fact: EncodedFact, remembered: Sequence[EncodedFact]) -> None:
-        """Computes the references of a fact's unrelated prompts, before it is edited.
-
-        Args:
-            fact: The fact about to be edited.
-            remembered: Facts edited before, latest first; references of others are dropped.
-        """
-        unedited = self.reference == "unedited"
-        old_log_probs, old_texts = self.references if unedited else ({}, {})
-        # New dictionaries, never changed later: saved states hold the old ones.
-        log_probs: dict[EncodedPrompt, Tensor] = {}
-        texts: dict[EncodedPrompt, str] = {}
-        self.references = (log_probs, texts)
-        wanted = dict.fromkeys((*fact.probes, *first_probes(remembered)))
-        if unedited:
-            # A fact's probes are always run together, and with nothing else, so that a reference
-            # depends on the stream alone and not on what was known before it.
-            log_probs |= self.unedited.log_probs(fact.probes)
-            for probe in wanted:
-                if probe not in log_probs and probe in old_log_probs:
-                    log_probs[probe] = old_log_probs[probe]
-                elif probe not in log_probs:
-                    log_probs |= self.unedited.log_probs((probe,))
-        else:
-            log_probs |= answer_log_probs(self.llm, tuple(wanted))
-        if self.kind == "generation":
-            with self.llm.unedited() if unedited else nullcontext(), torch.no_grad():
-                for probe in wanted:
-                    texts[probe] = old_texts.get(probe) or self._generate([probe])[0]
-
-    def evaluate(
-        self, fact: EncodedFact, remembered: Sequence[EncodedFact], reading: Reading | None = None
-    ) -> Quality:
-        """The quality at the present weights.
-
-        Args:
-            fact: The fact being edited; :meth:`begin` was called for it.
-            remembered: Facts edited before, latest first.
-            reading: The fact's own reading at the present weights, if there is one already.
-        """
-        return evaluate_together([(self, fact, remembered, reading)])[0]
+        self.references = References({}, {})
 
     def summarise(
         self,
@@ -175,27 +142,32 @@ class Evaluator:
             fact: The fact being edited.
             remembered: Facts edited before, latest first.
             prompts: P, in the order of :meth:`prompts`.
-            scores: P each: −nats, token accuracy, KL from the reference, agreement with it.
-            table: The same, P × 4 float32 on the model's device.
+            scores: P each, then as many as there are greedy answers of the unedited model to the
+                fact's unrelated prompts: −nats, token accuracy, KL from the reference, equal
+                argmaxes.
+            table: The same, rows × 4 float32 on the model's device.
         """
-        losses, correct, kl, agree = scores
+        count = len(prompts)
+        losses, correct, kl, equal = (column[:count] for column in scores)
+        greedy = scores[1][count:]
         if not (np.isfinite(losses).all() and np.isfinite(kl).all()):
-            return Quality(dict.fromkeys(("edit", "locality", "retention"), np.nan), {}, False)
+            return Quality(dict.fromkeys(MEASURED, np.nan), metrics_of(), False)
         means = Means(fact, remembered, self.decay)
         accuracy = means.split(correct)
-        agreement = means.locality(agree)
-        metrics = {
-            "efficacy": accuracy["fact"],
-            "generalization": accuracy["paraphrases"],
-            "agreement": agreement,
-            "retention": accuracy["retention"],
-        }
+        argmax_match = means.locality(equal)
+        metrics = metrics_of(
+            efficacy=accuracy["fact"],
+            generalization=accuracy["paraphrases"],
+            agreement=float(greedy.mean()) if len(greedy) else np.nan,
+            argmax_match=argmax_match,
+            recent_retention=accuracy["recent_retention"],
+        )
         if self.kind == "loss":
             score, local, perfect = losses, means.locality(-kl), 0.0
         elif self.kind == "token_accuracy":
-            score, local, perfect = correct, agreement, 1.0
+            score, local, perfect = correct, argmax_match, 1.0
         else:
-            texts = self._generate(prompts)
+            texts = self.generate(prompts)
             score = np.array(
                 [float(is_match(t, p.answer)) for t, p in zip(texts, prompts, strict=True)]
             )
@@ -207,19 +179,20 @@ class Evaluator:
         edit = parts["fact"]
         if fact.paraphrases:
             edit = (edit + parts["paraphrases"]) / 2
-        levels: dict[str, Any] = {
+        terms: dict[str, Any] = {
             "edit": edit,
             "locality": perfect if np.isnan(local) and not means.has_probes else local,
-            "retention": parts["retention"] if remembered else perfect,
+            "recent_retention": parts["recent_retention"] if remembered else perfect,
         }
         if self.on_device and self.kind != "generation":
-            own, other = (table[:, 0], -table[:, 2]) if self.kind == "loss" else table[:, 1::2].T
-            for level, coefficients in means.coefficients().items():
+            rows = table[:count]
+            own, other = (rows[:, 0], -rows[:, 2]) if self.kind == "loss" else rows[:, 1::2].T
+            for term, coefficients in means.coefficients().items():
                 factors = torch.from_numpy(coefficients).to(table.dtype).to(table.device)
-                value = (other if level == "locality" else own) @ factors
-                # A level without prompts is not measured but perfect.
-                levels[level] = value if coefficients.any() else torch.full_like(value, perfect)
-        return Quality(levels, metrics, True)
+                value = (other if term == "locality" else own) @ factors
+                # A term without prompts is not measured but perfect.
+                terms[term] = value if coefficients.any() else torch.full_like(value, perfect)
+        return Quality(terms, metrics, True)
 
     def loss(
         self,
@@ -231,7 +204,7 @@ class Evaluator:
     ) -> Tensor:
         """The differentiable objective of a low level, with the updates as an overlay.
 
-        −(edit, locality and retention levels of kind ``"loss"``, weighted) + l2 Σ_l ‖Δ_l‖²:
+        −(edit, locality and recent-retention terms of kind ``"loss"``, weighted) + l2 Σ_l ‖Δ_l‖²:
         L_t of HiEdit and RLEdit up to the averages described above.
 
         Returns:
@@ -239,27 +212,24 @@ class Evaluator:
         """
         prompts = self.prompts(fact, remembered, with_fact=True)
         losses, _, kl, _ = scores_together(
-            [(self.llm, prompts, self._reference_log_probs)], updates
+            [(self.llm, prompts, self.references.log_probs)], updates
         )[0].unbind(1)
         means = Means(fact, remembered, self.decay)
         coefficients = means.coefficients()
         device = losses.device
 
-        def dot(part: str, values: Tensor) -> Tensor:
+        def weighted(term: str, values: Tensor) -> Tensor:
             # First the dtype, then the device: not every device has float64.
-            return values @ torch.from_numpy(coefficients[part]).to(values.dtype).to(device)
+            factors = torch.from_numpy(coefficients[term]).to(values.dtype).to(device)
+            return weights[term] * (values @ factors)
 
-        total = -weights["edit"] * dot("edit", losses) - weights["retention"] * dot(
-            "retention", losses
-        )
-        total = total + weights["locality"] * dot("locality", kl)
+        total = -weighted("edit", losses) - weighted("recent_retention", losses)
+        total = total + weighted("locality", kl)
         if l2:
             for update in updates:
                 if update is not None:
                     total = total + l2 * update.squared_norm()
         return total
-
-    # -- inside -------------------------------------------------------------------------------
 
     @staticmethod
     def prompts(
@@ -274,34 +244,62 @@ class Evaluator:
             *first_probes(remembered),
         ]
 
-    def _generate(self, prompts: Sequence[EncodedPrompt]) -> list[str]:
+    def generate(self, prompts: Sequence[EncodedPrompt]) -> list[str]:
+        """Greedy continuations at the present weights, of the answer's tokens and a few more."""
         budgets = [len(prompt.answer_ids) + EXTRA_TOKENS for prompt in prompts]
         return self.llm.generate([prompt.prompt for prompt in prompts], budgets)
 
     def _same_text(self, text: str, prompt: EncodedPrompt) -> bool:
-        reference = self._reference_texts.get(prompt)
+        reference = self.references.texts.get(prompt)
         return reference is not None and normalise(generated_answer(text)) == normalise(
             generated_answer(reference)
         )
 
 
+def prepare_together(asked: Sequence[tuple[Evaluator, EncodedFact, Sequence[EncodedFact]]]) -> None:
+    """Computes the references of facts that are about to be edited, in few passes.
+
+    Args:
+        asked: Per environment its evaluator, the fact and the facts edited before, latest first;
+            the models are forks of one, or there is one environment. References to prompts of no
+            other fact are kept.
+    """
+    found: list[References] = []
+    for (evaluator, *_), wanted, rows in zip(asked, *_reference_log_probs(asked), strict=True):
+        texts: dict[EncodedPrompt, str] = {}
+        for probe in wanted if evaluator.kind == "generation" else ():
+            if evaluator.reference == "unedited":
+                texts[probe] = evaluator.unedited.text(probe)
+            else:
+                [texts[probe]] = evaluator.generate([probe])
+        found.append(References(rows, texts))
+    for (evaluator, *_), references in zip(asked, found, strict=True):
+        evaluator.references = references
+
+
 def evaluate_together(
     asked: Sequence[tuple[Evaluator, EncodedFact, Sequence[EncodedFact], Reading | None]],
 ) -> list[Quality]:
-    """What :meth:`Evaluator.evaluate` gives for each of several environments, by few passes.
+    """How good the edits of several environments are, in few passes.
 
     Args:
-        asked: Its arguments, for every environment; the models are forks of one, or there is one
-            environment.
+        asked: Per environment its evaluator, the fact being edited (:func:`prepare_together` was
+            called for it), the facts edited before, latest first, and the fact's own reading at
+            the present weights if there is one already. The models are forks of one, or there is
+            one environment.
     """
     with torch.inference_mode():
+        answers = _unedited_answers([(evaluator, fact) for evaluator, fact, *_ in asked])
         prompts = [
             evaluator.prompts(fact, remembered, with_fact=reading is None)
             for evaluator, fact, remembered, reading in asked
         ]
-        evaluators = [evaluator for evaluator, *_ in asked]
-        pairs = zip(evaluators, prompts, strict=True)
-        found = scores_together([(e.llm, wanted, e.references[0]) for e, wanted in pairs])
+        found = scores_together(
+            [
+                (evaluator.llm, [*wanted, *greedy], evaluator.references.log_probs)
+                for (evaluator, *_), wanted, greedy in zip(asked, prompts, answers, strict=True)
+            ]
+        )
         qualities: list[Quality] = []
         for (evaluator, fact, remembered, reading), wanted, table in zip(
             asked, prompts, found, strict=True
@@ -314,3 +312,56 @@ def evaluate_together(
             scores = list(table.T.cpu().double().numpy())
             qualities.append(evaluator.summarise(fact, remembered, wanted, scores, table))
     return qualities
+
+
+# -- inside ---------------------------------------------------------------------------------------
+
+
+def _reference_log_probs(
+    asked: Sequence[tuple[Evaluator, EncodedFact, Sequence[EncodedFact]]],
+) -> tuple[list[list[EncodedPrompt]], list[dict[EncodedPrompt, Tensor]]]:
+    """Per environment the prompts that need a reference, and its log-probabilities."""
+    prompts = [
+        list(dict.fromkeys((*fact.probes, *first_probes(remembered))))
+        for _, fact, remembered in asked
+    ]
+    rows: list[dict[EncodedPrompt, Tensor]] = [{} for _ in asked]
+    unedited = [i for i, (evaluator, *_) in enumerate(asked) if evaluator.reference == "unedited"]
+    if unedited:
+        # A fact's probes are always run together, and alone with nothing else, so that a reference
+        # depends on the stream and not on what was known before it.
+        groups: list[tuple[int, tuple[EncodedPrompt, ...]]] = []
+        for i in unedited:
+            evaluator, fact, _ = asked[i]
+            old, own = evaluator.references.log_probs, set(fact.probes)
+            rows[i] = {p: old[p] for p in prompts[i] if p in old and p not in own}
+            rest = [(p,) for p in prompts[i] if p not in old and p not in own]
+            groups += [(i, group) for group in (fact.probes, *rest)]
+        shared = asked[unedited[0]][0].unedited
+        found = shared.log_probs_of([group for _, group in groups], together=len(asked) > 1)
+        for (i, _), part in zip(groups, found, strict=True):
+            rows[i] |= part
+    previous = [i for i in range(len(asked)) if i not in unedited]
+    if previous:
+        # Never inference tensors, wherever this is called from: they later enter autograd graphs.
+        with torch.inference_mode(False), torch.no_grad():
+            if len(previous) == 1:
+                [i] = previous
+                rows[i] = answer_log_probs(asked[i][0].llm, prompts[i])
+            else:
+                wanted = [(asked[i][0].llm, prompts[i]) for i in previous]
+                for places, batch, logits in logits_together(wanted):
+                    sizes = [len(prompt.answer_ids) for prompt in batch.prompts]
+                    split = torch.split(logits.float().log_softmax(-1), sizes)
+                    for (member, place), values in zip(places, split, strict=True):
+                        rows[previous[member]][prompts[previous[member]][place]] = values
+    return prompts, rows
+
+
+def _unedited_answers(asked: Sequence[tuple[Evaluator, EncodedFact]]) -> list[list[EncodedPrompt]]:
+    """The unedited model's greedy answers to the unrelated prompts of every fact."""
+    first = asked[0][0].unedited
+    # Whatever is not known yet, in shared passes.
+    shared = [fact for evaluator, fact in asked if evaluator.unedited.shares_with(first)]
+    first.answers([probe for fact in shared for probe in fact.probes])
+    return [evaluator.unedited.answers(fact.probes) for evaluator, fact in asked]

@@ -1,4 +1,4 @@
-"""What an edit is judged by, and which prompt counts how much in which level."""
+"""Terms and metrics an edit is judged by, and the weight of every prompt in them."""
 
 from __future__ import annotations
 
@@ -11,25 +11,27 @@ import numpy as np
 
 from hiedit_env.model.tokenization import EncodedFact, EncodedPrompt
 
+#: Terms of the reward that are measured on prompts.
+MEASURED = ("edit", "locality", "recent_retention")
+
 
 @dataclass(frozen=True, slots=True)
 class Quality:
     """The state of the edited model as seen from one fact.
 
     Args:
-        levels: ``edit``, ``locality`` and ``retention`` in the unit of the reward kind, higher is
-            better, unweighted. Nothing to measure counts as perfect: 0 nats, or accuracy 1. Floats,
-            or scalar float32 tensors where the evaluator keeps them on the device.
-        metrics: Token accuracies whatever the reward kind: ``efficacy``, ``generalization``,
-            ``agreement`` (with the reference model's own predictions on unrelated prompts),
-            ``retention``; NaN where there is nothing to measure.
+        terms: :data:`MEASURED` in the unit of the reward kind, higher is better, unweighted.
+            Nothing to measure counts as perfect: 0 nats, or accuracy 1. Floats, or scalar float32
+            tensors where the evaluator keeps them on the device.
+        metrics: Token accuracies whatever the reward kind, see
+            :func:`hiedit_env.evaluation.info_metrics.metrics_of`.
         finite: Whether the losses of all prompts and the divergences of the unrelated ones are.
-            False after numerical collapse: then all levels are NaN and there are no metrics, since
-            accuracies do not show it (the argmax of NaN is a token like any other).
+            False after numerical collapse: then all terms and metrics are NaN, since accuracies
+            do not show it (the argmax of NaN is a token like any other).
     """
 
-    levels: dict[str, Any]
-    metrics: dict[str, float]
+    terms: dict[str, Any]
+    metrics: dict[str, float | bool]
     finite: bool
 
 
@@ -69,8 +71,8 @@ class Means:
             self._local /= self._local.sum()
 
     def coefficients(self) -> dict[str, np.ndarray]:
-        """Coefficient of every prompt in the edit, locality and retention levels."""
-        return {"edit": self._edit, "locality": self._local, "retention": self._remember}
+        """Coefficient of every prompt in each of :data:`MEASURED`."""
+        return {"edit": self._edit, "locality": self._local, "recent_retention": self._remember}
 
     def locality(self, values: np.ndarray) -> float:
         """Weighted mean over unrelated prompts; NaN where there are none."""
@@ -83,5 +85,5 @@ class Means:
         return {
             "fact": float(values[self._fact][0]),
             "paraphrases": float(paraphrases.mean()) if len(paraphrases) else float("nan"),
-            "retention": float(values @ self._remember) if has_memory else float("nan"),
+            "recent_retention": float(values @ self._remember) if has_memory else float("nan"),
         }

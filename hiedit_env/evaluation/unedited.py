@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from hiedit_env.errors import SettingsError
+from hiedit_env.evaluation.matching import EXTRA_TOKENS
 from hiedit_env.model.tokenization import EncodedPrompt
 from hiedit_env.resident.prefix_cache import TensorCache
 from hiedit_env.resident.resident import ResidentLLM
@@ -48,6 +49,7 @@ class UneditedModel:
         self.llm, self.max_tokens = llm, max_tokens
         self._log_probs = TensorCache(cache_bytes)
         self._answers: dict[tuple[int, ...], EncodedPrompt] = {}
+        self._texts: dict[EncodedPrompt, str] = {}
 
     def __len__(self) -> int:
         """Number of different prompts answered so far."""
@@ -58,6 +60,10 @@ class UneditedModel:
         twin = copy.copy(self)
         twin.llm = llm
         return twin
+
+    def shares_with(self, other: UneditedModel) -> bool:
+        """Whether the two share their results, as clones do."""
+        return self._answers is other._answers
 
     def log_probs(self, prompts: Sequence[EncodedPrompt]) -> dict[EncodedPrompt, Tensor]:
         """Log-probabilities at the answers of prompts, which are run together.
@@ -72,17 +78,36 @@ class UneditedModel:
             Per prompt answer tokens × vocabulary, float32; without gradient, but no inference
             tensor.
         """
-        key = tuple(prompts)
-        if not key:
-            return {}
-        known = self._log_probs.get(key)
-        if known is None:
-            with self.llm.unedited():
-                rows = answer_log_probs(self.llm, key)
-            known = torch.cat([rows[prompt] for prompt in key])
-            self._log_probs.put(key, known)
-        sizes = [len(prompt.answer_ids) for prompt in key]
-        return dict(zip(key, torch.split(known, sizes), strict=True))
+        return self.log_probs_of([tuple(prompts)])[0]
+
+    def log_probs_of(
+        self, groups: Sequence[tuple[EncodedPrompt, ...]], *, together: bool = False
+    ) -> list[dict[EncodedPrompt, Tensor]]:
+        """:meth:`log_probs` of several groups of prompts.
+
+        Args:
+            groups: Each of different prompts.
+            together: Whether groups that are not known yet share passes: fewer passes, values
+                equal up to rounding.
+        """
+        known = {g: found for g in groups if (found := self._log_probs.get(g)) is not None}
+        missing = [group for group in dict.fromkeys(groups) if group and group not in known]
+        with self.llm.unedited():
+            for part in [missing] if together and missing else [[group] for group in missing]:
+                prompts = list(dict.fromkeys(prompt for group in part for prompt in group))
+                rows = answer_log_probs(self.llm, prompts)
+                for group in part:
+                    known[group] = torch.cat([rows[prompt] for prompt in group])
+                    self._log_probs.put(group, known[group])
+        return [_split(group, known[group]) if group else {} for group in groups]
+
+    def text(self, prompt: EncodedPrompt) -> str:
+        """The greedy continuation, of the answer's tokens and a few more."""
+        if prompt not in self._texts:
+            with self.llm.unedited(), torch.no_grad():
+                budget = len(prompt.answer_ids) + EXTRA_TOKENS
+                [self._texts[prompt]] = self.llm.generate([prompt.prompt], [budget])
+        return self._texts[prompt]
 
     def answers(
         self, prompts: Sequence[EncodedPrompt], progress: Progress | None = None
@@ -144,6 +169,11 @@ def answer_log_probs(
         for bucket in llm.buckets(prompts):
             batch = llm.batch([prompts[i] for i in bucket])
             found = llm.answer_logits(batch).float().log_softmax(-1)
-            sizes = [len(prompt.answer_ids) for prompt in batch.prompts]
-            rows |= dict(zip(batch.prompts, torch.split(found, sizes), strict=True))
+            rows |= _split(batch.prompts, found)
     return rows
+
+
+def _split(prompts: Sequence[EncodedPrompt], rows: Tensor) -> dict[EncodedPrompt, Tensor]:
+    """The rows of all answer tokens, prompt by prompt."""
+    sizes = [len(prompt.answer_ids) for prompt in prompts]
+    return dict(zip(prompts, torch.split(rows, sizes), strict=True))

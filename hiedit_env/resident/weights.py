@@ -114,8 +114,9 @@ class EditableWeights:
 
     @contextmanager
     def unedited(self) -> Iterator[None]:
-        """Runs the body with the unedited weights; copies nothing and always switches back."""
+        """Runs the body with the unedited weights; copies nothing, switches back, may be nested."""
         edited = {i: self._weight(i).data for i in self._written()}
+        outside = self._is_suspended
         self._is_suspended = True
         try:
             for i in edited:
@@ -124,7 +125,7 @@ class EditableWeights:
         finally:
             for i, weight in edited.items():
                 self._weight(i).data = weight
-            self._is_suspended = False
+            self._is_suspended = outside
 
     def change(self, index: int) -> Tensor | None:
         """Edited minus unedited weight of one layer, d_in × d_out float32; None if never edited."""

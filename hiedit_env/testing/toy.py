@@ -16,13 +16,16 @@ from numpy.typing import NDArray
 
 from hiedit_env.envs.actions import check_selection
 from hiedit_env.errors import SettingsError, whole_number
+from hiedit_env.evaluation.info_metrics import metrics_of
 
 Step = tuple[NDArray[np.float32], float, bool, bool, dict[str, Any]]
 
 #: Policies whose mean reward is known, for :meth:`ToyEditing.expected_reward`.
 POLICIES = ("best", "all-layers", "no-edit", "random", "one-random-layer")
-_TERMS = ("edit", "locality", "sparsity", "retention", "collapse")
+_TERMS = ("edit", "locality", "sparsity", "recent_retention", "collapse")
 _SPARSITY = 0.1
+#: Colours of a written layer in the picture: the fact's own, and another.
+_RIGHT, _WRONG = (0, 158, 115), (213, 94, 0)
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,6 +35,7 @@ class ToyState:
     Args:
         position: Index of the present fact; the length of the stream when it is over.
         weights: L int64, how often each layer was written.
+        written: Facts × L bool, the layers written for each.
         groups: The stream: for each fact the layer it belongs to, int64.
         noise: Facts × L float64, added to what is seen of them.
         random: State of ``np_random``.
@@ -39,6 +43,7 @@ class ToyState:
 
     position: int
     weights: NDArray[np.int64]
+    written: NDArray[np.bool_]
     groups: NDArray[np.int64]
     noise: NDArray[np.float64]
     random: Mapping[str, Any]
@@ -69,7 +74,7 @@ class ToyEditing(gym.Env[NDArray[np.float32], NDArray[np.int8]]):
     - ``edit``: h,
     - ``locality``: −(n − h) / L,
     - ``sparsity``: 0.1 (1 − n / L),
-    - ``retention``, ``collapse``: 0.
+    - ``recent_retention``, ``collapse``: 0.
 
     Per fact, the mean is
 
@@ -87,15 +92,17 @@ class ToyEditing(gym.Env[NDArray[np.float32], NDArray[np.int8]]):
 
     ## Information
     The keys of ``hiedit/LayerSelection-v1``: ``reward_terms``, ``metrics`` (``efficacy`` h,
-    ``agreement`` 1 − (n − h) / L, ``answered``), ``layers``, ``weights_fingerprint``,
-    ``edit_index``, ``edit_steps`` (1), ``edit_over`` (True). After ``reset``, zeros.
+    ``agreement`` 1 − (n − h) / L, ``answered``, the others NaN), ``layers``,
+    ``weights_fingerprint``, ``edit_index``, ``edit_steps`` (1), ``edit_over`` (True),
+    ``error_type`` (0). After ``reset``, zeros.
 
     ## Arguments
     - ``num_layers``: L, at least 2.
     - ``num_edits``: length of the stream.
     - ``noise``: standard deviation of the noise on the observation. At 0.1 the largest number is
       practically always the group's; at 1 it often is not, and ``best`` becomes out of reach.
-    - ``render_mode``: ``"ansi"`` (a line about the last step) or None.
+    - ``render_mode``: ``"ansi"`` (a line about the last step), ``"rgb_array"`` (H × W × 3 uint8, a
+      square per layer and fact: white not written, green the fact's layer, red another) or None.
 
     ## Version History
     - v1: the ids of the package changed their version together.
@@ -109,7 +116,7 @@ class ToyEditing(gym.Env[NDArray[np.float32], NDArray[np.int8]]):
     (1.075, 1.075)
     """
 
-    metadata: dict[str, Any] = {"render_modes": ["ansi"], "render_fps": 4}
+    metadata: dict[str, Any] = {"render_modes": ["ansi", "rgb_array"], "render_fps": 4}
 
     def __init__(
         self,
@@ -123,8 +130,10 @@ class ToyEditing(gym.Env[NDArray[np.float32], NDArray[np.int8]]):
         given: Any = noise
         if isinstance(given, bool) or not isinstance(given, Real) or not 0 <= float(given) < np.inf:
             raise SettingsError(f"noise must be a finite number ≥ 0, got {noise!r}")
-        if render_mode not in (None, "ansi"):
-            raise SettingsError(f"render_mode must be 'ansi' or None, got {render_mode!r}")
+        if render_mode not in (None, "ansi", "rgb_array"):
+            raise SettingsError(
+                f"render_mode must be 'ansi', 'rgb_array' or None, got {render_mode!r}"
+            )
         self.noise = float(noise)
         self.render_mode = render_mode
         self.action_space = spaces.MultiBinary(self.num_layers)
@@ -135,6 +144,7 @@ class ToyEditing(gym.Env[NDArray[np.float32], NDArray[np.int8]]):
         self._noise = np.zeros((0, self.num_layers))
         self._position = 0
         self._last = "no step yet"
+        self._written = np.zeros((self.num_edits, self.num_layers), bool)
 
     @property
     def group(self) -> int:
@@ -181,9 +191,10 @@ class ToyEditing(gym.Env[NDArray[np.float32], NDArray[np.int8]]):
         self.weights = np.zeros(self.num_layers, np.int64)
         self._position = 0
         self._last = "no step yet"
+        self._written = np.zeros((self.num_edits, self.num_layers), bool)
         info = self._info(
             terms=dict.fromkeys(_TERMS, 0.0),
-            metrics={"efficacy": 0.0, "answered": False},
+            metrics=metrics_of(efficacy=0.0),
             layers=np.zeros(self.num_layers, np.int8),
         )
         return self._observe(), {**info, "edit_index": 0, "edit_steps": 0, "edit_over": False}
@@ -205,11 +216,12 @@ class ToyEditing(gym.Env[NDArray[np.float32], NDArray[np.int8]]):
             "edit": hit,
             "locality": 0.0 - damage,
             "sparsity": _SPARSITY * (1 - count / self.num_layers),
-            "retention": 0.0,
+            "recent_retention": 0.0,
             "collapse": 0.0,
         }
         reward = float(sum(terms.values()))
         self.weights = self.weights + mask
+        self._written[index] = mask
         self._position += 1
         self._last = (
             f"fact {index + 1} of {self.num_edits}, group {group}: "
@@ -217,16 +229,18 @@ class ToyEditing(gym.Env[NDArray[np.float32], NDArray[np.int8]]):
         )
         info = self._info(
             terms=terms,
-            metrics={"efficacy": hit, "agreement": 1 - damage, "answered": bool(hit)},
+            metrics=metrics_of(efficacy=hit, agreement=1 - damage),
             layers=mask.astype(np.int8),
         )
         info |= {"edit_index": index, "edit_steps": 1, "edit_over": True}
         return self._observe(), reward, self._position == self.num_edits, False, info
 
     def render(self) -> Any:
-        """A line about the last step (``"ansi"``)."""
+        """A line about the last step (``"ansi"``), or the layers written (``"rgb_array"``)."""
         if self.render_mode == "ansi":
             return self._last
+        if self.render_mode == "rgb_array":
+            return self._picture()
         gym.logger.warn("render() was called without a render_mode; pass it to gym.make")
         return None
 
@@ -236,6 +250,7 @@ class ToyEditing(gym.Env[NDArray[np.float32], NDArray[np.int8]]):
         return ToyState(
             self._position,
             self.weights.copy(),
+            self._written.copy(),
             self._groups.copy(),
             self._noise.copy(),
             self.np_random.bit_generator.state,
@@ -244,9 +259,19 @@ class ToyEditing(gym.Env[NDArray[np.float32], NDArray[np.int8]]):
     def restore_state(self, state: ToyState) -> None:
         """Goes back (or forward) to a saved state of this environment, bit for bit."""
         self._position = state.position
-        self.weights = state.weights.copy()
+        self.weights, self._written = state.weights.copy(), state.written.copy()
         self._groups, self._noise = state.groups.copy(), state.noise.copy()
         self.np_random.bit_generator.state = state.random
+
+    def _picture(self) -> NDArray[np.uint8]:
+        """Layers from top to bottom, facts from left to right; 8 pixels a square."""
+        picture = np.full((self.num_layers, self.num_edits, 3), 255, np.uint8)
+        picture[self._written.T] = _WRONG
+        if len(self._groups):
+            facts = np.arange(self.num_edits)
+            hit = self._written[facts, self._groups]
+            picture[self._groups[hit], facts[hit]] = _RIGHT
+        return picture.repeat(8, 0).repeat(8, 1)
 
     def _observe(self) -> NDArray[np.float32]:
         seen = self._noise[min(self._position, self.num_edits - 1)].copy()
@@ -265,7 +290,10 @@ class ToyEditing(gym.Env[NDArray[np.float32], NDArray[np.int8]]):
             "reward_terms": terms,
             "metrics": metrics,
             "layers": layers,
-            "weights_fingerprint": hashlib.blake2b(bits, digest_size=8).hexdigest(),
+            "weights_fingerprint": int.from_bytes(
+                hashlib.blake2b(bits, digest_size=8).digest(), "big", signed=True
+            ),
+            "error_type": 0,
         }
 
     def _require_started(self) -> None:

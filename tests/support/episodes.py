@@ -21,6 +21,10 @@ import hiedit_env
 from hiedit_env.datasets.requests import Request
 from hiedit_env.envs.base import EditingEnv
 from hiedit_env.evaluation.matching import is_match
+from hiedit_env.evaluation.reward import Evaluator, evaluate_together
+from hiedit_env.evaluation.reward_terms import Quality
+from hiedit_env.model.tokenization import EncodedFact
+from hiedit_env.resident.capture import Reading
 
 LIFELONG, SELECTION, STEP_SIZE = IDS = (
     "hiedit/LifelongEdit-v1",
@@ -72,6 +76,11 @@ def roll(env: EditingEnv, chosen: Sequence[Any]) -> list[tuple[Any, ...]]:
     return results
 
 
+def known(metrics: Mapping[str, Any]) -> dict[str, Any]:
+    """The metrics that could be measured."""
+    return {name: value for name, value in metrics.items() if np.isfinite(value)}
+
+
 def bits(env: EditingEnv) -> dict[str, Tensor]:
     """A copy of all the model's parameters."""
     return {name: value.clone() for name, value in env.llm.model.state_dict().items()}
@@ -80,6 +89,22 @@ def bits(env: EditingEnv) -> dict[str, Tensor]:
 def same_bits(one: Mapping[str, Tensor], other: Mapping[str, Tensor]) -> bool:
     """Whether two copies are equal bit for bit (NaN is not equal to itself)."""
     return one.keys() == other.keys() and all(torch.equal(one[k], other[k]) for k in one)
+
+
+def judged(
+    evaluator: Evaluator,
+    fact: EncodedFact,
+    remembered: Sequence[EncodedFact],
+    reading: Reading | None = None,
+) -> Quality:
+    """The quality of one edit at the present weights."""
+    return evaluate_together([(evaluator, fact, remembered, reading)])[0]
+
+
+def quality(env: EditingEnv) -> Quality:
+    """The quality of the present fact's edit, without any book-keeping."""
+    episode = env.episode
+    return judged(episode.evaluator, episode.fact, episode.remembered, episode._reading)
 
 
 class PlainModel:
@@ -158,7 +183,7 @@ def plain_levels(
     kind: str = "loss",
     decay: float = 0.95,
 ) -> dict[str, float]:
-    """Edit, locality and retention levels by their definitions.
+    """Edit, locality and recent-retention terms by their definitions.
 
     Args:
         reference: Model the unrelated prompts are compared with.
@@ -187,5 +212,5 @@ def plain_levels(
     return {
         "edit": edit,
         "locality": locality / sum(w for w, _ in probes) if probes else perfect,
-        "retention": retention / sum(ages) if ages else perfect,
+        "recent_retention": retention / sum(ages) if ages else perfect,
     }

@@ -224,7 +224,7 @@ def test_a_step_that_is_too_long_for_the_rest_of_the_episode_does_not_grow() -> 
 
 def test_what_weighs_nothing_is_not_run() -> None:
     env = edited_episode()
-    for term, left in (("locality", "_references"), ("retention", "_facts")):
+    for term, left in (("locality", "_references"), ("recent_retention", "_facts")):
         env.weights_of_terms = {**SETTINGS.reward_weights(), term: 0.0}
         damage = FutureDamage(env, env.requests, SETTINGS)
         damage.draw(np.random.default_rng(1))

@@ -11,6 +11,7 @@ from hiedit_agents.hierarchy.option_runner import run_option
 from hiedit_agents.hierarchy.options import HierarchicalAgent, Option, UntrainedChoice
 from hiedit_agents.registry import make_agent
 
+from hiedit_env.envs.accounting import StepError
 from hiedit_env.envs.base import EditingEnv
 from hiedit_env.envs.scheduler import run
 from hiedit_env.errors import SettingsError
@@ -218,4 +219,4 @@ def test_updates_that_are_not_finite_end_the_episode_as_in_a_step() -> None:
     _, reward, ended, _, info = one.step(np.ones(L, np.int8))
     found = run_option(two, option(two, np.ones(L, bool)))
     assert (found.reward, found.ended) == (reward, ended) == (-10.0, True)
-    assert found.info["error_type"] == info["error_type"] == "non_finite_update"
+    assert found.info["error_type"] == info["error_type"] == StepError.NON_FINITE_UPDATE

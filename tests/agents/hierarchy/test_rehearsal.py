@@ -16,6 +16,7 @@ from hiedit_benchmarks.commands.train import train
 from hiedit_benchmarks.commands.train_settings import TrainingRun
 from torch.nn import functional as F
 
+from hiedit_env.envs.accounting import StepError
 from hiedit_env.envs.base import EditingEnv
 from hiedit_env.errors import NonFiniteUpdateError, SettingsError
 from hiedit_env.resident.capture import Capture, GradientRows
@@ -138,7 +139,7 @@ def test_rehearsal_keeps_earlier_facts() -> None:
         env.reset(seed=3)
         for _ in range(12):
             *_, info = env.step(np.ones(L, np.int8))
-        retention.append(info["metrics"]["retention"])
+        retention.append(info["metrics"]["recent_retention"])
     assert retention[1] > retention[0]
 
 
@@ -237,7 +238,7 @@ def test_an_update_that_is_not_finite_is_left_to_be_refused() -> None:
     with pytest.raises(NonFiniteUpdateError):
         env.apply(updates)
     _, reward, ended, _, info = env.apply(updates, rule_made=True)
-    assert (reward, ended, info["error_type"]) == (-10.0, True, "non_finite_update")
+    assert (reward, ended, info["error_type"]) == (-10.0, True, StepError.NON_FINITE_UPDATE)
 
 
 def test_bad_settings_are_refused() -> None:

@@ -27,6 +27,7 @@ from tests.support.episodes import (
     L,
     act,
     actions,
+    known,
     make,
     roll,
     shown,
@@ -170,27 +171,29 @@ def test_what_is_returned(name: str) -> None:
     env = make(name, max_steps_per_edit=2, num_edits=2)
     _, info = env.reset(seed=0)
     keys = {"reward_terms", "metrics", "layers", "weights_fingerprint", "edit_index", "edit_steps"}
-    terms = {"edit", "locality", "sparsity", "retention", "collapse"}
-    assert set(info) == keys | {"edit_over"}
+    terms = {"edit", "locality", "sparsity", "recent_retention", "collapse"}
+    assert set(info) == keys | {"edit_over", "error_type"}
     assert info["reward_terms"] == dict.fromkeys(terms, 0.0)
-    assert set(info["metrics"]) == {"efficacy", "answered"}
+    assert set(known(info["metrics"])) == {"efficacy", "answered"}
     assert (info["edit_index"], info["edit_steps"], info["edit_over"]) == (0, 0, False)
     observation, reward, terminated, truncated, info = env.step(act(name, [1, 0, 0, 0, 0, 0]))
     assert (type(reward), type(terminated), type(truncated)) == (float, bool, bool)
-    assert set(info) == keys | {"edit_over"}
+    assert set(info) == keys | {"edit_over", "error_type"}
     assert set(info["reward_terms"]) == terms
     assert {type(value) for value in info["reward_terms"].values()} == {float}
     assert info["layers"].dtype == np.int8
     written = [1, 1, 1, 1, 1, 1] if name == STEP_SIZE else [1, 0, 0, 0, 0, 0]
     assert info["layers"].tolist() == written
     assert type(info["edit_over"]) is bool
-    assert info["weights_fingerprint"] == env.llm.weights_fingerprint()
+    assert f"{info['weights_fingerprint'] % 2**64:016x}" == env.llm.weights_fingerprint()
     # The first fact has no memory, so there is no retention to measure.
-    assert set(info["metrics"]) == {"efficacy", "generalization", "agreement", "answered"}
+    names = {"efficacy", "generalization", "agreement", "argmax_match", "answered"}
+    assert set(known(info["metrics"])) == names
+    assert set(info["metrics"]) == names | {"recent_retention"}
     assert type(info["metrics"]["answered"]) is bool
     while not terminated:
         _, _, terminated, _, info = env.step(act(name))
-    assert "retention" in info["metrics"]
+    assert "recent_retention" in known(info["metrics"])
 
 
 @pytest.mark.parametrize("name", IDS)

@@ -130,7 +130,7 @@ def test_two_steps_by_hand(tmp_path: Path) -> None:
         level = -by_hand.loss_and_gradient(down, 9)[0]
         assert reward == pytest.approx(level - paid, rel=1e-4)
         terms = info["reward_terms"]
-        assert (terms["locality"], terms["sparsity"], terms["retention"]) == (0, 0, 0)
+        assert (terms["locality"], terms["sparsity"], terms["recent_retention"]) == (0, 0, 0)
         paid = level
 
 

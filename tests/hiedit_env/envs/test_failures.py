@@ -11,6 +11,7 @@ import torch
 from gymnasium.error import ResetNeeded
 from numpy.typing import NDArray
 
+from hiedit_env.envs.accounting import StepError
 from hiedit_env.envs.base import EditingEnv
 from hiedit_env.errors import NonFiniteUpdateError, UpdateShapeError
 from hiedit_env.resident.capture import Capture
@@ -25,6 +26,7 @@ from tests.support.episodes import (
     L,
     act,
     bits,
+    known,
     make,
     roll,
     same_bits,
@@ -126,14 +128,20 @@ def spoiling(name: str, good: int, **settings: Any) -> EditingEnv:
     )
 
 
-def assert_collapsed(result: tuple[Any, ...], error_type: str, reward: float = -10.0) -> None:
+METRICS = {
+    *("efficacy", "generalization", "agreement", "argmax_match", "recent_retention", "answered")
+}
+
+
+def assert_collapsed(result: tuple[Any, ...], error_type: StepError, reward: float = -10.0) -> None:
     _, got, terminated, truncated, info = result
     assert (got, terminated, truncated) == (reward, True, False)
     assert info["error_type"] == error_type
-    terms = dict.fromkeys(("edit", "locality", "sparsity", "retention"), 0.0)
+    terms = dict.fromkeys(("edit", "locality", "sparsity", "recent_retention"), 0.0)
     assert info["reward_terms"] == {**terms, "collapse": reward}
     assert info["layers"].tolist() == [0] * L
-    assert info["metrics"] == {}
+    assert set(info["metrics"]) == METRICS
+    assert known(info["metrics"]) == {"answered": False}
     assert info["edit_over"] is False
 
 
@@ -143,11 +151,11 @@ def test_a_rule_that_gives_nan_ends_the_episode(name: str) -> None:
     env = spoiling(name, good=2)
     env.reset(seed=0)
     if name != SELECTION:
-        assert "error_type" not in env.step(act(name))[4]
+        assert not env.step(act(name))[4]["error_type"]
         env.step(act(name))
     before, state = bits(env), repr(env.episode.rule.statistics())
     result = env.step(act(name))
-    assert_collapsed(result, "non_finite_update")
+    assert_collapsed(result, StepError.NON_FINITE_UPDATE)
     assert env.observation_space.contains(result[0])
     assert same_bits(bits(env), before)
     assert repr(env.episode.rule.statistics()) == state
@@ -168,7 +176,7 @@ def test_a_loss_that_is_not_finite_ends_the_episode(name: str, steps: int, kind:
     env = make(name, step_size=1e20, reward_weights={"collapse": 3.0}, **settings)
     env.reset(seed=0)
     before = bits(env)
-    assert_collapsed(env.step(act(name)), "numerical_collapse", -3.0)
+    assert_collapsed(env.step(act(name)), StepError.NUMERICAL_COLLAPSE, -3.0)
     assert same_bits(bits(env), before)
 
 
@@ -179,7 +187,7 @@ def test_a_collapse_by_applied_updates_ends_the_episode(steps: int, judge: Any) 
     env.reset(seed=0)
     before = bits(env)
     updates = random_updates(env.llm, scale=1e12)
-    assert_collapsed(env.apply(updates, judge=judge), "numerical_collapse")
+    assert_collapsed(env.apply(updates, judge=judge), StepError.NUMERICAL_COLLAPSE)
     assert same_bits(bits(env), before)
 
 
@@ -208,7 +216,7 @@ def test_the_intrinsic_reward_counts_a_collapse_avoided() -> None:
     assert info["reward_terms"]["collapse"] == 10.0
     # Both collapse: no difference, and the episode is over.
     _, reward, ended, _, info = env.step(act(LIFELONG))
-    assert (reward, ended, info["error_type"]) == (0.0, True, "non_finite_update")
+    assert (reward, ended, info["error_type"]) == (0.0, True, StepError.NON_FINITE_UPDATE)
 
 
 @pytest.mark.parametrize("intrinsic", [False, True])
@@ -224,7 +232,7 @@ def test_an_exception_in_a_rule_leaves_everything_as_it_was(name: str, intrinsic
         env.step(act(name))
     assert same_bits(bits(env), before)
     after = env.episode.save()
-    assert (after.steps, after.position, dict(after.paid)) == (0, 0, dict(state.paid))
+    assert (after.steps, after.position, dict(after.counted)) == (0, 0, dict(state.counted))
     assert_no_hooks_left(env)
     env.episode.rule.good = 100  # type: ignore[attr-defined]
     assert roll(env, [act(name)] * 2) == roll(twin, [act(name)] * 2)

@@ -12,7 +12,13 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from hiedit_env.envs.observations import GLOBAL_FEATURES, LAYER_FEATURES, PROJECTIONS, Observer
+from hiedit_env.envs.observations import (
+    GLOBAL_FEATURES,
+    LAYER_FEATURES,
+    PROJECTIONS,
+    Observer,
+    View,
+)
 from hiedit_env.resident.capture import Capture
 from hiedit_env.resident.low_rank import LowRankUpdate
 from hiedit_env.resident.resident import ResidentLLM
@@ -41,6 +47,20 @@ def unedited(request: pytest.FixtureRequest) -> None:
         request.getfixturevalue("llm").restore_unedited()
 
 
+def seen(
+    observer: Observer,
+    capture: Capture,
+    written: NDArray[np.float32],
+    steps: float,
+    stream: float,
+) -> NDArray[np.float32]:
+    """One observation."""
+    found: NDArray[np.float32] = observer.batch(
+        [View(observer.llm, capture, written, steps, stream)]
+    )[0].numpy()
+    return found
+
+
 def observe(
     llm: ResidentLLM,
     capture: Capture,
@@ -51,7 +71,7 @@ def observe(
 ) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
     """L × 22 features of the layers and the 5 of the fact."""
     shares = np.broadcast_to(np.asarray(written, np.float32), len(llm.layers)).copy()
-    vector = Observer(llm, seed)(capture, shares, steps, stream)
+    vector = seen(Observer(llm, seed), capture, shares, steps, stream)
     table = vector[:-GLOBAL_FEATURES].reshape(len(llm.layers), LAYER_FEATURES)
     return table, vector[-GLOBAL_FEATURES:]
 
@@ -75,7 +95,7 @@ def test_size_type_and_bounds(llm: ResidentLLM) -> None:
     assert observer.size == 22 * len(llm.layers) + 5
     llm.commit(random_updates(llm))
     for capture in (llm.read(PROMPTS[2]).capture(), fake_capture(llm.shapes, PROMPTS[0])):
-        vector = observer(capture, np.full(len(llm.layers), 0.5, np.float32), 0.25, 1.0)
+        vector = seen(observer, capture, np.full(len(llm.layers), 0.5, np.float32), 0.25, 1.0)
         assert (vector.shape, vector.dtype) == ((observer.size,), np.float32)
         assert np.isfinite(vector).all()
         assert np.abs(vector).max() <= 1
@@ -218,13 +238,13 @@ def test_depends_on_nothing_but_its_arguments_and_the_seed() -> None:
     observer = Observer(first, 3)
     capture = first.read(request).capture()
     torch.manual_seed(1)
-    one = observer(capture, shares, 0.5, 0.25)
+    one = seen(observer, capture, shares, 0.5, 0.25)
     torch.manual_seed(2)
-    assert np.array_equal(observer(capture, shares, 0.5, 0.25), one)
-    again = Observer(second, 3)(second.read(request).capture(), shares, 0.5, 0.25)
+    assert np.array_equal(seen(observer, capture, shares, 0.5, 0.25), one)
+    again = seen(Observer(second, 3), second.read(request).capture(), shares, 0.5, 0.25)
     assert np.array_equal(again, one)
     np.testing.assert_array_equal(shares, kept)
-    other = Observer(first, 4)(capture, shares, 0.5, 0.25)
+    other = seen(Observer(first, 4), capture, shares, 0.5, 0.25)
     # Another seed projects differently and changes nothing else.
     differs = (other != one)[:-GLOBAL_FEATURES].reshape(6, LAYER_FEATURES)
     assert not differs[:, :6].any()

@@ -43,8 +43,8 @@ def short_episode() -> History:
         4,
         [
             record(0, [1, 0, 0], efficacy=1.0, generalization=0.5, answered=True),
-            record(1, [1, 1, 0], efficacy=0.5, generalization=1.0, retention=1.0),
-            record(2, [0, 1, 0], efficacy=0.0, retention=0.5),
+            record(1, [1, 1, 0], efficacy=0.5, generalization=1.0, recent_retention=1.0),
+            record(2, [0, 1, 0], efficacy=0.0, recent_retention=0.5),
         ],
     )
 
@@ -88,7 +88,7 @@ def test_text_of_three_edits() -> None:
         "efficacy right after         0.0        50.0        50.0",
         "generalization                 –        75.0        75.0",
         "agreement                      –           –           –",
-        "retention                   50.0        75.0        75.0",
+        "recent retention            50.0        75.0        75.0",
         "",
         "last edit: Fact 2 is → so",
         "steps: 2, reward: +0.25",
@@ -101,7 +101,7 @@ def test_text_before_the_first_edit(num_edits: int) -> None:
     assert lines[0] == f"edit 0 of {num_edits}"
     assert lines[2] == "layers written: no edit is finished yet"
     assert lines[3].split() == ["1", "gate_proj", "–"]
-    assert lines[-1].split() == ["retention", "–", "–", "–"]
+    assert lines[-1].split() == ["recent", "retention", "–", "–", "–"]
 
 
 def test_text_shows_the_last_60_edits_and_the_share_of_all() -> None:
@@ -206,7 +206,7 @@ def test_metric_lines_hold_the_running_means() -> None:
         "efficacy right after": [[1, 100], [2, 75], [3, 25]],
         "generalization": [[1, 50], [2, 75], [3, 100]],
         "agreement": [],
-        "retention": [[2, 100], [3, 75]],
+        "recent_retention": [[2, 100], [3, 75]],
     }
     assert axes.get_xlim() == (0.5, 4.5)
     assert "last 2" in axes.get_ylabel()

@@ -15,6 +15,7 @@ from gymnasium.wrappers.vector import RecordEpisodeStatistics
 import hiedit_env
 from hiedit_env.datasets.load import load_requests
 from hiedit_env.datasets.requests import Request
+from hiedit_env.envs.accounting import StepError
 from hiedit_env.envs.vector import VectorEditing
 from hiedit_env.errors import ActionError, PromptError, SettingsError
 from hiedit_env.model.loading import load_model
@@ -339,6 +340,6 @@ def test_collapse_pays_the_same_in_tensors() -> None:
         *_, info = result = envs.step(np.ones((3, L), np.int8))
         rewards.append(np.asarray(result[1], np.float64))
         assert np.asarray(result[2]).all()
-        assert set(info["error_type"]) == {"non_finite_update"}
+        assert set(info["error_type"]) == {StepError.NON_FINITE_UPDATE}
     np.testing.assert_allclose(rewards[0], rewards[1])
     assert (rewards[0] == -10).all()

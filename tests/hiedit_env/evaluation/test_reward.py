@@ -12,9 +12,9 @@ from torch import Tensor
 from hiedit_env.datasets.requests import Probe, Request
 from hiedit_env.envs.base import EditingEnv
 from hiedit_env.errors import PromptError
-from hiedit_env.evaluation.reward import Evaluator
+from hiedit_env.evaluation import scores as scoring
+from hiedit_env.evaluation.reward import Evaluator, prepare_together
 from hiedit_env.model.tokenization import EncodedFact, PromptBatch
-from hiedit_env.resident import batched
 from hiedit_env.resident.low_rank import LowRankUpdate, Updates
 from hiedit_env.testing import assert_no_hooks_left
 from tests.support import models
@@ -25,8 +25,10 @@ from tests.support.episodes import (
     PlainModel,
     act,
     bits,
+    judged,
     make,
     plain_levels,
+    quality,
     same_bits,
 )
 from tests.support.models import random_updates
@@ -51,32 +53,30 @@ def requests_of(facts: tuple[EncodedFact, ...]) -> list[Request]:
     return [fact.request for fact in facts]
 
 
-# Levels
+# Terms
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_levels_are_those_of_a_plain_model(
-    edited: EditingEnv, plain: PlainModel, kind: Any
-) -> None:
+def test_terms_are_those_of_a_plain_model(edited: EditingEnv, plain: PlainModel, kind: Any) -> None:
     evaluator = Evaluator(edited.llm, kind=kind, decay=0.7)
     fact, remembered = edited.episode.fact, edited.episode.remembered
     assert len(remembered) == 2
-    evaluator.begin(fact, remembered)
-    quality = evaluator.evaluate(fact, remembered)
+    prepare_together([(evaluator, fact, remembered)])
+    found = judged(evaluator, fact, remembered)
     now = PlainModel(bits(edited))
     wanted = plain_levels(plain, now, fact.request, requests_of(remembered), kind, 0.7)
-    assert quality.levels == pytest.approx(wanted, rel=1e-4, abs=1e-5)
-    assert quality.finite
+    assert found.terms == pytest.approx(wanted, rel=1e-4, abs=1e-5)
+    assert found.finite
     # The accuracies are measured whatever the kind.
     share = plain_levels(plain, now, fact.request, requests_of(remembered), "token_accuracy", 0.7)
-    metrics = quality.metrics
-    assert metrics["agreement"] == pytest.approx(share["locality"])
-    assert metrics["retention"] == pytest.approx(share["retention"])
+    metrics = found.metrics
+    assert metrics["argmax_match"] == pytest.approx(share["locality"])
+    assert metrics["recent_retention"] == pytest.approx(share["recent_retention"])
     assert (metrics["efficacy"] + metrics["generalization"]) / 2 == pytest.approx(share["edit"])
     # A reading of the fact replaces one forward pass and nothing else.
-    again = evaluator.evaluate(fact, remembered, edited.llm.read(fact.prompt))
-    assert again.levels == pytest.approx(quality.levels, rel=1e-5)
-    assert again.metrics == pytest.approx(quality.metrics)
+    again = judged(evaluator, fact, remembered, edited.llm.read(fact.prompt))
+    assert again.terms == pytest.approx(found.terms, rel=1e-5)
+    assert again.metrics == pytest.approx(found.metrics)
 
 
 def test_the_edits_have_done_harm(edited: EditingEnv, plain: PlainModel) -> None:
@@ -90,9 +90,9 @@ def test_the_edits_have_done_harm(edited: EditingEnv, plain: PlainModel) -> None
 def test_an_unedited_model_agrees_with_itself(kind: Any) -> None:
     env = make(LIFELONG, num_edits=2, reward=kind)
     env.reset(seed=0)
-    quality = env.episode.quality()
-    assert quality.levels["locality"] == pytest.approx(0.0 if kind == "loss" else 1.0, abs=1e-5)
-    assert quality.metrics["agreement"] == 1.0
+    found = quality(env)
+    assert found.terms["locality"] == pytest.approx(0.0 if kind == "loss" else 1.0, abs=1e-5)
+    assert found.metrics["agreement"] == 1.0
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -100,19 +100,19 @@ def test_nothing_to_measure_is_perfect(kind: Any, plain: PlainModel) -> None:
     env = make(LIFELONG, reward=kind)
     request = Request("Belka lives in", "Istrand", "Belka")
     env.reset(options={"requests": [request]})
-    quality = env.episode.quality()
+    found = quality(env)
     perfect = 0.0 if kind == "loss" else 1.0
-    assert quality.levels == pytest.approx(
+    assert found.terms == pytest.approx(
         {
             **plain_levels(plain, plain, request, [], kind),
             "locality": perfect,
-            "retention": perfect,
+            "recent_retention": perfect,
         },
         abs=1e-5,
     )
-    assert quality.finite
-    missing = {name for name, value in quality.metrics.items() if value != value}
-    assert missing == {"generalization", "agreement", "retention"}
+    assert found.finite
+    missing = {name for name, value in found.metrics.items() if value != value}
+    assert missing == {"generalization", "agreement", "argmax_match", "recent_retention"}
 
 
 def test_only_remembered_facts_may_have_unrelated_prompts(plain: PlainModel) -> None:
@@ -126,7 +126,7 @@ def test_only_remembered_facts_may_have_unrelated_prompts(plain: PlainModel) -> 
     env.step(act(LIFELONG))
     now = PlainModel(bits(env))
     wanted = plain_levels(plain, now, stream[1], stream[:1])
-    assert env.episode.quality().levels == pytest.approx(wanted, rel=1e-4, abs=1e-5)
+    assert quality(env).terms == pytest.approx(wanted, rel=1e-4, abs=1e-5)
     # One prompt has all the weight: the first of the remembered fact.
     only = plain_levels(plain, now, Request("a", "b", "c", locality=probes[:1]), [])
     assert wanted["locality"] == pytest.approx(only["locality"])
@@ -147,7 +147,7 @@ def test_a_prompt_that_serves_twice_counts_twice(plain: PlainModel) -> None:
     for _ in range(2):
         env.step(act(LIFELONG))
     wanted = plain_levels(plain, PlainModel(bits(env)), stream[2], stream[1::-1])
-    assert env.episode.quality().levels == pytest.approx(wanted, rel=1e-4, abs=1e-5)
+    assert quality(env).terms == pytest.approx(wanted, rel=1e-4, abs=1e-5)
 
 
 def test_long_answers_are_exactly_answered() -> None:
@@ -161,16 +161,16 @@ def test_long_answers_are_exactly_answered() -> None:
     request = Request("prompt", "answer", "subject")
     for n in range(1, 15):
         prompt = models.prompt(ids[:3], ids[3 : 3 + n])
-        quality = evaluator.evaluate(EncodedFact(request, prompt, (), ()), ())
-        assert quality.metrics["efficacy"] == 1.0, n
+        found = judged(evaluator, EncodedFact(request, prompt, (), ()), ())
+        assert found.metrics["efficacy"] == 1.0, n
 
 
 def test_references_are_taken_from_the_right_model(edited: EditingEnv) -> None:
     before, fact = bits(edited), edited.episode.fact
     for reference, same in (("unedited", False), ("previous", True)):
         evaluator = Evaluator(edited.llm, reference=reference)  # type: ignore[arg-type]
-        evaluator.begin(fact, ())
-        level = evaluator.evaluate(fact, ()).levels["locality"]
+        prepare_together([(evaluator, fact, ())])
+        level = judged(evaluator, fact, ()).terms["locality"]
         assert (level > -1e-5) == same
         # Reading the unedited model has left the edited weights in place.
         assert same_bits(bits(edited), before)
@@ -201,9 +201,9 @@ def test_a_quality_that_is_not_finite_says_so(
     prompts = [llm.encode(f"w{i} w9", "w4") for i in range(3, 8)]
     fact = EncodedFact(request, prompts[0], (prompts[1],), (prompts[2],))
     old = [EncodedFact(request, prompts[3], (), (prompts[4],))]
-    evaluator.begin(fact, old)
-    assert evaluator.evaluate(fact, old).finite
-    inner = batched._scores
+    prepare_together([(evaluator, fact, old)])
+    assert judged(evaluator, fact, old).finite
+    inner = scoring._scores
 
     def spoiled(batch: PromptBatch, references: Any, logits: Tensor) -> tuple[Tensor, ...]:
         losses, correct, kl, agree = inner(batch, references, logits)
@@ -211,8 +211,8 @@ def test_a_quality_that_is_not_finite_says_so(
         (kl if place in (2, 4) else losses)[row] = value
         return losses, correct, kl, agree
 
-    monkeypatch.setattr(batched, "_scores", spoiled)
-    assert not evaluator.evaluate(fact, old).finite
+    monkeypatch.setattr(scoring, "_scores", spoiled)
+    assert not judged(evaluator, fact, old).finite
 
 
 def test_float64_is_used_on_the_cpu_only(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -232,13 +232,13 @@ def test_float64_is_used_on_the_cpu_only(monkeypatch: pytest.MonkeyPatch) -> Non
 
     monkeypatch.setattr(Tensor, "cpu", noted)
     monkeypatch.setattr(Tensor, "double", checked)
-    env.episode.quality()
+    quality(env)
     assert len(moved) == 1
 
 
 # The differentiable loss
 
-WEIGHTS = {"edit": 1.5, "locality": 2.0, "retention": 0.5}
+WEIGHTS = {"edit": 1.5, "locality": 2.0, "recent_retention": 0.5}
 
 
 @pytest.fixture(scope="module")
@@ -266,7 +266,7 @@ def plain_loss(env: EditingEnv, plain: PlainModel, weights: Mapping[str, Tensor]
     return -sum(weight * levels[term] for term, weight in WEIGHTS.items())
 
 
-def test_without_updates_the_loss_is_minus_the_weighted_levels(
+def test_without_updates_the_loss_is_minus_the_weighted_terms(
     weighted: EditingEnv, plain: PlainModel
 ) -> None:
     wanted = plain_loss(weighted, plain, bits(weighted))

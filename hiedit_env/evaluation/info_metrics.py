@@ -1,0 +1,53 @@
+"""The metrics of ``info["metrics"]``: the same keys whatever could be measured. No torch."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+
+#: Token accuracies that every judgement reports; NaN where there is nothing to measure.
+METRICS = ("efficacy", "generalization", "agreement", "argmax_match", "recent_retention")
+
+
+class Missing(np.float64):
+    """NaN for a metric that was not measured; unlike other NaN, one equals another.
+
+    So that equal information compares equal: Gymnasium's environment checker asks for it. All else
+    is as for any NaN, ``value != value`` too.
+    """
+
+    __slots__ = ()
+
+    def __eq__(self, other: object) -> bool:
+        """Whether the other was not measured either."""
+        return isinstance(other, Missing)
+
+    __hash__ = np.float64.__hash__
+
+    def __repr__(self) -> str:
+        """As a float."""
+        return "nan"
+
+
+#: The metric that was not measured.
+MISSING = Missing("nan")
+
+
+def metrics_of(**known: float) -> dict[str, float | bool]:
+    """What is known of :data:`METRICS`, :data:`MISSING` for the rest, and ``answered``.
+
+    Args:
+        known: Values by name; NaN for one that could not be measured.
+
+    >>> metrics_of(efficacy=1.0)
+    {'efficacy': 1.0, 'generalization': nan, 'agreement': nan, 'argmax_match': nan, \
+'recent_retention': nan, 'answered': True}
+    >>> metrics_of() == metrics_of()
+    True
+    """
+    found: dict[str, float | bool] = {}
+    for name in METRICS:
+        value = float(known.get(name, math.nan))
+        found[name] = MISSING if math.isnan(value) else value
+    return {**found, "answered": found["efficacy"] == 1.0}
