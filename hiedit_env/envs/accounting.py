@@ -126,23 +126,24 @@ class Accounting:
     def _weigh(self, write: Write, rule_made: bool, judge: Judging) -> Passes[_Attempt]:
         """An attempt, relative to all layers where the reward is intrinsic."""
         if not self.intrinsic:
-            return (yield from self._attempt(write(False), rule_made, judge))
+            return (yield from self._attempt(write, False, rule_made, judge))
         before = self.episode.save()
-        every = yield from self._attempt(write(True), True, "step")
+        every = yield from self._attempt(write, True, True, "step")
         self.episode.restore(before)
-        done = yield from self._attempt(write(False), rule_made, "step")
+        done = yield from self._attempt(write, False, rule_made, "step")
         done.terms = {term: value - every.terms[term] for term, value in done.terms.items()}
         return done
 
     def _attempt(
-        self, body: Passes[NDArray[np.bool_]], rule_made: bool, judge: Judging
+        self, write: Write, everything: bool, rule_made: bool, judge: Judging
     ) -> Passes[_Attempt]:
         """Runs and judges primitive steps; after a failure everything is as before."""
         episode, weights = self.episode, self.weights
         nothing = dict.fromkeys((*TERMS, "collapse"), 0.0)
         try:
             with episode.transaction():
-                layers = yield from body
+                # Called in here: proposing updates already changes the rule's statistics.
+                layers = yield from write(everything)
                 if judge == "never" or (judge == "fact" and not episode.edit_over):
                     reading = yield from episode.read()
                     if not np.isfinite(reading.loss):
