@@ -86,15 +86,15 @@ class Row:
         self.read.add((*self.path, field))
         return self.fields.get(field)
 
-    def unread(self) -> set[str]:
-        """Fields with something in them that nobody read, by dotted names.
+    def unread(self) -> list[str]:
+        """Fields with something in them that nobody read, by dotted names, in the row's order.
 
         >>> row = Row({"prompt": "P", "locality": {"a": [{"prompt": "x", "why": "y"}]}}, "doc")
         >>> _ = row.text("prompt")
-        >>> sorted(row.unread())
+        >>> row.unread()
         ['locality.a.prompt', 'locality.a.why']
         """
-        return {".".join(path) for path in self._unread(self.fields, self.path)}
+        return list(dict.fromkeys(".".join(p) for p in self._unread(self.fields, self.path)))
 
     def _unread(self, value: object, path: Path) -> Iterator[Path]:
         if path in self.read or is_gap(value) or value in ([], {}):
