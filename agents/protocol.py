@@ -18,8 +18,7 @@ class Agent(Protocol):
 
     An episode is played as::
 
-        agent.reset(env, seed)
-        observation, info = env.reset(seed=seed)
+        observation, info = begin_episode(env, agent, seed)
         while not ended:
             action = agent.select_action(observation, info)
             next_observation, reward, terminated, truncated, next_info = env.step(action)
@@ -89,3 +88,31 @@ class Trainable(Protocol):
 
     def load_state_dict(self, state: Mapping[str, Any], /) -> Any:
         """Puts a saved :meth:`state_dict` back."""
+
+
+def begin_episode(
+    env: gym.Env[Any, Any], agent: Agent, seed: int, *, options: dict[str, Any] | None = None
+) -> tuple[Observation, dict[str, Any]]:
+    """Begins an episode with an agent, in the one order that is right.
+
+    First the environment gets its own low level back, whatever the agent before used; then the
+    agent is reset, which may hand over a low level; then the environment is reset, since a new low
+    level ends the present episode.
+
+    Args:
+        env: The environment.
+        agent: Will act on it.
+        seed: Of both.
+        options: Passed to ``env.reset``.
+
+    Returns:
+        The first observation and its information.
+
+    Raises:
+        SettingsError: the agent does not fit the environment.
+    """
+    use_low_level = getattr(env.unwrapped, "use_low_level", None)
+    if use_low_level is not None:
+        use_low_level(None)
+    agent.reset(env, seed)
+    return env.reset(seed=seed, options=options)

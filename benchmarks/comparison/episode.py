@@ -11,7 +11,7 @@ from typing import Any
 
 import gymnasium as gym
 import numpy as np
-from hiedit_agents.protocol import Agent
+from hiedit_agents.protocol import Agent, begin_episode
 from numpy.typing import NDArray
 from tqdm import tqdm
 
@@ -152,11 +152,8 @@ def play(
         options: Passed to ``env.reset``.
         progress: Whether to show a bar on standard error.
     """
-    # The agent before may have brought its own; one that has any brings it when it is reset.
     inner = unwrapped(env)
-    inner.use_low_level(None)
-    agent.reset(env, seed)
-    observation, info = env.reset(seed=seed, options=options)
+    observation, info = begin_episode(env, agent, seed, options=options)
     requests = inner.stream
     edits: list[FinishedEdit] = []
     ended, error, ending = False, None, 0.0

@@ -14,27 +14,26 @@ from typing import Any, ClassVar, Self
 import gymnasium as gym
 import numpy as np
 from gymnasium import spaces
-from gymnasium.error import ResetNeeded
 from numpy.typing import NDArray
 from torch import Tensor
 
 from hiedit_env.datasets.load import load_requests
-from hiedit_env.datasets.requests import Request, longest_prompt
+from hiedit_env.datasets.requests import longest_prompt
 from hiedit_env.datasets.streams import stream
 from hiedit_env.envs import rendering
+from hiedit_env.envs.access import EpisodeAccess
 from hiedit_env.envs.accounting import Accounting, Judging, Outcome, Write
 from hiedit_env.envs.actions import Choice
 from hiedit_env.envs.episode import EditingEpisode
 from hiedit_env.envs.observations import Observer, View
 from hiedit_env.envs.scheduler import Passes, run
 from hiedit_env.envs.settings import RENDER_MODES, EnvSettings, draw_stream, reward_weights
-from hiedit_env.envs.state import EnvState, History
+from hiedit_env.envs.state import EnvState, copy_model
 from hiedit_env.errors import HieditError, SettingsError
 from hiedit_env.evaluation.reward import Evaluator
 from hiedit_env.evaluation.unedited import UneditedModel
 from hiedit_env.model.architectures import find_candidates
 from hiedit_env.model.loading import load_model
-from hiedit_env.model.tokenization import EncodedFact
 from hiedit_env.resident.capture import Capture
 from hiedit_env.resident.low_rank import Updates
 from hiedit_env.resident.resident import ResidentLLM
@@ -45,7 +44,7 @@ from hiedit_env.rules.names import check_rule, make_rule
 StepResult = tuple[NDArray[np.float32], float, bool, bool, dict[str, Any]]
 
 
-class EditingEnv(gym.Env[NDArray[np.float32], Any], gym.utils.EzPickle):
+class EditingEnv(EpisodeAccess, gym.Env[NDArray[np.float32], Any], gym.utils.EzPickle):
     """Base of the environments; the arguments are described in :class:`LifelongEdit`."""
 
     metadata: dict[str, Any] = {"render_modes": list(RENDER_MODES), "render_fps": 4}
@@ -130,7 +129,7 @@ class EditingEnv(gym.Env[NDArray[np.float32], Any], gym.utils.EzPickle):
         Raises:
             SettingsError: this environment's model is edited; reset a new one and fork that.
         """
-        # copy.copy would build a whole environment, since that is how EzPickle is read.
+        # copy.copy would load the model again: EzPickle keeps the arguments.
         twin = type(self).__new__(type(self))
         twin.__dict__.update(self.__dict__)
         twin._np_random, twin._np_random_seed = None, None
@@ -141,17 +140,7 @@ class EditingEnv(gym.Env[NDArray[np.float32], Any], gym.utils.EzPickle):
     def __deepcopy__(self, memo: dict[int, Any]) -> Self:
         """A copy with a model of its own that goes on from the present state, bit for bit."""
         # The default would rebuild the environment from its arguments, as unpickling does.
-        return self._copy_on(self._copy_model(), memo)
-
-    def _copy_model(self) -> ResidentLLM:
-        """An unedited copy of the model that shares no tensor with this one."""
-        with self.llm.unedited():
-            model = copy.deepcopy(self.llm.model)
-        layers = [
-            replace(layer, module=model.get_submodule(layer.name)) for layer in self.llm.layers
-        ]
-        limit = self.llm.max_batch_tokens
-        return ResidentLLM(model, self.llm.tokenizer, layers, max_batch_tokens=limit)
+        return self._copy_on(copy_model(self.llm), memo)
 
     def _copy_on(
         self, llm: ResidentLLM, memo: dict[int, Any], unedited: UneditedModel | None = None
@@ -255,62 +244,6 @@ class EditingEnv(gym.Env[NDArray[np.float32], Any], gym.utils.EzPickle):
         """:attr:`capture`, after the rule's statistics took it in (once per fact and weights)."""
         self._require_running()
         return self.episode.observe()
-
-    @property
-    def rule(self) -> UpdateRule:
-        """The low level in use, see :meth:`use_low_level`."""
-        return self.episode.rule
-
-    @property
-    def max_steps_per_edit(self) -> int:
-        """Maximum number of primitive steps on a fact."""
-        return self.episode.max_steps_per_edit
-
-    @property
-    def stop_when_answered(self) -> bool:
-        """Whether a fact ends as soon as it is answered."""
-        return self.episode.stop_when_answered
-
-    @property
-    def fact(self) -> EncodedFact:
-        """The present fact as tokens; the last one after the end of the stream."""
-        self._require_started()
-        return self.episode.fact
-
-    @property
-    def past_facts(self) -> tuple[EncodedFact, ...]:
-        """The facts edited before the present one, earliest first."""
-        self._require_started()
-        return self.episode.facts[: self.episode.position]
-
-    @property
-    def stream(self) -> tuple[Request, ...]:
-        """The requests of the present episode, in the order they are edited."""
-        self._require_started()
-        return tuple(fact.request for fact in self.episode.facts)
-
-    @property
-    def history(self) -> History:
-        """The finished edits of the present episode."""
-        return self.accounting.history
-
-    @property
-    def weights_of_terms(self) -> dict[str, float]:
-        """Weight of every reward term; one that is changed counts from the next step on."""
-        return self.accounting.weights
-
-    @weights_of_terms.setter
-    def weights_of_terms(self, weights: dict[str, float]) -> None:
-        self.accounting.weights = weights
-
-    @property
-    def intrinsic(self) -> bool:
-        """Whether the reward is the advantage over editing all layers."""
-        return self.accounting.intrinsic
-
-    @intrinsic.setter
-    def intrinsic(self, intrinsic: bool) -> None:
-        self.accounting.intrinsic = intrinsic
 
     def loss(self, updates: Updates, *, l2: float = 0.0) -> Tensor:
         """What the model would lose by these updates, without writing them.
@@ -429,11 +362,7 @@ class EditingEnv(gym.Env[NDArray[np.float32], Any], gym.utils.EzPickle):
 
     @abstractmethod
     def _check_action(self, action: Any) -> Choice:
-        """The action, checked.
-
-        Raises:
-            ActionError: it is no action of this environment.
-        """
+        """The action, checked; raises ActionError."""
 
     def _carry_out(self, choice: Choice) -> Passes[NDArray[np.bool_]]:
         """One primitive step by the update rule; gives L bool, the layers written.
@@ -452,8 +381,6 @@ class EditingEnv(gym.Env[NDArray[np.float32], Any], gym.utils.EzPickle):
         """The information of a step, with what an id adds to it."""
         return info
 
-    # -- inside -----------------------------------------------------------------------------------
-
     def _write(self, choice: Choice, everything: bool) -> Passes[NDArray[np.bool_]]:
         """Carries out a choice, or the same with all layers."""
         if everything:
@@ -470,15 +397,3 @@ class EditingEnv(gym.Env[NDArray[np.float32], Any], gym.utils.EzPickle):
         if info["edit_over"] and not ended:
             self._begin_fact()
         return reward, ended, self._tell(info)
-
-    def _require_started(self) -> None:
-        if not self.episode.facts:
-            raise ResetNeeded(
-                "call reset() first: no episode has begun since the environment was made or "
-                "use_low_level() changed its low level"
-            )
-
-    def _require_running(self) -> None:
-        self._require_started()
-        if self.episode.ended:
-            raise ResetNeeded("the episode has ended; call reset() to begin a new episode")

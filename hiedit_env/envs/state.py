@@ -1,15 +1,17 @@
-"""A saved state of an environment, and the records of its finished edits."""
+"""A saved state of an environment, the records of its finished edits, and copies of models."""
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from hiedit_env.envs.episode import EpisodeState
+from hiedit_env.resident.resident import ResidentLLM
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,3 +69,11 @@ class EnvState:
     records: tuple[EditRecord, ...]
     edit_reward: float
     option: NDArray[np.bool_] | None = None
+
+
+def copy_model(llm: ResidentLLM) -> ResidentLLM:
+    """An unedited copy of a model that shares no tensor with it."""
+    with llm.unedited():
+        model = copy.deepcopy(llm.model)
+    layers = [replace(layer, module=model.get_submodule(layer.name)) for layer in llm.layers]
+    return ResidentLLM(model, llm.tokenizer, layers, max_batch_tokens=llm.max_batch_tokens)

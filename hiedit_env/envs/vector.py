@@ -20,6 +20,7 @@ from hiedit_env.envs.layer_selection import LayerSelection
 from hiedit_env.envs.lifelong_edit import LifelongEdit
 from hiedit_env.envs.planted import Planted
 from hiedit_env.envs.scheduler import Passes, run_together
+from hiedit_env.envs.state import copy_model
 from hiedit_env.envs.step_size import StepSize
 from hiedit_env.errors import ActionError, SettingsError, whole_number
 from hiedit_env.evaluation.unedited import UneditedModel
@@ -132,7 +133,7 @@ class VectorEditing(VectorEnv[Observations, Any, NDArray[Any]], EzPickle, Generi
         twin = type(self).__new__(type(self))
         memo[id(self)] = twin
         twin.__dict__.update(self.__dict__)
-        llm = self.envs[0]._copy_model()
+        llm = copy_model(self.envs[0].llm)
         unedited = UneditedModel(llm)
         forks = [llm.fork() for _ in self.envs]
         twin.envs = tuple(

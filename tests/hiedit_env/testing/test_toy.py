@@ -14,7 +14,9 @@ import pytest
 from gymnasium.envs.registration import EnvSpec
 from gymnasium.error import ResetNeeded
 from gymnasium.utils.env_checker import check_env as gymnasium_check
+from stable_baselines3 import PPO
 from stable_baselines3.common.env_checker import check_env as sb3_check
+from stable_baselines3.common.env_util import make_vec_env
 
 import hiedit_env
 from hiedit_env.errors import ActionError, SettingsError
@@ -218,3 +220,30 @@ def test_rendering() -> None:
         ToyEditing(render_mode="video")
     with pytest.warns(UserWarning, match="render_mode"):
         assert make().render() is None
+
+
+def test_the_picture_shows_the_layers_written() -> None:
+    env = make(num_layers=3, num_edits=2, render_mode="rgb_array")
+    env.reset(seed=0)
+    group = env.group
+    env.step(np.ones(3, np.int8))
+    picture: Any = env.render()
+    assert (picture.shape, picture.dtype) == ((24, 16, 3), np.uint8)
+    colours = [tuple(picture[8 * layer + 4, 4]) for layer in range(3)]
+    right, wrong = (0, 158, 115), (213, 94, 0)
+    assert colours == [right if layer == group else wrong for layer in range(3)]
+    # The second fact was not edited yet.
+    assert (picture[:, 8:] == 255).all()
+
+
+def test_stable_baselines_makes_and_trains_it_by_its_id() -> None:
+    envs = make_vec_env(TOY, n_envs=2)
+    assert envs.reset().shape == (2, 7)
+    PPO("MlpPolicy", TOY, n_steps=8, batch_size=8, device="cpu").learn(8)
+
+
+def test_the_threshold_is_just_below_the_best_reward() -> None:
+    threshold = gym.spec(TOY).reward_threshold
+    best = 32 * make(num_layers=6).expected_reward("best")
+    assert threshold is not None
+    assert best - 1 < threshold < best

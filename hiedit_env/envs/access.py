@@ -1,0 +1,87 @@
+"""What agents may ask an environment about its present episode, beyond observation and info."""
+
+from __future__ import annotations
+
+from gymnasium.error import ResetNeeded
+
+from hiedit_env.datasets.requests import Request
+from hiedit_env.envs.accounting import Accounting
+from hiedit_env.envs.episode import EditingEpisode
+from hiedit_env.envs.state import History
+from hiedit_env.model.tokenization import EncodedFact
+from hiedit_env.rules.base import UpdateRule
+
+
+class EpisodeAccess:
+    """Read access to the episode, and to the settings of the reward."""
+
+    episode: EditingEpisode
+    accounting: Accounting
+
+    @property
+    def rule(self) -> UpdateRule:
+        """The low level in use, see :meth:`use_low_level`."""
+        return self.episode.rule
+
+    @property
+    def max_steps_per_edit(self) -> int:
+        """Maximum number of primitive steps on a fact."""
+        return self.episode.max_steps_per_edit
+
+    @property
+    def stop_when_answered(self) -> bool:
+        """Whether a fact ends as soon as it is answered."""
+        return self.episode.stop_when_answered
+
+    @property
+    def fact(self) -> EncodedFact:
+        """The present fact as tokens; the last one after the end of the stream."""
+        self._require_started()
+        return self.episode.fact
+
+    @property
+    def past_facts(self) -> tuple[EncodedFact, ...]:
+        """The facts edited before the present one, earliest first."""
+        self._require_started()
+        return self.episode.facts[: self.episode.position]
+
+    @property
+    def stream(self) -> tuple[Request, ...]:
+        """The requests of the present episode, in the order they are edited."""
+        self._require_started()
+        return tuple(fact.request for fact in self.episode.facts)
+
+    @property
+    def history(self) -> History:
+        """The finished edits of the present episode."""
+        return self.accounting.history
+
+    @property
+    def weights_of_terms(self) -> dict[str, float]:
+        """Weight of every reward term; one that is changed counts from the next step on."""
+        return self.accounting.weights
+
+    @weights_of_terms.setter
+    def weights_of_terms(self, weights: dict[str, float]) -> None:
+        self.accounting.weights = weights
+
+    @property
+    def intrinsic(self) -> bool:
+        """Whether the reward is the advantage over editing all layers."""
+        return self.accounting.intrinsic
+
+    @intrinsic.setter
+    def intrinsic(self, intrinsic: bool) -> None:
+        self.accounting.intrinsic = intrinsic
+
+    def _require_started(self) -> None:
+        if not self.episode.facts:
+            raise ResetNeeded(
+                "call reset() first: no episode has begun since the environment was made or "
+                "use_low_level() changed its low level"
+            )
+
+    def _require_running(self) -> None:
+        self._require_started()
+        if self.episode.ended:
+            raise ResetNeeded("the episode has ended; call reset() to begin a new episode")
