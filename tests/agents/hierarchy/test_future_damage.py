@@ -1,4 +1,4 @@
-"""What is charged for the rest of an episode: value, gradient, what it is drawn from."""
+"""The penalty for future damage: value, gradient, and the sample that it is measured on."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ def nats(env: EditingEnv, prompt: EncodedPrompt) -> float:
     return float(-rows[range(len(rows)), list(prompt.answer_ids)].mean())
 
 
-def test_the_charge_is_the_sum_over_what_was_drawn() -> None:
+def test_the_penalty_is_the_sum_over_what_was_drawn() -> None:
     env = edited_episode()
     damage = FutureDamage(env, env.requests, SETTINGS)
     damage.draw(np.random.default_rng(1))
@@ -152,7 +152,7 @@ def trainer(agent: str, **changes: Any) -> Trainer:
     return Trainer(env, built, env.requests, settings)
 
 
-def test_only_a_low_level_that_is_trained_is_charged() -> None:
+def test_only_a_low_level_that_is_trained_is_penalised() -> None:
     for agent in ("policy", "straight-through", "straight-through+ridge"):
         assert trainer(agent)._future_damage is None
     assert trainer("policy+hypernetwork", train_low=False)._future_damage is None
@@ -161,7 +161,7 @@ def test_only_a_low_level_that_is_trained_is_charged() -> None:
 
 
 def test_a_low_level_learns_from_both() -> None:
-    """The gradient of an option's lesson is the objective's plus the charge's."""
+    """The gradient of an option's lesson is the objective's plus the penalty's."""
     one = trainer("all-layers+hypernetwork")
     env, low = one.env, one.agent.low
     assert isinstance(low, Hypernetwork)
@@ -172,14 +172,14 @@ def test_a_low_level_learns_from_both() -> None:
     one._future_damage.draw(np.random.default_rng(0))
     capture = env.episode.observe()
 
-    def gradient(with_charge: bool, with_objective: bool) -> torch.Tensor:
+    def gradient(with_penalty: bool, with_objective: bool) -> torch.Tensor:
         for parameter in low.parameters():
             parameter.grad = None
         updates = low.compute(capture, np.ones(L, bool))
         total = torch.zeros(())
         if with_objective:
             total = total + env.loss(updates, l2=one.settings.l2)
-        if with_charge:
+        if with_penalty:
             assert one._future_damage is not None
             total = total + one._future_damage.loss(updates)
         torch.autograd.backward(total)
@@ -194,7 +194,7 @@ def test_a_low_level_learns_from_both() -> None:
     lesson.learn()
     found = torch.cat([net.log_step.grad for net in low.net])  # type: ignore[misc]
     assert torch.allclose(found, wanted, rtol=1e-3)
-    # What is logged stays comparable, however much is charged.
+    # What is logged stays comparable, however large the penalty is.
     with torch.no_grad():
         objective = env.loss(low.compute(capture, np.ones(L, bool)), l2=one.settings.l2)
     assert lesson.loss == pytest.approx(float(objective), rel=1e-5)
@@ -217,9 +217,9 @@ def test_a_step_that_is_too_long_for_the_rest_of_the_episode_does_not_grow() -> 
         assert isinstance(low, Hypernetwork)
         steps = [p.detach() for name, p in low.net.named_parameters() if name.endswith("log_step")]
         found.append(float(torch.cat(steps).mean()))
-    without, charged = found
+    without, penalised = found
     assert without > 0.1
-    assert charged < 0.05
+    assert penalised < 0.05
 
 
 def test_what_weighs_nothing_is_not_run() -> None:
@@ -232,7 +232,7 @@ def test_what_weighs_nothing_is_not_run() -> None:
         assert float(damage.loss().detach()) > 0
 
 
-def test_the_charge_is_not_for_the_other_levels_preset_to_say() -> None:
+def test_the_penalty_is_not_for_the_other_levels_preset_to_say() -> None:
     assert spec_agent("hiedit").spec.train["future_damage"] == 100
     assert spec_agent("random-layers+hiedit").spec.train["future_damage"] == 100
     for agent in ("hiedit+rledit", "hiedit+hypernetwork"):
@@ -243,7 +243,7 @@ def test_the_charge_is_not_for_the_other_levels_preset_to_say() -> None:
     assert "high_learning_rate" not in spec_agent("straight-through+hiedit").spec.train
 
 
-def test_a_run_from_before_the_charge_goes_on_without_it(tmp_path: Path) -> None:
+def test_a_run_from_before_the_penalty_goes_on_without_it(tmp_path: Path) -> None:
     folder = TrainingFolder(tmp_path / "run", {"settings": asdict(SETTINGS)}, False)
     record = {"training": {"settings": asdict(SETTINGS)}}
     del record["training"]["settings"]["future_damage"]
