@@ -6,6 +6,7 @@ Nothing here knows a model type. It is what models outside the table of
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -19,6 +20,8 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from hiedit_env.errors import LayerError
+
+_IS_INPUT = re.compile(r"gate|query|key|value|^[qkv]+_|qkv")
 
 EDITABLE_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 """Dtypes of weights that can be edited."""
@@ -209,8 +212,13 @@ def _gated(matrices: Mapping[str, nn.Module], hidden: int) -> tuple[str, str] | 
 def _output(matrices: Mapping[str, nn.Module], hidden: int) -> str | None:
     """The matrix that writes to the residual stream: the widest of the MLP, else of attention."""
     back = [name for name in matrices if sizes(matrices[name])[1] == hidden]
+
+    def rank(name: str) -> tuple[bool, int]:
+        # Gates, queries, keys and values may have the same shape as an output.
+        return not _IS_INPUT.search(name.rpartition(".")[2]), sizes(matrices[name])[0]
+
     # sorted() is stable: of equally wide ones the last.
     for part in ([n for n in back if not _is_attention(n)], back):
         if part:
-            return sorted(part, key=lambda n: sizes(matrices[n])[0])[-1]
+            return sorted(part, key=rank)[-1]
     return None

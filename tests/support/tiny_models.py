@@ -105,6 +105,21 @@ SPECIAL: dict[str, dict[str, Any]] = {
 """Fields of single configuration classes, beside the generic rule."""
 
 
+NOT_BUILT = {
+    "dots3_note": "its configuration cannot be shrunk by the generic rule",
+    "dots3_note_text": "its configuration cannot be shrunk by the generic rule",
+    "gemma3n": "needs timm, which is not installed",
+    "gemma4_assistant": "a draft model for another one, with no text of its own",
+    "gemma4_unified_assistant": "a draft model for another one, with no text of its own",
+    "musicgen": "writes sounds",
+    "musicgen_melody": "writes sounds",
+    "qwen4_exp": "its configuration cannot be shrunk by the generic rule",
+    "qwen4_exp_text": "its configuration cannot be shrunk by the generic rule",
+    "zamba2": "its configuration cannot be shrunk by the generic rule",
+}
+"""Model types that cannot be built here, and why; no model can be tried."""
+
+
 def shrink(settings: dict[str, Any]) -> dict[str, Any]:
     """Fields of a configuration (as its ``to_dict`` gives them) with small values."""
     depth = next(
