@@ -134,15 +134,7 @@ def test_true_layers_are_those_of_the_fact_that_is_shown() -> None:
     names = [request.true_layers for request in env.stream]
     assert len(set(names)) > 1
     for i in range(4):
-        shown = [
-            name
-            for name, is_true in zip(env.llm.names, info["true_layers"], strict=True)
-            if is_true
-        ]
-        assert tuple(shown) == names[i]
+        assert true_layers(env, info) == names[i]
         info = env.step(info["true_layers"])[4]
     # After the last fact the observation shows it again.
-    shown = [
-        name for name, is_true in zip(env.llm.names, info["true_layers"], strict=True) if is_true
-    ]
-    assert tuple(shown) == names[3]
+    assert true_layers(env, info) == names[3]
