@@ -261,7 +261,6 @@ def test_compare_reports_regret_and_the_true_layer(tmp_path: Path) -> None:
         model="planted",
         dataset="planted-facts-test",
         num_edits=5,
-        layers_per_edit=1,
         update_rule="gradient",
     )
     compare(settings, ["oracle", "all-layers"], [0], tmp_path / "out", progress=False)
