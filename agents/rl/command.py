@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
-import argparse
-import json
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, NoReturn
 
+import tyro
+from hiedit_agents.command_line import parse, run_script
+from hiedit_agents.named.grammar import read_value
 from hiedit_agents.policies.record import refuse_finished
 from hiedit_agents.policies.task import FORMS, Task
 
-from hiedit_env.errors import HieditError, SettingsError, whole_number
+from hiedit_env.envs.settings import AtLeast0, AtLeast1, settings, unknown_name
+from hiedit_env.errors import MissingLibraryError, SettingsError
+
+__all__ = ["TrainingArguments", "pairs_of", "parse_arguments", "refuse_missing", "run_script"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,6 +47,37 @@ class TrainingArguments:
     eval_env: Mapping[str, Any] = field(default_factory=dict)
 
 
+Pairs = Annotated[tuple[str, ...], tyro.conf.arg(metavar="[NAME=VALUE ...]")]
+
+
+@settings
+class Options:
+    """The options of every training script."""
+
+    out: Path
+    """folder of the policy"""
+    algorithm: str | None = None
+    """name of the algorithm; may be left out where a script has only one"""
+    env: Pairs = ()
+    """arguments of the environment, and its id"""
+    form: str | None = None
+    """how the environment is wrapped; by default as the algorithm needs it"""
+    form_options: Pairs = ()
+    """arguments of the form's wrapper"""
+    steps: AtLeast1 | None = None
+    """steps in all, over all environments"""
+    num_envs: AtLeast1 | None = None
+    """environments that share one copy of the model"""
+    seed: AtLeast0 = 0
+    """seed of everything random"""
+    set: Pairs = ()
+    """hyperparameters of the library's algorithm"""
+    evaluations: AtLeast0 = 4
+    """evaluations during training; 0 for none"""
+    eval_env: Pairs = ()
+    """what differs in the evaluations' environment"""
+
+
 def parse_arguments(
     arguments: Sequence[str] | None,
     *,
@@ -67,46 +102,35 @@ def parse_arguments(
             or a number of steps, environments or evaluations that is none.
         ResultsExistError: ``--out`` holds a trained policy.
     """
-    parser = argparse.ArgumentParser(
-        prog=program, description=description, formatter_class=argparse.RawDescriptionHelpFormatter
+    lines = [
+        f"{name}: {count} steps, {num_envs[name]} environments; forms: {', '.join(forms[name])}"
+        for name, count in steps.items()
+    ]
+    text = f"{description}\nDefaults of the algorithms, the default form first:\n" + "\n".join(
+        lines
     )
-    pairs: dict[str, Any] = {"nargs": "*", "default": [], "metavar": "NAME=VALUE"}
-    parser.add_argument(
-        "--algorithm", choices=list(forms), default=next(iter(forms)), required=len(forms) > 1
-    )
-    parser.add_argument("--out", type=Path, required=True, help="folder of the policy")
-    parser.add_argument("--env", help="arguments of the environment, and its id", **pairs)
-    parser.add_argument(
-        "--form", choices=list(FORMS), help="how the environment is wrapped; by the algorithm"
-    )
-    parser.add_argument("--form-options", help="arguments of the form's wrapper", **pairs)
-    parser.add_argument("--steps", type=int, help="steps in all, over all environments")
-    parser.add_argument("--num-envs", type=int, help="environments on one resident model")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--set", help="hyperparameters of the library's algorithm", **pairs)
-    parser.add_argument("--evaluations", type=int, default=4, help="evaluations during training")
-    parser.add_argument("--eval-env", help="what differs in the evaluations' environment", **pairs)
-    given = parser.parse_args(arguments)
-    name = given.algorithm
+    given = parse(Options, arguments, program=program, description=text)
+    name = given.algorithm or next(iter(forms))
+    if name not in forms:
+        raise SettingsError(unknown_name(name, list(forms), "algorithm"))
+    if given.algorithm is None and len(forms) > 1:
+        raise SettingsError(f"--algorithm must be given: {', '.join(forms)}")
     form = given.form or forms[name][0]
+    if form not in FORMS:
+        raise SettingsError(unknown_name(form, list(FORMS), "form"))
     if form not in forms[name]:
         raise SettingsError(
             f"{name} cannot act in form {form!r} ({FORMS[form]}); give it --form "
             + " or ".join(f"{known} ({FORMS[known]})" for known in forms[name])
         )
     refuse_finished(given.out)
-    given.steps = steps[name] if given.steps is None else given.steps
-    given.num_envs = num_envs[name] if given.num_envs is None else given.num_envs
-    for option, least in (("steps", 1), ("num_envs", 1), ("evaluations", 0)):
-        whole_number(getattr(given, option), "--" + option.replace("_", "-"), least)
     options = pairs_of(given.form_options, "--form-options")
-    task = Task(form, pairs_of(given.env, "--env"), options)
     return TrainingArguments(
         algorithm=name,
-        task=task,
+        task=Task(form, pairs_of(given.env, "--env"), options),
         out=given.out,
-        steps=given.steps,
-        num_envs=given.num_envs,
+        steps=steps[name] if given.steps is None else given.steps,
+        num_envs=num_envs[name] if given.num_envs is None else given.num_envs,
         seed=given.seed,
         settings=pairs_of(given.set, "--set"),
         evaluations=given.evaluations,
@@ -114,18 +138,18 @@ def parse_arguments(
     )
 
 
-def run_script(main: Callable[[], None]) -> int:
-    """Runs a script's ``main``; errors of the user's end in one line and not in a traceback.
+def refuse_missing(library: str, extra: str, module: str, error: ImportError) -> NoReturn:
+    """Says which library is missing: in one line where the module runs as a script.
 
-    Returns:
-        Exit status: 0, or 2 for an error of the user's.
+    Raises:
+        MissingLibraryError: where the module is imported.
+        SystemExit: (status 2) where it runs.
     """
-    try:
-        main()
-    except HieditError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    return 0
+    missing = MissingLibraryError(library, extra)
+    if module == "__main__":
+        print(f"error: {missing}", file=sys.stderr)
+        raise SystemExit(2) from error
+    raise missing from error
 
 
 def pairs_of(texts: Sequence[str], option: str) -> dict[str, Any]:
@@ -142,8 +166,5 @@ def pairs_of(texts: Sequence[str], option: str) -> dict[str, Any]:
         name, equals, value = text.partition("=")
         if not equals:
             raise SettingsError(f"{option} takes name=value, got {text!r}")
-        try:
-            found[name] = json.loads(value)
-        except ValueError:
-            found[name] = value
+        found[name] = read_value(value)
     return found

@@ -13,19 +13,21 @@ trained on at once.
 
 from __future__ import annotations
 
-import argparse
 import json
 import math
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import gymnasium as gym
 import numpy as np
+import pydantic
 import torch
+import tyro
 from gymnasium.vector import AutoresetMode, VectorEnv
+from hiedit_agents.command_line import parse
 from hiedit_agents.policies import (
     FunctionPolicy,
     PolicyAgent,
@@ -36,28 +38,33 @@ from hiedit_agents.policies import (
 )
 from hiedit_agents.policies.networks import ChainPolicy, describe
 from hiedit_agents.policies.task import Sizes
-from hiedit_agents.rl.command import run_script
+from hiedit_agents.rl.command import Pairs, pairs_of, run_script
 from torch import Tensor, nn
 from tqdm import tqdm
 
 import hiedit_env  # noqa: F401 - registers the environments
+from hiedit_env.envs.settings import settings
 from hiedit_env.errors import SettingsError
 from hiedit_env.files import write_bytes
 
 LOG_FILE = "train.jsonl"
 
 
-@dataclass(frozen=True, slots=True)
+#: Given as name=value on the command line.
+Environment = Annotated[dict[str, Any], tyro.conf.Suppress, tyro.conf.Fixed]
+
+
+@settings
 class Args:
     """What can be set; every field is an option of the command line."""
 
     env_id: str = "hiedit/LayerSelection-v1"
     """environment whose actions are MultiBinary(L)"""
-    env: Mapping[str, Any] = field(default_factory=dict)
+    env: Environment = pydantic.Field(default_factory=dict)
     """its keyword arguments, as name=value"""
     num_envs: int = 8
     """environments that are trained on at once"""
-    total_steps: int = 20_000
+    steps: int = 20_000
     """facts seen in all, over all environments"""
     num_steps: int = 16
     """facts of every environment between two updates"""
@@ -90,13 +97,13 @@ class Args:
         return Task("layers", {"id": self.env_id, **self.env})
 
     def __post_init__(self) -> None:
-        for name in ("num_envs", "total_steps", "num_steps", "epochs", "minibatches", "hidden"):
+        for name in ("num_envs", "steps", "num_steps", "epochs", "minibatches", "hidden"):
             if getattr(self, name) < 1:
                 raise SettingsError(f"{name} must be ≥ 1, got {getattr(self, name)!r}")
-        if self.total_steps < self.num_envs * self.num_steps:
+        if self.steps < self.num_envs * self.num_steps:
             raise SettingsError(
-                f"total_steps must be at least num_envs × num_steps = "
-                f"{self.num_envs * self.num_steps}, got {self.total_steps}"
+                f"steps must be at least num_envs × num_steps = "
+                f"{self.num_envs * self.num_steps}, got {self.steps}"
             )
         for name in ("gamma", "gae_lambda"):
             if not 0 <= getattr(self, name) <= 1:
@@ -218,7 +225,7 @@ def train(args: Args, out: Path | None = None, *, progress: bool = True) -> Acto
     optimizer = torch.optim.Adam(model.parameters(), lr=args.learning_rate, eps=1e-5)
 
     rows: list[dict[str, float]] = []
-    updates = args.total_steps // (args.num_envs * args.num_steps)
+    updates = args.steps // (args.num_envs * args.num_steps)
     shape = (args.num_steps, args.num_envs)
     observations, actions = torch.zeros(*shape, size), torch.zeros(*shape, num_layers)
     log_probabilities, rewards, ends, values = (torch.zeros(shape) for _ in range(4))
@@ -324,31 +331,23 @@ def load(folder: Path) -> PolicyAgent:
     return PolicyAgent(record, FunctionPolicy(ChainPolicy(record)))
 
 
+@settings
+class Command:
+    """The options of the command line."""
+
+    out: Path
+    """folder of the policy"""
+    env: Pairs = ()
+    """keyword arguments of the environment"""
+    training: Args = Args()
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     """The command line."""
-    parser = argparse.ArgumentParser(prog="python -m hiedit_agents.rl.ppo", description=__doc__)
-    parser.add_argument("--out", type=Path, required=True, help="folder of the policy")
-    for entry in fields(Args):
-        flag = "--" + entry.name.replace("_", "-")
-        if entry.name == "env":
-            parser.add_argument(flag, nargs="*", default=[], metavar="NAME=VALUE")
-        else:
-            parser.add_argument(flag, type=type(entry.default), default=entry.default)
-    given = vars(parser.parse_args(arguments))
-    out = given.pop("out")
-    given["env"] = dict(_setting(text) for text in given["env"])
-    train(Args(**given), out)
-    print(f"trained policy: {out} (hiedit compare --agents ppo:{out})")
-
-
-def _setting(text: str) -> tuple[str, Any]:
-    name, equals, value = text.partition("=")
-    if not equals:
-        raise SettingsError(f"--env takes name=value, got {text!r}")
-    try:
-        return name, json.loads(value)
-    except ValueError:
-        return name, value
+    program = "python -m hiedit_agents.rl.ppo"
+    given = parse(Command, arguments, program=program, description=__doc__)
+    train(replace(given.training, env=pairs_of(given.env, "--env")), given.out)
+    print(f"trained policy: {given.out} (hiedit compare --agents ppo:{given.out})")
 
 
 if __name__ == "__main__":

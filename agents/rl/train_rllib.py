@@ -30,10 +30,9 @@ from hiedit_agents.policies import refuse_finished, save_policy
 from hiedit_agents.policies.coins import as_multi_discrete
 from hiedit_agents.policies.networks import describe
 from hiedit_agents.policies.task import Task
-from hiedit_agents.rl.command import TrainingArguments, parse_arguments, run_script
+from hiedit_agents.rl.command import TrainingArguments, parse_arguments, refuse_missing, run_script
 from hiedit_agents.rl.hyperparameters import check_names, names_of
 
-from hiedit_env.errors import MissingLibraryError
 from hiedit_env.files import write_bytes
 
 # Nothing here needs the network.
@@ -45,7 +44,7 @@ try:
     from ray.rllib.core.rl_module.default_model_config import DefaultModelConfig
     from ray.tune.registry import register_env
 except ImportError as error:
-    raise MissingLibraryError("ray[rllib]", "rllib") from error
+    refuse_missing("ray[rllib]", "rllib", __name__, error)
 
 #: The name that RLlib knows the environments by.
 NAME = "hiedit"

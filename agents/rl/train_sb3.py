@@ -25,14 +25,14 @@ from typing import Any
 import numpy as np
 import torch
 from hiedit_agents.policies import PolicyAgent, Task, read_policy, refuse_finished, save_policy
-from hiedit_agents.rl.command import TrainingArguments, parse_arguments, run_script
+from hiedit_agents.rl.command import TrainingArguments, parse_arguments, refuse_missing, run_script
 from hiedit_agents.rl.hyperparameters import check_names, names_of
-from hiedit_agents.rl.sb3_vec_env import EditingVecEnv
 from numpy.typing import NDArray
 
-from hiedit_env.errors import CheckpointError, MissingLibraryError, SettingsError
+from hiedit_env.errors import CheckpointError, SettingsError
 
 try:
+    from hiedit_agents.rl.sb3_vec_env import EditingVecEnv
     from stable_baselines3 import A2C, DQN, PPO, SAC, TD3
     from stable_baselines3.common.base_class import BaseAlgorithm
     from stable_baselines3.common.callbacks import EvalCallback
@@ -41,7 +41,7 @@ try:
     from stable_baselines3.common.policies import BasePolicy
     from stable_baselines3.common.vec_env import VecMonitor
 except ImportError as error:
-    raise MissingLibraryError("stable-baselines3", "sb3") from error
+    refuse_missing("stable-baselines3", "sb3", __name__, error)
 
 
 @dataclass(frozen=True, slots=True)
@@ -337,7 +337,7 @@ def main(
     """The command line."""
     args = parse_arguments(
         arguments,
-        program=f"python -m agents.{library.replace('-', '_')}",
+        program=f"python -m hiedit_agents.rl.train_{library.replace('-', '_')}",
         description=description,
         forms={name: how.forms for name, how in algorithms.items()},
         steps={name: how.steps for name, how in algorithms.items()},

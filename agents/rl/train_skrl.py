@@ -23,11 +23,9 @@ from gymnasium.vector import VectorEnv
 from hiedit_agents.policies import refuse_finished, save_policy
 from hiedit_agents.policies.coins import as_multi_discrete
 from hiedit_agents.policies.networks import describe
-from hiedit_agents.rl.command import TrainingArguments, parse_arguments, run_script
+from hiedit_agents.rl.command import TrainingArguments, parse_arguments, refuse_missing, run_script
 from hiedit_agents.rl.hyperparameters import check_names, names_of
 from torch import Tensor, nn
-
-from hiedit_env.errors import MissingLibraryError
 
 try:
     from skrl.agents.torch.ppo import PPO, PPO_CFG
@@ -37,7 +35,7 @@ try:
     from skrl.trainers.torch import SequentialTrainer, SequentialTrainerCfg
     from skrl.utils import set_seed
 except ImportError as error:
-    raise MissingLibraryError("skrl", "skrl") from error
+    refuse_missing("skrl", "skrl", __name__, error)
 
 #: Arguments of ``PPO_CFG`` that differ from skrl's own.
 SETTINGS: Mapping[str, Any] = {

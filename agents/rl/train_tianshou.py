@@ -25,12 +25,12 @@ from gymnasium.vector import AutoresetMode, VectorEnv
 from hiedit_agents.policies import refuse_finished, save_policy
 from hiedit_agents.policies.coins import LayerCoins
 from hiedit_agents.policies.networks import describe
-from hiedit_agents.rl.command import TrainingArguments, parse_arguments, run_script
+from hiedit_agents.rl.command import TrainingArguments, parse_arguments, refuse_missing, run_script
 from hiedit_agents.rl.hyperparameters import replaced
 from numpy.typing import NDArray
 from torch import nn
 
-from hiedit_env.errors import MissingLibraryError, SettingsError
+from hiedit_env.errors import SettingsError
 
 try:
     from tianshou.algorithm import PPO
@@ -45,7 +45,7 @@ try:
     from tianshou.utils.net.continuous import ContinuousCritic
     from torch.utils.tensorboard import SummaryWriter
 except ImportError as error:
-    raise MissingLibraryError("tianshou", "tianshou") from error
+    refuse_missing("tianshou", "tianshou", __name__, error)
 
 #: What ``--set`` can change.
 SETTINGS: Mapping[str, Any] = {

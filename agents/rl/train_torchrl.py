@@ -25,11 +25,9 @@ from gymnasium.vector import AutoresetMode
 from hiedit_agents.policies import refuse_finished, save_policy
 from hiedit_agents.policies.coins import LayerCoins
 from hiedit_agents.policies.networks import describe
-from hiedit_agents.rl.command import TrainingArguments, parse_arguments, run_script
+from hiedit_agents.rl.command import TrainingArguments, parse_arguments, refuse_missing, run_script
 from hiedit_agents.rl.hyperparameters import replaced
 from torch import nn
-
-from hiedit_env.errors import MissingLibraryError
 
 try:
     from tensordict.nn import TensorDictModule
@@ -41,7 +39,7 @@ try:
     from torchrl.objectives.value import GAE
     from torchrl.record import CSVLogger
 except ImportError as error:
-    raise MissingLibraryError("torchrl", "torchrl") from error
+    refuse_missing("torchrl", "torchrl", __name__, error)
 
 #: What ``--set`` can change.
 SETTINGS: Mapping[str, Any] = {

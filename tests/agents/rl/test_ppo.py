@@ -26,10 +26,10 @@ from hiedit_env.errors import CheckpointError, ResultsExistError, SettingsError
 TOY = Args(
     env_id="hiedit/Toy-v1",
     env={"num_layers": 4, "num_edits": 16},
-    total_steps=8192,
+    steps=8192,
     learning_rate=1e-2,
 )
-SHORT = Args(env={"num_edits": 2}, num_envs=2, num_steps=2, minibatches=2, total_steps=8, hidden=4)
+SHORT = Args(env={"num_edits": 2}, num_envs=2, num_steps=2, minibatches=2, steps=8, hidden=4)
 
 
 def test_advantages_by_hand() -> None:
@@ -58,7 +58,7 @@ def test_an_environment_that_is_cut_short_is_paid_for_what_would_have_followed(
     monkeypatch.setattr(ppo, "estimate", note)
     monkeypatch.setattr(ActorCritic, "value", lambda _, seen: torch.full((len(seen),), 8.0))
     toy = {"num_layers": 4, "num_edits": 16}
-    args = replace(SHORT, env_id="hiedit/Toy-v1", num_steps=3, total_steps=6, gamma=0.25)
+    args = replace(SHORT, env_id="hiedit/Toy-v1", num_steps=3, steps=6, gamma=0.25)
     args = replace(args, value_weight=0.0)
     train(replace(args, env=toy), progress=False)
     train(replace(args, env={**toy, "max_episode_steps": 2}), progress=False)
@@ -95,7 +95,7 @@ def test_learns_the_toy() -> None:
 
 
 def test_same_seed_same_parameters() -> None:
-    short = replace(TOY, total_steps=512)
+    short = replace(TOY, steps=512)
     one, two = (train(short, progress=False).state_dict() for _ in range(2))
     other = train(replace(short, seed=1), progress=False).state_dict()
     assert all(torch.equal(one[name], two[name]) for name in one)
@@ -106,7 +106,7 @@ def test_a_trained_policy_is_compared_like_any_agent(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     out = tmp_path / "policy"
-    sizes = {"num-envs": 2, "num-steps": 2, "minibatches": 2, "total-steps": 8, "hidden": 4}
+    sizes = {"num-envs": 2, "num-steps": 2, "minibatches": 2, "steps": 8, "hidden": 4}
     options = [text for name, size in sizes.items() for text in (f"--{name}", str(size))]
     main(["--out", str(out), "--env", "model=tiny", "num_edits=2", *options])
     assert f"ppo:{out}" in capsys.readouterr().out
@@ -137,7 +137,7 @@ def test_a_policy_refuses_other_spaces_and_folders(tmp_path: Path) -> None:
     ("settings", "message"),
     [
         ({"num_envs": 0}, "num_envs"),
-        ({"total_steps": 3}, "total_steps must be at least"),
+        ({"steps": 3}, "steps must be at least"),
         ({"minibatches": 500}, "minibatches"),
         ({"gamma": 1.5}, "gamma must be from 0 to 1, got 1.5"),
         ({"gae_lambda": -0.1}, "gae_lambda"),
