@@ -9,6 +9,7 @@ error of ``make docs``.
 
 from __future__ import annotations
 
+import importlib.util
 import logging
 import re
 from collections.abc import Iterator
@@ -70,10 +71,17 @@ def _link(target: str, owner: griffe.Object, paths: set[str]) -> str:
     if shown.startswith("hiedit_"):
         shown = shown.split(".")[-1]
     path = _resolve(target, owner, paths)
+    if path is None and _is_of_another_library(name):
+        return f"<code>{shown}</code>"
     if path is None:
         _LOG.warning("%s names %r, which does not exist", owner.path, target)
         return f"<code>{shown}</code>"
     return f'<autoref identifier="{path}" optional><code>{shown}</code></autoref>'
+
+
+def _is_of_another_library(name: str) -> bool:
+    first, dot, _ = name.partition(".")
+    return bool(dot) and first.islower() and importlib.util.find_spec(first) is not None
 
 
 def _resolve(target: str, owner: griffe.Object, paths: set[str]) -> str | None:

@@ -55,14 +55,14 @@ class Accounting:
         episode: What is written to and judged.
         weights: Weight of every reward term.
         intrinsic: Whether each term counts relative to the same step with all layers.
-        history: The finished edits.
-        edit_reward: Sum of the rewards of the present fact so far.
     """
 
     episode: EditingEpisode
     weights: dict[str, float]
     intrinsic: bool
+    #: The finished edits.
     history: History = field(init=False)
+    #: Sum of the rewards of the present fact so far.
     edit_reward: Any = field(init=False)
 
     def __post_init__(self) -> None:

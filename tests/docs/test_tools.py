@@ -136,14 +136,18 @@ def test_a_role_that_names_nothing_is_a_warning(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     (tmp_path / "pkg2").mkdir()
-    (tmp_path / "pkg2" / "__init__.py").write_text('"""See :func:`gone` and :mod:`pkg2`."""')
+    text = '"""See :func:`gone`, :func:`gone.too`, :mod:`pkg2` and :func:`json.dumps`."""'
+    (tmp_path / "pkg2" / "__init__.py").write_text(text)
     griffe.load(
         "pkg2",
         search_paths=[tmp_path],
         extensions=griffe.load_extensions(docstrings.Docstrings),
     )
     messages = [r.message for r in caplog.records if "does not exist" in r.message]
-    assert messages[0] == "pkg2 names 'gone', which does not exist"
+    assert messages == [
+        "pkg2 names 'gone', which does not exist",
+        "pkg2 names 'gone.too', which does not exist",
+    ]
 
 
 def test_examples_tables_and_shared_parameters(package: object) -> None:
