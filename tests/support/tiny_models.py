@@ -149,11 +149,11 @@ def shrink(settings: dict[str, Any]) -> dict[str, Any]:
     return small
 
 
-def tiny_config(model_type: str) -> PreTrainedConfig:
+def tiny_config(model_type: str, **fields: Any) -> PreTrainedConfig:
     """The smallest configuration of a type that still has all its parts."""
     kind = CONFIG_MAPPING[model_type]
     settings = shrink(kind().to_dict())
-    settings |= SPECIAL.get(model_type, {})
+    settings |= SPECIAL.get(model_type, {}) | fields
     config: PreTrainedConfig = kind.from_dict(settings)
     for part in (config, config.get_text_config(decoder=True)):
         for key in ("is_encoder_decoder", "is_decoder"):
@@ -162,11 +162,11 @@ def tiny_config(model_type: str) -> PreTrainedConfig:
     return config
 
 
-def tiny_model(model_type: str, seed: int = 0) -> PreTrainedModel:
+def tiny_model(model_type: str, seed: int = 0, **fields: Any) -> PreTrainedModel:
     """A tiny model whose weights are large enough for its logits to depend on all of them."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        model: PreTrainedModel = AutoModelForCausalLM.from_config(tiny_config(model_type))
+        model: PreTrainedModel = AutoModelForCausalLM.from_config(tiny_config(model_type, **fields))
         with torch.no_grad():
             for module in model.modules():
                 if isinstance(module, nn.Linear | nn.Embedding):
