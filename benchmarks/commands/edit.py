@@ -20,12 +20,13 @@ from hiedit_benchmarks.comparison.results import versions, write_json
 from hiedit_benchmarks.comparison.settings import CompareSettings
 from safetensors import SafetensorError
 from torch import Tensor
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoTokenizer
 
 from hiedit_env.datasets.requests import Request
 from hiedit_env.errors import ModelError, ResultsExistError, SettingsError
 from hiedit_env.evaluation.matching import EXTRA_TOKENS, is_match, starts_with
 from hiedit_env.evaluation.metrics import evaluate
+from hiedit_env.model.memory_budget import auto_class
 from hiedit_env.resident.resident import ResidentLLM
 
 #: Facts shown in the printed table; ``edits.json`` holds all.
@@ -40,14 +41,16 @@ class SavedEdits:
         out: The folder of the edited model.
         facts: What ``edits.json`` says of each fact.
         text: Before and after, as a table.
-        unverified: Why the saved model could not be loaded again beside the edited one; None where
-            it was, and gave the very same logits.
+        unverified: What differs in the saved model, or why it could not be loaded again beside the
+            edited one; None where all its weights and tokens are the same.
+        opened_by: The class of transformers that opens it with all its parts.
     """
 
     out: Path
     facts: list[dict[str, Any]]
     text: str
     unverified: str | None
+    opened_by: str = "AutoModelForCausalLM"
 
 
 def edit_model(
@@ -56,9 +59,9 @@ def edit_model(
     """Writes all facts of a data set into a model, in file order, and saves it.
 
     The folder holds the model (safetensors) and its tokenizer as ``save_pretrained`` writes them,
-    and ``edits.json``. It appears only when everything is done and the model, loaded again with
-    ``AutoModelForCausalLM``, has given the very same logits. If there is no room for a second model
-    it appears all the same, unverified.
+    and ``edits.json``. It appears only when everything is done. The model is then loaded again and
+    its weights are compared; if they differ, or there is no room for a second model, the folder is
+    kept all the same, unverified.
 
     Args:
         settings: ``dataset`` is the file of facts; ``num_edits`` and ``generation`` are not used.
@@ -68,7 +71,7 @@ def edit_model(
 
     Raises:
         ResultsExistError: ``out`` is not empty; nothing has been done.
-        ModelError: the saved model differs from the edited one; ``out`` is left as it was.
+        ModelError: the model cannot be edited, or it collapsed; nothing is saved.
         SettingsError: unknown agent, or ``out`` cannot be written; that is found before the model
             is loaded, so far as it can be.
     """
@@ -122,7 +125,8 @@ def edit_model(
     }
     unverified = _save(inner.llm, episode.requests, settings, record, out)
     env.close()
-    return SavedEdits(out, facts, before_and_after(facts), unverified)
+    opened_by = auto_class(inner.llm.model.config).__name__
+    return SavedEdits(out, facts, before_and_after(facts), unverified, opened_by)
 
 
 def before_and_after(facts: Sequence[dict[str, Any]]) -> str:
@@ -220,7 +224,7 @@ def _save(
 ) -> str | None:
     """Saves, verifies and puts in place; returns why it could not be verified, if so.
 
-    Removed is only what is half written or was found to differ.
+    Removed is only what is half written.
     """
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
@@ -239,9 +243,6 @@ def _save(
         raise
     try:
         unverified = _verify(llm, requests, settings, folder)
-    except ModelError:
-        shutil.rmtree(work, ignore_errors=True)
-        raise
     except BaseException:  # an interruption
         _place(folder, out)
         raise
@@ -267,41 +268,44 @@ def _place(folder: Path, out: Path) -> None:
 def _verify(
     llm: ResidentLLM, requests: Sequence[Request], settings: CompareSettings, folder: Path
 ) -> str | None:
-    """Loads the folder as anybody would and compares logits, bit for bit.
+    """Loads the folder as anybody would and compares weights and tokens, bit for bit.
+
+    Logits are not compared: in some models they differ in the last bit from run to run.
 
     Returns:
-        None where they are equal, or why they could not be compared.
-
-    Raises:
-        ModelError: they differ.
+        None where they are equal; else what differs, or why they could not be compared.
     """
-    loader: Any = AutoModelForCausalLM
     tokenizers: Any = AutoTokenizer
     trust = settings.trust_remote_code
     try:
+        loader = auto_class(llm.model.config)
         model = loader.from_pretrained(folder, dtype=llm.dtype, trust_remote_code=trust)
-        model = model.to(llm.device).eval()
         tokenizer = tokenizers.from_pretrained(folder, trust_remote_code=trust)
-        same = [_same(llm, model, tokenizer, request) for request in requests[:SHOWN]]
+        return _difference(llm, model, tokenizer, requests)
     # Above all memory: there are two models now. PyTorch says so with a RuntimeError.
     except (RuntimeError, MemoryError, OSError, ImportError, ValueError) as error:
         return f"{type(error).__name__}: {error}"
-    if not all(same):
-        prompt = requests[same.index(False)].prompt
-        raise ModelError(f"the saved model, loaded again, differs on {prompt!r}; nothing was kept")
+
+
+def _difference(
+    llm: ResidentLLM, model: Any, tokenizer: Any, requests: Sequence[Request]
+) -> str | None:
+    """What a loaded model and its tokenizer do not have in common with the edited ones, if any."""
+    ours, theirs = llm.model.state_dict(), model.state_dict()
+    for name in sorted(ours.keys() ^ theirs.keys()):
+        return f"loaded again, the model differs: only one of the two has {name}"
+    for name, own in ours.items():
+        again = theirs[name]
+        if own.dtype != again.dtype or not torch.equal(_bits(own), _bits(again)):
+            return f"loaded again, the model differs in {name}"
+    for request in requests[:SHOWN]:
+        if tokenizer(request.prompt)["input_ids"] != llm.tokenizer(request.prompt)["input_ids"]:
+            return f"loaded again, the tokenizer differs on {request.prompt!r}"
     return None
 
 
-def _same(llm: ResidentLLM, model: Any, tokenizer: Any, request: Request) -> bool:
-    """Whether a loaded model and its tokenizer read a request as the edited ones do."""
-    ids = torch.tensor([llm.encode(request.prompt, request.answer).input_ids]).to(llm.device)
-    again = tokenizer(request.prompt)["input_ids"] == llm.tokenizer(request.prompt)["input_ids"]
-    return bool(again) and torch.equal(_logits(llm.model, ids), _logits(model, ids))
-
-
-def _logits(model: Any, ids: Tensor) -> Tensor:
-    logits: Tensor = model(input_ids=ids, use_cache=False).logits
-    return logits
+def _bits(tensor: Tensor) -> Tensor:
+    return tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
 
 
 def main(settings: CompareSettings, agent: str, out: Path) -> None:
@@ -315,9 +319,9 @@ def main(settings: CompareSettings, agent: str, out: Path) -> None:
         f"forcing."
     )
     if saved.unverified is None:
-        print(f"Saved to {out}; loaded again from there, its logits are identical bit for bit.")
+        print(f"Saved to {out}; loaded again from there, its weights are identical bit for bit.")
     else:
-        print(f"Saved to {out}, but not verified: it could not be loaded beside the edited model.")
+        print(f"Saved to {out}, but not verified: {saved.unverified}")
         print(f"hiedit: warning: {out} is not verified ({saved.unverified})", file=sys.stderr)
-    print(f"AutoModelForCausalLM.from_pretrained({str(out)!r}) opens it.")
+    print(f"{saved.opened_by}.from_pretrained({str(out)!r}) opens it.")
     print(f"What was edited, and where: {out / 'edits.json'}", file=sys.stderr)

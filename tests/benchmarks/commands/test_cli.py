@@ -16,8 +16,8 @@ import torch
 from hiedit_agents.registry import AGENTS
 from hiedit_benchmarks.commands import agents, cli
 from hiedit_benchmarks.commands.cli import main
-from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from hiedit_env.evaluation.matching import EXTRA_TOKENS
 from hiedit_env.model.loading import load_model
@@ -90,27 +90,6 @@ def test_edit_refuses_to_overwrite(
     assert main(command) == 2
     assert "not an empty folder" in one_error(capsys)
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["mine"]
-
-
-def test_edit_keeps_nothing_that_does_not_load_back(
-    facts: Path,
-    tmp_path: Path,
-    capsys: pytest.CaptureFixture[str],
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    inner = PreTrainedModel.save_pretrained
-
-    def tamper(self: Any, folder: Path, **settings: Any) -> None:
-        inner(self, folder, **settings)
-        weights = load_file(Path(folder) / "model.safetensors")
-        weights["model.norm.weight"][0] *= 1 + 1e-5
-        save_file(weights, Path(folder) / "model.safetensors", metadata={"format": "pt"})
-
-    monkeypatch.setattr(PreTrainedModel, "save_pretrained", tamper)
-    command = ["edit", "--facts", str(facts), "--model", "tiny", "--out", str(tmp_path / "out")]
-    assert main(command) == 2
-    assert "loaded again, differs" in one_error(capsys)
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["facts.json"]
 
 
 def one_error(capsys: pytest.CaptureFixture[str]) -> str:

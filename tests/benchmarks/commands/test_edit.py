@@ -13,9 +13,10 @@ from hiedit_benchmarks.commands import edit
 from hiedit_benchmarks.commands.edit import edit_model
 from hiedit_benchmarks.comparison.settings import CompareSettings
 from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from hiedit_env.errors import ModelError, PromptError, ResultsExistError, SettingsError
+from hiedit_env.errors import PromptError, ResultsExistError, SettingsError
 
 FACT = {"subject": "Belka", "prompt": "Belka lives in", "answer": "Averlund"}
 
@@ -94,7 +95,7 @@ def test_a_model_that_cannot_be_loaded_twice_is_kept(
         def from_pretrained(*_: Any, **__: Any) -> NoReturn:
             raise error
 
-    monkeypatch.setattr(edit, "AutoModelForCausalLM", Full)
+    monkeypatch.setattr(edit, "auto_class", lambda _: Full)
     edit.main(settings, "all-layers", out)
     said = capsys.readouterr()
     assert "not verified" in said.out
@@ -159,13 +160,26 @@ def test_what_is_half_written_is_removed(
     assert files(tmp_path) == ["facts.json"]
 
 
-def test_a_difference_is_named_and_nothing_kept(
-    settings: CompareSettings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_a_difference_is_named_and_the_result_kept(
+    settings: CompareSettings,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
-    monkeypatch.setattr(edit, "_same", lambda *_: False)
-    with pytest.raises(ModelError, match="differs on 'Belka lives in'; nothing was kept"):
-        run(settings, tmp_path / "out")
-    assert files(tmp_path) == ["facts.json"]
+    inner = PreTrainedModel.save_pretrained
+
+    def tamper(self: Any, folder: Path, **settings: Any) -> None:
+        inner(self, folder, **settings)
+        weights = load_file(Path(folder) / "model.safetensors")
+        weights["model.norm.weight"][0] *= 1 + 1e-5
+        save_file(weights, Path(folder) / "model.safetensors", metadata={"format": "pt"})
+
+    monkeypatch.setattr(PreTrainedModel, "save_pretrained", tamper)
+    edit.main(settings, "all-layers", tmp_path / "out")
+    said = capsys.readouterr()
+    assert "not verified: loaded again, the model differs in model.norm.weight" in said.out
+    assert "identical" not in said.out
+    assert files(tmp_path) == ["facts.json", "out"]
 
 
 def test_a_prompt_that_is_too_long_is_named_by_its_row(tmp_path: Path) -> None:
