@@ -12,7 +12,13 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers import (
+    CONFIG_MAPPING,
+    AutoModelForCausalLM,
+    AutoModelForMultimodalLM,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 MODEL_TYPES: tuple[str, ...] = tuple(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
@@ -164,9 +170,19 @@ def tiny_config(model_type: str, **fields: Any) -> PreTrainedConfig:
 
 def tiny_model(model_type: str, seed: int = 0, **fields: Any) -> PreTrainedModel:
     """A tiny model whose weights are large enough for its logits to depend on all of them."""
+    return _random(AutoModelForCausalLM, tiny_config(model_type, **fields), seed)
+
+
+def tiny_multimodal(model_type: str, seed: int = 0) -> PreTrainedModel:
+    """A tiny model with all its parts, for images beside text."""
+    kind = CONFIG_MAPPING[model_type]
+    return _random(AutoModelForMultimodalLM, kind.from_dict(shrink(kind().to_dict())), seed)
+
+
+def _random(auto: Any, config: PreTrainedConfig, seed: int) -> PreTrainedModel:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        model: PreTrainedModel = AutoModelForCausalLM.from_config(tiny_config(model_type, **fields))
+        model: PreTrainedModel = auto.from_config(config)
         with torch.no_grad():
             for module in model.modules():
                 if isinstance(module, nn.Linear | nn.Embedding):
