@@ -76,7 +76,7 @@ class _Check:
         self.config = text_config(model.config)
         weight = cast(Tensor, layers[0].module.weight)
         self.device = weight.device
-        self.tolerance = 1e-4 if weight.dtype in (torch.float32, torch.float64) else 5e-2
+        self.tolerance = 2e-4 if weight.dtype in (torch.float32, torch.float64) else 5e-2
         self.boundaries = self._affordable()
         self.rows = [self._ids(length, row) for row, length in enumerate(LENGTHS)]
         self.long_rows = [self._ids(b + 5, 2 + i) for i, b in enumerate(self.boundaries)]
@@ -159,10 +159,12 @@ class _Check:
     @torch.inference_mode()
     def generation(self, way: Forward) -> None:
         """Compares the logits that ``generate`` uses in a padded batch with the model's own."""
-        if self._generation_error(self.rows) <= self.tolerance:
+        # Masks of padded batches take other kernels, whose rounding differs by as much as 1e-4.
+        tolerance = max(self.tolerance, 1e-3)
+        if self._generation_error(self.rows) <= tolerance:
             return
         way.generates_alone = True
-        if self._generation_error(self.rows[1:]) <= self.tolerance:
+        if self._generation_error(self.rows[1:]) <= tolerance:
             way.notes.append(
                 f"{self.name}: padding a batch changes what it generates, so texts are generated "
                 "one by one"

