@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 from hiedit_agents.hierarchy.option_runner import Outcome
 
@@ -32,7 +34,9 @@ class Tally:
         own = self.losses[self._counted :]
         self._counted = len(self.losses)
         self.rewards.append(outcome.reward if judged else outcome.reward - sum(own))
-        self.efficacy.append(float(outcome.info["metrics"].get("efficacy", 0.0)))
+        # Not measured after a collapse, which answers nothing.
+        efficacy = float(outcome.info["metrics"]["efficacy"])
+        self.efficacy.append(0.0 if math.isnan(efficacy) else efficacy)
         self.layers.append(float(np.asarray(outcome.info["layers"]).sum()))
         self.steps.append(float(outcome.steps))
 

@@ -206,12 +206,12 @@ def test_what_parameters_were_trained_for_cannot_be_changed(trained: Path) -> No
         ("gradients=scaled", "gradients"),
     ):
         with pytest.raises(SettingsError, match=rf"'{name}' of .* was fixed when it was trained"):
-            make_agent(f"{trained}?{given}")
+            make_agent(f"{trained},{given}")
 
 
 def test_nor_of_an_agent_that_ships() -> None:
     for given in ("gradients=scaled", "keys=raw", "high.normalize=false"):
-        agent = spec_agent(f"hiedit?{given}")
+        agent = spec_agent(f"hiedit,{given}")
         with pytest.raises(SettingsError, match="that ships for smollm2-135m was fixed"):
             agent.training_facts("smollm2-135m")
         # To be trained it takes them.

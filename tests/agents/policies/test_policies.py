@@ -292,8 +292,9 @@ def test_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) ->
     assert (found.steps, found.num_envs, found.settings) == (7, 8, {"gamma": 0.5})
     with pytest.raises(SettingsError, match=r"ppo cannot act in form 'step-sizes'.*--form layers"):
         parse_arguments([*words, "--form", "step-sizes"], **shared)
-    for option, least in {"--steps": 1, "--num-envs": 1, "--evaluations": 0}.items():
-        with pytest.raises(SettingsError, match=f"{option} must be ≥ {least}"):
+    for name, least in {"steps": 1, "num_envs": 1, "evaluations": 0}.items():
+        option = "--" + name.replace("_", "-")
+        with pytest.raises(SettingsError, match=f"{name} must be ≥ {least}"):
             parse_arguments([*words, option, "-1"], **shared)
     with pytest.raises(SettingsError, match="--set takes name=value, got 'gamma'"):
         parse_arguments([*words, "--set", "gamma"], **shared)

@@ -35,7 +35,6 @@ QUICK = CompareSettings(
     max_steps_per_edit=1,
     update_rule="outer-product",
     layers=("model.layers.1.mlp.up_proj", "model.layers.2.mlp.up_proj"),
-    layers_per_edit=1,
     generation=(),
 )
 

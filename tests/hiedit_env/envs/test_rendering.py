@@ -206,7 +206,7 @@ def test_metric_lines_hold_the_running_means() -> None:
         "efficacy right after": [[1, 100], [2, 75], [3, 25]],
         "generalization": [[1, 50], [2, 75], [3, 100]],
         "agreement": [],
-        "recent_retention": [[2, 100], [3, 75]],
+        "recent retention": [[2, 100], [3, 75]],
     }
     assert axes.get_xlim() == (0.5, 4.5)
     assert "last 2" in axes.get_ylabel()
