@@ -66,7 +66,7 @@ def parse(
         raise SettingsError(_in_one_line(complaint.getvalue(), program)) from None
 
 
-def run_script(main: Callable[[], None], program: str = "") -> int:
+def run_script(main: Callable[[], int | None], program: str = "") -> int:
     """Runs a script's ``main``; errors of the user's end in one line and not in a traceback.
 
     Args:
@@ -74,18 +74,19 @@ def run_script(main: Callable[[], None], program: str = "") -> int:
         program: What the line begins with.
 
     Returns:
-        Exit status: 0, 2 for an error of the user's, 130 when interrupted.
+        Exit status: what ``main`` returns (0 for None), 2 for an error of the user's, 130 when
+        interrupted.
     """
     prefix = f"{program}: " if program else ""
     try:
-        main()
+        status = main()
     except HieditError as error:
         print(f"{prefix}error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print(f"{prefix}interrupted", file=sys.stderr)
         return 130
-    return 0
+    return status or 0
 
 
 def _in_one_line(text: str, program: str) -> str:

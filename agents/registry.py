@@ -45,6 +45,8 @@ from hiedit_agents.named.checkpoints import (
     trained_facts,
     weights_of,
 )
+from hiedit_agents.named.fitting import SHIPPED as SHIPPED
+from hiedit_agents.named.fitting import find_shipped
 from hiedit_agents.named.grammar import (
     Pair,
     is_spec_file,
@@ -63,9 +65,6 @@ from numpy.typing import NDArray
 from hiedit_env.errors import CheckpointError, SettingsError, import_named
 from hiedit_env.resident.resident import ResidentLLM
 from hiedit_env.rules.layer_choice import CHOICES, SIZELESS
-
-#: Where the trained agents that ship with hiedit are: a folder per agent and model.
-SHIPPED = Path(__file__).parent / "trained"
 
 #: Arguments of training that one level's preset sets for that level alone.
 _OF_THE_HIGH = frozenset({"train_high", "high_learning_rate"})
@@ -186,6 +185,18 @@ class SpecAgent(FixedAgent):
                 layers: list[str] = read_record(found)["model"]["layers"]
                 return layers
         return None
+
+    def trained_folders(self, model: str) -> dict[Path, str]:
+        """Folders of the trained numbers that it uses on a model, each with the reason."""
+        found: dict[Path, str] = {}
+        for spec, folder in ((self._high, self._high_folder), (self._low, self._low_folder)):
+            if folder is not None:
+                found[folder] = "it was named"
+            elif spec.name in PRESETS and spec.learns:
+                fit = find_shipped(spec.name, model)
+                if fit is not None:
+                    found[fit.folder] = fit.why
+        return found
 
     def training_facts(self, model: str, *, trained: bool = True) -> frozenset[str]:
         """Hashes of the facts that its learned levels were trained on, as far as records say.
@@ -495,14 +506,30 @@ def spec_agent(name: str, layers_per_edit: int | None = None) -> SpecAgent:
 
 
 def shipped(name: str, model: str) -> Path | None:
-    """Folder of the trained agent that ships for a model; None if there is none."""
-    folder = SHIPPED / f"{name}-{model}"
-    return folder if model and is_trained(str(folder)) else None
+    """Folder of the trained agent that ships and fits a model; None if there is none."""
+    found = find_shipped(name, model)
+    return None if found is None else found.folder
 
 
 def default_agent(model: str) -> str:
-    """``hiedit`` where a trained one ships for the model, else ``all-layers``."""
+    """``hiedit`` where a trained one that fits the model ships, else ``all-layers``."""
     return "hiedit" if shipped("hiedit", model) else "all-layers"
+
+
+def explain(agent: Agent, model: str) -> str:
+    """Which trained numbers an agent uses on a model, and why, in one line.
+
+    Args:
+        agent: From :func:`make_agent`.
+        model: Name of the model.
+    """
+    if isinstance(agent, SpecAgent):
+        found = agent.trained_folders(model)
+        if found:
+            return "; ".join(f"trained numbers of {folder}: {why}" for folder, why in found.items())
+    if agent.name == "all-layers" and not shipped("hiedit", model):
+        return f"no trained agent that fits {model} ships with hiedit, so every layer is edited"
+    return "it uses no trained numbers"
 
 
 def is_trained(name: str) -> bool:

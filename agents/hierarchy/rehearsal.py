@@ -101,6 +101,7 @@ class Rehearsal(Hypernetwork):
         self._bank: tuple[EncodedPrompt, ...] = ()
         self._unedited = UneditedModel(llm, cache_bytes=cache_bytes)
         self._past: tuple[EncodedPrompt, ...] = ()
+        self._earlier: tuple[EncodedPrompt, ...] = ()
         #: Accumulated changes of the weights (never written in place), prompts, and their rows.
         self._latest: tuple[tuple[Tensor | None, ...], list[EncodedPrompt], GradientRows] | None = (
             None
@@ -144,10 +145,18 @@ class Rehearsal(Hypernetwork):
         """Of what is rehearsed when, in the episodes that begin from now on."""
         self._episode = seed
 
+    def remember(self, facts: Sequence[EncodedPrompt]) -> None:
+        """Facts that were edited into the model before, rehearsed from the next reset on.
+
+        Args:
+            facts: Earliest first, each prompt once.
+        """
+        self._earlier = tuple(facts)
+
     def reset(self) -> None:
         """Forgets the statistics and the requests of this episode."""
         super().reset()
-        self._past = ()
+        self._past = self._earlier
         self._rng = np.random.default_rng([self._seed, 3, self._episode])
 
     def observe(self, capture: Capture) -> None:

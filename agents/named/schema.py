@@ -47,6 +47,7 @@ class Model(_Part):
     layers: list[str]
     shapes: list[Annotated[list[Count], Field(min_length=2, max_length=2)]]
     tokenizer: list[Count]
+    sample: list[list[float]] = []
 
 
 class Training(_Part):

@@ -31,8 +31,8 @@ Name = Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="NAME")]
 class Command(Protocol):
     """A command with its options read."""
 
-    def run(self) -> None:
-        """Does it."""
+    def run(self) -> int | None:
+        """Does it; returns the exit status, 0 where None."""
 
 
 @settings
@@ -52,13 +52,13 @@ class Edit:
     """who edits; by default hiedit if a trained one ships for the model, else all-layers"""
     editing: EditSettings = EditSettings()
 
-    def run(self) -> None:
+    def run(self) -> int:
         """Edits and saves."""
         from hiedit_agents.registry import default_agent
         from hiedit_benchmarks.commands import edit
 
         chosen = CompareSettings(dataset=self.facts, **_values(self.editing))
-        edit.main(chosen, self.agent or default_agent(self.editing.model), self.out)
+        return edit.main(chosen, self.agent or default_agent(self.editing.model), self.out)
 
 
 @settings
@@ -114,12 +114,12 @@ class Train:
     model: TrainingRun = TrainingRun(agent="")
     training: TrainSettings = TrainSettings()
 
-    def run(self) -> None:
+    def run(self) -> int:
         """Trains."""
         from hiedit_benchmarks.commands import train
 
         run = TrainingRun(**{**_values(self.model), "agent": self.agent})
-        train.main(run, self.training, self.out, self.resume, not self.no_tensorboard)
+        return train.main(run, self.training, self.out, self.resume, not self.no_tensorboard)
 
 
 @settings
@@ -195,7 +195,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         arguments: Without the program's name; ``sys.argv`` where None.
 
     Returns:
-        Exit status: 0, 2 for an error of the user's, 130 when interrupted.
+        Exit status: 0, 2 for an error of the user's, 3 where nothing useful came of it, 130 when
+        interrupted.
     """
     words = list(sys.argv[1:] if arguments is None else arguments)
     # Read by OpenMP when torch is imported. Threads that spin while they wait make a step ten times
@@ -225,20 +226,20 @@ def _show_warning(
         print(warnings.formatwarning(message, category, filename, lineno, line), file=sys.stderr)
 
 
-def _run(words: list[str]) -> None:
+def _run(words: list[str]) -> int:
     if not words or words[0] in ("-h", "--help"):
         print(overview())
-        return
+        return 0
     if words[0] == "--version":
         print(f"{PROGRAM} {__version__}")
-        return
+        return 0
     name, *rest = words
     if name not in COMMANDS:
         raise SettingsError(unknown_name(name, list(COMMANDS), "command"))
     kind = COMMANDS[name]
     default = _train_defaults(rest) if kind is Train else None
     command: Command = parse(kind, rest, program=f"{PROGRAM} {name}", default=default)
-    command.run()
+    return command.run() or 0
 
 
 def overview() -> str:

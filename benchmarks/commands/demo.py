@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from hiedit_agents.registry import default_agent
-from hiedit_benchmarks.commands.edit import before_and_after
+from hiedit_benchmarks.commands.edit_report import before_and_after
 from hiedit_benchmarks.comparison.compare import compare
 from hiedit_benchmarks.comparison.results import UNEDITED
 from hiedit_benchmarks.comparison.settings import CompareSettings

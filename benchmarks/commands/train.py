@@ -6,7 +6,7 @@ import json
 import math
 import sys
 from collections.abc import Sequence
-from contextlib import closing
+from contextlib import ExitStack, closing
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -34,6 +34,11 @@ from hiedit_env.envs.base import EditingEnv
 from hiedit_env.errors import MissingLibraryError, SettingsError, whole_number
 from hiedit_env.evaluation.metrics import evaluate
 from hiedit_env.evaluation.unedited import UneditedModel
+
+#: Column of ``train.jsonl``: 1 where the model collapsed in the episode, which ended it early.
+COLLAPSED = "collapsed"
+#: Exit status of ``hiedit train`` where the training collapsed.
+TRAINING_COLLAPSED = 3
 
 
 def train(
@@ -68,10 +73,12 @@ def train(
         SettingsError: nothing to train, an argument that the agent does not take, too few facts,
             or a resumed run with other settings or fewer episodes.
         CheckpointError: a checkpoint that cannot be read or does not fit.
+        OutputError: another process trains into ``out``.
     """
     editor = _checked(run)
     folder = TrainingFolder(out, {"run": asdict(run), "settings": asdict(settings)}, resume)
-    with closing(make_env(run, settings, editor, progress)) as env:
+    with ExitStack() as stack:
+        env = stack.enter_context(closing(make_env(run, settings, editor, progress)))
         inner = unwrapped(env)
         excluded = [] if run.exclude is None else load_requests(run.exclude)
         training, held_out = split_by_subject(
@@ -84,7 +91,9 @@ def train(
         if folder.finished:
             return folder.result()
         trainer = Trainer(inner, agent, training, settings)
-        folder.create()
+        stack.enter_context(folder.held())
+        if folder.finished:  # by another process, since it was looked at first
+            return folder.result()
         rows = folder.load(trainer, inner) if resume else []
         # With those of levels that were trained before and are taken from their folders.
         facts = fact_hashes(training) | editor.training_facts(run.model, trained=False)
@@ -100,7 +109,8 @@ def train(
         _calibrate(trainer, progress)
         with _Log(out, rows, progress, tensorboard, settings) as log:
             for number in range(len(rows), settings.episodes):
-                log.add(trainer.trajectory(number, log.fact))
+                row = trainer.trajectory(number, log.fact)
+                log.add({**row, COLLAPSED: float(log.seen < settings.edits_per_episode)})
                 folder.save(trainer, spec, about, log.rows)
         result = _evaluate(env, agent, held_out, settings, progress)
         if result:
@@ -108,8 +118,30 @@ def train(
         # Last: with it the run is finished, and until then it can be resumed.
         last = log.rows[-1] if log.rows else {}
         save_agent(out, spec, parameters(trainer), {**about, "log": last})
-    folder.clear()
+        folder.clear()
     return result
+
+
+def collapse(out: Path) -> str | None:
+    """What collapsed in a finished training; None where nothing did.
+
+    Args:
+        out: Its folder.
+
+    Returns:
+        The end of a sentence: which episodes ended early, or that of the evaluation.
+    """
+    file = out / "train.jsonl"
+    lines = file.read_text(encoding="utf-8").splitlines() if file.is_file() else []
+    rows = [json.loads(line) for line in lines]
+    if rows and rows[-1].get(COLLAPSED):
+        count = sum(bool(row.get(COLLAPSED)) for row in rows)
+        return f"{count} of {len(rows)} episodes, the last one among them, ended early"
+    file = out / "evaluation.json"
+    found = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    if found.get("error_type"):
+        return f"the episode on held-out facts ended early ({found['error_type']})"
+    return None
 
 
 def _checked(run: TrainingRun) -> SpecAgent:
@@ -239,6 +271,8 @@ class _Log:
         self._manager = bar("training", total, progress)
         self._done = done
         self._means: dict[str, float] = {}
+        #: Facts of the present episode so far.
+        self.seen = 0
         self._writer = (
             _summary_writer(out / "tensorboard", len(rows), progress) if tensorboard else None
         )
@@ -261,6 +295,7 @@ class _Log:
                 old = self._means.get(name, value)
                 self._means[name] = old + (value - old) / 30
         text = ", ".join(f"{name} {mean:.3f}" for name, mean in self._means.items())
+        self.seen = len(tally.rewards)
         self._bar.set_postfix_str(text, refresh=False)
         self._bar.update()
 
@@ -288,8 +323,12 @@ def _summary_writer(folder: Path, purge: int, progress: bool) -> Any:
 
 def main(
     run: TrainingRun, settings: TrainSettings, out: Path, resume: bool, tensorboard: bool
-) -> None:
-    """``hiedit train``: trains and prints what was measured on held-out facts."""
+) -> int:
+    """``hiedit train``: trains and prints what was measured on held-out facts.
+
+    Returns:
+        Exit status: 0, or ``TRAINING_COLLAPSED``.
+    """
     result = train(run, settings, out, resume=resume, tensorboard=tensorboard)
     if result:
         metrics = result["metrics"]
@@ -300,3 +339,12 @@ def main(
         shown = {name: math.nan if value is None else value for name, value in values.items()}
         print(", ".join(f"{name} {value:.1f}" for name, value in shown.items()))
     print(f"trained agent: {out} (use it as --agents {out})", file=sys.stderr)
+    problem = collapse(out)
+    if problem is None:
+        return 0
+    print(
+        f"hiedit: the training collapsed: {problem}; train again with a smaller --step-size or "
+        "learning rate",
+        file=sys.stderr,
+    )
+    return TRAINING_COLLAPSED

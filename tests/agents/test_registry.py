@@ -264,7 +264,7 @@ def test_what_ships_keeps_the_settings_it_was_trained_with(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # Presets move on; what was trained before they did is built as it was trained.
-    monkeypatch.setattr("hiedit_agents.registry.SHIPPED", tmp_path)
+    monkeypatch.setattr("hiedit_agents.named.fitting.SHIPPED", tmp_path)
     agent = "hiedit,high.normalize=false,rank=8,facts=3"
     run = TrainingRun(agent=agent, name="hiedit", model="tiny")
     train(run, QUICK, tmp_path / "hiedit-tiny", progress=False)

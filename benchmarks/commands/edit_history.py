@@ -1,0 +1,87 @@
+"""``edits.json``: what has been edited into a model, over all runs of ``hiedit edit`` so far.
+
+Format 2 has the fields
+
+- ``format``: 2.
+- ``runs``: one entry per run, in order: ``agent``, ``identity``, ``settings`` (with the rule, the
+  step size, the horizon and the number of edits that ran), ``versions``, ``report`` (what the
+  model said before and after, see :mod:`.edit_report`) and ``saved`` (what loading it again
+  showed).
+- ``facts``: the facts of all runs in the order they were edited: ``prompt``, ``answer``,
+  ``subject``, ``run`` (index of the run), ``before`` and ``after`` (greedy continuations),
+  ``answered_right_after`` and ``answered`` (under teacher forcing), ``generated`` (the answer and
+  nothing else), ``given`` (the answer first), ``steps``, ``layers``.
+- ``agent``, ``identity``, ``settings``, ``versions``: those of the last run.
+
+Files without ``format`` are of one run, and are read as such.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from hiedit_env.datasets.requests import Request
+from hiedit_env.errors import HieditError, ModelError
+
+FORMAT = 2
+FILE = "edits.json"
+_OF_A_RUN = ("agent", "identity", "settings", "versions")
+
+
+@dataclass(frozen=True, slots=True)
+class History:
+    """The runs before the present one.
+
+    Args:
+        runs: Entries of ``runs``.
+        facts: Entries of ``facts``.
+        requests: The facts as requests: for every prompt the latest answer, earliest first.
+    """
+
+    runs: tuple[dict[str, Any], ...] = ()
+    facts: tuple[dict[str, Any], ...] = ()
+    requests: tuple[Request, ...] = ()
+
+    def text(self, rehearsed: bool) -> str:
+        """One line about it.
+
+        Args:
+            rehearsed: Whether the agent rehearses these facts.
+        """
+        runs = "one earlier run" if len(self.runs) == 1 else f"{len(self.runs)} earlier runs"
+        use = "rehearsed and kept" if rehearsed else "kept, though this agent does not rehearse"
+        return f"{FILE} of the model names {len(self.requests)} edited prompts of {runs}: {use}"
+
+
+def read_history(folder: Path) -> History:
+    """What ``edits.json`` in a model's folder says; nothing where there is none.
+
+    Raises:
+        ModelError: it cannot be read; names the file, what is wrong and the remedy.
+    """
+    file = folder / FILE
+    if not file.is_file():
+        return History()
+    try:
+        record = json.loads(file.read_text(encoding="utf-8"))
+        version = record.get("format", 1)
+        if version not in (1, FORMAT):
+            raise ValueError(f"format {version!r}; this version reads {FORMAT}")
+        if version == 1:
+            runs = [{key: record[key] for key in _OF_A_RUN}]
+        else:
+            runs = [dict(run) for run in record["runs"]]
+        facts = [{"run": 0, **fact} for fact in record["facts"]]
+        latest: dict[str, Request] = {}
+        for fact in facts:
+            latest.pop(fact["prompt"], None)
+            latest[fact["prompt"]] = Request(fact["prompt"], fact["answer"], fact["subject"])
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, HieditError) as error:
+        raise ModelError(
+            f"{file} cannot be read: {type(error).__name__}: {error}; copy the file again, or "
+            "remove it to begin a new history"
+        ) from error
+    return History(tuple(runs), tuple(facts), tuple(latest.values()))

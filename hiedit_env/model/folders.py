@@ -1,0 +1,236 @@
+"""Model folders: which can be edited, and where in their safetensors files a tensor is stored.
+
+Nothing here loads a model: the header of a safetensors file says name, shape, dtype and place of
+every tensor. https://github.com/huggingface/safetensors describes the format.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from hiedit_env.errors import ModelError
+
+#: The files that ``from_pretrained`` takes the weights from, the first one that exists.
+WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
+#: Weights in other formats, which hiedit neither reads nor changes.
+OTHER_WEIGHTS = (
+    *("*.gguf", "pytorch_model*.bin", "tf_model*.h5", "flax_model*.msgpack", "*.ckpt"),
+    *("consolidated*.pth", "consolidated*.safetensors", "pytorch_model.bin.index.json"),
+)
+#: Dtypes of weights that can be edited: name in a safetensors header → dtype.
+DTYPES: Mapping[str, torch.dtype] = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+}
+_ADAPTER = "adapter_config.json"
+#: Files in which earlier versions of GPTQ and AWQ say that weights are quantised.
+_QUANTIZED = ("quantize_config.json", "quant_config.json")
+_MAX_HEADER = 100_000_000
+
+
+@dataclass(frozen=True, slots=True)
+class StoredTensor:
+    """Where a tensor lies on disk.
+
+    Args:
+        file: The safetensors file.
+        name: Its name in there.
+        dtype: Its dtype as the header writes it, such as ``"BF16"``.
+        shape: Its shape.
+        start, end: Its bytes within the file.
+    """
+
+    file: Path
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    start: int
+    end: int
+
+    def read(self) -> Tensor:
+        """The tensor as it is stored.
+
+        Raises:
+            ModelError: of a dtype that cannot be edited.
+        """
+        if self.dtype not in DTYPES:
+            raise ModelError(
+                f"tensor {self.name!r} in {self.file} has dtype {self.dtype}; weights that can be "
+                f"edited have one of {', '.join(DTYPES)}"
+            )
+        with self.file.open("rb") as file:
+            file.seek(self.start)
+            data = bytearray(file.read(self.end - self.start))
+        if not data:
+            return torch.empty(self.shape, dtype=DTYPES[self.dtype])
+        return torch.frombuffer(data, dtype=DTYPES[self.dtype]).reshape(self.shape)
+
+
+def stored_tensors(file: Path) -> list[StoredTensor]:
+    """The tensors of a safetensors file, in its own order.
+
+    Raises:
+        ModelError: it is damaged, or no safetensors file.
+    """
+    try:
+        size = file.stat().st_size
+        with file.open("rb") as opened:
+            length = int.from_bytes(opened.read(8), "little")
+            if not 2 <= length <= min(size - 8, _MAX_HEADER):
+                raise ValueError(f"a header of {length} bytes in a file of {size}")
+            header = json.loads(opened.read(length))
+        header.pop("__metadata__", None)
+        found = [
+            StoredTensor(
+                file,
+                name,
+                entry["dtype"],
+                tuple(int(n) for n in entry["shape"]),
+                *(8 + length + int(place) for place in entry["data_offsets"]),
+            )
+            for name, entry in header.items()
+        ]
+        for tensor in found:
+            if not 8 + length <= tensor.start <= tensor.end <= size:
+                raise ValueError(f"tensor {tensor.name!r} lies outside the file")
+            kind = DTYPES.get(tensor.dtype)
+            wanted = 0 if kind is None else kind.itemsize * math.prod(tensor.shape)
+            if kind is not None and tensor.end - tensor.start != wanted:
+                raise ValueError(f"tensor {tensor.name!r} has another size than its shape says")
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ModelError(
+            f"{file} cannot be read as safetensors: {error}; copy the file again"
+        ) from error
+    return sorted(found, key=lambda tensor: tensor.start)
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """The safetensors files that ``from_pretrained`` reads, in order of their names.
+
+    Raises:
+        ModelError: the index is damaged, names a file that is missing, or one outside the folder.
+    """
+    if (folder / WEIGHTS).is_file():
+        return [folder / WEIGHTS]
+    index = folder / INDEX
+    if not index.is_file():
+        return []
+    try:
+        names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+        files = [folder / name for name in names]
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ModelError(
+            f"{index} cannot be read: {type(error).__name__}: {error}; copy the file again"
+        ) from error
+    for name, file in zip(names, files, strict=True):
+        if Path(name).is_absolute() or ".." in Path(name).parts:
+            raise ModelError(f"{index} names {name!r}, a file outside the folder; correct the name")
+        if not file.is_file():
+            raise ModelError(f"{index} names {name!r}, which is missing; copy the file again")
+    return files
+
+
+def check_folder(folder: Path) -> None:
+    """Refuses folders that hold something else than one whole model in safetensors.
+
+    Raises:
+        ModelError: an adapter, quantised weights, or weights in other formats only; names the file
+            and the remedy.
+    """
+    if (folder / _ADAPTER).exists():
+        whole = (folder / "config.json").is_file()
+        raise ModelError(
+            f"{folder / _ADAPTER} is an adapter "
+            + (
+                "beside a model, and transformers would add it to the weights; move it away if it "
+                "is merged already, else merge it"
+                if whole
+                else "without its model; merge it into its model"
+            )
+            + " (merge_and_unload() of peft, then save_pretrained) and edit the merged folder"
+        )
+    for name in _QUANTIZED:
+        if (folder / name).is_file():
+            raise ModelError(
+                f"{folder / name} says that the weights are quantised, and quantised weights "
+                "cannot be edited; edit the model they were made from, then quantise the result"
+            )
+    config = _read_json(folder / "config.json")
+    refuse_quantized(config, str(folder))
+    if weight_files(folder) or not config:
+        return
+    gguf = sorted(path.name for path in folder.glob("*.gguf"))
+    other = sorted(path.name for pattern in OTHER_WEIGHTS for path in folder.glob(pattern))
+    if gguf or other:
+        option = f", gguf_file={gguf[0]!r}" if gguf else ""
+        raise ModelError(
+            f"folder {str(folder)!r} holds its weights as {(gguf or other)[0]} and not as "
+            f"*.safetensors; save it anew with AutoModelForCausalLM.from_pretrained({str(folder)!r}"
+            f"{option}).save_pretrained(DIR), and its tokenizer likewise, then edit DIR"
+        )
+
+
+def refuse_quantized(config: Mapping[str, Any], name: str) -> None:
+    """Refuses a configuration whose weights are quantised.
+
+    Args:
+        config: ``config.json``.
+        name: How the message calls the model.
+
+    Raises:
+        ModelError: names the method and the remedy.
+    """
+    for part in (config, *(v for v in config.values() if isinstance(v, Mapping))):
+        for key in ("quantization_config", "compression_config"):
+            settings = part.get(key)
+            if not settings:
+                continue
+            method = "unknown method"
+            if isinstance(settings, Mapping):
+                bits = [key for key in settings if str(key).startswith("load_in")]
+                method = settings.get("quant_method") or (bits and "bitsandbytes") or method
+            raise ModelError(
+                f"the weights of {name} are quantised ({method}, says {key} in "
+                "config.json), and quantised weights cannot be edited; edit the model they were "
+                "made from, then quantise the result"
+            )
+
+
+def require_finite(model: nn.Module, source: str) -> None:
+    """Refuses a loaded model whose weights hold NaN or infinity.
+
+    Raises:
+        ModelError: names the first such parameter.
+    """
+    for name, parameter in model.named_parameters():
+        # Of least and greatest, both are NaN if anything is.
+        if parameter.numel() and not all(v.isfinite() for v in torch.aminmax(parameter)):
+            raise ModelError(
+                f"the weights in {source} are damaged: {name!r} holds numbers that are not finite "
+                "(NaN or infinity); copy the folder again"
+            )
+
+
+def _read_json(file: Path) -> dict[str, Any]:
+    """A JSON object; empty where there is none that can be read, which loading will say."""
+    try:
+        found = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+def is_within(path: Path, folder: Path) -> bool:
+    """Whether a path lies in a folder once all links are followed."""
+    return os.path.realpath(path).startswith(os.path.join(os.path.realpath(folder), ""))
