@@ -149,7 +149,8 @@ class Trainer:
             the edited model is not judged, and the reward is the low level's own, −L_t),
             ``loss`` (L_t, without the penalty for future damage, at the end of the options that
             wrote something), ``right_after`` (efficacy, share), ``layers``, ``steps``; and
-            ``updates``, the number of optimiser steps, with the mean ``gradient_norm``.
+            ``updates``, the number of optimiser steps, with the mean ``gradient_norm``; and
+            ``collapsed``, 1 if the model collapsed, which ended the trajectory early, else 0.
         """
         settings = self.settings
         seed = np.random.SeedSequence([settings.seed, number])
@@ -180,7 +181,7 @@ class Trainer:
                 tried = []
             if last:
                 break
-        return tally.row()
+        return {**tally.row(), "collapsed": float(bool(outcome.info["error_type"]))}
 
     # -- one fact ---------------------------------------------------------------------------------
 

@@ -27,6 +27,7 @@ from hiedit_env.envs.base import EditingEnv
 from hiedit_env.errors import ModelError
 from hiedit_env.evaluation.matching import is_match, starts_with
 from hiedit_env.evaluation.metrics import evaluate
+from hiedit_env.model.memory_budget import auto_class
 from hiedit_env.model.saving import EditedMatrix, check_source, find_folder, locate, source_folder
 
 #: Exit status of ``hiedit edit`` where the saved model gives none of the facts.
@@ -43,6 +44,7 @@ class SavedEdits:
         report: What the model says before and after.
         reloaded: What loading the folder again showed.
         left_out: Files of the unedited model's folder that were not copied.
+        opened_by: The class of transformers that opens it with all its parts.
     """
 
     out: Path
@@ -50,6 +52,7 @@ class SavedEdits:
     report: Report
     reloaded: Reloaded
     left_out: list[str]
+    opened_by: str = "AutoModelForCausalLM"
 
     @property
     def text(self) -> str:
@@ -58,8 +61,11 @@ class SavedEdits:
 
     @property
     def unverified(self) -> str | None:
-        """Why the saved model could not be loaded beside the edited one; None where it was."""
-        return self.reloaded.unverified
+        """What differs in the saved model, or why it could not be loaded beside the edited one.
+
+        None where all its weights and tokens are the same.
+        """
+        return next(iter(self.reloaded.differences), self.reloaded.unverified)
 
     @property
     def given(self) -> int:
@@ -170,7 +176,8 @@ def edit_model(
     run["saved"] = reloaded.to_json()
     write_json(out / "edits.json", record)
     env.close()
-    return SavedEdits(out, facts, report, reloaded, left_out)
+    opened_by = auto_class(inner.llm.model.config).__name__
+    return SavedEdits(out, facts, report, reloaded, left_out, opened_by)
 
 
 def _weight(env: EditingEnv, name: str) -> Any:
@@ -235,13 +242,13 @@ def main(settings: CompareSettings, agent: str, out: Path) -> int:
     count = len(saved.facts)
     print(f"\n{saved.report.text}")
     print(f"Saved to {out}; {saved.reloaded.text}")
-    print(f"AutoModelForCausalLM.from_pretrained({str(out)!r}) opens it.")
+    print(f"{saved.opened_by}.from_pretrained({str(out)!r}) opens it.")
     if saved.left_out:
         print(f"Not copied, since they hold the unedited weights: {', '.join(saved.left_out)}")
-    if saved.unverified is not None:
-        print(f"hiedit: warning: {out} is not verified ({saved.unverified})", file=sys.stderr)
-    for line in saved.reloaded.differences:
-        print(f"hiedit: warning: {line}", file=sys.stderr)
+    problems = (*saved.reloaded.differences, saved.reloaded.unverified)
+    for problem in problems:
+        if problem is not None:
+            print(f"hiedit: warning: {out} is not verified ({problem})", file=sys.stderr)
     damage = saved.report.damage
     if damage is not None:
         print(f"hiedit: warning: {damage}", file=sys.stderr)

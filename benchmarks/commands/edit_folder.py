@@ -54,7 +54,7 @@ class Reloaded:
     def text(self) -> str:
         """The end of a sentence that begins with "Saved to …;"."""
         if self.differences:
-            return f"but {len(self.differences)} things differ from what was edited, see below."
+            return f"but not verified: {self.differences[0]}."
         if self.unverified is not None:
             return (
                 "not verified: its files are right bit for bit, but it could not be loaded beside "

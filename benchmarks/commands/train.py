@@ -35,8 +35,6 @@ from hiedit_env.errors import MissingLibraryError, SettingsError, whole_number
 from hiedit_env.evaluation.metrics import evaluate
 from hiedit_env.evaluation.unedited import UneditedModel
 
-#: Column of ``train.jsonl``: 1 where the model collapsed in the episode, which ended it early.
-COLLAPSED = "collapsed"
 #: Exit status of ``hiedit train`` where the training collapsed.
 TRAINING_COLLAPSED = 3
 
@@ -109,8 +107,7 @@ def train(
         _calibrate(trainer, progress)
         with _Log(out, rows, progress, tensorboard, settings) as log:
             for number in range(len(rows), settings.episodes):
-                row = trainer.trajectory(number, log.fact)
-                log.add({**row, COLLAPSED: float(log.seen < settings.edits_per_episode)})
+                log.add(trainer.trajectory(number, log.fact))
                 folder.save(trainer, spec, about, log.rows)
         result = _evaluate(env, agent, held_out, settings, progress)
         if result:
@@ -134,8 +131,8 @@ def collapse(out: Path) -> str | None:
     file = out / "train.jsonl"
     lines = file.read_text(encoding="utf-8").splitlines() if file.is_file() else []
     rows = [json.loads(line) for line in lines]
-    if rows and rows[-1].get(COLLAPSED):
-        count = sum(bool(row.get(COLLAPSED)) for row in rows)
+    if rows and rows[-1].get("collapsed"):
+        count = sum(bool(row.get("collapsed")) for row in rows)
         return f"{count} of {len(rows)} episodes, the last one among them, ended early"
     file = out / "evaluation.json"
     found = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
@@ -271,8 +268,6 @@ class _Log:
         self._manager = bar("training", total, progress)
         self._done = done
         self._means: dict[str, float] = {}
-        #: Facts of the present episode so far.
-        self.seen = 0
         self._writer = (
             _summary_writer(out / "tensorboard", len(rows), progress) if tensorboard else None
         )
@@ -295,7 +290,6 @@ class _Log:
                 old = self._means.get(name, value)
                 self._means[name] = old + (value - old) / 30
         text = ", ".join(f"{name} {mean:.3f}" for name, mean in self._means.items())
-        self.seen = len(tally.rewards)
         self._bar.set_postfix_str(text, refresh=False)
         self._bar.update()
 

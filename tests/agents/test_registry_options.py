@@ -12,6 +12,7 @@ import pytest
 from hiedit_agents.hierarchy.train_settings import TrainSettings
 from hiedit_agents.registry import make_agent
 from hiedit_benchmarks.commands.cli import main
+from hiedit_benchmarks.commands.edit import NONE_GIVEN
 from hiedit_benchmarks.commands.train import train
 from hiedit_benchmarks.commands.train_settings import TrainingRun
 from hiedit_benchmarks.comparison.compare import compare
@@ -94,7 +95,8 @@ def test_an_edit_records_what_ran(trained: str, tmp_path: Path) -> None:
     def edit(*options: str) -> tuple[dict[str, Any], bytes]:
         out = tmp_path / "-".join(("out", *options))
         command = ["edit", "--facts", str(facts), "--model", "tiny", "--agent", trained]
-        assert main([*command, "--out", str(out), *options]) == 0
+        # An agent that was hardly trained gives none of the facts.
+        assert main([*command, "--out", str(out), *options]) in (0, NONE_GIVEN)
         record = json.loads((out / "edits.json").read_text())
         return record, (out / "model.safetensors").read_bytes()
 

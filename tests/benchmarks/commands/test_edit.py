@@ -9,12 +9,11 @@ from typing import Any, NoReturn
 
 import pytest
 import torch
-from hiedit_benchmarks.commands import edit
+from hiedit_benchmarks.commands import edit, edit_folder
 from hiedit_benchmarks.commands.edit import edit_model
 from hiedit_benchmarks.comparison.settings import CompareSettings
-from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoModelForCausalLM
 
 from hiedit_env.errors import PromptError, ResultsExistError, SettingsError
 
@@ -90,12 +89,10 @@ def test_a_model_that_cannot_be_loaded_twice_is_kept(
     if exists:
         out.mkdir()
 
-    class Full:
-        @staticmethod
-        def from_pretrained(*_: Any, **__: Any) -> NoReturn:
-            raise error
+    def full(*_: Any, **__: Any) -> NoReturn:
+        raise error
 
-    monkeypatch.setattr(edit, "auto_class", lambda _: Full)
+    monkeypatch.setattr(edit_folder, "load_model", full)
     edit.main(settings, "all-layers", out)
     said = capsys.readouterr()
     assert "not verified" in said.out
@@ -117,7 +114,7 @@ def test_an_interruption_while_verifying_keeps_the_model(
     def interrupt(*_: Any) -> NoReturn:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(edit, "_verify", interrupt)
+    monkeypatch.setattr(edit, "reload", interrupt)
     with pytest.raises(KeyboardInterrupt):
         run(settings, tmp_path / "out")
     assert files(tmp_path) == ["facts.json", "out"]
@@ -139,22 +136,19 @@ def test_a_model_that_cannot_be_moved_is_kept_where_it_is(
         run(settings, tmp_path / "out")
     left = Path(str(caught.value).rpartition(" ")[2])
     assert left.parent.parent == tmp_path
+    assert not left.parent.name.startswith(".")
     assert AutoModelForCausalLM.from_pretrained(left).num_parameters() > 0
 
 
-@pytest.mark.parametrize("error", [OSError("disk full"), SafetensorError("disk full")])
 def test_what_is_half_written_is_removed(
-    settings: CompareSettings,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    error: Exception,
+    settings: CompareSettings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def half(self: Any, folder: Path, **_: Any) -> None:
-        folder.mkdir()
-        (folder / "model.safetensors").write_text("half")
-        raise error
+    def half(source: Path, target: Path, *_: Any) -> NoReturn:
+        target.mkdir()
+        (target / "model.safetensors").write_text("half")
+        raise OSError("disk full")
 
-    monkeypatch.setattr(PreTrainedModel, "save_pretrained", half)
+    monkeypatch.setattr(edit_folder, "save_edited", half)
     with pytest.raises(SettingsError, match=r"cannot be saved.*disk full"):
         run(settings, tmp_path / "out")
     assert files(tmp_path) == ["facts.json"]
@@ -166,20 +160,24 @@ def test_a_difference_is_named_and_the_result_kept(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    inner = PreTrainedModel.save_pretrained
+    inner = edit_folder.save_edited
 
-    def tamper(self: Any, folder: Path, **settings: Any) -> None:
-        inner(self, folder, **settings)
-        weights = load_file(Path(folder) / "model.safetensors")
-        weights["model.norm.weight"][0] *= 1 + 1e-5
-        save_file(weights, Path(folder) / "model.safetensors", metadata={"format": "pt"})
+    def tamper(source: Path, target: Path, matrices: Any) -> list[str]:
+        left_out = inner(source, target, matrices)
+        weights = load_file(target / "model.safetensors")
+        weights["model.norm.weight"][0] += 0.5
+        save_file(weights, target / "model.safetensors", metadata={"format": "pt"})
+        return left_out
 
-    monkeypatch.setattr(PreTrainedModel, "save_pretrained", tamper)
-    edit.main(settings, "all-layers", tmp_path / "out")
+    monkeypatch.setattr(edit_folder, "save_edited", tamper)
+    assert edit.main(settings, "all-layers", tmp_path / "out") == 0
     said = capsys.readouterr()
-    assert "not verified: loaded again, the model differs in model.norm.weight" in said.out
+    assert "not verified: " in said.out
+    assert "parameter 'model.norm.weight' differs by up to 0.5 in the saved model" in said.err
     assert "identical" not in said.out
     assert files(tmp_path) == ["facts.json", "out"]
+    saved = json.loads((tmp_path / "out" / "edits.json").read_text())["runs"][0]["saved"]
+    assert any("model.norm.weight" in line for line in saved["differences"])
 
 
 def test_a_prompt_that_is_too_long_is_named_by_its_row(tmp_path: Path) -> None:

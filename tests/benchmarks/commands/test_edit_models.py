@@ -47,13 +47,13 @@ def test_the_saved_folder_is_the_edited_model(
     (tmp_path / "facts.json").write_text(json.dumps(FACTS))
     settings = CompareSettings(model=str(tmp_path / "model"), dataset=str(tmp_path / "facts.json"))
     kept: list[PreTrainedModel] = []
-    verify = edit._verify
+    reload = edit.reload
 
-    def keep(llm: Any, *rest: Any) -> Any:
+    def keep(out: Path, source: Path, llm: Any, *rest: Any) -> Any:
         kept.append(llm.model)
-        return verify(llm, *rest)
+        return reload(out, source, llm, *rest)
 
-    monkeypatch.setattr(edit, "_verify", keep)
+    monkeypatch.setattr(edit, "reload", keep)
     saved = edit.edit_model(settings, "all-layers", tmp_path / "out", progress=False)
     assert saved.unverified is None
     again = AutoModelForCausalLM.from_pretrained(tmp_path / "out").eval()
