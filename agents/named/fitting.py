@@ -20,6 +20,7 @@ from hiedit_agents.named.checkpoints import LEVELS, PANGRAM, kind_of, read_recor
 from transformers import AutoTokenizer
 
 from hiedit_env.errors import HieditError
+from hiedit_env.model.built_in import BUILT_IN
 from hiedit_env.model.folders import DTYPES, StoredTensor, stored_tensors, weight_files
 from hiedit_env.model.saving import find_folder
 from hiedit_env.model.tokenization import PromptEncoder
@@ -80,6 +81,52 @@ def _find(name: str, folder: Path, stamp: object) -> Fit | None:
         if why is not None:
             return Fit(place, why)
     return None
+
+
+def known_as(model: str) -> str:
+    """The built-in model that a folder or hub id holds: the same weights, or close relatives.
+
+    What belongs to a built-in model, such as its layers and the step size tuned for it, does not
+    depend on how it is called.
+
+    Args:
+        model: As for :func:`~hiedit_env.model.loading.load_model`.
+
+    Returns:
+        The name itself where it is no relative of a built-in model.
+    """
+    if model in BUILT_IN and not Path(model).is_dir():
+        return model
+    try:
+        folder = find_folder(model)
+        if folder is None:
+            return model
+        for name in BUILT_IN:
+            home = None if Path(name).is_dir() else find_folder(name)
+            if home is not None and _are_related(home, folder):
+                return name
+    except HieditError:  # loading the model says what is wrong
+        pass
+    return model
+
+
+def _are_related(one: Path, two: Path) -> bool:
+    """Whether two folders hold models of the same matrices with much the same values."""
+    first, second = (
+        {t.name: t for file in weight_files(folder) for t in stored_tensors(file)}
+        for folder in (one, two)
+    )
+    # Tokens may have been added.
+    names = sorted(n for n, t in first.items() if len(t.shape) == 2 and "embed" not in n)
+    alike = [n in second and second[n].shape == first[n].shape for n in names]
+    if not names or not all(alike) or len(first) != len(second):
+        return False
+    few = names[:: max(1, len(names) // 8)]
+    samples = [
+        [x for name in few if tensors[name].dtype in DTYPES for x in sample(tensors[name].read())]
+        for tensors in (first, second)
+    ]
+    return len(samples[0]) == len(samples[1]) and cosine(*samples) >= RELATED
 
 
 def _why(record: Mapping[str, Any], folder: Path) -> str | None:
