@@ -19,7 +19,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 from hiedit_env.evaluation.matching import starts_with
 from hiedit_env.model.saving import find_folder
 from tests.support.models import tokenizer
-from tests.support.tiny_models import tiny_model
+from tests.support.tiny_models import tiny_model, tiny_multimodal
 
 FACT = {"subject": "Belka", "prompt": "Belka lives in", "answer": "Averlund"}
 OTHER = {"subject": "Strelka", "prompt": "Strelka lives in", "answer": "Cindrath"}
@@ -225,6 +225,31 @@ def test_a_result_inside_the_model_is_refused(
     assert edit(tmp_path, model, out="model/edited") == 2
     assert "lies in the model's own folder" in errors(capsys)[0]
     assert sorted(os.listdir(model)) == sorted([*before, "edited.json"])
+
+
+@pytest.mark.parametrize("kind", ["idefics3", "llava"])
+def test_parts_for_images_come_out_as_they_went_in(tmp_path: Path, kind: str) -> None:
+    folder = tmp_path / "model"
+    tiny_multimodal(kind).save_pretrained(folder)
+    tokenizer().save_pretrained(folder)
+    for name in ("preprocessor_config.json", "README.md", "LICENSE", "processing_own.py"):
+        (folder / name).write_text(f'{{"mine": "{name}"}}')
+    fact = {"subject": "w6", "prompt": "w5 w6 w7", "answer": "w9"}
+    assert edit(tmp_path, folder, fact) in (0, 3)
+    out = tmp_path / "out"
+    assert {file.name for file in out.iterdir()} == {
+        *(file.name for file in folder.iterdir()),
+        "edits.json",
+    }
+    old, new = load_file(folder / "model.safetensors"), load_file(out / "model.safetensors")
+    assert old.keys() == new.keys()
+    assert any("vision" in name for name in new)
+    changed = {name for name in old if not torch.equal(old[name], new[name])}
+    assert changed
+    assert not [name for name in changed if "vision" in name]
+    for file in folder.iterdir():
+        if file.name != "model.safetensors":
+            assert (out / file.name).read_bytes() == file.read_bytes()
 
 
 @pytest.mark.parametrize("kind", ["mamba", "falcon_mamba", "jamba"])
