@@ -94,10 +94,19 @@ class OutFolder:
     """
 
     def __init__(self, out: Path) -> None:
-        self.out = out
         _require_writable(out)
-        if not (out.is_dir() and not any(out.iterdir())) and (out.exists() or out.is_symlink()):
+        try:
+            free = not any(out.iterdir()) if out.is_dir() else not os.path.lexists(out)
+            # Above all a name that is too long, which lexists() takes for free.
+            out.lstat()
+        except FileNotFoundError:
+            pass
+        except OSError as error:
+            raise SettingsError(f"{out} cannot be written, give another --out: {error}") from error
+        if not free:
             raise ResultsExistError(f"{out} exists and is not an empty folder; give another --out")
+        # Of a link to an empty folder, the folder is what is replaced.
+        self.out = out = Path(os.path.realpath(out))
         # A name may have 255 bytes.
         self._prefix = f".{out.name[:50]}.hiedit-"
         self._remove_left_behind()

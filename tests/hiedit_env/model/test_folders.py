@@ -149,3 +149,25 @@ def test_weights_that_are_not_finite_are_named(folder: Path, bad: float) -> None
     model.save_pretrained(folder)
     with pytest.raises(ModelError, match=r"layers\.1\.mlp\.up_proj\.weight'.*not finite"):
         load_model(str(folder), progress=False)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("{}", "it has no field 'model'"),
+        ("", "Expecting value"),
+        ("[]", "it has no field 'model'"),
+        ('{"model": 3}', "its field 'model' is no object"),
+    ],
+)
+def test_a_damaged_tokenizer_is_named(folder: Path, text: str, message: str) -> None:
+    (folder / "tokenizer.json").write_text(text)
+    with pytest.raises(ModelError, match=rf"tokenizer\.json is damaged: {message}.*copy the file"):
+        load_model(str(folder), progress=False)
+
+
+def test_what_transformers_says_is_put_into_one_line(folder: Path) -> None:
+    (folder / "tokenizer.json").unlink()
+    with pytest.raises(ModelError, match="could not be loaded") as caught:
+        load_model(str(folder), progress=False)
+    assert "\n" not in str(caught.value)
