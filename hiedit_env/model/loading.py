@@ -159,8 +159,8 @@ def load_model(
         except Exception as error:
             said = " ".join(str(error).split())
             raise ModelError(
-                f"model {name!r} could not be loaded from {source}: {said}; needed are config.json, "
-                f"weights in *.safetensors and tokenizer files that fit together"
+                f"model {name!r} could not be loaded from {source}: {said}; needed are "
+                f"config.json, weights in *.safetensors and tokenizer files that fit together"
             ) from error
     model.eval().requires_grad_(False)
     return LoadedModel(model, tokenizer, name, source, model.num_parameters())
