@@ -32,6 +32,8 @@ from types import MappingProxyType
 from typing import Any
 
 import gymnasium as gym
+from numpy.typing import NDArray
+
 from hiedit_agents.hierarchy.options import HierarchicalAgent, layer_selection
 from hiedit_agents.hierarchy.simple import LayerChoiceAgent, OracleAgent
 from hiedit_agents.named.checkpoints import (
@@ -60,8 +62,6 @@ from hiedit_agents.named.presets import PRESETS
 from hiedit_agents.named.spec import HIGH_LEVELS, LOW_LEVELS, AgentSpec
 from hiedit_agents.policies.networks import library_of
 from hiedit_agents.protocol import Agent, FixedAgent, Observation, Trainable
-from numpy.typing import NDArray
-
 from hiedit_env.errors import CheckpointError, SettingsError, import_named
 from hiedit_env.resident.resident import ResidentLLM
 from hiedit_env.rules.layer_choice import CHOICES, SIZELESS

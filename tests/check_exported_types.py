@@ -5,9 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import assert_type
 
-import hiedit_agents
 import numpy as np
 
+import hiedit_agents
 import hiedit_env
 
 

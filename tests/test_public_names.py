@@ -12,9 +12,9 @@ import sys
 from pathlib import Path
 from types import ModuleType
 
-import hiedit_agents
 import pytest
 
+import hiedit_agents
 import hiedit_env
 
 PACKAGES = [hiedit_env, hiedit_agents]

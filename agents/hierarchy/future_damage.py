@@ -22,9 +22,9 @@ from collections.abc import Sequence
 
 import numpy as np
 import torch
-from hiedit_agents.hierarchy.train_settings import TrainSettings
 from torch import Tensor
 
+from hiedit_agents.hierarchy.train_settings import TrainSettings
 from hiedit_env.datasets.requests import Request
 from hiedit_env.envs.base import EditingEnv
 from hiedit_env.evaluation.scores import scores_together

@@ -6,9 +6,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-from hiedit_agents.hierarchy.future_damage import FutureDamage
 from torch import Tensor
 
+from hiedit_agents.hierarchy.future_damage import FutureDamage
 from hiedit_env.envs.base import EditingEnv
 from hiedit_env.errors import NonFiniteUpdateError
 from hiedit_env.resident.low_rank import LowRankUpdate, Updates

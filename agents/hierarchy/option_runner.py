@@ -7,9 +7,9 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+
 from hiedit_agents.hierarchy.options import Option
 from hiedit_agents.protocol import Observation
-
 from hiedit_env.envs.accounting import Judging
 from hiedit_env.envs.base import EditingEnv
 from hiedit_env.resident.capture import Capture

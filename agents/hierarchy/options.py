@@ -18,10 +18,10 @@ import gymnasium as gym
 import numpy as np
 import torch
 from gymnasium import spaces
-from hiedit_agents.protocol import FixedAgent, Observation
 from numpy.typing import NDArray
 from torch import Tensor
 
+from hiedit_agents.protocol import FixedAgent, Observation
 from hiedit_env.envs.base import EditingEnv
 from hiedit_env.errors import SettingsError
 from hiedit_env.resident.capture import Capture

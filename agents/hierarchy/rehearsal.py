@@ -27,11 +27,11 @@ from typing import Any, Self
 
 import numpy as np
 import torch
-from hiedit_agents.hierarchy.hypernetwork import Hypernetwork
 from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional as F
 
+from hiedit_agents.hierarchy.hypernetwork import Hypernetwork
 from hiedit_env.errors import NonFiniteUpdateError, SettingsError
 from hiedit_env.evaluation.unedited import UneditedModel
 from hiedit_env.model.tokenization import EncodedPrompt, PromptBatch

@@ -7,11 +7,11 @@ from typing import Any, ClassVar, Literal, get_args
 
 import numpy as np
 import torch
-from hiedit_agents.hierarchy.options import Choice
-from hiedit_agents.protocol import Observation
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from hiedit_agents.hierarchy.options import Choice
+from hiedit_agents.protocol import Observation
 from hiedit_env.envs.observations import GLOBAL_FEATURES, LAYER_FEATURES
 from hiedit_env.errors import SettingsError
 from hiedit_env.resident.capture import Capture

@@ -6,10 +6,10 @@ from typing import Any, ClassVar
 
 import gymnasium as gym
 import numpy as np
-from hiedit_agents.hierarchy.options import HierarchicalAgent, UntrainedChoice, layer_selection
-from hiedit_agents.protocol import FixedAgent, Observation
 from numpy.typing import NDArray
 
+from hiedit_agents.hierarchy.options import HierarchicalAgent, UntrainedChoice, layer_selection
+from hiedit_agents.protocol import FixedAgent, Observation
 from hiedit_env.envs.planted import Planted
 from hiedit_env.errors import SettingsError
 from hiedit_env.rules.layer_choice import CHOICES

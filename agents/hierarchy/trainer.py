@@ -33,6 +33,8 @@ from typing import Any, cast
 
 import numpy as np
 import torch
+from torch import Tensor, nn
+
 from hiedit_agents.hierarchy.future_damage import FutureDamage
 from hiedit_agents.hierarchy.hypernetwork import Hypernetwork
 from hiedit_agents.hierarchy.lesson import Lesson, make_lesson
@@ -41,8 +43,6 @@ from hiedit_agents.hierarchy.options import Choice, HierarchicalAgent, Option
 from hiedit_agents.hierarchy.train_settings import TrainSettings
 from hiedit_agents.hierarchy.training_log import LogRow, Tally
 from hiedit_agents.protocol import Observation, Trainable
-from torch import Tensor, nn
-
 from hiedit_env.datasets.requests import Probe, Request
 from hiedit_env.datasets.streams import stream
 from hiedit_env.envs.accounting import Judging

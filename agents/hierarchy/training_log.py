@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 
 import numpy as np
+
 from hiedit_agents.hierarchy.option_runner import Outcome
 
 #: A row of the training log: one per trajectory.

@@ -6,7 +6,6 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 from hiedit_agents.protocol import Agent
-
 from hiedit_env.errors import CheckpointError, LayerError, SettingsError
 
 

@@ -18,11 +18,11 @@ from typing import Any
 
 import safetensors
 import torch
-from hiedit_agents.named.schema import check_record
-from hiedit_agents.named.spec import AgentSpec
 from safetensors.torch import load, save
 from torch import Tensor
 
+from hiedit_agents.named.schema import check_record
+from hiedit_agents.named.spec import AgentSpec
 from hiedit_env.datasets.requests import Request
 from hiedit_env.errors import CheckpointError
 from hiedit_env.files import write_bytes

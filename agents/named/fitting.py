@@ -16,9 +16,9 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from hiedit_agents.named.checkpoints import LEVELS, PANGRAM, kind_of, read_record, sample
 from transformers import AutoTokenizer
 
+from hiedit_agents.named.checkpoints import LEVELS, PANGRAM, kind_of, read_record, sample
 from hiedit_env.errors import HieditError
 from hiedit_env.model.built_in import BUILT_IN
 from hiedit_env.model.folders import DTYPES, StoredTensor, stored_tensors, weight_files

@@ -6,8 +6,8 @@ from collections.abc import Mapping
 from typing import Any
 
 import gymnasium as gym
-from hiedit_agents.protocol import Agent, Observation
 
+from hiedit_agents.protocol import Agent, Observation
 from hiedit_env.envs.base import EditingEnv
 from hiedit_env.envs.settings import rule_settings
 from hiedit_env.errors import SettingsError, whole_number

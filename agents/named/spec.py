@@ -7,14 +7,14 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, get_type_hints
 
+from pydantic import TypeAdapter, ValidationError
+
 from hiedit_agents.hierarchy.hypernetwork import RULE_OF_FORM, Hypernetwork
 from hiedit_agents.hierarchy.options import HighLevel, UntrainedChoice
 from hiedit_agents.hierarchy.rehearsal import Rehearsal
 from hiedit_agents.hierarchy.routers import PolicyRouter, StraightThroughRouter
 from hiedit_agents.hierarchy.step_sizes import StepSizePolicy
 from hiedit_agents.protocol import Trainable
-from pydantic import TypeAdapter, ValidationError
-
 from hiedit_env.errors import (
     CheckpointError,
     HieditError,

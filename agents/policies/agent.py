@@ -8,14 +8,14 @@ from typing import Any, ClassVar, Protocol
 import gymnasium as gym
 import numpy as np
 from gymnasium import spaces
+from numpy.typing import NDArray
+from torch import Tensor
+
 from hiedit_agents.hierarchy.options import UntrainedChoice
 from hiedit_agents.hierarchy.step_sizes import RescaledRule
 from hiedit_agents.policies.record import PolicyRecord
 from hiedit_agents.policies.task import Sizes
 from hiedit_agents.protocol import FixedAgent, Observation
-from numpy.typing import NDArray
-from torch import Tensor
-
 from hiedit_env.envs.actions import check_only_step_sizes
 from hiedit_env.envs.base import EditingEnv
 from hiedit_env.envs.settings import StepSizeSettings

@@ -8,13 +8,13 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
 from hiedit_agents.named.checkpoints import POLICY, read_record
 from hiedit_agents.policies.agent import FunctionPolicy, Mask, PolicyAgent
 from hiedit_agents.policies.record import PolicyRecord, read_policy
 from hiedit_agents.protocol import Observation
-from numpy.typing import NDArray
-from torch import Tensor, nn
-
 from hiedit_env.errors import CheckpointError, SettingsError
 
 #: What may stand between linear layers.

@@ -9,6 +9,8 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
+
 from hiedit_agents.named.checkpoints import (
     JSON_FILE,
     POLICY,
@@ -20,8 +22,6 @@ from hiedit_agents.named.checkpoints import (
     write_agent,
 )
 from hiedit_agents.policies.task import Sizes, Task
-from torch import Tensor
-
 from hiedit_env.errors import CheckpointError, ResultsExistError, SettingsError
 
 

@@ -12,10 +12,10 @@ import numpy as np
 from gymnasium import spaces
 from gymnasium.vector import AutoresetMode, SyncVectorEnv, VectorEnv
 from gymnasium.wrappers.vector import TransformAction
-from hiedit_agents.named.checkpoints import fact_hashes
 from numpy.typing import NDArray
 
 import hiedit_env  # noqa: F401 - registers the environments
+from hiedit_agents.named.checkpoints import fact_hashes
 from hiedit_env.envs.base import EditingEnv
 from hiedit_env.errors import SettingsError, whole_number
 from hiedit_env.model.built_in import environment_for

@@ -9,11 +9,11 @@ from pathlib import Path
 from typing import Annotated, Any, NoReturn
 
 import tyro
+
 from hiedit_agents.command_line import parse, run_script
 from hiedit_agents.named.grammar import read_value
 from hiedit_agents.policies.record import refuse_finished
 from hiedit_agents.policies.task import FORMS, Task
-
 from hiedit_env.envs.settings import AtLeast0, AtLeast1, settings, unknown_name
 from hiedit_env.errors import MissingLibraryError, SettingsError
 

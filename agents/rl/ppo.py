@@ -27,6 +27,10 @@ import pydantic
 import torch
 import tyro
 from gymnasium.vector import AutoresetMode, VectorEnv
+from torch import Tensor, nn
+from tqdm import tqdm
+
+import hiedit_env  # noqa: F401 - registers the environments
 from hiedit_agents.command_line import parse
 from hiedit_agents.policies import (
     FunctionPolicy,
@@ -39,10 +43,6 @@ from hiedit_agents.policies import (
 from hiedit_agents.policies.networks import ChainPolicy, describe
 from hiedit_agents.policies.task import Sizes
 from hiedit_agents.rl.command import Pairs, pairs_of, run_script
-from torch import Tensor, nn
-from tqdm import tqdm
-
-import hiedit_env  # noqa: F401 - registers the environments
 from hiedit_env.envs.settings import settings
 from hiedit_env.errors import SettingsError
 from hiedit_env.files import write_bytes

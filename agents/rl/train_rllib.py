@@ -26,13 +26,13 @@ from contextlib import contextmanager
 from typing import Any
 
 from gymnasium.vector import AutoresetMode, VectorEnv
+
 from hiedit_agents.policies import refuse_finished, save_policy
 from hiedit_agents.policies.coins import as_multi_discrete
 from hiedit_agents.policies.networks import describe
 from hiedit_agents.policies.task import Task
 from hiedit_agents.rl.command import TrainingArguments, parse_arguments, refuse_missing, run_script
 from hiedit_agents.rl.hyperparameters import check_names, names_of
-
 from hiedit_env.files import write_bytes
 
 # Nothing here needs the network.

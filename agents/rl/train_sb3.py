@@ -24,15 +24,14 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
+
 from hiedit_agents.policies import PolicyAgent, Task, read_policy, refuse_finished, save_policy
 from hiedit_agents.rl.command import TrainingArguments, parse_arguments, refuse_missing, run_script
 from hiedit_agents.rl.hyperparameters import check_names, names_of
-from numpy.typing import NDArray
-
 from hiedit_env.errors import CheckpointError, SettingsError
 
 try:
-    from hiedit_agents.rl.sb3_vec_env import EditingVecEnv
     from stable_baselines3 import A2C, DQN, PPO, SAC, TD3
     from stable_baselines3.common.base_class import BaseAlgorithm
     from stable_baselines3.common.callbacks import EvalCallback
@@ -40,6 +39,8 @@ try:
     from stable_baselines3.common.noise import NormalActionNoise
     from stable_baselines3.common.policies import BasePolicy
     from stable_baselines3.common.vec_env import VecMonitor
+
+    from hiedit_agents.rl.sb3_vec_env import EditingVecEnv
 except ImportError as error:
     refuse_missing("stable-baselines3", "sb3", __name__, error)
 

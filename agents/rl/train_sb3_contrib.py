@@ -18,16 +18,18 @@ from pathlib import Path
 from typing import Any
 
 from gymnasium import spaces
+
 from hiedit_agents.policies import PolicyAgent, Task
 from hiedit_agents.rl.command import refuse_missing, run_script
 
 try:
-    from hiedit_agents.rl import train_sb3 as sb3
-    from hiedit_agents.rl.train_sb3 import Algorithm
     from sb3_contrib import TQC, MaskablePPO, RecurrentPPO
     from sb3_contrib.common.maskable.callbacks import MaskableEvalCallback
     from sb3_contrib.common.recurrent.policies import RecurrentActorCriticPolicy
     from stable_baselines3.common.base_class import BaseAlgorithm
+
+    from hiedit_agents.rl import train_sb3 as sb3
+    from hiedit_agents.rl.train_sb3 import Algorithm
 except ImportError as error:
     refuse_missing("sb3-contrib", "sb3-contrib", __name__, error)
 

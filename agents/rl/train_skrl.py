@@ -20,12 +20,13 @@ from pathlib import Path
 from typing import Any
 
 from gymnasium.vector import VectorEnv
+from torch import Tensor, nn
+
 from hiedit_agents.policies import refuse_finished, save_policy
 from hiedit_agents.policies.coins import as_multi_discrete
 from hiedit_agents.policies.networks import describe
 from hiedit_agents.rl.command import TrainingArguments, parse_arguments, refuse_missing, run_script
 from hiedit_agents.rl.hyperparameters import check_names, names_of
-from torch import Tensor, nn
 
 try:
     from skrl.agents.torch.ppo import PPO, PPO_CFG

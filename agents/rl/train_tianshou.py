@@ -22,14 +22,14 @@ import gymnasium as gym
 import numpy as np
 import torch
 from gymnasium.vector import AutoresetMode, VectorEnv
+from numpy.typing import NDArray
+from torch import nn
+
 from hiedit_agents.policies import refuse_finished, save_policy
 from hiedit_agents.policies.coins import LayerCoins
 from hiedit_agents.policies.networks import describe
 from hiedit_agents.rl.command import TrainingArguments, parse_arguments, refuse_missing, run_script
 from hiedit_agents.rl.hyperparameters import replaced
-from numpy.typing import NDArray
-from torch import nn
-
 from hiedit_env.errors import SettingsError
 
 try:

@@ -22,12 +22,13 @@ from typing import Any
 
 import torch
 from gymnasium.vector import AutoresetMode
+from torch import nn
+
 from hiedit_agents.policies import refuse_finished, save_policy
 from hiedit_agents.policies.coins import LayerCoins
 from hiedit_agents.policies.networks import describe
 from hiedit_agents.rl.command import TrainingArguments, parse_arguments, refuse_missing, run_script
 from hiedit_agents.rl.hyperparameters import replaced
-from torch import nn
 
 try:
     from tensordict.nn import TensorDictModule

@@ -7,12 +7,12 @@ import re
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from hiedit_agents.named.presets import PRESETS
-from hiedit_agents.named.spec import FINE_TUNING, LEARNED_LOW, ROUTERS, AgentSpec
-from hiedit_agents.registry import AGENTS, LOADERS
 from rich.console import Console
 from rich.table import Table
 
+from hiedit_agents.named.presets import PRESETS
+from hiedit_agents.named.spec import FINE_TUNING, LEARNED_LOW, ROUTERS, AgentSpec
+from hiedit_agents.registry import AGENTS, LOADERS
 from hiedit_env.envs.settings import unknown_name
 from hiedit_env.errors import SettingsError
 from hiedit_env.rules.layer_choice import CHOICES, SIZELESS

@@ -13,7 +13,6 @@ from hiedit_benchmarks.comparison.compare import compare
 from hiedit_benchmarks.comparison.results import UNEDITED
 from hiedit_benchmarks.comparison.settings import CompareSettings
 from hiedit_benchmarks.comparison.statistics import baseline_of
-
 from hiedit_env.errors import ModelError
 
 #: Facts whose answers are printed.

@@ -22,7 +22,6 @@ from hiedit_benchmarks.comparison.compare import make_env
 from hiedit_benchmarks.comparison.episode import FinishedEdit, play, unwrapped
 from hiedit_benchmarks.comparison.results import versions, write_json
 from hiedit_benchmarks.comparison.settings import CompareSettings
-
 from hiedit_env.datasets.requests import Request
 from hiedit_env.envs.base import EditingEnv
 from hiedit_env.errors import ModelError

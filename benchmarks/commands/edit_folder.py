@@ -12,11 +12,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
+
 from hiedit_benchmarks.commands.edit_history import FILE
 from hiedit_benchmarks.comparison.results import write_json
 from hiedit_benchmarks.comparison.settings import CompareSettings
-from torch import Tensor
-
 from hiedit_env.datasets.requests import Request
 from hiedit_env.errors import HieditError, OutputError, ResultsExistError, SettingsError
 from hiedit_env.files import lock_folder

@@ -13,8 +13,8 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from hiedit_benchmarks.comparison.episode import bar
 
+from hiedit_benchmarks.comparison.episode import bar
 from hiedit_env.datasets.requests import Request
 from hiedit_env.errors import PromptError
 from hiedit_env.evaluation.matching import EXTRA_TOKENS, is_match, starts_with

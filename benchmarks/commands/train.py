@@ -12,6 +12,8 @@ from pathlib import Path
 from typing import Any
 
 import gymnasium as gym
+
+import hiedit_env  # noqa: F401 - registers the environments
 from hiedit_agents.hierarchy.hypernetwork import Hypernetwork
 from hiedit_agents.hierarchy.options import HierarchicalAgent
 from hiedit_agents.hierarchy.train_settings import TrainSettings
@@ -25,8 +27,6 @@ from hiedit_benchmarks.commands.train_folder import TrainingFolder, parameters
 from hiedit_benchmarks.commands.train_settings import TrainingRun
 from hiedit_benchmarks.comparison.episode import bar, play, stage_bars, unwrapped
 from hiedit_benchmarks.comparison.results import plain, versions, write_json, write_text
-
-import hiedit_env  # noqa: F401 - registers the environments
 from hiedit_env.datasets.load import load_requests
 from hiedit_env.datasets.requests import Request
 from hiedit_env.datasets.streams import fingerprint, split_by_subject, without

@@ -24,7 +24,6 @@ from hiedit_agents.named.checkpoints import (
 )
 from hiedit_agents.named.spec import AgentSpec
 from hiedit_benchmarks.comparison.results import plain
-
 from hiedit_env.envs.base import EditingEnv
 from hiedit_env.errors import CheckpointError, ResultsExistError, SettingsError
 from hiedit_env.files import lock_folder

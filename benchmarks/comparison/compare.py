@@ -9,6 +9,9 @@ from pathlib import Path
 from typing import Any
 
 import gymnasium as gym
+from rich.console import RenderableType
+
+import hiedit_env  # noqa: F401 - registers the environments
 from hiedit_agents.hierarchy.simple import OracleAgent
 from hiedit_agents.named.candidates import candidates_for
 from hiedit_agents.protocol import Agent
@@ -41,9 +44,6 @@ from hiedit_benchmarks.comparison.statistics import (
     paired_differences,
     summarise,
 )
-from rich.console import RenderableType
-
-import hiedit_env  # noqa: F401 - registers the environments
 from hiedit_env.datasets.streams import fingerprint
 from hiedit_env.envs.planted import Planted
 from hiedit_env.errors import MissingLibraryError, SettingsError

@@ -6,9 +6,9 @@ import sys
 from collections.abc import Mapping, Sequence
 
 import numpy as np
+
 from hiedit_agents.named.checkpoints import fact_hashes
 from hiedit_agents.protocol import Agent
-
 from hiedit_env.datasets.streams import stream
 from hiedit_env.envs.base import EditingEnv
 

@@ -11,10 +11,10 @@ from typing import Any
 
 import gymnasium as gym
 import numpy as np
-from hiedit_agents.protocol import Agent, begin_episode
 from numpy.typing import NDArray
 from tqdm import tqdm
 
+from hiedit_agents.protocol import Agent, begin_episode
 from hiedit_env.datasets.requests import Request
 from hiedit_env.envs.accounting import StepError
 from hiedit_env.envs.base import EditingEnv

@@ -9,9 +9,9 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from hiedit_benchmarks.comparison.results import UNEDITED
 from numpy.typing import NDArray
 
+from hiedit_benchmarks.comparison.results import UNEDITED
 from hiedit_env.envs.plotting import (
     bare_axes,
     draw_layers,

@@ -9,14 +9,15 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TextIO
 
-from hiedit_benchmarks.comparison.console import encodable, replace_what_cannot_be_encoded
-from hiedit_benchmarks.comparison.results import UNEDITED, Row
-from hiedit_benchmarks.comparison.statistics import PairedDifferences, Summary
 from rich import box
 from rich.console import Console, Group, RenderableType
 from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
+
+from hiedit_benchmarks.comparison.console import encodable, replace_what_cannot_be_encoded
+from hiedit_benchmarks.comparison.results import UNEDITED, Row
+from hiedit_benchmarks.comparison.statistics import PairedDifferences, Summary
 
 #: Columns of a page, where the output is no terminal and as the most that a terminal's width is
 #: used of: longer lines are hard to read.

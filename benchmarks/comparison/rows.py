@@ -6,9 +6,9 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
+
 from hiedit_benchmarks.comparison.episode import FinishedEdit, PlayedEpisode
 from hiedit_benchmarks.comparison.results import Row, versions
-
 from hiedit_env.datasets.streams import fingerprint
 from hiedit_env.evaluation.metrics import Evaluation
 

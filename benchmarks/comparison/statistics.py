@@ -7,10 +7,10 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
-from hiedit_benchmarks.comparison.results import UNEDITED, Row
 from numpy.typing import NDArray
 from scipy.special import stdtrit
 
+from hiedit_benchmarks.comparison.results import UNEDITED, Row
 from hiedit_env.evaluation.names import METRICS
 
 #: Measures of a summary, by name, and where a row holds the value of each.

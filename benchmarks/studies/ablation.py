@@ -28,7 +28,6 @@ from pathlib import Path
 from hiedit_agents.named.checkpoints import JSON_FILE
 from hiedit_benchmarks.comparison.console import replace_what_cannot_be_encoded
 from hiedit_benchmarks.comparison.results import plain, write_json
-
 from hiedit_env.errors import HieditError, SettingsError
 from hiedit_env.files import write_bytes
 

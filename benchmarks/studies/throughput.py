@@ -34,17 +34,17 @@ import gymnasium
 import numpy as np
 import torch
 import transformers
+from torch import Tensor
+from torch.nn import functional as F
+from tqdm import tqdm
+
+import hiedit_env
 from hiedit_agents.hierarchy.train_settings import TrainSettings
 from hiedit_agents.hierarchy.trainer import Trainer
 from hiedit_agents.registry import spec_agent
 from hiedit_benchmarks.commands.train import build, make_env
 from hiedit_benchmarks.commands.train_settings import TrainingRun
 from hiedit_benchmarks.comparison.results import write_text
-from torch import Tensor
-from torch.nn import functional as F
-from tqdm import tqdm
-
-import hiedit_env
 from hiedit_env.envs.base import EditingEnv
 from hiedit_env.model.tokenization import EncodedFact, EncodedPrompt
 from hiedit_env.resident.capture import Capture

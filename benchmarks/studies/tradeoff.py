@@ -16,9 +16,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+
 from hiedit_benchmarks.comparison.console import replace_what_cannot_be_encoded
 from hiedit_benchmarks.comparison.results import UNEDITED, Row, read_rows
-
 from hiedit_env.envs.plotting import bare_axes, line_style, name_end, new_figure, png
 from hiedit_env.errors import HieditError, SettingsError
 from hiedit_env.files import write_bytes

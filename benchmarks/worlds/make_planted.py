@@ -36,6 +36,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor, nn
+from transformers import LlamaConfig, LlamaForCausalLM
+
 from hiedit_benchmarks.worlds import synthetic_facts
 from hiedit_benchmarks.worlds.planted_world import (
     FACTS,
@@ -53,9 +56,6 @@ from hiedit_benchmarks.worlds.planted_world import (
     make_sentences,
 )
 from hiedit_benchmarks.worlds.synthetic_facts import BOS, CONTEXT, EOS, PAD, deterministic
-from torch import Tensor, nn
-from transformers import LlamaConfig, LlamaForCausalLM
-
 from hiedit_env.errors import ModelError
 
 #: Entries of the residual stream: the first ones are read, the others written.

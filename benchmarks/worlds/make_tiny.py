@@ -23,6 +23,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor, nn
+from transformers import LlamaConfig, LlamaForCausalLM
+
 from hiedit_benchmarks.worlds import synthetic_facts
 from hiedit_benchmarks.worlds.synthetic_facts import (
     BOS,
@@ -35,9 +38,6 @@ from hiedit_benchmarks.worlds.synthetic_facts import (
     encode,
     measure,
 )
-from torch import Tensor, nn
-from transformers import LlamaConfig, LlamaForCausalLM
-
 from hiedit_env.errors import ModelError
 
 NAME = "tiny"

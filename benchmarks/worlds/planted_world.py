@@ -10,11 +10,11 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from hiedit_benchmarks.worlds import make_tiny, synthetic_facts
-from hiedit_benchmarks.worlds.synthetic_facts import EOS, PAD, Fact
 from tokenizers import Tokenizer
 from torch import Tensor, nn
 
+from hiedit_benchmarks.worlds import make_tiny, synthetic_facts
+from hiedit_benchmarks.worlds.synthetic_facts import EOS, PAD, Fact
 from hiedit_env.datasets.requests import Request
 from hiedit_env.datasets.streams import split_by_subject
 

@@ -6,9 +6,9 @@ import gymnasium as gym
 import numpy as np
 import pytest
 from gymnasium.error import ResetNeeded
+
 from hiedit_agents.hierarchy.options import HierarchicalAgent, UntrainedChoice
 from hiedit_agents.protocol import begin_episode
-
 from hiedit_env.envs.base import EditingEnv
 from hiedit_env.rules.closed_form import OuterProductRule
 from tests.support.episodes import SELECTION

@@ -9,6 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+
 from hiedit_agents.hierarchy.rehearsal import Rehearsal
 from hiedit_agents.hierarchy.routers import PolicyRouter
 from hiedit_agents.hierarchy.train_settings import TrainSettings
@@ -18,7 +19,6 @@ from hiedit_benchmarks.commands.train import train
 from hiedit_benchmarks.commands.train_settings import TrainingRun
 from hiedit_benchmarks.comparison.compare import compare
 from hiedit_benchmarks.comparison.settings import CompareSettings
-
 from hiedit_env.errors import CheckpointError, LayerError, SettingsError
 from hiedit_env.rules.closed_form import DecorrelatedRule, RidgeRule
 from tests.support.episodes import SELECTION, make

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+
 from hiedit_agents.hierarchy.train_settings import TrainSettings
 from hiedit_agents.registry import make_agent
 from hiedit_benchmarks.commands.cli import main
@@ -17,7 +18,6 @@ from hiedit_benchmarks.commands.train import train
 from hiedit_benchmarks.commands.train_settings import TrainingRun
 from hiedit_benchmarks.comparison.compare import compare
 from hiedit_benchmarks.comparison.settings import CompareSettings
-
 from hiedit_env.errors import SettingsError
 
 SETTINGS = CompareSettings(model="tiny", num_edits=3, generation=())

@@ -9,12 +9,12 @@ import gymnasium as gym
 import numpy as np
 import pytest
 import torch
+
+import hiedit_env  # noqa: F401 - registers the environments
 from hiedit_agents.hierarchy.simple import LayerChoiceAgent
 from hiedit_agents.named.presets import PRESETS
 from hiedit_agents.protocol import Agent
 from hiedit_agents.registry import AGENTS, make_agent
-
-import hiedit_env  # noqa: F401 - registers the environments
 from hiedit_env.errors import SettingsError
 from hiedit_env.model.loading import load_model
 from hiedit_env.rules.layer_choice import CHOICES

@@ -10,6 +10,7 @@ from typing import Any
 
 import gymnasium as gym
 import numpy as np
+
 from hiedit_agents.hierarchy.simple import OracleAgent
 from hiedit_agents.policies import FunctionPolicy, PolicyAgent, PolicyRecord, Task
 from hiedit_agents.policies.task import Sizes

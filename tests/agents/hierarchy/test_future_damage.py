@@ -9,13 +9,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+
 from hiedit_agents.hierarchy.future_damage import FutureDamage
 from hiedit_agents.hierarchy.hypernetwork import Hypernetwork
 from hiedit_agents.hierarchy.train_settings import TrainSettings
 from hiedit_agents.hierarchy.trainer import Trainer
 from hiedit_agents.registry import spec_agent
 from hiedit_benchmarks.commands.train_folder import TrainingFolder
-
 from hiedit_env.envs.base import EditingEnv
 from hiedit_env.errors import SettingsError
 from hiedit_env.model.tokenization import EncodedPrompt

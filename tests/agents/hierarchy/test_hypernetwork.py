@@ -8,9 +8,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+
 from hiedit_agents.hierarchy.hypernetwork import RULE_OF_FORM, Hypernetwork
 from hiedit_agents.hierarchy.step_sizes import StepSizePolicy
-
 from hiedit_env.errors import SettingsError
 from hiedit_env.resident.capture import Capture
 from hiedit_env.rules.base import UpdateRule

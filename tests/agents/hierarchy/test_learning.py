@@ -11,6 +11,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
+
 from hiedit_agents.hierarchy.hypernetwork import Hypernetwork
 from hiedit_agents.hierarchy.lesson import _with_earlier
 from hiedit_agents.hierarchy.options import HierarchicalAgent, UntrainedChoice
@@ -21,8 +23,6 @@ from hiedit_agents.named.checkpoints import TENSOR_FILE
 from hiedit_agents.registry import spec_agent
 from hiedit_benchmarks.commands.train import train
 from hiedit_benchmarks.commands.train_settings import TrainingRun
-from safetensors.torch import load_file
-
 from hiedit_env.errors import SettingsError
 from hiedit_env.resident.low_rank import LowRankUpdate, Updates
 from tests.agents.hierarchy.test_trainer import OnlyOneHelps, files

@@ -8,14 +8,14 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from torch import Tensor
+
 from hiedit_agents.hierarchy.hypernetwork import Hypernetwork
 from hiedit_agents.hierarchy.rehearsal import Rehearsal
 from hiedit_agents.hierarchy.routers import PolicyRouter, StraightThroughRouter
 from hiedit_agents.hierarchy.step_sizes import StepSizePolicy
 from hiedit_agents.named.spec import LEARNED_LOW, ROUTERS
 from hiedit_agents.protocol import Trainable
-from torch import Tensor
-
 from hiedit_env.envs.base import EditingEnv
 from hiedit_env.errors import SettingsError
 from hiedit_env.resident.capture import Capture

@@ -7,10 +7,10 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+
 from hiedit_agents.hierarchy.option_runner import run_option
 from hiedit_agents.hierarchy.options import HierarchicalAgent, Option, UntrainedChoice
 from hiedit_agents.registry import make_agent
-
 from hiedit_env.envs.accounting import StepError, fingerprint_number
 from hiedit_env.envs.base import EditingEnv
 from hiedit_env.envs.scheduler import run

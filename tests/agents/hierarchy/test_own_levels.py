@@ -7,14 +7,14 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
+
 from hiedit_agents.hierarchy.options import Choice
 from hiedit_agents.hierarchy.routers import PolicyRouter
 from hiedit_agents.hierarchy.train_settings import TrainSettings
 from hiedit_agents.registry import spec_agent
 from hiedit_benchmarks.commands.train import train
 from hiedit_benchmarks.commands.train_settings import TrainingRun
-from safetensors.torch import load_file
-
 from hiedit_env.errors import SettingsError
 from hiedit_env.rules.closed_form import OuterProductRule
 from tests.support.episodes import SELECTION, L, make

@@ -9,13 +9,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from torch.nn import functional as F
+
 from hiedit_agents.hierarchy.hypernetwork import Hypernetwork
 from hiedit_agents.hierarchy.rehearsal import Rehearsal
 from hiedit_agents.hierarchy.train_settings import TrainSettings
 from hiedit_benchmarks.commands.train import train
 from hiedit_benchmarks.commands.train_settings import TrainingRun
-from torch.nn import functional as F
-
 from hiedit_env.envs.accounting import StepError
 from hiedit_env.envs.base import EditingEnv
 from hiedit_env.errors import NonFiniteUpdateError, SettingsError

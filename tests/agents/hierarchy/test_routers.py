@@ -10,9 +10,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from hiedit_agents.hierarchy.routers import HISTORY_FEATURES, PolicyRouter, StraightThroughRouter
 from torch import Tensor
 
+from hiedit_agents.hierarchy.routers import HISTORY_FEATURES, PolicyRouter, StraightThroughRouter
 from hiedit_env.envs.observations import GLOBAL_FEATURES, LAYER_FEATURES
 from hiedit_env.errors import SettingsError
 from hiedit_env.rules.closed_form import OuterProductRule

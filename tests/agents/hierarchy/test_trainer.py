@@ -12,6 +12,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
 from hiedit_agents.hierarchy.hypernetwork import Hypernetwork
 from hiedit_agents.hierarchy.option_runner import Outcome
 from hiedit_agents.hierarchy.options import Choice, HierarchicalAgent, UntrainedChoice
@@ -22,9 +25,6 @@ from hiedit_agents.registry import make_agent, spec_agent
 from hiedit_benchmarks.commands.cli import main as hiedit
 from hiedit_benchmarks.commands.train import train
 from hiedit_benchmarks.commands.train_settings import TrainingRun
-from safetensors.torch import load_file
-from torch import Tensor
-
 from hiedit_env.errors import CheckpointError, ResultsExistError, SettingsError
 from hiedit_env.resident.low_rank import LowRankUpdate
 from hiedit_env.rules.closed_form import OuterProductRule

@@ -11,13 +11,13 @@ from types import ModuleType
 from typing import Any
 
 import pytest
+
 from hiedit_agents.hierarchy.train_settings import TrainSettings
 from hiedit_agents.hierarchy.trainer import Trainer
 from hiedit_agents.hierarchy.training_log import Tally
 from hiedit_agents.registry import spec_agent
 from hiedit_benchmarks.commands.train import train
 from hiedit_benchmarks.commands.train_settings import TrainingRun
-
 from hiedit_env.resident.low_rank import Updates
 from tests.support.episodes import SELECTION, make
 

@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+
 from hiedit_agents.hierarchy.train_settings import TrainSettings, defaults
 from hiedit_agents.hierarchy.trainer import Trainer
 from hiedit_agents.named.checkpoints import save_agent
@@ -19,7 +20,6 @@ from hiedit_agents.registry import make_agent, spec_agent
 from hiedit_benchmarks.commands.cli import main as hiedit
 from hiedit_benchmarks.commands.train import train
 from hiedit_benchmarks.commands.train_settings import TrainingRun
-
 from hiedit_env.errors import CheckpointError, ResultsExistError, SettingsError
 from tests.support.episodes import SELECTION, make
 

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import pytest
+
 from hiedit_agents.hierarchy.rehearsal import Rehearsal
 from hiedit_agents.named.spec import AgentSpec, check_arguments
 from hiedit_agents.registry import make_agent
-
 from hiedit_env.errors import CheckpointError, SettingsError
 
 

@@ -11,6 +11,8 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load, save
+
 from hiedit_agents.named.checkpoints import (
     FORMAT,
     JSON_FILE,
@@ -24,8 +26,6 @@ from hiedit_agents.named.checkpoints import (
 from hiedit_agents.policies import Task, read_policy, save_policy
 from hiedit_agents.policies.task import Sizes
 from hiedit_agents.registry import SHIPPED, make_agent, spec_agent
-from safetensors.torch import load, save
-
 from hiedit_env.errors import CheckpointError
 
 TENSORS = {"weight": torch.tensor([[1.5, -2.0]]), "count": torch.tensor([3])}

@@ -9,12 +9,12 @@ from typing import Any
 
 import pytest
 import torch
-from hiedit_agents.named.fitting import SHIPPED, cosine, find_shipped, known_as
-from hiedit_agents.registry import default_agent, explain, make_agent, spec_agent
-from hiedit_benchmarks.commands.cli import main
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from hiedit_agents.named.fitting import SHIPPED, cosine, find_shipped, known_as
+from hiedit_agents.registry import default_agent, explain, make_agent, spec_agent
+from hiedit_benchmarks.commands.cli import main
 from hiedit_env.errors import CheckpointError
 from hiedit_env.model.architectures import find_candidates
 from hiedit_env.model.loading import load_model

@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
 from hiedit_agents.named.grammar import read_spec_file, split_label, split_settings
 from hiedit_agents.registry import labelled, make_agent, spec_agent
-
 from hiedit_env.errors import SettingsError
 
 SHIPPED = Path(__file__).parents[3] / "agents" / "trained" / "hiedit-planted"

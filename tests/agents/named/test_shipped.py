@@ -8,6 +8,9 @@ from typing import Any
 import gymnasium as gym
 import numpy as np
 import pytest
+from numpy.typing import NDArray
+from safetensors import safe_open
+
 from hiedit_agents.named.checkpoints import (
     JSON_FILE,
     TENSOR_FILE,
@@ -17,9 +20,6 @@ from hiedit_agents.named.checkpoints import (
 )
 from hiedit_agents.registry import SHIPPED, default_agent, make_agent, spec_agent
 from hiedit_benchmarks.commands.demo import default_agents
-from numpy.typing import NDArray
-from safetensors import safe_open
-
 from hiedit_env.datasets.load import load_requests
 from hiedit_env.envs.planted import Planted
 

@@ -14,15 +14,15 @@ import gymnasium as gym
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file, save
+from torch import nn
+
 from hiedit_agents.policies import Task, save_policy
 from hiedit_agents.policies.coins import LayerCoins, as_multi_discrete
 from hiedit_agents.policies.networks import describe, load
 from hiedit_agents.registry import make_agent
 from hiedit_agents.rl.hyperparameters import replaced
 from hiedit_benchmarks.comparison.episode import play
-from safetensors.torch import load_file, save
-from torch import nn
-
 from hiedit_env.errors import CheckpointError, MissingLibraryError, SettingsError
 
 TOY = {"id": "hiedit/Toy-v1", "num_layers": 3, "num_edits": 4}

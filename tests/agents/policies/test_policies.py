@@ -10,6 +10,7 @@ import gymnasium as gym
 import numpy as np
 import pytest
 import torch
+
 from hiedit_agents.named.checkpoints import FACTS, JSON_FILE, fact_hashes
 from hiedit_agents.policies import (
     FunctionPolicy,
@@ -23,7 +24,6 @@ from hiedit_agents.policies.task import Sizes
 from hiedit_agents.registry import make_agent
 from hiedit_agents.rl.command import parse_arguments, run_script
 from hiedit_benchmarks.comparison.episode import play
-
 from hiedit_env.datasets.load import load_requests
 from hiedit_env.errors import (
     CheckpointError,

@@ -13,9 +13,9 @@ from typing import Any
 import numpy as np
 import pytest
 from gymnasium.vector import AutoresetMode
+
 from hiedit_agents.policies import Task
 from hiedit_agents.registry import make_agent
-
 from hiedit_env.errors import SettingsError
 from tests.support.policies import MARGIN, TRAIN, held_out
 

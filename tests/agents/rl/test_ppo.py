@@ -12,14 +12,14 @@ import gymnasium as gym
 import numpy as np
 import pytest
 import torch
+
+import hiedit_env
 from hiedit_agents.named.checkpoints import fact_hashes
 from hiedit_agents.registry import make_agent
 from hiedit_agents.rl import ppo
 from hiedit_agents.rl.ppo import ActorCritic, Args, estimate, main, train
 from hiedit_benchmarks.comparison.compare import compare
 from hiedit_benchmarks.comparison.settings import CompareSettings
-
-import hiedit_env
 from hiedit_env.datasets.load import load_requests
 from hiedit_env.errors import CheckpointError, ResultsExistError, SettingsError
 

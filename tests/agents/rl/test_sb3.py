@@ -13,23 +13,24 @@ import gymnasium as gym
 import numpy as np
 import pytest
 import torch
+
 from hiedit_agents.policies import Task
 from hiedit_agents.registry import make_agent
 from hiedit_benchmarks.comparison.compare import compare
 from hiedit_benchmarks.comparison.episode import play
 from hiedit_benchmarks.comparison.settings import CompareSettings
-
 from hiedit_env.errors import CheckpointError, ResultsExistError, SettingsError
 from tests.support.policies import TRAIN, TRAIN_STEP_SIZES, held_out, needed_share
 
 pytest.importorskip("stable_baselines3")
 pytest.importorskip("sb3_contrib")
 
+from stable_baselines3 import A2C, PPO
+from stable_baselines3.common.vec_env import VecNormalize
+
 from hiedit_agents.rl import train_sb3 as sb3
 from hiedit_agents.rl import train_sb3_contrib as sb3_contrib
 from hiedit_agents.rl.sb3_vec_env import EditingVecEnv
-from stable_baselines3 import A2C, PPO
-from stable_baselines3.common.vec_env import VecNormalize
 
 TINY = {"model": "tiny", "num_edits": 2, "max_steps_per_edit": 1}
 TOY = {"id": "hiedit/Toy-v1", "num_layers": 4, "num_edits": 8}

@@ -13,12 +13,12 @@ from typing import Any
 
 import pytest
 import torch
-from hiedit_agents.registry import AGENTS
-from hiedit_benchmarks.commands import agents, cli
-from hiedit_benchmarks.commands.cli import main
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from hiedit_agents.registry import AGENTS
+from hiedit_benchmarks.commands import agents, cli
+from hiedit_benchmarks.commands.cli import main
 from hiedit_env.evaluation.matching import EXTRA_TOKENS
 from hiedit_env.model.loading import load_model
 

@@ -9,12 +9,12 @@ from typing import Any, NoReturn
 
 import pytest
 import torch
-from hiedit_benchmarks.commands import edit, edit_folder
-from hiedit_benchmarks.commands.edit import edit_model
-from hiedit_benchmarks.comparison.settings import CompareSettings
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
+from hiedit_benchmarks.commands import edit, edit_folder
+from hiedit_benchmarks.commands.edit import edit_model
+from hiedit_benchmarks.comparison.settings import CompareSettings
 from hiedit_env.errors import PromptError, ResultsExistError, SettingsError
 
 FACT = {"subject": "Belka", "prompt": "Belka lives in", "answer": "Averlund"}

@@ -11,11 +11,11 @@ from typing import Any
 import pytest
 import torch
 from filelock import FileLock
-from hiedit_benchmarks.commands.cli import main
-from hiedit_benchmarks.commands.edit import NONE_GIVEN
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
+from hiedit_benchmarks.commands.cli import main
+from hiedit_benchmarks.commands.edit import NONE_GIVEN
 from hiedit_env.evaluation.matching import starts_with
 from hiedit_env.model.saving import find_folder
 from tests.support.models import tokenizer

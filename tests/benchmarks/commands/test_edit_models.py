@@ -8,10 +8,10 @@ from typing import Any
 
 import pytest
 import torch
-from hiedit_benchmarks.commands import edit
-from hiedit_benchmarks.comparison.settings import CompareSettings
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
+from hiedit_benchmarks.commands import edit
+from hiedit_benchmarks.comparison.settings import CompareSettings
 from tests.support.models import tokenizer
 from tests.support.tiny_models import tiny_model
 

@@ -7,11 +7,11 @@ from pathlib import Path
 
 import pytest
 from filelock import FileLock
+
 from hiedit_benchmarks.commands import train as command
 from hiedit_benchmarks.commands.cli import main
 from hiedit_benchmarks.commands.train import TRAINING_COLLAPSED, collapse
 from hiedit_benchmarks.commands.train_folder import TrainingFolder
-
 from hiedit_env.errors import OutputError, ResultsExistError
 
 TRAIN = [

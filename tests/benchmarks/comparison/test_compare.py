@@ -11,11 +11,11 @@ from typing import Any
 
 import numpy as np
 import pytest
+
 from hiedit_benchmarks.comparison import compare as compare_module
 from hiedit_benchmarks.comparison.compare import Comparison, compare, make_env
 from hiedit_benchmarks.comparison.episode import unwrapped
 from hiedit_benchmarks.comparison.settings import CompareSettings
-
 from hiedit_env.datasets.load import load_requests
 from hiedit_env.datasets.streams import fingerprint, stream
 from hiedit_env.errors import ModelError, ResultsExistError, SettingsError

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
 from hiedit_agents.hierarchy.train_settings import TrainSettings
 from hiedit_agents.named.checkpoints import fact_hashes, read_record, trained_facts
 from hiedit_benchmarks.commands.cli import main as hiedit
@@ -15,7 +16,6 @@ from hiedit_benchmarks.commands.train import train
 from hiedit_benchmarks.commands.train_settings import TrainingRun
 from hiedit_benchmarks.comparison.compare import compare
 from hiedit_benchmarks.comparison.settings import CompareSettings
-
 from hiedit_env.datasets.load import load_requests
 from hiedit_env.datasets.requests import Request
 from hiedit_env.datasets.streams import split_by_subject

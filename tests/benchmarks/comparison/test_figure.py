@@ -8,10 +8,10 @@ from typing import Any
 
 import numpy as np
 import pytest
+
 from hiedit_benchmarks.comparison.compare import Comparison, compare
 from hiedit_benchmarks.comparison.figure import PANELS, draw, mean_curve
 from hiedit_benchmarks.comparison.settings import CompareSettings
-
 from hiedit_env.errors import MissingLibraryError
 
 

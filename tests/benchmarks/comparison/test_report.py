@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+
 from hiedit_benchmarks.comparison.console import encodable, replace_what_cannot_be_encoded
 from hiedit_benchmarks.comparison.report import TABLES, WIDTH, as_text, report, show
 from hiedit_benchmarks.comparison.statistics import MEASURES, summarise

@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+
 from hiedit_benchmarks.commands.cli import main as hiedit
 from hiedit_benchmarks.comparison.compare import compare
 from hiedit_benchmarks.comparison.results import (
@@ -25,7 +26,6 @@ from hiedit_benchmarks.comparison.results import (
     read_rows,
 )
 from hiedit_benchmarks.comparison.settings import CompareSettings
-
 from hiedit_env.errors import HieditError, OutputError, ResultsExistError, SettingsError
 from hiedit_env.files import lock_folder, write_bytes
 

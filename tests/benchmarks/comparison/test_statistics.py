@@ -7,6 +7,8 @@ from typing import Any
 
 import numpy as np
 import pytest
+from scipy import stats
+
 from hiedit_benchmarks.comparison import statistics
 from hiedit_benchmarks.comparison.statistics import (
     MEASURES,
@@ -15,7 +17,6 @@ from hiedit_benchmarks.comparison.statistics import (
     summarise,
     t_interval,
 )
-from scipy import stats
 
 
 def test_t_interval() -> None:

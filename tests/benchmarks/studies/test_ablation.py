@@ -10,9 +10,9 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+
 from hiedit_benchmarks.commands import cli
 from hiedit_benchmarks.studies.ablation import VARIANTS, Plan, ablate, in_a_process, main
-
 from hiedit_env.datasets.load import load_requests
 from hiedit_env.errors import SettingsError
 

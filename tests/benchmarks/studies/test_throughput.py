@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+
 from hiedit_benchmarks.studies import throughput
 from hiedit_benchmarks.studies.throughput import (
     PassTimer,
@@ -17,7 +18,6 @@ from hiedit_benchmarks.studies.throughput import (
     measure_vector,
     peak_device_memory,
 )
-
 from hiedit_env.envs.base import EditingEnv
 from hiedit_env.testing import assert_no_hooks_left
 from tests.support.episodes import (

@@ -6,9 +6,9 @@ import json
 from pathlib import Path
 
 import pytest
+
 from hiedit_benchmarks.comparison.results import FORMAT_VERSION
 from hiedit_benchmarks.studies.tradeoff import Point, main, points
-
 from hiedit_env.errors import SettingsError
 
 

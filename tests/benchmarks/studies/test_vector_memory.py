@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import pytest
-from hiedit_benchmarks.studies.vector_memory import main, measure
 
+from hiedit_benchmarks.studies.vector_memory import main, measure
 from tests.support.episodes import SELECTION, make
 
 

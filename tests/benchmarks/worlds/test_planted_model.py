@@ -9,11 +9,11 @@ from typing import Any
 
 import pytest
 import torch
-from hiedit_benchmarks.worlds import make_planted, planted_world, synthetic_facts
-from hiedit_benchmarks.worlds.planted_world import FACTS, GRAMMAR, NUM_LAYERS, RELATIONS, Sentences
 from torch import Tensor
 from transformers import AutoModelForCausalLM, LlamaForCausalLM, PreTrainedTokenizerFast
 
+from hiedit_benchmarks.worlds import make_planted, planted_world, synthetic_facts
+from hiedit_benchmarks.worlds.planted_world import FACTS, GRAMMAR, NUM_LAYERS, RELATIONS, Sentences
 from hiedit_env.datasets.load import load_requests
 from hiedit_env.errors import ModelError, ResultsExistError
 

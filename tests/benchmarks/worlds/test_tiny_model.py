@@ -13,10 +13,10 @@ from typing import Any
 
 import pytest
 import torch
-from hiedit_benchmarks.worlds import make_tiny, synthetic_facts
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
+from hiedit_benchmarks.worlds import make_tiny, synthetic_facts
 from hiedit_env.errors import ModelError, ResultsExistError
 
 PACKAGE = Path(__file__).parents[3] / "hiedit_env"

@@ -13,6 +13,9 @@ import gymnasium as gym
 import numpy as np
 import pytest
 from gymnasium.utils.env_checker import check_env
+from stable_baselines3.common.env_checker import check_env as sb3_check_env
+
+import hiedit_env  # noqa: F401
 from hiedit_agents.hierarchy.options import HierarchicalAgent, UntrainedChoice
 from hiedit_agents.hierarchy.rehearsal import Rehearsal
 from hiedit_agents.hierarchy.simple import OracleAgent
@@ -20,9 +23,6 @@ from hiedit_agents.registry import make_agent
 from hiedit_benchmarks.comparison.compare import compare
 from hiedit_benchmarks.comparison.episode import FinishedEdit, PlayedEpisode, play
 from hiedit_benchmarks.comparison.settings import CompareSettings
-from stable_baselines3.common.env_checker import check_env as sb3_check_env
-
-import hiedit_env  # noqa: F401
 from hiedit_env.datasets.load import load_requests
 from hiedit_env.envs.planted import Oracle, Planted
 from hiedit_env.errors import SettingsError

@@ -10,8 +10,8 @@ from dataclasses import fields
 from typing import Any, get_args
 
 import pytest
-from hiedit_agents.registry import default_agent
 
+from hiedit_agents.registry import default_agent
 from hiedit_env.envs.lifelong_edit import LifelongEdit
 from hiedit_env.envs.planted import Planted
 from hiedit_env.envs.settings import (

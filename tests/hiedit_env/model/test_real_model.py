@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from hiedit_agents.registry import spec_agent
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from hiedit_agents.registry import spec_agent
 from hiedit_env.envs.accounting import fingerprint_number
 from hiedit_env.evaluation.matching import is_match, starts_with
 from hiedit_env.model import loading
