@@ -10,9 +10,10 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from hiedit_agents.named.parts import LOADERS
 from hiedit_agents.named.presets import PRESETS
 from hiedit_agents.named.spec import FINE_TUNING, LEARNED_LOW, ROUTERS, AgentSpec
-from hiedit_agents.registry import AGENTS, LOADERS
+from hiedit_agents.registry import AGENTS
 from hiedit_env.envs.settings import unknown_name
 from hiedit_env.errors import SettingsError
 from hiedit_env.rules.layer_choice import CHOICES, SIZELESS

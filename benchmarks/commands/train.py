@@ -22,7 +22,8 @@ from hiedit_agents.hierarchy.training_log import LogRow, Tally
 from hiedit_agents.named.candidates import candidates_for
 from hiedit_agents.named.checkpoints import describe_model, fact_hashes, facts_entry, save_agent
 from hiedit_agents.named.spec import AgentSpec
-from hiedit_agents.registry import SpecAgent, spec_agent
+from hiedit_agents.named.spec_agent import SpecAgent
+from hiedit_agents.registry import spec_agent
 from hiedit_benchmarks.commands.train_folder import TrainingFolder, parameters
 from hiedit_benchmarks.commands.train_settings import TrainingRun
 from hiedit_benchmarks.comparison.episode import bar, play, stage_bars, unwrapped
