@@ -268,11 +268,10 @@ def _resolve(name: str, progress: bool) -> tuple[str, bool]:
 def _find_on_hub(name: str, so_far: str) -> tuple[str, bool]:
     remedy = "give a folder with config.json and *.safetensors, a built-in name, or a valid hub id"
     try:
-        cached = [
-            isinstance(try_to_load_from_cache(name, file), str)
-            for file in ("config.json", "model.safetensors", "model.safetensors.index.json")
-        ]
-        if cached[0] and any(cached[1:]):
+        names = ("config.json", "model.safetensors", "model.safetensors.index.json")
+        config, *weights = (try_to_load_from_cache(name, file) for file in names)
+        if isinstance(config, str) and any(isinstance(file, str) for file in weights):
+            check_folder(Path(config).parent)
             return name, True
         # One quick question, because a download retries for half a minute before it gives up.
         HfApi().model_info(name, timeout=10)

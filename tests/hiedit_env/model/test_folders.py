@@ -171,3 +171,16 @@ def test_what_transformers_says_is_put_into_one_line(folder: Path) -> None:
     with pytest.raises(ModelError, match="could not be loaded") as caught:
         load_model(str(folder), progress=False)
     assert "\n" not in str(caught.value)
+
+
+def test_an_adapter_in_the_hubs_cache_is_refused(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (folder / "adapter_config.json").write_text("{}")
+
+    def cached(_: str, file: str) -> str | None:
+        return str(folder / file) if (folder / file).exists() else None
+
+    monkeypatch.setattr("hiedit_env.model.loading.try_to_load_from_cache", cached)
+    with pytest.raises(ModelError, match=r"adapter_config\.json is an adapter beside a model"):
+        load_model("me/mine", progress=False)
