@@ -187,3 +187,13 @@ def test_earlier_facts_are_rehearsed(folder: Path) -> None:
 
 def test_cosine_of_nothing() -> None:
     assert cosine([0.0, 0.0], [1.0, 0.0]) == 0.0
+
+
+def test_the_cache_folder_of_the_demo_model_is_the_demo_model() -> None:
+    folder = find_folder("smollm2-135m")
+    if folder is None:
+        pytest.skip("the demo model has not been made on this machine")
+    fit = find_shipped("hiedit", str(folder))
+    assert fit is not None
+    assert fit.folder.name == "hiedit-smollm2-135m"
+    assert known_as(str(folder)) == "smollm2-135m"
