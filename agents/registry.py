@@ -209,9 +209,22 @@ def spec_agent(name: str, layers_per_edit: int | None = None) -> SpecAgent:
     )
 
 
-def default_agent(model: str) -> str:
-    """``hiedit`` where a trained one that fits the model ships, else ``all-layers``."""
-    return "hiedit" if shipped("hiedit", model) else "all-layers"
+def default_agent(
+    model: str, layers: Collection[str] | None = None, update_rule: str | None = None
+) -> str:
+    """Who edits where nobody is named.
+
+    Args:
+        model: Name of the model.
+        layers: Candidate layers that were asked for.
+        update_rule: Update rule that was asked for.
+
+    Returns:
+        ``hiedit`` where a trained one that fits the model ships, else ``all-layers``; this one also
+        where layers or a rule were asked for, since a trained agent has its own.
+    """
+    free = layers is None and update_rule is None
+    return "hiedit" if free and shipped("hiedit", model) else "all-layers"
 
 
 def explain(agent: Agent, model: str) -> str:

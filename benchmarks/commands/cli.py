@@ -49,7 +49,8 @@ class Edit:
     out: Path
     """folder of the edited model; must not exist or be empty"""
     agent: str | None = None
-    """who edits; by default hiedit if a trained one ships for the model, else all-layers"""
+    """who edits; by default hiedit if a trained one fits the model and neither layers nor a rule
+    are given, else all-layers"""
     editing: EditSettings = EditSettings()
 
     def run(self) -> int:
@@ -58,7 +59,9 @@ class Edit:
         from hiedit_benchmarks.commands import edit
 
         chosen = CompareSettings(dataset=self.facts, **_values(self.editing))
-        return edit.main(chosen, self.agent or default_agent(self.editing.model), self.out)
+        given = self.editing
+        agent = self.agent or default_agent(given.model, given.layers, given.update_rule)
+        return edit.main(chosen, agent, self.out)
 
 
 @settings

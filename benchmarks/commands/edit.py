@@ -276,7 +276,7 @@ def main(settings: CompareSettings, agent: str, out: Path) -> int:
     print(f"What was edited, and where: {out / 'edits.json'}", file=sys.stderr)
     full = sum(fact["generated"] for fact in saved.facts)
     alone = f" ({full} with nothing behind the answer)" if full != saved.given else ""
-    but = "" if damage is None else ", but the model is damaged"
+    but = "" if damage is None else "; the model is damaged"
     print(
         f"{saved.given} of {count} facts are given by the saved model, asked in the form they "
         f"were given{alone}{but}."

@@ -189,6 +189,13 @@ def test_cosine_of_nothing() -> None:
     assert cosine([0.0, 0.0], [1.0, 0.0]) == 0.0
 
 
+def test_layers_or_a_rule_that_are_asked_for_are_used(folder: Path) -> None:
+    """A trained agent has its own, so it would refuse them."""
+    assert default_agent(str(folder), ("model.layers.1.mlp.up_proj",)) == "all-layers"
+    assert default_agent("planted", None, "ridge") == "all-layers"
+    assert default_agent("planted", None, None) == "hiedit"
+
+
 def test_the_cache_folder_of_the_demo_model_is_the_demo_model() -> None:
     folder = find_folder("smollm2-135m")
     if folder is None:

@@ -103,7 +103,7 @@ def test_damage_is_said_and_not_called_success(
     status = edit(tmp_path, model, step_size=0.5, max_steps_per_edit=1)
     said = capsys.readouterr()
     assert "hiedit: warning: the edits damaged the model: on 12 control prompts" in said.err
-    assert said.out.splitlines()[-1].endswith(", but the model is damaged.")
+    assert said.out.splitlines()[-1].endswith("; the model is damaged.")
     run = record(tmp_path / "out")["runs"][0]
     assert run["report"]["damaged"] is True
     assert run["report"]["agreement"]["control"]["share"] < 0.6
