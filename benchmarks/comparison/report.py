@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import math
+import re
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -196,8 +197,18 @@ def _paired_table(paired: PairedDifferences, fit: Callable[[str], str]) -> Table
     measures = known[:3]  # as many as fit
     table = _empty(measures)
     for agent, found in paired.items():
-        _add(table, agent, [_interval_cell(found.get(measure)) for measure in measures], fit)
+        cells = [_interval_cell(found.get(measure)) for measure in measures]
+        _add(table, _on_lines(agent), cells, fit)
     return table
+
+
+def _on_lines(agent: str) -> str:
+    """A long name with line breaks where its parts end; three intervals leave it 17 columns.
+
+    >>> _on_lines("random-layers+rehearsal").splitlines()
+    ['random-layers+', 'rehearsal']
+    """
+    return agent if len(agent) <= 17 else re.sub(r"(?<=[+,])", "\n", agent)
 
 
 def _empty(headings: Sequence[str]) -> Table:
