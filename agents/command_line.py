@@ -18,6 +18,8 @@ import tyro
 from hiedit_env.errors import HieditError, SettingsError
 
 T = TypeVar("T")
+#: A flag without a value; ``--no-NAME`` only where the default is true.
+Switch = tyro.conf.FlagCreatePairsOff[bool]
 
 _CONFIG = (tyro.conf.OmitArgPrefixes, tyro.conf.OmitSubcommandPrefixes)
 #: Lines that tyro draws around and between the parts of its errors.

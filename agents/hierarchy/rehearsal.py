@@ -34,7 +34,8 @@ from torch.nn import functional as F
 from hiedit_agents.hierarchy.hypernetwork import Hypernetwork
 from hiedit_env.errors import NonFiniteUpdateError, SettingsError
 from hiedit_env.evaluation.unedited import UneditedModel
-from hiedit_env.model.tokenization import EncodedPrompt, PromptBatch
+from hiedit_env.model.batches import PromptBatch
+from hiedit_env.model.tokenization import EncodedPrompt
 from hiedit_env.resident.capture import Capture, GradientRows
 from hiedit_env.resident.low_rank import LowRankUpdate
 from hiedit_env.resident.resident import ResidentLLM

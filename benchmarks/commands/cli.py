@@ -12,7 +12,7 @@ from typing import Annotated, Any, Protocol, TextIO
 
 import tyro
 
-from hiedit_agents.command_line import parse, run_script
+from hiedit_agents.command_line import Switch, parse, run_script
 from hiedit_agents.hierarchy.train_settings import TrainSettings
 from hiedit_benchmarks.commands.train_settings import TrainingRun
 from hiedit_benchmarks.comparison.console import replace_what_cannot_be_encoded
@@ -22,7 +22,6 @@ from hiedit_env.envs.settings import AtLeast1, settings, unknown_name
 from hiedit_env.errors import HieditWarning, SettingsError
 
 PROGRAM = "hiedit"
-Switch = tyro.conf.FlagCreatePairsOff[bool]
 Agent = Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="AGENT")]
 File = Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="FILE")]
 Name = Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="NAME")]

@@ -13,7 +13,6 @@ compare`` with the paired differences from ``hiedit``, and writes it to ``DIR/ta
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import shlex
@@ -25,11 +24,15 @@ from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from hiedit_agents.command_line import Switch, parse, run_script
 from hiedit_agents.named.checkpoints import JSON_FILE
 from hiedit_benchmarks.comparison.console import replace_what_cannot_be_encoded
 from hiedit_benchmarks.comparison.results import plain, write_json
-from hiedit_env.errors import HieditError, SettingsError
+from hiedit_env.envs.settings import AtLeast0, AtLeast1, Patterns, settings
+from hiedit_env.errors import SettingsError
 from hiedit_env.files import write_bytes
+
+PROGRAM = "python -m hiedit_benchmarks.studies.ablation"
 
 #: Runs one ``hiedit`` command line; what it prints goes to a file.
 Run = Callable[[Sequence[str], Path], None]
@@ -266,28 +269,47 @@ def in_a_process(threads: int) -> Run:
     return run
 
 
+@settings
+class Options:
+    """Ablations of hiedit: leaves out or changes one component at a time, and compares."""
+
+    train: str
+    """training facts: a name or file"""
+    evaluate: str
+    """other facts to edit: a name or file"""
+    out: Path
+    """folder of everything that the study writes"""
+    layers: Patterns
+    """candidate weight matrices"""
+    layers_per_edit: AtLeast1
+    """K, layers per fact"""
+    model: str = "smollm2-135m"
+    """name or path"""
+    low_settings: str = ""
+    """settings of the low level, such as step_size=1e-4,facts=0"""
+    low_window: AtLeast1 | None = None
+    """facts per optimiser step of the low level; by default the preset's"""
+    low_episodes: AtLeast1 = 6
+    """episodes to train the low level of trained-low on"""
+    high_episodes: AtLeast1 = 8
+    """episodes to train a high level on"""
+    edits_per_episode: AtLeast1 = 25
+    """facts per training episode"""
+    num_edits: AtLeast1 = 100
+    """facts per stream"""
+    seeds: tuple[AtLeast0, ...] = (0, 1, 2)
+    """one stream per seed"""
+    generation: Switch = False
+    """also generate answers"""
+    variants: tuple[str, ...] = tuple(VARIANTS)
+    """rows of the table"""
+    jobs: AtLeast1 = 1
+    """processes at a time"""
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Returns 0, or 1 if something failed."""
-    parser = argparse.ArgumentParser(
-        prog="python -m hiedit_benchmarks.studies.ablation", description=__doc__
-    )
-    parser.add_argument("--train", required=True, metavar="NAME_OR_FILE", help="training facts")
-    parser.add_argument("--evaluate", required=True, metavar="NAME_OR_FILE", help="other facts")
-    parser.add_argument("--out", required=True, type=Path, metavar="DIR")
-    parser.add_argument("--model", default="smollm2-135m")
-    parser.add_argument("--layers", nargs="+", required=True, metavar="PATTERN")
-    parser.add_argument("--layers-per-edit", type=int, required=True, metavar="K")
-    parser.add_argument("--low-settings", default="", metavar="NAME=VALUE&…")
-    parser.add_argument("--low-window", type=int, help="facts per optimiser step of the low level")
-    parser.add_argument("--low-episodes", type=int, default=6)
-    parser.add_argument("--high-episodes", type=int, default=8)
-    parser.add_argument("--edits-per-episode", type=int, default=25)
-    parser.add_argument("--num-edits", type=int, default=100, help="facts per stream")
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="one stream each")
-    parser.add_argument("--generation", action="store_true", help="also generate answers")
-    parser.add_argument("--variants", nargs="+", default=list(VARIANTS), metavar="NAME")
-    parser.add_argument("--jobs", type=int, default=1, help="processes at a time")
-    given = parser.parse_args(arguments)
+    """Runs the study; returns 0."""
+    given = parse(Options, arguments, program=PROGRAM)
     common = ("--model", given.model, "--layers", *given.layers)
     plan = Plan(
         out=given.out,
@@ -309,14 +331,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         high_episodes=given.high_episodes,
         variants=tuple(given.variants),
     )
-    try:
-        threads = max(1, (os.cpu_count() or 1) // given.jobs)
-        ablate(plan, in_a_process(threads), given.jobs)
-    except HieditError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
+    threads = max(1, (os.cpu_count() or 1) // given.jobs)
+    ablate(plan, in_a_process(threads), given.jobs)
     return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run_script(main))

@@ -18,14 +18,13 @@ Everything is measured in one run on one machine and reported as ratios.
 
 from __future__ import annotations
 
-import argparse
 import json
 import platform
 import resource
 import statistics
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any, cast
@@ -39,6 +38,7 @@ from torch.nn import functional as F
 from tqdm import tqdm
 
 import hiedit_env
+from hiedit_agents.command_line import parse, run_script
 from hiedit_agents.hierarchy.train_settings import TrainSettings
 from hiedit_agents.hierarchy.trainer import Trainer
 from hiedit_agents.registry import spec_agent
@@ -46,9 +46,13 @@ from hiedit_benchmarks.commands.train import build, make_env
 from hiedit_benchmarks.commands.train_settings import TrainingRun
 from hiedit_benchmarks.comparison.results import write_text
 from hiedit_env.envs.base import EditingEnv
+from hiedit_env.envs.settings import AtLeast1, settings
+from hiedit_env.errors import ResultsExistError
 from hiedit_env.model.tokenization import EncodedFact, EncodedPrompt
 from hiedit_env.resident.capture import Capture
 from hiedit_env.resident.resident import ResidentLLM
+
+PROGRAM = "python -m hiedit_benchmarks.studies.throughput"
 
 
 def clock(device: torch.device) -> float:
@@ -352,18 +356,29 @@ def measure_vector(num_envs: int, steps: int) -> dict[str, Any]:
     }
 
 
-def main(arguments: list[str] | None = None) -> None:
-    """Runs the measurements and prints them as JSON."""
-    parser = argparse.ArgumentParser(
-        prog="python -m hiedit_benchmarks.studies.throughput", description=__doc__
-    )
-    parser.add_argument("--model", default="smollm2-135m")
-    parser.add_argument("--dataset", default=None, help="name or path; the model's default")
-    parser.add_argument("--edits", type=int, default=8, help="measured steps")
-    parser.add_argument("--tiny-steps", type=int, default=200)
-    parser.add_argument("--device", default="cpu")
-    parser.add_argument("--out", type=Path, default=None, help="also write the JSON to this file")
-    given = parser.parse_args(arguments)
+@settings
+class Options:
+    """Time of a step, against a plain loop and single environments."""
+
+    model: str = "smollm2-135m"
+    """name or path"""
+    dataset: str | None = None
+    """name or path; by default the facts that belong to the model"""
+    edits: AtLeast1 = 8
+    """measured steps"""
+    tiny_steps: AtLeast1 = 200
+    """measured steps on the tiny model"""
+    device: str = "cpu"
+    """of the model"""
+    out: Path | None = None
+    """also write the JSON to this file"""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs the measurements and prints them as JSON; returns 0."""
+    given = parse(Options, arguments, program=PROGRAM)
+    if given.out is not None and given.out.exists():
+        raise ResultsExistError(f"{given.out} exists; choose another --out")
     result = {
         "tiny": measure_tiny(given.tiny_steps),
         "vector": measure_vector(8, 20),
@@ -386,10 +401,9 @@ def main(arguments: list[str] | None = None) -> None:
     text = json.dumps(result, indent=2)
     print(text)
     if given.out is not None:
-        if given.out.exists():
-            sys.exit(f"{given.out} exists; choose another --out")
         write_text(given.out, text + "\n")
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(run_script(main))

@@ -9,19 +9,22 @@ of ``hiedit compare``. Agents called ``NAME@anything`` are joined to one curve `
 
 from __future__ import annotations
 
-import argparse
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import tyro
 
+from hiedit_agents.command_line import parse, run_script
 from hiedit_benchmarks.comparison.console import replace_what_cannot_be_encoded
 from hiedit_benchmarks.comparison.results import UNEDITED, Row, read_rows
 from hiedit_env.envs.plotting import bare_axes, line_style, name_end, new_figure, png
-from hiedit_env.errors import HieditError, SettingsError
+from hiedit_env.errors import SettingsError
 from hiedit_env.files import write_bytes
+
+PROGRAM = "python -m hiedit_benchmarks.studies.tradeoff"
 
 #: Settings that points of one picture have in common.
 _ALIKE = ("model", "dtype", "candidate_layers", "num_edits")
@@ -144,28 +147,29 @@ def draw(found: Sequence[Point]) -> bytes:
     return png(figure)
 
 
+@dataclass(frozen=True, slots=True)
+class Options:
+    """Draws efficacy against agreement, from folders of ``hiedit compare``."""
+
+    folders: tyro.conf.Positional[Folders]
+    """results of one stream with different settings"""
+    out: Path
+    """the picture, such as tradeoff.png"""
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Prints the points and writes the picture; returns 0, or 1 if that cannot be done."""
-    parser = argparse.ArgumentParser(
-        prog="python -m hiedit_benchmarks.studies.tradeoff", description=__doc__
-    )
-    parser.add_argument("folders", nargs="+", type=Path, metavar="DIR")
-    parser.add_argument("--out", required=True, type=Path, metavar="FILE.png")
-    given = parser.parse_args(arguments)
-    try:
-        replace_what_cannot_be_encoded()
-        found = points(given.folders)
-        for point in found:
-            print(
-                f"{point.agent}: agreement {point.agreement:.1f}, efficacy {point.efficacy:.1f} "
-                f"({point.seeds} seeds)"
-            )
-        write_bytes(given.out, draw(found))
-    except HieditError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
+    """Prints the points and writes the picture; returns 0."""
+    given = parse(Options, arguments, program=PROGRAM)
+    replace_what_cannot_be_encoded()
+    found = points(given.folders)
+    for point in found:
+        print(
+            f"{point.agent}: agreement {point.agreement:.1f}, efficacy {point.efficacy:.1f} "
+            f"({point.seeds} seeds)"
+        )
+    write_bytes(given.out, draw(found))
     return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run_script(main))

@@ -11,11 +11,12 @@ really held::
 
 from __future__ import annotations
 
-import argparse
 import ctypes
 import json
 import os
+import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,11 @@ import gymnasium
 import numpy as np
 
 import hiedit_env  # noqa: F401 - registers the environments
+from hiedit_agents.command_line import parse, run_script
+from hiedit_env.envs.settings import AtLeast1, settings
 from hiedit_env.envs.vector import VectorEditing
+
+PROGRAM = "python -m hiedit_benchmarks.studies.vector_memory"
 
 
 def measure(
@@ -84,20 +89,29 @@ def _resident_mb() -> float:
     return pages * os.sysconf("SC_PAGE_SIZE") / 2**20
 
 
-def main(arguments: list[str] | None = None) -> None:
-    """Runs the measurement and prints it as JSON."""
-    parser = argparse.ArgumentParser(
-        prog="python -m hiedit_benchmarks.studies.vector_memory", description=__doc__
-    )
-    parser.add_argument("--model", default="smollm2-135m")
-    parser.add_argument("--num-envs", type=int, default=8)
-    parser.add_argument("--steps", type=int, default=3)
-    parser.add_argument("--device", default="cpu")
-    parser.add_argument("--update-rule", default="decorrelated")
-    given = parser.parse_args(arguments)
+@settings
+class Options:
+    """Memory and time of many environments on one model."""
+
+    model: str = "smollm2-135m"
+    """name or path"""
+    num_envs: AtLeast1 = 8
+    """environments that share the model"""
+    steps: AtLeast1 = 3
+    """facts per environment"""
+    device: str = "cpu"
+    """of the model"""
+    update_rule: str = "decorrelated"
+    """name of the update rule"""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs the measurement and prints it as JSON; returns 0."""
+    given = parse(Options, arguments, program=PROGRAM)
     found = measure(given.model, given.num_envs, given.steps, given.device, given.update_rule)
     print(json.dumps(found, indent=1))
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(run_script(main))

@@ -39,6 +39,7 @@ import torch
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from hiedit_agents.command_line import run_script
 from hiedit_benchmarks.worlds import synthetic_facts
 from hiedit_benchmarks.worlds.planted_world import (
     FACTS,
@@ -395,9 +396,12 @@ def build(out: Path, seed: int, force: bool) -> tuple[float, float]:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs the command line; returns the exit status."""
-    return synthetic_facts.run_script("Make the planted model and its facts.", build, arguments)
+    """Runs the command line; returns 0."""
+    program = "python -m hiedit_benchmarks.worlds.make_planted"
+    return synthetic_facts.make_world(
+        program, "Make the planted model and its facts.", build, arguments
+    )
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run_script(main))

@@ -26,6 +26,7 @@ import torch
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from hiedit_agents.command_line import run_script
 from hiedit_benchmarks.worlds import synthetic_facts
 from hiedit_benchmarks.worlds.synthetic_facts import (
     BOS,
@@ -217,11 +218,12 @@ def build(out: Path, seed: int, force: bool) -> tuple[float, float]:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs the command line; returns the exit status."""
-    return synthetic_facts.run_script(
-        "Make the tiny offline model and its facts.", build, arguments
+    """Runs the command line; returns 0."""
+    program = "python -m hiedit_benchmarks.worlds.make_tiny"
+    return synthetic_facts.make_world(
+        program, "Make the tiny offline model and its facts.", build, arguments
     )
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run_script(main))

@@ -6,11 +6,9 @@ answer. Answers are drawn by hash, so that no library version can change them.
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import hashlib
 import json
-import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,7 +19,9 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import Tensor, nn
 from transformers import LlamaForCausalLM
 
-from hiedit_env.errors import HieditError, ResultsExistError
+from hiedit_agents.command_line import Switch, parse
+from hiedit_env.envs.settings import AtLeast0, settings
+from hiedit_env.errors import ResultsExistError
 
 PAD, BOS, EOS = 0, 1, 2
 SPECIAL = ("<pad>", "<bos>", "<eos>")
@@ -231,27 +231,33 @@ def write(
         path.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8", newline="\n")
 
 
-def run_script(
+@settings
+class Options:
+    """The options of a script that makes a model."""
+
+    out: Path
+    """the package folder, or another"""
+    seed: AtLeast0 = 0
+    """seed of facts and weights; the shipped files use 0"""
+    force: Switch = False
+    """replace files that exist"""
+
+
+def make_world(
+    program: str,
     description: str,
     build: Callable[[Path, int, bool], tuple[float, float]],
     arguments: Sequence[str] | None,
 ) -> int:
-    """Runs the command line of a script that makes a model; returns the exit status.
+    """Runs the command line of a script that makes a model; returns 0.
 
     Args:
+        program: How the script is called.
         description: What it makes.
         build: From folder, seed and whether to replace files to (token accuracy, exact match).
         arguments: Without the program's name; ``sys.argv`` where None.
     """
-    parser = argparse.ArgumentParser(description=description)
-    parser.add_argument("--out", type=Path, required=True, help="the package folder, or another")
-    parser.add_argument("--seed", type=int, default=0, help="the shipped files use 0")
-    parser.add_argument("--force", action="store_true", help="replace files that exist")
-    options = parser.parse_args(arguments)
-    try:
-        tokens, exact = build(options.out, options.seed, options.force)
-    except HieditError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
+    given = parse(Options, arguments, program=program, description=description)
+    tokens, exact = build(given.out, given.seed, given.force)
     print(f"token accuracy {tokens:.2%}, exact match {exact:.2%}")
     return 0

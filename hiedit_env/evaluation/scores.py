@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from hiedit_env.model.tokenization import EncodedPrompt, PromptBatch
+from hiedit_env.model.batches import PromptBatch
+from hiedit_env.model.tokenization import EncodedPrompt
 from hiedit_env.resident.batched import logits_together
 from hiedit_env.resident.low_rank import Updates
 from hiedit_env.resident.resident import ResidentLLM

@@ -6,7 +6,8 @@ from collections.abc import Iterator, Sequence
 
 from torch import Tensor
 
-from hiedit_env.model.tokenization import EncodedPrompt, PromptBatch
+from hiedit_env.model.batches import PromptBatch
+from hiedit_env.model.tokenization import EncodedPrompt
 from hiedit_env.resident.capture import Reading
 from hiedit_env.resident.low_rank import Updates
 from hiedit_env.resident.resident import ResidentLLM

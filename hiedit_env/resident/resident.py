@@ -18,15 +18,10 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from hiedit_env.errors import SettingsError
 from hiedit_env.model.architectures import CandidateLayer
+from hiedit_env.model.batches import PromptBatch, length_buckets, make_batch
 from hiedit_env.model.generation import end_ids, generate
 from hiedit_env.model.structure import text_config
-from hiedit_env.model.tokenization import (
-    EncodedPrompt,
-    PromptBatch,
-    PromptEncoder,
-    length_buckets,
-    make_batch,
-)
+from hiedit_env.model.tokenization import EncodedPrompt, PromptEncoder
 from hiedit_env.resident.capture import GradientRows, LayerRecorder, PassGraph, Reading, as_rows
 from hiedit_env.resident.forward_check import find_forward
 from hiedit_env.resident.low_rank import Updates

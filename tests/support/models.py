@@ -17,7 +17,8 @@ from transformers import (
 )
 
 from hiedit_env.model.architectures import ARCHITECTURES, find_candidates
-from hiedit_env.model.tokenization import EncodedPrompt, PromptBatch
+from hiedit_env.model.batches import PromptBatch
+from hiedit_env.model.tokenization import EncodedPrompt
 from hiedit_env.resident.capture import Capture
 from hiedit_env.resident.low_rank import LowRankUpdate
 from hiedit_env.resident.resident import ResidentLLM

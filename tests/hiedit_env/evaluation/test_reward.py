@@ -14,7 +14,8 @@ from hiedit_env.envs.base import EditingEnv
 from hiedit_env.errors import PromptError
 from hiedit_env.evaluation import scores as scoring
 from hiedit_env.evaluation.reward import Evaluator, prepare_together
-from hiedit_env.model.tokenization import EncodedFact, PromptBatch
+from hiedit_env.model.batches import PromptBatch
+from hiedit_env.model.tokenization import EncodedFact
 from hiedit_env.resident.low_rank import LowRankUpdate, Updates
 from hiedit_env.testing import assert_no_hooks_left
 from tests.support import models

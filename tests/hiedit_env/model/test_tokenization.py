@@ -14,7 +14,8 @@ from transformers import PreTrainedTokenizerFast as Fast
 from hiedit_env.datasets.writing import MAX_CHARACTERS, space_between
 from hiedit_env.errors import ModelError, PromptError, SettingsError
 from hiedit_env.model import tokenization
-from hiedit_env.model.tokenization import EncodedPrompt, PromptEncoder, length_buckets, make_batch
+from hiedit_env.model.batches import length_buckets, make_batch
+from hiedit_env.model.tokenization import EncodedPrompt, PromptEncoder
 
 Ids = tuple[int, ...]
 
@@ -378,7 +379,7 @@ def test_empty_batch_and_empty_bucket_are_refused() -> None:
 
 def test_mean_per_prompt_and_its_gradient() -> None:
     values = torch.tensor([1.0, 2.0, 5.0, 3.0, 4.0, 8.0], requires_grad=True)
-    means = make_batch(THREE, "cpu").per_prompt_mean(values)
+    means = make_batch(THREE, "cpu").column_means(values[:, None])[:, 0]
     assert means.tolist() == [1.5, 5.0, 5.0]
     (means * torch.tensor([2.0, 7.0, 6.0])).sum().backward()
     assert values.grad is not None  # weight of the row over its number of tokens
@@ -392,7 +393,7 @@ def test_all_per_prompt() -> None:
         ([1, 1, 0, 1, 1, 1], [True, False, True]),
         ([0, 1, 1, 1, 1, 0], [False, True, False]),
     ]:
-        result = batch.per_prompt_all(torch.tensor(correct, dtype=torch.bool))
+        result = batch.to_rows(torch.tensor(correct, dtype=torch.bool), fill=True).all(dim=1)
         assert result.dtype == torch.bool
         assert result.tolist() == expected
 
@@ -400,7 +401,7 @@ def test_all_per_prompt() -> None:
 @pytest.mark.parametrize("shape", [(), (1,), (5,), (6, 1)])
 def test_wrong_shape_is_refused(shape: Ids) -> None:
     with pytest.raises(SettingsError, match=r"shape must be \(6,\)"):
-        make_batch(THREE, "cpu").per_prompt_mean(torch.ones(shape))
+        make_batch(THREE, "cpu").to_rows(torch.ones(shape), fill=0.0)
 
 
 @pytest.fixture(scope="module")
@@ -436,7 +437,7 @@ def test_loss_agrees_with_the_library(model: LlamaForCausalLM) -> None:
     with torch.inference_mode():
         picked = model(input_ids=batch.input_ids).logits[batch.rows, batch.positions]
         losses = torch.nn.functional.cross_entropy(picked, batch.labels, reduction="none")
-        ours = batch.per_prompt_mean(losses)
+        ours = batch.column_means(losses[:, None])[:, 0]
         theirs = []
         for prompt in batch.prompts:
             ids = torch.tensor([prompt.prompt_ids + prompt.answer_ids])
