@@ -11,9 +11,16 @@ import itertools
 import re
 import sys
 from collections.abc import Callable, Sequence
-from typing import Any, TypeVar
+from dataclasses import is_dataclass, replace
+from typing import Annotated, Any, TypeVar
 
 import tyro
+from tyro.constructors import (
+    ConstructorRegistry,
+    StructConstructorSpec,
+    StructFieldSpec,
+    StructTypeInfo,
+)
 
 from hiedit_env.errors import HieditError, SettingsError
 
@@ -53,7 +60,13 @@ def parse(
     try:
         with contextlib.redirect_stderr(complaint):
             read: T = tyro.cli(
-                kind, prog=program, description=description, args=words, config=_CONFIG, **given
+                kind,
+                prog=program,
+                description=description,
+                args=words,
+                config=_CONFIG,
+                registry=_quiet_defaults(),
+                **given,
             )
             return read
     except SystemExit as stopped:
@@ -89,6 +102,35 @@ def run_script(main: Callable[[], int | None], program: str = "") -> int:
         print(f"{prefix}interrupted", file=sys.stderr)
         return 130
     return status or 0
+
+
+def _quiet_defaults() -> ConstructorRegistry:
+    """Leaves "(default: None)" out of the help, whose text says what is done by default."""
+    registry = ConstructorRegistry()
+    asked = False
+
+    @registry.struct_rule
+    def rule(info: StructTypeInfo) -> StructConstructorSpec | None:
+        nonlocal asked
+        if asked or not is_dataclass(info.type):
+            return None
+        # Tyro's own rule, which comes after this one.
+        asked = True
+        found = ConstructorRegistry.get_struct_spec(info)
+        asked = False
+        if not isinstance(found, StructConstructorSpec):
+            return None
+        return replace(found, fields=tuple(map(_quiet, found.fields)))
+
+    return registry
+
+
+def _quiet(field: StructFieldSpec) -> StructFieldSpec:
+    if field.default not in (None, "", ()):
+        return field
+    hint = tyro.conf.arg(help_behavior_hint="")
+    quiet: Any = Annotated[field.type, hint]
+    return replace(field, type=quiet)
 
 
 def _in_one_line(text: str, program: str) -> str:

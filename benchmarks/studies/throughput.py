@@ -14,6 +14,8 @@ Everything is measured in one run on one machine and reported as ratios.
 * ``tiny``: ``hiedit/LayerSelection-v1`` with its defaults, on one thread.
 * ``vector``: eight of them as a vector environment, against eight single environments stepped in
   turn, on the same facts with the same actions; on one thread, episodes of the two interleaved.
+
+The file is longer than others because the plain loop is written out in it, for comparison.
 """
 
 from __future__ import annotations

@@ -13,6 +13,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated
 
 import numpy as np
 import tyro
@@ -25,6 +26,12 @@ from hiedit_env.errors import SettingsError
 from hiedit_env.files import write_bytes
 
 PROGRAM = "python -m hiedit_benchmarks.studies.tradeoff"
+
+_Places = Annotated[
+    tuple[Path, ...],
+    tyro.conf.Positional,
+    tyro.conf.arg(metavar="DIR [DIR ...]", help_behavior_hint=""),
+]
 
 #: Settings that points of one picture have in common.
 _ALIKE = ("model", "dtype", "candidate_layers", "num_edits")
@@ -151,7 +158,7 @@ def draw(found: Sequence[Point]) -> bytes:
 class Options:
     """Draws efficacy against agreement, from folders of ``hiedit compare``."""
 
-    folders: tyro.conf.Positional[Folders]
+    folders: _Places
     """results of one stream with different settings"""
     out: Path
     """the picture, such as tradeoff.png"""
@@ -160,6 +167,8 @@ class Options:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Prints the points and writes the picture; returns 0."""
     given = parse(Options, arguments, program=PROGRAM)
+    if not given.folders:
+        raise SettingsError(f"DIR must be given; see {PROGRAM} --help")
     replace_what_cannot_be_encoded()
     found = points(given.folders)
     for point in found:

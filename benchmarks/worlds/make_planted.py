@@ -26,6 +26,8 @@ nothing reads a fact's prompt any more, so an edit there does what its gradient 
 Run ``python -m hiedit_benchmarks.worlds.make_planted --out hiedit_env`` to write
 ``model/assets/planted/`` and ``datasets/data/planted_facts.json`` below the folder given. Existing
 files need ``--force``. Same seed, machine and library versions: same bytes.
+
+The file is longer than others because the three steps are one procedure.
 """
 
 from __future__ import annotations

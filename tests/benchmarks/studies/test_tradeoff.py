@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from hiedit_agents.command_line import run_script
 from hiedit_benchmarks.comparison.results import FORMAT_VERSION
 from hiedit_benchmarks.studies.tradeoff import Point, main, points
 from hiedit_env.errors import SettingsError
@@ -86,13 +87,13 @@ def test_other_facts_are_not_mixed(tmp_path: Path) -> None:
         points([one, more])
 
 
-def test_mistakes_are_one_line_and_exit_status_1(
+def test_mistakes_are_one_line_and_exit_status_2(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     picture = tmp_path / "curve.png"
 
     def error(*folders: Path, out: Path = picture) -> str:
-        assert main([*map(str, folders), "--out", str(out)]) == 1
+        assert run_script(lambda: main([*map(str, folders), "--out", str(out)])) == 2
         lines = capsys.readouterr().err.splitlines()
         assert len(lines) == 1
         assert lines[0].startswith("error: ")

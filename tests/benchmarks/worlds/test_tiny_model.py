@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
+from hiedit_agents.command_line import run_script
 from hiedit_benchmarks.worlds import make_tiny, synthetic_facts
 from hiedit_env.errors import ModelError, ResultsExistError
 
@@ -299,7 +300,7 @@ def test_existing_files_are_not_replaced(
     path.write_text("mine", encoding="utf-8")
     with pytest.raises(ResultsExistError, match=path.name):
         make_tiny.build(tmp_path, 0, False)
-    assert make_tiny.main(["--out", str(tmp_path)]) == 1
+    assert run_script(lambda: make_tiny.main(["--out", str(tmp_path)])) == 2
     assert "--force" in capsys.readouterr().err
     assert [p for p in tmp_path.rglob("*") if p.is_file()] == [path]
     assert path.read_text(encoding="utf-8") == "mine"
