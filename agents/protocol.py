@@ -1,4 +1,4 @@
-"""What an agent is: four members, after bsuite's agent interface (arXiv 1908.03568)."""
+"""The protocol of an agent: four members, after bsuite's agent interface (arXiv 1908.03568)."""
 
 from __future__ import annotations
 

@@ -224,7 +224,7 @@ class PolicyRouter(nn.Module):
         self.first = _linear(inputs, hidden, generator)
         self.second = _linear(hidden, hidden, generator)
         self.score = _linear(hidden, 1, generator)
-        #: What a layer is worth whatever the fact.
+        #: A layer's score that does not depend on the fact.
         self.bias = nn.Parameter(torch.zeros(num_layers))
         begin = min(max(self.layers_per_edit / num_layers, 0.01), 0.99)
         with torch.no_grad():

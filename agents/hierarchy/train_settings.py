@@ -30,7 +30,7 @@ class TrainSettings:
     edits_per_episode: AtLeast1 = 30
     """facts per episode"""
     window: AtLeast0 = 0
-    """facts per optimiser step; 0 for one step per episode (RLEdit's trajectory level)"""
+    """facts per optimiser step; 0 for one step per episode (as RLEdit does)"""
     low_learning_rate: Positive = 1e-3
     """Adam's, for the low level; ten times as much for step sizes, ridges and the like"""
     high_learning_rate: Positive = 3e-3

@@ -1,6 +1,6 @@
 """Trains an agent on the environment: ``hiedit train``.
 
-One loop for every agent. A trajectory is one episode on a stream of training facts. For each fact
+One loop for every agent. An episode is one stream of training facts. For each fact
 the high level chooses, the option runs, and
 
 * a trained low level gets the gradient of the environment's objective (edit, paraphrases,
@@ -21,7 +21,7 @@ With ``future_damage`` the objective of a trained low level also contains a pena
 the later facts of the episode: :mod:`hiedit_agents.hierarchy.future_damage`. (A straight-through
 router above it gets the same gradient.)
 
-Gradients are averaged over a window of facts or a whole trajectory, then Adam steps.
+Gradients are averaged over a window of facts or a whole episode, then Adam steps.
 """
 
 from __future__ import annotations
@@ -90,7 +90,7 @@ class Trainer:
             self.optimizers["low"] = _adam(self.low, settings.low_learning_rate, VECTOR_FACTOR)
         if settings.train_high and isinstance(self.high, Trainable):
             self.optimizers["high"] = _adam(self.high, settings.high_learning_rate, 1.0)
-        # With no trajectories a low level may still be calibrated.
+        # With no episodes a low level may still be calibrated.
         if settings.episodes and not self.optimizers:
             raise SettingsError(
                 f"agent {agent.name!r} has nothing to train: its high level is {self.high.name!r} "
@@ -135,22 +135,22 @@ class Trainer:
 
         low.calibrate(captures())
 
-    # -- one trajectory ---------------------------------------------------------------------------
+    # -- one episode ------------------------------------------------------------------------------
 
-    def trajectory(self, number: int, on_fact: Callable[[Tally], None] | None = None) -> LogRow:
-        """Plays and learns from trajectory ``number``; everything random follows from it.
+    def episode(self, number: int, on_fact: Callable[[Tally], None] | None = None) -> LogRow:
+        """Plays and learns from episode ``number``; everything random follows from it.
 
         Args:
             number: From 0.
             on_fact: Called after every fact with the :class:`Tally` so far.
 
         Returns:
-            Means over the trajectory's facts: ``reward`` (where only gradients are learned from,
+            Means over the episode's facts: ``reward`` (where only gradients are learned from,
             the edited model is not judged, and the reward is the low level's own, −L_t),
             ``loss`` (L_t, without the penalty for future damage, at the end of the options that
             wrote something), ``right_after`` (efficacy, share), ``layers``, ``steps``; and
             ``updates``, the number of optimiser steps, with the mean ``gradient_norm``; and
-            ``collapsed``, 1 if the model collapsed, which ended the trajectory early, else 0.
+            ``collapsed``, 1 if the model collapsed, which ended the episode early, else 0.
         """
         settings = self.settings
         seed = np.random.SeedSequence([settings.seed, number])

@@ -1,4 +1,4 @@
-"""The training log: what happened on the facts of a trajectory, and its means."""
+"""The training log: what happened on the facts of an episode, and its means."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ import numpy as np
 
 from hiedit_agents.hierarchy.option_runner import Outcome
 
-#: A row of the training log: one per trajectory.
+#: A row of the training log: one per episode.
 LogRow = dict[str, float]
 
 
 class Tally:
-    """What happened on the facts of a trajectory: a list per quantity."""
+    """What happened on the facts of an episode: a list per quantity."""
 
     def __init__(self) -> None:
         self.rewards: list[float] = []
@@ -42,7 +42,7 @@ class Tally:
         self.steps.append(float(outcome.steps))
 
     def row(self) -> LogRow:
-        """Means, see :meth:`Trainer.trajectory`."""
+        """Means, see :meth:`Trainer.episode`."""
 
         def mean(values: list[float]) -> float:
             return float(np.mean(values)) if values else 0.0

@@ -1,4 +1,4 @@
-"""What ``agent.json`` has to say: the fields of each kind of agent, checked strictly."""
+"""The fields of ``agent.json`` for each kind of agent, checked strictly."""
 
 from __future__ import annotations
 

@@ -111,7 +111,7 @@ ALGORITHMS: Mapping[str, Algorithm] = {
             "learning_rate": 2e-3,
             "train_freq": 1,
             "gradient_steps": 8,
-            # A fact takes several picks, and only the last of them is paid.
+            # A fact takes several picks, and only the last one has a reward.
             "n_steps": 3,
             "target_update_interval": 256,
             "exploration_fraction": 0.5,

@@ -108,7 +108,7 @@ def train(
         _calibrate(trainer, progress)
         with _Log(out, rows, progress, tensorboard, settings) as log:
             for number in range(len(rows), settings.episodes):
-                log.add(trainer.trajectory(number, log.fact))
+                log.add(trainer.episode(number, log.fact))
                 folder.save(trainer, spec, about, log.rows)
         result = _evaluate(env, agent, held_out, settings, progress)
         if result:

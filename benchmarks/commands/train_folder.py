@@ -119,7 +119,7 @@ class TrainingFolder:
         if not isinstance(record["log"], list):
             raise CheckpointError(
                 f"{folder} is no checkpoint: field 'log' of {JSON_FILE} must be a list of one row "
-                "per trajectory; remove the folder to begin again"
+                "per episode; remove the folder to begin again"
             )
         rows: list[LogRow] = record["log"]
         wanted = self.settings["settings"]["episodes"]

@@ -122,12 +122,12 @@ class PlayedEpisode:
             among.append(bool((edit.layers | ~edit.true_layers).all()))
             exact.append(np.array_equal(edit.layers, edit.true_layers))
             is_best.append(np.array_equal(edit.oracle.layers, edit.true_layers))
-        paid = [edit.reward for edit in known]
+        gained = [edit.reward for edit in known]
         # Otherwise an agent would gain by ending early where the remaining facts cost much.
-        paid += [self.ending] * (len(best) - len(paid))
+        gained += [self.ending] * (len(best) - len(gained))
         one_step = [edit.one_step_regret for edit in known]
         return {
-            "regret": float(np.mean(best) - np.mean(paid)),
+            "regret": float(np.mean(best) - np.mean(gained)),
             "one_step_regret": float(np.mean(one_step)) if one_step else float("nan"),
             "true_layer_share": _percent(among),
             "true_layer_exact_share": _percent(exact),

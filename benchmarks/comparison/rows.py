@@ -1,4 +1,4 @@
-"""What the results folder keeps of one run: a row of numbers, and the details of every fact."""
+"""One run in the results folder: a row of numbers, and the details of every fact."""
 
 from __future__ import annotations
 

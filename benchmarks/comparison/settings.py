@@ -1,4 +1,4 @@
-"""What edits and comparisons are run with; read by the command line without torch."""
+"""Settings of edits and comparisons; read by the command line without torch."""
 
 from __future__ import annotations
 

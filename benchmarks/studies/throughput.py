@@ -258,7 +258,7 @@ def measure_training(
         trainer = Trainer(base, built, base.requests, settings)
         trainer.calibrate()
         times: list[float] = []
-        trainer.trajectory(0, lambda _: times.append(clock(base.llm.device)))
+        trainer.episode(0, lambda _: times.append(clock(base.llm.device)))
         remembered = len(base.episode.remembered)
     seconds = np.diff(times)[10:]
     return {

@@ -39,7 +39,7 @@ def run(path: Path = PATH) -> nbformat.NotebookNode:
     for cell in notebook.cells:
         cell.metadata = {}
         if cell.cell_type == "code":
-            cell.outputs = _lasting(cell.outputs)
+            cell.outputs = _reproducible(cell.outputs)
     notebook.metadata = {"kernelspec": notebook.metadata["kernelspec"]}
     return notebook
 
@@ -53,7 +53,7 @@ def texts(notebook: nbformat.NotebookNode) -> list[str]:
     ]
 
 
-def _lasting(outputs: list[Any]) -> list[Any]:
+def _reproducible(outputs: list[Any]) -> list[Any]:
     """Outputs without warnings, printed lines as one text, pictures without their description."""
     printed = "".join(output["text"] for output in outputs if output.get("name") == "stdout")
     kept = [nbformat.v4.new_output("stream", text=printed)] if printed else []

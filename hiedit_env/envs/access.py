@@ -1,4 +1,4 @@
-"""What agents may ask an environment about its present episode, beyond observation and info."""
+"""Questions that agents may ask an environment about its present episode."""
 
 from __future__ import annotations
 

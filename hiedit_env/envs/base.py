@@ -1,4 +1,4 @@
-"""What the environments share: construction, reset, information, torch agents' door."""
+"""The base class of the environments: construction, reset, information, access for agents."""
 
 from __future__ import annotations
 

@@ -222,9 +222,9 @@ class VectorEditing(VectorEnv[Observations, Any, NDArray[Any]], EzPickle, Generi
         if not self.tensors:
             return self._shown(), np.array(rewards, np.float64), ended, truncated, rest
         device = self._observations.device
-        paid = torch.stack([torch.as_tensor(r, dtype=torch.float32).to(device) for r in rewards])
+        gained = torch.stack([torch.as_tensor(r, dtype=torch.float32).to(device) for r in rewards])
         over_now, cut_now = (torch.from_numpy(x).to(device) for x in (ended, truncated))
-        return self._shown(), paid, over_now, cut_now, rest
+        return self._shown(), gained, over_now, cut_now, rest
 
     def render(self) -> tuple[Any, ...] | None:
         """The pictures or texts of all environments; see the single environment."""

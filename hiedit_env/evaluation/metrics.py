@@ -2,8 +2,8 @@
 
 Efficacy (the requests' own prompts), generalization (their paraphrases), specificity (unrelated
 prompts) and retention (efficacy on the facts edited first), each read in four ways: with the
-answer given token by token (*teacher forcing*), which flatters because content and length are
-given away (arXiv 2509.22072), and generated freely.
+answer given token by token (*teacher forcing*), which overestimates because content and
+length are given away (arXiv 2509.22072), and generated freely.
 """
 
 from __future__ import annotations

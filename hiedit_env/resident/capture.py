@@ -1,4 +1,4 @@
-"""What one pass over a request leaves behind: keys and value gradients of every layer."""
+"""The result of one pass over a request: keys and value gradients of every layer."""
 
 from __future__ import annotations
 

@@ -278,7 +278,7 @@ class ResidentLLM(EditableWeights):
         """Hidden states entering the first candidate block, B × T × hidden size.
 
         Computed one prompt at a time, so that a prompt's value never depends on what it was first
-        batched with: equal seeds give equal trajectories whatever happened before.
+        batched with: equal seeds give equal episodes whatever happened before.
         """
         entries = []
         for prompt in batch.prompts:

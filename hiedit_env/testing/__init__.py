@@ -10,7 +10,7 @@ from hiedit_env.testing.assertions import (
     assert_only_layers_changed,
     assert_restores_bit_exact,
     assert_reward_terms_sum,
-    assert_same_trajectory,
+    assert_same_episode,
 )
 from hiedit_env.testing.factories import make_tiny, tiny_requests
 from hiedit_env.testing.toy import ToyEditing
@@ -21,7 +21,7 @@ __all__ = [
     "assert_only_layers_changed",
     "assert_restores_bit_exact",
     "assert_reward_terms_sum",
-    "assert_same_trajectory",
+    "assert_same_episode",
     "make_tiny",
     "tiny_requests",
 ]

@@ -122,7 +122,7 @@ def assert_only_layers_changed(env: AnyEnv, action: Any) -> Step:
     return step
 
 
-def assert_same_trajectory(make: Callable[[], AnyEnv], seed: int, actions: Iterable[Any]) -> None:
+def assert_same_episode(make: Callable[[], AnyEnv], seed: int, actions: Iterable[Any]) -> None:
     """A seed and actions decide everything: two environments and a used one show the same bits.
 
     Args:

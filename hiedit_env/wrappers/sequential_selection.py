@@ -47,7 +47,7 @@ class SequentialSelection(
     """Layers are picked one at a time: L + 1 actions instead of 2^L, whatever the size.
 
     The action space becomes ``Discrete(L + 1)``: action l < L picks layer l, action L stops. A
-    picking step is paid 0 and changes nothing but the picks; stopping runs the wrapped
+    picking step has reward 0 and changes nothing but the picks; stopping runs the wrapped
     environment's step on the picked layers and returns its reward, after which nothing is picked.
     A layer is picked at most once. With γ = 1 the return of an episode is that of the wrapped
     environment.

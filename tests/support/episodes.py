@@ -1,4 +1,4 @@
-"""What several tests of episodes share: environments, trajectories, and a plain model.
+"""Helpers for tests of episodes: environments, episodes, and a plain model.
 
 The plain model is the other route to every number: the whole network in float64, one text at a
 time, dense weights, formulas written out. Nothing of hiedit runs in it.

@@ -212,7 +212,7 @@ def test_a_step_that_is_too_long_for_the_rest_of_the_episode_does_not_grow() -> 
             low_learning_rate=3e-3,
         )
         for number in range(3):
-            one.trajectory(number)
+            one.episode(number)
         low = one.agent.low
         assert isinstance(low, Hypernetwork)
         steps = [p.detach() for name, p in low.net.named_parameters() if name.endswith("log_step")]

@@ -47,7 +47,7 @@ def test_a_straight_through_router_finds_the_only_layer_that_helps(useful: int) 
     settings = TrainSettings(edits_per_episode=12, window=4, high_learning_rate=0.01)
     trainer = Trainer(env, HierarchicalAgent("toy", router, low), env.requests, settings)
     for number in range(5):
-        trainer.trajectory(number)
+        trainer.episode(number)
     assert chosen() == [[useful]] * 5
 
 
@@ -74,7 +74,7 @@ def test_a_router_that_is_compared_with_all_layers_finds_the_only_one_that_helps
 
     monkeypatch.setattr(trainer, "_reinforce", reinforce)
     for number in range(5):
-        trainer.trajectory(number)
+        trainer.episode(number)
     right = [t.advantage for t in seen if t.choice.layers[OnlyOneHelps.useful]]
     wrong = [t.advantage for t in seen if not t.choice.layers[OnlyOneHelps.useful]]
     # The right layer does what all layers do and leaves five alone; a wrong one does nothing.
@@ -140,7 +140,7 @@ def test_an_option_whose_second_step_wrecks_the_model_teaches_nothing() -> None:
     settings = TrainSettings(edits_per_episode=2, window=1)
     trainer = Trainer(env, agent, env.requests, settings)
     before = [parameter.clone() for parameter in low.parameters()]
-    row = trainer.trajectory(0)
+    row = trainer.episode(0)
     assert low.asked == 2
     assert row["loss"] == 0
     assert row["reward"] < -5
@@ -177,7 +177,7 @@ def short(**changes: Any) -> TrainSettings:
 
 
 def test_hiedit_is_calibrated_below_and_trained_above(tmp_path: Path) -> None:
-    """In one training, or in two of which the first takes no trajectories: the same agent."""
+    """In one training, or in two of which the first takes no episodes: the same agent."""
     one, low, two = (tmp_path / name for name in ("one", "low", "two"))
     settings = short(evaluation_edits=0, episodes=2)
     train(TrainingRun(agent="hiedit", model="tiny"), settings, one, progress=False)
@@ -205,7 +205,7 @@ def test_hiedit_resumed_equals_hiedit_uninterrupted(
     settings = short(evaluation_edits=2, train_low=train_low)
     whole, parted = tmp_path / "whole", tmp_path / "parted"
     train(run, settings, whole, progress=False)
-    own = Trainer.trajectory
+    own = Trainer.episode
     for stop in (1, 2):
 
         def stopped(self: Trainer, number: int, on_fact: Any = None, stop: int = stop) -> Any:
@@ -214,7 +214,7 @@ def test_hiedit_resumed_equals_hiedit_uninterrupted(
             return own(self, number, on_fact)
 
         with monkeypatch.context() as patch:
-            patch.setattr(Trainer, "trajectory", stopped)
+            patch.setattr(Trainer, "episode", stopped)
             with pytest.raises(KeyboardInterrupt):
                 train(run, settings, parted, resume=stop > 1, progress=False)
         assert [f.name for f in parted.glob("checkpoint-*")] == [f"checkpoint-{stop:06d}"]

@@ -106,13 +106,13 @@ def test_reward_and_discount_of_an_option_of_k_steps() -> None:
     assert one.steps == two.steps > 1
     assert one.discount == 1.0
     assert two.discount == 0.5**two.steps
-    paid = []
+    gained = []
     for _ in range(two.steps):
         updates = single.episode.rule.propose(single.episode.observe(), HALF)
-        paid.append(single.apply(updates)[1])
-    assert two.reward == pytest.approx(sum(0.5**i * r for i, r in enumerate(paid)), rel=1e-6)
+        gained.append(single.apply(updates)[1])
+    assert two.reward == pytest.approx(sum(0.5**i * r for i, r in enumerate(gained)), rel=1e-6)
     # Undiscounted it makes no difference when the model is judged.
-    assert one.reward == pytest.approx(sum(paid), rel=1e-5)
+    assert one.reward == pytest.approx(sum(gained), rel=1e-5)
 
 
 def test_a_discount_does_not_reward_taking_longer() -> None:
@@ -172,12 +172,12 @@ def test_unjudged_steps_are_paid_with_the_next_judged_one() -> None:
     judges: tuple[Any, Any] = ("step", "fact")
     for env, judge in zip((one, two), judges, strict=True):
         env.reset(seed=0)
-        paid = []
+        gained = []
         for _ in range(3):
             updates = env.episode.propose(np.ones(L, bool))
             _, reward, _, _, info = env.apply(updates, judge=judge)
-            paid.append(reward)
-        rewards.append(paid)
+            gained.append(reward)
+        rewards.append(gained)
         assert info["edit_over"]
     assert rewards[1][:2] == [0.0, 0.0]
     assert rewards[1][2] == pytest.approx(sum(rewards[0]), abs=1e-9)
@@ -206,7 +206,7 @@ def test_an_option_may_end_before_the_environments_horizon() -> None:
     assert outcome.steps == 2
     assert not outcome.info["edit_over"]
     assert outcome.reward != 0.0
-    # What is left of the fact is paid when it is over: the levels sum up.
+    # What is left of the fact is gained when it is over: the levels sum up.
     rest = run_option(env, option(env))
     assert rest.steps == 3
     assert rest.info["edit_over"]

@@ -168,12 +168,12 @@ def test_what_is_rehearsed_is_saved(tmp_path: Path) -> None:
     two.load_state_dict(one.state_dict())
     assert two._bank == one._bank
     assert [len(p.answer_ids) for p in one._bank] != []
-    trajectories = []
+    episodes = []
     for low in (one, two):
         env.use_low_level(low)
         env.reset(seed=0)
-        trajectories.append(roll(env, [np.ones(L, np.int8)] * 3))
-    assert trajectories[0] == trajectories[1]
+        episodes.append(roll(env, [np.ones(L, np.int8)] * 3))
+    assert episodes[0] == episodes[1]
 
 
 def test_gradients_reach_the_parameters_through_both_parts() -> None:

@@ -146,7 +146,7 @@ def test_a_wrecked_model_ends_the_trajectory_and_not_the_training(agent: str) ->
     trainer = Trainer(env, built, env.requests, replace(SHORT, calibration=4))
     assert ("low" in trainer.optimizers) == (agent != "policy+outer-product")
     trainer.calibrate()
-    row = trainer.trajectory(0)
+    row = trainer.episode(0)
     assert row["reward"] < -5
     assert all(math.isfinite(value) for value in row.values())
     for level in trainer.levels().values():
@@ -175,7 +175,7 @@ def test_a_router_finds_the_only_layer_that_helps() -> None:
     )
     trainer = Trainer(env, HierarchicalAgent("toy", router, low), env.requests, settings)
     for number in range(5):
-        trainer.trajectory(number)
+        trainer.episode(number)
     observation, _ = env.reset(seed=99)
     assert np.flatnonzero(router.choose(observation, env.capture).layers).tolist() == [3]
     probability = router.scores(observation).softmax(0)[3].item()
@@ -188,7 +188,7 @@ def test_a_low_level_learns_from_a_bad_beginning() -> None:
     agent = spec_agent("all-layers+hypernetwork").with_low_settings(step_size=2e-5).build(env.llm)
     settings = TrainSettings(edits_per_episode=8, window=1, low_learning_rate=5e-3)
     trainer = Trainer(env, agent, env.requests, settings)
-    rows = [trainer.trajectory(0) for _ in range(8)]
+    rows = [trainer.episode(0) for _ in range(8)]
     assert rows[-1]["loss"] < 0.8 * rows[0]["loss"]
     assert rows[-1]["right_after"] > rows[0]["right_after"]
 
@@ -205,7 +205,7 @@ def test_every_parameter_of_a_fresh_low_level_learns(form: str, network: str) ->
     settings = TrainSettings(edits_per_episode=3, window=1, calibration=4)
     trainer = Trainer(env, agent, env.requests, settings)
     trainer.calibrate()
-    trainer.trajectory(0)
+    trainer.episode(0)
     unused = {"outer": ("log_ridge", "log_prior"), "ridge": ("log_prior",)}.get(form, ())
     for name, value in low.net.named_parameters():
         moved = not torch.equal(value, before[name])
@@ -225,7 +225,7 @@ def test_same_seed_same_parameters(agent: str) -> None:
         env = make(SELECTION, num_edits=None)
         built = spec_agent(agent).build(env.llm)
         trainer = Trainer(env, built, env.requests, SHORT)
-        rows = [trainer.trajectory(number) for number in range(2)]
+        rows = [trainer.episode(number) for number in range(2)]
         found.append((rows, {name: level.state_dict() for name, level in trainer.levels().items()}))
     (rows, one), (again, two) = found
     assert rows == again
@@ -268,16 +268,16 @@ def test_options_that_are_only_tried_leave_nothing_behind(monkeypatch: pytest.Mo
 
     monkeypatch.setattr(Trainer, "_reward", fails)
     with pytest.raises(KeyboardInterrupt):
-        trainer.trajectory(0)
+        trainer.episode(0)
     assert env.llm.weights_fingerprint() == before[0]
 
 
-def test_windows_step_more_often_than_trajectories() -> None:
+def test_windows_step_more_often_than_episodes() -> None:
     env = make(SELECTION, num_edits=None)
     for window, steps in ((0, 1), (2, 2), (3, 2), (1, 4)):
         agent = spec_agent("all-layers+hypernetwork").build(env.llm)
         trainer = Trainer(env, agent, env.requests, replace(SHORT, window=window))
-        assert trainer.trajectory(0)["updates"] == steps
+        assert trainer.episode(0)["updates"] == steps
 
 
 def files(folder: Path) -> dict[str, bytes]:
@@ -297,17 +297,17 @@ def test_a_resumed_run_equals_an_uninterrupted_one(
     settings = replace(SHORT, episodes=3)
     whole, parted = tmp_path / "whole", tmp_path / "parted"
     train(run, settings, whole, progress=False)
-    own = Trainer.trajectory
+    own = Trainer.episode
 
     def stopped(self: Trainer, number: int, on_fact: Any = None) -> Any:
         if number == 2:
             raise KeyboardInterrupt
         return own(self, number, on_fact)
 
-    monkeypatch.setattr(Trainer, "trajectory", stopped)
+    monkeypatch.setattr(Trainer, "episode", stopped)
     with pytest.raises(KeyboardInterrupt):
         train(run, settings, parted, progress=False)
-    monkeypatch.setattr(Trainer, "trajectory", own)
+    monkeypatch.setattr(Trainer, "episode", own)
     assert [f.name for f in parted.glob("checkpoint-*")] == ["checkpoint-000002"]
     with pytest.raises(ResultsExistError, match="--resume"):
         train(run, settings, parted, progress=False)

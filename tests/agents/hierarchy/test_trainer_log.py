@@ -52,7 +52,7 @@ def test_the_reward_of_an_unjudged_fact_is_minus_what_its_option_left_behind(
         seen.append(0.0)
         shown.append(tally.rewards[-1])
 
-    row = trainer.trajectory(0, fact)
+    row = trainer.episode(0, fact)
     assert len(shown) == 3
     assert all(reward < 0 for reward in shown)
     assert shown == pytest.approx(wanted)
@@ -66,23 +66,23 @@ def test_a_policy_router_shows_what_the_environment_pays() -> None:
     env = make(SELECTION, num_edits=None, max_steps_per_edit=1)
     built = spec_agent("policy+hypernetwork").build(env.llm)
     trainer = Trainer(env, built, env.requests, SHORT)
-    paid: list[float] = []
+    gained: list[float] = []
     own = trainer._run
 
     def run(*arguments: Any) -> Any:
         outcome = own(*arguments)
-        paid.append(outcome.reward)
+        gained.append(outcome.reward)
         return outcome
 
     trainer._run = run  # type: ignore[method-assign]
-    assert trainer.trajectory(0)["reward"] == pytest.approx(sum(paid) / 3)
-    assert any(paid)
+    assert trainer.episode(0)["reward"] == pytest.approx(sum(gained) / 3)
+    assert any(gained)
 
 
 def test_a_wrecked_episode_is_paid_for_its_end() -> None:
     env = make(SELECTION, num_edits=None)
     built = spec_agent("all-layers+hypernetwork").with_low_settings(step_size=1e36)
-    row = Trainer(env, built.build(env.llm), env.requests, SHORT).trajectory(0)
+    row = Trainer(env, built.build(env.llm), env.requests, SHORT).episode(0)
     assert row["reward"] == -env.weights_of_terms["collapse"] < 0
     assert row["loss"] == 0
 
@@ -143,7 +143,7 @@ class Writer:
         self.closed = True
 
 
-def test_tensorboard_gets_every_number_of_the_log_at_its_trajectory(
+def test_tensorboard_gets_every_number_of_the_log_at_its_episode(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     module = ModuleType("torch.utils.tensorboard")
@@ -151,7 +151,7 @@ def test_tensorboard_gets_every_number_of_the_log_at_its_trajectory(
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", module)
     Writer.made = []
     out = tmp_path / "out"
-    own = Trainer.trajectory
+    own = Trainer.episode
     rows: list[dict[str, float]] = []
 
     def stopped(self: Trainer, number: int, on_fact: Any = None) -> Any:
@@ -160,7 +160,7 @@ def test_tensorboard_gets_every_number_of_the_log_at_its_trajectory(
         rows.append(own(self, number, on_fact))
         return rows[-1]
 
-    monkeypatch.setattr(Trainer, "trajectory", stopped)
+    monkeypatch.setattr(Trainer, "episode", stopped)
     settings = replace(SHORT, episodes=4)
     with pytest.raises(KeyboardInterrupt):
         train(RUN, settings, out, progress=False)

@@ -126,7 +126,7 @@ def test_what_is_not_finite_is_not_saved(value: float, tmp_path: Path) -> None:
 def test_a_run_that_diverges_keeps_its_last_good_checkpoint(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    own = Trainer.trajectory
+    own = Trainer.episode
 
     def broken(self: Trainer, number: int, on_fact: Any = None) -> Any:
         row = own(self, number, on_fact)
@@ -135,7 +135,7 @@ def test_a_run_that_diverges_keeps_its_last_good_checkpoint(
                 self.high.bias[0] = torch.nan  # type: ignore[attr-defined]
         return row
 
-    monkeypatch.setattr(Trainer, "trajectory", broken)
+    monkeypatch.setattr(Trainer, "episode", broken)
     with pytest.raises(CheckpointError, match="'bias' of the high level"):
         train(RUN, QUICK, tmp_path / "out", progress=False)
     assert [f.name for f in (tmp_path / "out").glob("checkpoint-*")] == ["checkpoint-000001"]
@@ -152,7 +152,7 @@ def test_a_finished_run_is_not_trained_again(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     before = {file.name: file.read_bytes() for file in trained.iterdir() if file.is_file()}
-    monkeypatch.setattr(Trainer, "trajectory", lambda *_: 1 / 0)
+    monkeypatch.setattr(Trainer, "episode", lambda *_: 1 / 0)
     found = train(RUN, QUICK, trained, resume=True, progress=False)
     assert found == json.loads((trained / "evaluation.json").read_text())
     assert "is finished already; nothing is trained" in capsys.readouterr().err
@@ -180,7 +180,7 @@ def test_the_documented_command_can_be_given_twice(
     assert "finished" in printed[1].err
 
 
-def test_fewer_trajectories_than_there_are_is_refused(
+def test_fewer_episodes_than_there_are_is_refused(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     out = tmp_path / "out"

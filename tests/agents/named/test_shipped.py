@@ -46,7 +46,7 @@ def test_it_is_small_and_says_where_it_comes_from(folder: Path) -> None:
     facts = "planted-facts" if run["model"] == "planted" else "world-facts"
     assert (run["dataset"], run["exclude"]) == (f"{facts}-train", f"{facts}-test")
     assert "/" not in run["agent"]
-    # All of them but the few that no trajectory drew or that were held out.
+    # All of them but the few that no episode drew or that were held out.
     seen, others = (fact_hashes(load_requests(f"{facts}-{half}")) for half in ("train", "test"))
     assert trained_facts(record) <= seen
     assert len(trained_facts(record)) > 0.6 * len(seen)
@@ -60,16 +60,16 @@ def test_the_planted_one_finds_the_true_layer_of_facts_it_was_not_trained_on() -
     agent = make_agent("hiedit")
     agent.reset(env, seed=0)
     observation, info = env.reset(seed=3)
-    paid, right = [], []
+    gained, right = [], []
     terminated = False
     while not terminated:
         action = agent.select_action(observation, info)
         right.append(np.array_equal(action, true_of(env)))
         observation, reward, terminated, _, info = env.step(action)
-        paid.append(float(reward))
-    # Writing nothing is paid about -5 a fact, and the best episode a little more than 0.
+        gained.append(float(reward))
+    # Writing nothing is gained about -5 a fact, and the best episode a little more than 0.
     assert np.mean(right) >= 0.9
-    assert np.mean(paid) > -0.3
+    assert np.mean(gained) > -0.3
 
 
 def true_of(env: gym.Env[Any, Any]) -> NDArray[np.int8]:

@@ -105,9 +105,9 @@ def test_tianshou_steps_environments_as_gymnasium_does() -> None:
     actions = np.eye(3, dtype=np.int8)
     for _ in range(3):
         after, rewards, ended, cut, infos = vector_env.step(actions)
-        expected, paid, *_ = plain.step(actions)
+        expected, gained, *_ = plain.step(actions)
         assert after.tolist() == expected.tolist()
-        assert rewards.tolist() == paid.tolist()
+        assert rewards.tolist() == gained.tolist()
         assert [info["env_id"] for info in infos] == [0, 1, 2]
     assert not ended.any()
     *_, ended, cut, _ = vector_env.step(actions)

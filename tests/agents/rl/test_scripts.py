@@ -15,7 +15,7 @@ SCRIPTS: dict[str, tuple[str, str] | None] = {
     "ppo": None,
     "train_rllib": ("ray", "rllib"),
     "train_sb3": ("stable_baselines3", "sb3"),
-    "train_sb3_contrib": ("sb3_contrib", "sb3"),
+    "train_sb3_contrib": ("sb3_contrib", "sb3-contrib"),
     "train_skrl": ("skrl", "skrl"),
     "train_tianshou": ("tianshou", "tianshou"),
     "train_torchrl": ("torchrl", "torchrl"),

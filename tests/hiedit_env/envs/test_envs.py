@@ -84,7 +84,7 @@ def test_spaces(name: str) -> None:
 # Equal seeds
 
 
-def trajectory(env: Any, seed: int) -> list[tuple[Any, ...]]:
+def played(env: Any, seed: int) -> list[tuple[Any, ...]]:
     return [shown(env.reset(seed=seed)), *roll(env, actions(env, 4, seed))]
 
 
@@ -92,15 +92,15 @@ def trajectory(env: Any, seed: int) -> list[tuple[Any, ...]]:
 def test_a_seed_decides_everything(name: str) -> None:
     settings: dict[str, Any] = {"high_level": "random-layers"} if name == STEP_SIZE else {}
     env = make(name, max_steps_per_edit=2, **settings)
-    first = trajectory(env, 7)
-    assert first == trajectory(env, 7)
-    other = trajectory(env, 8)
+    first = played(env, 7)
+    assert first == played(env, 7)
+    other = played(env, 8)
     assert first[0] != other[0]
     env.reset()
     env.reset(seed=9)
     env.step(env.action_space.sample())
-    assert first == trajectory(env, 7)
-    assert first == trajectory(make(name, max_steps_per_edit=2, **settings), 7)
+    assert first == played(env, 7)
+    assert first == played(make(name, max_steps_per_edit=2, **settings), 7)
 
 
 def test_without_a_seed_the_generator_goes_on() -> None:
@@ -132,24 +132,24 @@ SETTINGS: dict[str, dict[str, Any]] = {
 @pytest.mark.parametrize("name", IDS)
 def test_pickled_environments_are_equal(name: str) -> None:
     env = make(name, max_steps_per_edit=2, **SETTINGS[name])
-    expected = trajectory(env, 1)
+    expected = played(env, 1)
     copy = pickle.loads(pickle.dumps(env))
     assert type(copy) is type(env)
-    assert trajectory(copy, 1) == expected
+    assert played(copy, 1) == expected
     copy = pickle.loads(
         pickle.dumps(gym.make(name, num_edits=3, update_rule="outer-product", step_size=SMALL))
     )
-    assert trajectory(copy, 1) == trajectory(make(name), 1)
+    assert played(copy, 1) == played(make(name), 1)
 
 
 @pytest.mark.parametrize("name", IDS)
 def test_a_spec_goes_through_json_and_pickle(name: str) -> None:
     env = gym.make(name, num_edits=3, step_size=SMALL, max_steps_per_edit=2, **SETTINGS[name])
     assert env.spec is not None
-    expected = trajectory(env, 1)
+    expected = played(env, 1)
     for spec in (EnvSpec.from_json(env.spec.to_json()), pickle.loads(pickle.dumps(env.spec))):
         assert spec == env.spec
-        assert trajectory(gym.make(spec), 1) == expected
+        assert played(gym.make(spec), 1) == expected
 
 
 # Results

@@ -115,7 +115,7 @@ def test_two_steps_by_hand(tmp_path: Path) -> None:
     env.reset(seed=0, options={"requests": [Request("w5", "w9", "w5")]})
     by_hand, name = OneToken(weights, 5), "model.layers.0.mlp.down_proj"
     down = weights[f"{name}.weight"]
-    paid = 0.0
+    gained = 0.0
     for decades in (0.0, 0.5):
         loss, gradient = by_hand.loss_and_gradient(down, 9)
         capture = env.capture
@@ -128,10 +128,10 @@ def test_two_steps_by_hand(tmp_path: Path) -> None:
         np.testing.assert_allclose(weight.numpy(), down, atol=1e-5)
         # No paraphrases, no unrelated prompts, no memory: only the loss, and no layer left alone.
         level = -by_hand.loss_and_gradient(down, 9)[0]
-        assert reward == pytest.approx(level - paid, rel=1e-4)
+        assert reward == pytest.approx(level - gained, rel=1e-4)
         terms = info["reward_terms"]
         assert (terms["locality"], terms["sparsity"], terms["recent_retention"]) == (0, 0, 0)
-        paid = level
+        gained = level
 
 
 # The way back

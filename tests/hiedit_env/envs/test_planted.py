@@ -54,12 +54,12 @@ def test_the_oracle_says_what_every_option_is_paid(arguments: dict[str, Any]) ->
         env.step(np.array([0, 1, 0, 0, 1, 0], np.int8))
     oracle = env.oracle()
     state = env.save_state()
-    paid = {}
+    gained = {}
     for option in product((0, 1), repeat=6):
-        paid[option] = env.step(np.array(option, np.int8))[1]
+        gained[option] = env.step(np.array(option, np.int8))[1]
         env.restore_state(state)
-        assert oracle.reward_of(np.array(option)) == pytest.approx(paid[option], abs=1e-4)
-    assert oracle.reward == pytest.approx(max(paid.values()), abs=1e-4)
+        assert oracle.reward_of(np.array(option)) == pytest.approx(gained[option], abs=1e-4)
+    assert oracle.reward == pytest.approx(max(gained.values()), abs=1e-4)
     assert oracle.reward_of(oracle.layers) == oracle.reward
 
 
@@ -72,11 +72,11 @@ def test_the_oracle_is_exact_with_a_low_level_that_runs_the_model_itself() -> No
     oracle, state = env.oracle(), env.save_state()
     several = 0
     for option in product((0, 1), repeat=3):
-        _, paid, _, _, info = env.step(np.array(option, np.int8))
+        _, gained, _, _, info = env.step(np.array(option, np.int8))
         env.restore_state(state)
         # What is rehearsed at a later step depends on what the steps before have written.
         several += info["edit_steps"] > 1
-        assert oracle.reward_of(np.array(option)) == pytest.approx(paid, abs=1e-5)
+        assert oracle.reward_of(np.array(option)) == pytest.approx(gained, abs=1e-5)
     assert several >= 4
 
 
@@ -106,9 +106,9 @@ def test_asking_leaves_no_trace() -> None:
         runs.append(env.step(np.array([0, 1, 1, 0, 0, 0], np.int8)))
         if asked:
             assert env.oracle() is not first
-    (seen, paid, _, _, told), (seen_asked, paid_asked, _, _, told_asked) = runs
+    (seen, gained, _, _, told), (seen_asked, gained_asked, _, _, told_asked) = runs
     assert np.array_equal(seen, seen_asked)
-    assert paid == paid_asked
+    assert gained == gained_asked
     assert told["weights_fingerprint"] == told_asked["weights_fingerprint"]
 
 
@@ -278,7 +278,7 @@ def test_compare_reports_regret_and_the_true_layer(tmp_path: Path) -> None:
         name: json.loads((tmp_path / "out" / "runs" / f"{name}-seed0.json").read_text())["edits"]
         for name in found
     }
-    paid = {name: np.mean([edit["reward"] for edit in rows]) for name, rows in edits.items()}
+    gained = {name: np.mean([edit["reward"] for edit in rows]) for name, rows in edits.items()}
     assert found["oracle"]["true_layer_best_share"] == 100.0
     for name, metrics in found.items():
-        assert metrics["regret"] == pytest.approx(paid["oracle"] - paid[name], abs=1e-6)
+        assert metrics["regret"] == pytest.approx(gained["oracle"] - gained[name], abs=1e-6)

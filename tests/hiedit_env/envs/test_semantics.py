@@ -1,4 +1,4 @@
-"""What a step means and what it is paid, against a plain model and against other ways to go."""
+"""What a step does and which reward it gives, against a plain model and against other ways to go."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def test_the_reward_is_the_sum_of_its_terms(name: str, kind: str, intrinsic: boo
         rewards.append(reward)
         if ended:
             break
-    # Bookkeeping agrees, and something was paid.
+    # Bookkeeping agrees, and something was gained.
     assert sum(record.reward for record in env.history.records) == pytest.approx(sum(rewards))
     assert any(rewards)
 
@@ -78,11 +78,11 @@ def test_a_fact_is_paid_its_final_levels(reference: str) -> None:
     )
     env.reset(seed=0)
     requests, before = requests_of(env), PlainModel()
-    paid, written, steps = dict.fromkeys(weights, 0.0), np.zeros(L, bool), []
+    gained, written, steps = dict.fromkeys(weights, 0.0), np.zeros(L, bool), []
     for action in actions(env, 12, 1):
         _, _, ended, _, info = env.step(action)
         for term in weights:
-            paid[term] += info["reward_terms"][term]
+            gained[term] += info["reward_terms"][term]
         written |= info["layers"].astype(bool)
         if not info["edit_over"]:
             continue
@@ -93,7 +93,7 @@ def test_a_fact_is_paid_its_final_levels(reference: str) -> None:
         levels["sparsity"] = 1 - written.sum() / L
         for term, weight in weights.items():
             wanted = pytest.approx(weight * levels[term], rel=1e-4, abs=1e-5)
-            assert paid[term] == wanted, (i, term)
+            assert gained[term] == wanted, (i, term)
         shares = plain_levels(before, now, requests[i], remembered, "token_accuracy", decay=0.8)
         assert info["metrics"]["efficacy"] == now.accuracy(requests[i].prompt, requests[i].answer)
         assert info["metrics"]["argmax_match"] == pytest.approx(shares["locality"])
@@ -103,7 +103,7 @@ def test_a_fact_is_paid_its_final_levels(reference: str) -> None:
         steps.append(info["edit_steps"])
         if reference == "previous":
             before = now
-        paid, written = dict.fromkeys(weights, 0.0), np.zeros(L, bool)
+        gained, written = dict.fromkeys(weights, 0.0), np.zeros(L, bool)
         if ended:
             break
     assert len(steps) == 4

@@ -19,7 +19,7 @@ from hiedit_env.testing import (
     assert_only_layers_changed,
     assert_restores_bit_exact,
     assert_reward_terms_sum,
-    assert_same_trajectory,
+    assert_same_episode,
     make_tiny,
     tiny_requests,
 )
@@ -52,7 +52,7 @@ def test_good_environments_pass(name: str) -> None:
     assert_restores_bit_exact(env, [action] * 3)
     assert_reward_terms_sum(assert_only_layers_changed(env, action))
     assert_no_hooks_left(env)
-    assert_same_trajectory(lambda: make_tiny(name), 1, [action] * 2)
+    assert_same_episode(lambda: make_tiny(name), 1, [action] * 2)
 
 
 def test_wrapped_environments_pass() -> None:
@@ -62,7 +62,7 @@ def test_wrapped_environments_pass() -> None:
     assert_restores_bit_exact(env, [flat])
     step = assert_only_layers_changed(env, flat)
     assert step[4]["layers"].tolist() == [1, 0] * 3
-    assert_same_trajectory(lambda: FlattenAction(make_tiny(LIFELONG)), 1, [flat])
+    assert_same_episode(lambda: FlattenAction(make_tiny(LIFELONG)), 1, [flat])
     assert_no_hooks_left(env)
 
 
@@ -231,19 +231,19 @@ def test_chance_without_a_seed_is_found() -> None:
             return result
 
     with pytest.raises(AssertionError, match=r"is not the same in a second environment: "):
-        assert_same_trajectory(lambda: Unseeded(num_edits=50), 0, [MASK] * 50)
+        assert_same_episode(lambda: Unseeded(num_edits=50), 0, [MASK] * 50)
 
 
 def test_what_a_reset_leaves_behind_is_found() -> None:
     words = r"step 0 is not the same in the same environment: info\['metrics'\].* 1\.0 and 3\.0"
     with pytest.raises(AssertionError, match=words):
-        assert_same_trajectory(Counts, 0, [MASK] * 2)
+        assert_same_episode(Counts, 0, [MASK] * 2)
 
 
 def test_an_environment_that_differs_at_reset_is_found() -> None:
     made = iter((make_tiny(TOY, noise=0.1), make_tiny(TOY, noise=0.2)))
     with pytest.raises(AssertionError, match=r"reset is not the same.*observation\[0\] is"):
-        assert_same_trajectory(lambda: next(made), 0, [MASK])
+        assert_same_episode(lambda: next(made), 0, [MASK])
 
 
 HOOKS: list[tuple[str, Callable[[Any], Any]]] = [
@@ -278,7 +278,7 @@ def test_no_actions_and_foreign_environments_are_refused() -> None:
     with pytest.raises(SettingsError, match="at least one action"):
         assert_restores_bit_exact(env, [])
     with pytest.raises(SettingsError, match="at least one action"):
-        assert_same_trajectory(lambda: env, 0, iter([]))
+        assert_same_episode(lambda: env, 0, iter([]))
     foreign = gym.make("CartPole-v1")
     foreign.reset(seed=0)
     with pytest.raises(SettingsError, match=r"not an environment of hiedit.*CartPole"):

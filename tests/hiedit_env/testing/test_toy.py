@@ -25,7 +25,7 @@ from hiedit_env.testing import (
     assert_only_layers_changed,
     assert_restores_bit_exact,
     assert_reward_terms_sum,
-    assert_same_trajectory,
+    assert_same_episode,
     make_tiny,
 )
 from hiedit_env.testing.toy import POLICIES
@@ -151,7 +151,7 @@ def test_state_seed_spec_and_fingerprint() -> None:
     env.step(env.best_action())
     actions = [env.best_action(), np.ones(6, np.int8), np.zeros(6, np.int8)]
     assert_restores_bit_exact(env, actions)
-    assert_same_trajectory(lambda: make(num_edits=2), 0, actions)
+    assert_same_episode(lambda: make(num_edits=2), 0, actions)
     state = env.save_state()
     following = env.reset()[0].tobytes()
     env.restore_state(state)

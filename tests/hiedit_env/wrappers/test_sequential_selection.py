@@ -15,7 +15,7 @@ from hiedit_env.testing import (
     assert_only_layers_changed,
     assert_restores_bit_exact,
     assert_reward_terms_sum,
-    assert_same_trajectory,
+    assert_same_episode,
     make_tiny,
 )
 from hiedit_env.wrappers import FixedStepSize, SequentialSelection
@@ -215,7 +215,7 @@ def test_picks_are_part_of_the_state(name: str) -> None:
         ended = env.step(env.stop)[2]
     env.restore_state(state)
     assert env.step(env.stop)[4]["layers"].tolist() == [0, 0, 0, 0, 1, 0]
-    assert_same_trajectory(
+    assert_same_episode(
         lambda: SequentialSelection(make_tiny(name)), 3, [1, 2, env.stop, 0, env.stop]
     )
 
