@@ -1,4 +1,4 @@
-"""What all RL libraries share: how an environment is wrapped, what is kept on disk, how it plays.
+"""Common parts of all RL libraries: wrapped environments, records on disk, agents that play.
 
 A training script of a library (:mod:`hiedit_agents.rl.train_sb3` is the shortest) does three things
 with it:

@@ -1,4 +1,4 @@
-"""What the scripts of the built-in models share: facts of an invented world, text, tokens, files.
+"""Common parts of the scripts of built-in models: invented facts, text, tokens, files.
 
 A world is a list of relations. Every relation has subjects and a pool of answers, every subject one
 answer. Answers are drawn by hash, so that no library version can change them.

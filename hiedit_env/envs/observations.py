@@ -66,9 +66,9 @@ class Observer:
     ====== ==============================================================================
 
     At the end: loss of the fact over 10, token accuracy, 1 if answered, share of the primitive
-    steps of this fact already used, share of the stream already done. A loss above 10 nats per token
-    reads as 10, and where one step is a whole option, the share of steps used is always 0. Other
-    features would be other inputs to trained agents, so both stay.
+    steps of this fact already used, share of the stream already done. A loss above 10 nats per
+    token reads as 10, and where one step is a whole option, the share of steps used is always 0.
+    Other features would be other inputs to trained agents, so both stay.
 
     Args:
         llm: The model whose layers are observed.

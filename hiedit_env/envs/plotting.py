@@ -1,4 +1,4 @@
-"""What every picture of hiedit shares: colours, layer names, running means, heatmaps of layers.
+"""The style of every picture of hiedit: colours, layer names, running means, heatmaps of layers.
 
 The functions draw on any matplotlib axes. matplotlib is an optional library: it is imported when
 something is drawn, and pyplot never, since it keeps global state and may open windows.

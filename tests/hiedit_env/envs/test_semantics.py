@@ -1,4 +1,4 @@
-"""What a step does and which reward it gives, against a plain model and against other ways to go."""
+"""What a step does and which reward it gives, against a plain model and other ways to go."""
 
 from __future__ import annotations
 
