@@ -22,13 +22,14 @@ read. Four details are settled here:
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import TYPE_CHECKING, cast
 
 from hiedit_env.datasets.requests import Request
 from hiedit_env.datasets.writing import MAX_CHARACTERS, space_between
 from hiedit_env.errors import ModelError, PromptError, SettingsError
+from hiedit_env.model.asking import chat_text, subject_spans
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -50,6 +51,10 @@ class EncodedPrompt:
         prompt_ids: What the model sees before it answers: the special tokens the tokenizer puts
             in front of a text, if any, then the prompt. At least one.
         answer_ids: The tokens to predict, in order. At least one.
+        subject_spans: Positions in ``prompt_ids`` of the subject's mentions, each as its first
+            position and the one after its last. Empty if no subject was named.
+        subject_missing: Whether a subject was named that is not in the prompt; then the only span
+            is the prompt's last token.
 
     Raises:
         PromptError: if ``prompt_ids`` or ``answer_ids`` is empty.
@@ -65,6 +70,8 @@ class EncodedPrompt:
     answer: str
     prompt_ids: tuple[int, ...]
     answer_ids: tuple[int, ...]
+    subject_spans: tuple[tuple[int, int], ...] = ()
+    subject_missing: bool = False
 
     def __post_init__(self) -> None:
         if not self.prompt_ids:
@@ -143,6 +150,38 @@ class PromptEncoder:
         """
         return self._remembered(_checked(prompt, "prompt"), _checked(answer, "answer").lstrip())
 
+    def encode_chat(self, prompt: str, answer: str, system: str | None = None) -> EncodedPrompt:
+        """Encode a prompt as the user's message in the tokenizer's chat template.
+
+        The ``prompt_ids`` are those of ``apply_chat_template(..., add_generation_prompt=True)``,
+        whatever the tokenizer puts in front of other texts; the answer follows as in
+        :meth:`encode`. The encoded prompt's ``prompt`` is the text the template writes.
+
+        Args:
+            prompt: The user's message.
+            answer: The assistant's answer.
+            system: The system message; ``None`` leaves it to the template.
+
+        Raises:
+            PromptError: as in :meth:`encode`, or if the tokenizer has no chat template.
+        """
+        text = chat_text(self.tokenizer, _checked(prompt, "prompt"), system)
+        return self._remembered(text, _checked(answer, "answer").lstrip(), True)
+
+    def with_subject(self, encoded: EncodedPrompt, prompt: str, subject: str) -> EncodedPrompt:
+        """Add where the subject stands; see :class:`EncodedPrompt` for a prompt without it.
+
+        Args:
+            encoded: The prompt as encoded in either form.
+            prompt: The prompt as the request has it, without a template around it.
+            subject: The request's subject.
+        """
+        spans = subject_spans(self.tokenizer, encoded.prompt, encoded.prompt_ids, prompt, subject)
+        last = len(encoded.prompt_ids)
+        return replace(
+            encoded, subject_spans=spans or ((last - 1, last),), subject_missing=not spans
+        )
+
     def encode_prompt(self, prompt: str) -> tuple[int, ...]:
         """Encode a prompt for free generation: the ``prompt_ids`` of every ``encode(prompt, ...)``.
 
@@ -173,11 +212,14 @@ class PromptEncoder:
         count = len(self._leading)
         return len(own_ids) > count > 0 and own_ids[:count] == self._leading
 
-    def _encode(self, prompt: str, answer: str) -> EncodedPrompt:
-        prompt_ids = self._remembered_prompt(prompt)
+    def _encode(self, prompt: str, answer: str, in_template: bool = False) -> EncodedPrompt:
+        # A template writes all special tokens itself.
+        own = _plain_ids(self.tokenizer, prompt) if in_template else ()
+        prompt_ids = own or self._remembered_prompt(prompt)
         space = "" if prompt_ids[-1] in self._markers else space_between(prompt, answer)
         joined_ids = _plain_ids(self.tokenizer, f"{prompt}{space}{answer}")
-        own_ids = prompt_ids if self._begins(joined_ids) else prompt_ids[len(self._leading) :]
+        whole = in_template or self._begins(joined_ids)
+        own_ids = prompt_ids if whole else prompt_ids[len(self._leading) :]
         if joined_ids[: len(own_ids)] == own_ids:
             answer_ids = joined_ids[len(own_ids) :]
         else:

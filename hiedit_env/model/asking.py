@@ -1,0 +1,155 @@
+"""How a prompt is asked (plain or in chat), and where its subject stands among the tokens."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Literal, cast
+
+from jinja2 import TemplateError
+
+from hiedit_env.errors import PromptError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+PromptForm = Literal["plain", "chat", "both"]
+"""A prompt as it is, in the tokenizer's chat template, or both."""
+
+Span = tuple[int, int]
+"""First position and the position after the last, both from 0."""
+
+
+def chat_text(tokenizer: PreTrainedTokenizerBase, prompt: str, system: str | None = None) -> str:
+    """Write a prompt as the user's message, up to where the assistant's answer begins.
+
+    Args:
+        tokenizer: A tokenizer with a chat template.
+        prompt: The user's message.
+        system: The system message. ``None`` gives none, so the template writes its own default
+            if it has one; an empty text replaces that default by an empty message.
+
+    Raises:
+        PromptError: if the tokenizer has no chat template, or the template refuses the messages
+            (some know no system message).
+    """
+    if not getattr(tokenizer, "chat_template", None):
+        raise PromptError(
+            "the chat form needs a chat template and this tokenizer has none; ask in the plain "
+            "form (prompt_form='plain') or use an instruct model"
+        )
+    messages = [] if system is None else [{"role": "system", "content": system}]
+    messages.append({"role": "user", "content": prompt})
+    try:
+        text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    except TemplateError as error:
+        first = (str(error).splitlines() or [type(error).__name__])[0]
+        raise PromptError(
+            f"the chat template refuses this message ({first}); leave out the system message or "
+            "ask in the plain form"
+        ) from error
+    return cast(str, text)
+
+
+def mentions(text: str, subject: str) -> tuple[Span, ...]:
+    """Find every mention of a subject in a text, as spans of characters.
+
+    The first of these that finds one is used: whole words in the same case, whole words in any
+    case, anywhere in the same case, anywhere in any case. The last two serve languages that put
+    no spaces between words, and word endings.
+
+    >>> mentions("Al met Albert; al left", "Al")
+    ((0, 2),)
+    >>> mentions("東京の首都", "東京")
+    ((0, 2),)
+    """
+    wanted = re.escape(subject.strip())
+    if not wanted:
+        return ()
+    for pattern in (rf"(?<!\w){wanted}(?!\w)", wanted):
+        for flags in (re.NOFLAG, re.IGNORECASE):
+            found = tuple(match.span() for match in re.finditer(pattern, text, flags))
+            if found:
+                return found
+    return ()
+
+
+def token_spans(
+    tokenizer: PreTrainedTokenizerBase, text: str, ids: Sequence[int], spans: Sequence[Span]
+) -> tuple[Span, ...]:
+    """Turn spans of characters into spans of the tokens that hold any of these characters.
+
+    Args:
+        tokenizer: Fast tokenizers say themselves where a token stands; for others, the text is
+            followed by decoding one more token at a time.
+        text: The text.
+        ids: Its tokens, perhaps behind special tokens put in front.
+        spans: Spans of characters in ``text``.
+
+    Returns:
+        One span of positions in ``ids`` per span of characters; left out where the tokens of the
+        text cannot be followed that far.
+    """
+    places = _fast_places(tokenizer, text, ids) if tokenizer.is_fast else None
+    if places is None:
+        places = _decoded_places(tokenizer, text, ids)
+    found = []
+    for start, end in spans:
+        inside = [i for i, (a, b) in enumerate(places) if a < end and b > start and a < b]
+        if inside:
+            found.append((inside[0], inside[-1] + 1))
+    return tuple(found)
+
+
+def subject_spans(
+    tokenizer: PreTrainedTokenizerBase, text: str, ids: Sequence[int], prompt: str, subject: str
+) -> tuple[Span, ...]:
+    """Find the tokens of every mention of the subject in the prompt; empty if there is none.
+
+    Only the prompt's own part of ``text`` counts, since a template's system message may happen to
+    name the subject as well.
+
+    Args:
+        tokenizer: The tokenizer that made ``ids``.
+        text: The prompt as it is asked, so with the chat template in the chat form.
+        ids: Its tokens.
+        prompt: The prompt itself.
+        subject: The subject as the request has it.
+    """
+    asked = prompt.strip()
+    start = text.rfind(asked)
+    if start < 0:
+        start, asked = 0, text
+    spans = [(start + a, start + b) for a, b in mentions(asked, subject)]
+    return token_spans(tokenizer, text, ids, spans)
+
+
+def _fast_places(
+    tokenizer: PreTrainedTokenizerBase, text: str, ids: Sequence[int]
+) -> list[Span] | None:
+    encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
+    front = len(ids) - len(encoded["input_ids"])
+    if front < 0 or list(ids[front:]) != list(encoded["input_ids"]):
+        return None
+    return [(0, 0)] * front + [(int(a), int(b)) for a, b in encoded["offset_mapping"]]
+
+
+def _decoded_places(
+    tokenizer: PreTrainedTokenizerBase, text: str, ids: Sequence[int]
+) -> list[Span]:
+    own = list(tokenizer.encode(text, add_special_tokens=False, verbose=False))
+    front = max(len(ids) - len(own), 0)
+    places, before = [(0, 0)] * front, 0
+    for count in range(1, len(ids) - front + 1):
+        read = tokenizer.decode(
+            list(ids[front : front + count]),
+            skip_special_tokens=False,
+            clean_up_tokenization_spaces=False,
+        )
+        end = before
+        while end < min(len(read), len(text)) and read[end] == text[end]:
+            end += 1
+        # A token that is a part of a character belongs to this character.
+        places.append((before, max(end, before + 1)))
+        before = end
+    return places

@@ -1,0 +1,119 @@
+"""Chat form against ``apply_chat_template``; subject positions written down by hand."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from transformers import AutoTokenizer, ByT5Tokenizer
+from transformers import PreTrainedTokenizerBase as Base
+
+from hiedit_env.errors import PromptError
+from hiedit_env.model.asking import mentions
+from hiedit_env.model.tokenization import PromptEncoder
+from tests.hiedit_env.model.test_tokenization import byte_level, sentencepiece
+
+TEMPLATE = (
+    "{% if messages[0].role != 'system' %}Lyon\n{% endif %}"
+    "{% for m in messages %}{{ m.role }}:{{ m.content }}\n{% endfor %}"
+    "{% if add_generation_prompt %}bot:\n{% endif %}"
+)
+SPANS = tuple[tuple[int, int], ...]
+
+
+def encoder_of(tokenizer: Base) -> PromptEncoder:
+    tokenizer.chat_template = TEMPLATE
+    return PromptEncoder(tokenizer, max_length=None)
+
+
+def real_tokenizer() -> Base:
+    folders = sorted((Path.home() / ".cache" / "hiedit").glob("*/chat_template.jinja"))
+    if not folders:
+        pytest.skip("no real model in the cache")
+    loaded: Base = AutoTokenizer.from_pretrained(folders[0].parent)
+    return loaded
+
+
+@pytest.mark.parametrize("kind", ["byte", "sentencepiece", "real"])
+@pytest.mark.parametrize("system", [None, "", "Be short."])
+def test_chat_ids_are_those_of_the_template(kind: str, system: str | None) -> None:
+    if kind == "real":
+        encoder = PromptEncoder(real_tokenizer(), max_length=None)
+    else:
+        encoder = encoder_of(byte_level() if kind == "byte" else sentencepiece("first"))
+    chat = [] if system is None else [{"role": "system", "content": system}]
+    chat.append({"role": "user", "content": "Is it Lyon?"})
+    wanted = encoder.tokenizer.apply_chat_template(
+        chat, add_generation_prompt=True, tokenize=True, return_dict=True
+    )["input_ids"]
+    encoded = encoder.encode_chat("Is it Lyon?", "Lyon", system)
+    assert list(encoded.prompt_ids) == list(wanted)
+    whole = encoder.tokenizer.decode(list(encoded.prompt_ids + encoded.answer_ids))
+    assert whole.endswith("\nLyon")
+
+
+def test_chat_without_a_template_is_refused_in_one_line() -> None:
+    with pytest.raises(PromptError, match="prompt_form='plain'") as caught:
+        PromptEncoder(byte_level(), max_length=None).encode_chat("It is", "Lyon")
+    assert "\n" not in str(caught.value)
+
+
+def test_a_template_that_refuses_the_system_message_is_one_line() -> None:
+    tokenizer = byte_level()
+    tokenizer.chat_template = "{{ raise_exception('no system message here\\nsorry') }}"
+    with pytest.raises(PromptError, match="no system message here") as caught:
+        PromptEncoder(tokenizer, max_length=None).encode_chat("It is", "Lyon", "Be short.")
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("prompt", "subject", "spans"),
+    [
+        ("It is Lyon", "Lyon", ((3, 4),)),  # I t " is" " Lyon"
+        ("It is Lyons", "Lyons", ((3, 5),)),  # ... " Lyon" s
+        ("Lyon is Lyon", "Lyon", ((0, 3), (4, 5))),  # L y on " is" " Lyon"
+        ("It is Lyon", "lyon", ((3, 4),)),
+        ("東京は", "京", ((3, 6),)),  # three bytes each
+    ],
+)
+def test_subject_in_byte_level_tokens(prompt: str, subject: str, spans: SPANS) -> None:
+    encoder = PromptEncoder(byte_level(), max_length=None)
+    found = encoder.with_subject(encoder.encode(prompt, "on"), prompt, subject)
+    assert (found.subject_spans, found.subject_missing) == (spans, False)
+
+
+@pytest.mark.parametrize("kind", ["always", "first", "normalizer"])
+def test_subject_in_sentencepiece_tokens(kind: str) -> None:
+    encoder = PromptEncoder(sentencepiece(kind), max_length=None)
+    # <s> ▁It ▁is ▁Lyon
+    found = encoder.with_subject(encoder.encode("It is Lyon", "on"), "It is Lyon", "Lyon")
+    assert found.subject_spans == ((3, 4),)
+
+
+def test_the_system_message_does_not_count() -> None:
+    encoder = encoder_of(byte_level())
+    found = encoder.with_subject(encoder.encode_chat("It is Lyon", "on"), "It is Lyon", "Lyon")
+    # "Lyon\n" is L y on \n; "user:" has 5 tokens; then I t " is" and the subject.
+    assert found.subject_spans == ((12, 13),)
+
+
+def test_a_slow_tokenizer_is_followed_by_decoding() -> None:
+    tokenizer = ByT5Tokenizer()
+    assert not tokenizer.is_fast
+    encoder = PromptEncoder(tokenizer, max_length=None)
+    found = encoder.with_subject(encoder.encode("a 東 b", "on"), "a 東 b", "東")
+    assert found.subject_spans == ((2, 5),)  # a, space, three bytes
+
+
+def test_a_subject_that_is_not_there_falls_back_to_the_last_token() -> None:
+    encoder = PromptEncoder(byte_level(), max_length=None)
+    encoded = encoder.encode("It is", "Lyon")
+    found = encoder.with_subject(encoded, "It is", "Paris")
+    assert (found.subject_spans, found.subject_missing) == (((2, 3),), True)
+    assert (encoded.subject_spans, encoded.subject_missing) == ((), False)
+
+
+def test_whole_words_come_first() -> None:
+    assert mentions("Albert met al and Al", "Al") == ((18, 20),)
+    assert mentions("Albert", "Al") == ((0, 2),)
+    assert mentions("It is", " ") == ()
