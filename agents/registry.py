@@ -152,8 +152,14 @@ def labelled(text: str) -> tuple[str, str]:
     """How an agent is called in tables, and its name: from ``LABEL=NAME``, or the name twice.
 
     An agent of a spec file without a label is called as the file says.
+
+    Raises:
+        SettingsError: settings after ``?``, as they were written in earlier versions.
     """
     label, name = split_label(text, is_trained)
+    if label is not None and "?" in label:
+        # The "=" was that of the first setting.
+        refuse_old_syntax(text)
     if label is None and is_spec_file(name):
         label = read_spec_file(name).name
     return label or name, name
@@ -191,6 +197,7 @@ def spec_agent(name: str, layers_per_edit: int | None = None) -> SpecAgent:
         raise SettingsError(
             f"agent {name!r} has no levels, so nothing to train: it tries all choices of layers"
         )
+    refuse_old_folder(Path(name))
     if not pluses:
         raise SettingsError(
             f"unknown agent {name!r}; choose one of {', '.join(AGENTS)}, give the folder of a "

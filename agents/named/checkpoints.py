@@ -91,12 +91,7 @@ def read_record(folder: Path, kind: str | None = LEVELS) -> dict[str, Any]:
             the wrong type; names the file and the field.
     """
     file = folder / JSON_FILE
-    old = next((name for name in _OLD_FILES if os.path.isfile(folder / name)), None)
-    if old is not None and not os.path.isfile(file):
-        raise CheckpointError(
-            f"{folder} holds {old}, a format of an earlier version of hiedit, which this one does "
-            "not read; train the policy again into another folder"
-        )
+    refuse_old_folder(folder)
     try:
         record = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
@@ -115,6 +110,20 @@ def read_record(folder: Path, kind: str | None = LEVELS) -> dict[str, Any]:
             "hiedit train writes 'levels', the scripts of RL libraries write 'policy'"
         )
     return record
+
+
+def refuse_old_folder(folder: Path) -> None:
+    """Refuses a folder of an earlier version, and says what to do.
+
+    Raises:
+        CheckpointError: it holds such a file and no ``agent.json``.
+    """
+    old = next((name for name in _OLD_FILES if os.path.isfile(folder / name)), None)
+    if old is not None and not os.path.isfile(folder / JSON_FILE):
+        raise CheckpointError(
+            f"{folder} holds {old}, a format of an earlier version of hiedit, which this one does "
+            "not read; train the policy again into another folder"
+        )
 
 
 def kind_of(folder: Path) -> str | None:
