@@ -34,6 +34,7 @@ from hiedit_agents.hierarchy.simple import LayerChoiceAgent, OracleAgent
 from hiedit_agents.named.checkpoints import (
     POLICY,
     kind_of,
+    refuse_old_folder,
 )
 from hiedit_agents.named.fitting import SHIPPED as SHIPPED
 from hiedit_agents.named.grammar import (

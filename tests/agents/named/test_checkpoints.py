@@ -194,6 +194,8 @@ def test_files_of_earlier_versions_are_refused_with_the_remedy(
     (tmp_path / name).write_text("{}")
     with pytest.raises(CheckpointError, match=f"holds {name}, a format of an earlier .*train the"):
         make_agent(f"{agent}:{tmp_path}")
+    with pytest.raises(CheckpointError, match=f"holds {name}, a format of an earlier .*train the"):
+        make_agent(str(tmp_path))
 
 
 def test_no_json_is_refused(levels: Path) -> None:

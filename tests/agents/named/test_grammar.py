@@ -61,6 +61,10 @@ def test_the_old_way_is_refused_with_the_new_one(old: str, new: str) -> None:
     with pytest.raises(SettingsError) as raised:
         make_agent(old)
     assert str(raised.value).endswith(f"write {new}")
+    # On a command line the first "=" could be that of a label.
+    with pytest.raises(SettingsError) as raised:
+        make_agent(labelled(old)[1])
+    assert str(raised.value).endswith(f"write {new}")
 
 
 def test_settings_follow_their_part() -> None:
