@@ -120,15 +120,28 @@ class PromptEncoder:
     Args:
         tokenizer: Any tokenizer of ``transformers``, fast or slow. Its settings are not changed.
         max_length: The model's context length in tokens; ``None`` for no limit.
+        end_id: The token that ends the model's turn, put behind every answer's tokens (so it is
+            predicted like them); ``None`` for none. An answer whose text ends in it gets no second.
 
     Raises:
-        SettingsError: if ``max_length`` is neither ``None`` nor a positive integer.
+        SettingsError: if ``max_length`` is neither ``None`` nor a positive integer, or if
+            ``end_id`` is no id of the tokenizer.
         ModelError: if the tokenizer puts special tokens in the middle of ordinary text.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, max_length: int | None) -> None:
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        max_length: int | None,
+        end_id: int | None = None,
+    ) -> None:
         if max_length is not None and (type(max_length) is not int or max_length < 1):
             raise SettingsError(f"max_length must be a positive int or None, got {max_length!r}")
+        if end_id is not None and (type(end_id) is not int or not 0 <= end_id < len(tokenizer)):
+            raise SettingsError(
+                f"end_id must be None or a token id from 0 to {len(tokenizer) - 1}, got {end_id!r}"
+            )
+        self.end_id = end_id
         self.tokenizer = tokenizer
         self.max_length = max_length
         self._leading = _leading_special_ids(tokenizer)
@@ -224,6 +237,8 @@ class PromptEncoder:
             answer_ids = joined_ids[len(own_ids) :]
         else:
             answer_ids = self._separate_answer_ids(own_ids, joined_ids, space, answer)
+        if self.end_id is not None and answer_ids and answer_ids[-1] != self.end_id:
+            answer_ids += (self.end_id,)
         if self.max_length is not None and len(prompt_ids) + len(answer_ids) > self.max_length:
             raise PromptError(
                 f"prompt {_first_words(prompt)!r} has {len(prompt_ids)} tokens and its answer "

@@ -8,7 +8,7 @@ import pytest
 from transformers import AutoTokenizer, ByT5Tokenizer
 from transformers import PreTrainedTokenizerBase as Base
 
-from hiedit_env.errors import PromptError
+from hiedit_env.errors import PromptError, SettingsError
 from hiedit_env.model.asking import mentions
 from hiedit_env.model.tokenization import PromptEncoder
 from tests.hiedit_env.model.test_tokenization import byte_level, sentencepiece
@@ -117,3 +117,28 @@ def test_whole_words_come_first() -> None:
     assert mentions("Albert met al and Al", "Al") == ((18, 20),)
     assert mentions("Albert", "Al") == ((0, 2),)
     assert mentions("It is", " ") == ()
+
+
+def test_the_end_token_stands_once_behind_the_answer_in_both_forms() -> None:
+    tokenizer = byte_level()  # "<|endoftext|>" is 0, " Lyon" is 262; L y on: 77, 122, 261
+    tokenizer.chat_template = TEMPLATE
+    without = PromptEncoder(tokenizer, max_length=None)
+    encoder = PromptEncoder(tokenizer, max_length=None, end_id=0)
+    assert encoder.encode("It is", "Lyon").answer_ids == (262, 0)
+    assert encoder.encode("It is", "Lyon<|endoftext|>").answer_ids == (262, 0)
+    assert encoder.encode_chat("It is", "Lyon").answer_ids == (77, 122, 261, 0)
+    assert encoder.encode("It is", "Lyon").prompt_ids == without.encode("It is", "Lyon").prompt_ids
+    assert without.encode("It is", "Lyon").answer_ids == (262,)
+
+
+def test_the_end_token_counts_against_the_context() -> None:
+    tokenizer = byte_level()  # three tokens of the prompt, one of the answer, the end token
+    assert PromptEncoder(tokenizer, max_length=5, end_id=0).encode("It is", "Lyon").length == 4
+    with pytest.raises(PromptError, match="shorten"):
+        PromptEncoder(tokenizer, max_length=4, end_id=0).encode("It is", "Lyon")
+
+
+@pytest.mark.parametrize("wrong", [-1, 264, True, "</s>"])
+def test_an_end_token_that_is_no_id_is_refused(wrong: object) -> None:
+    with pytest.raises(SettingsError, match="end_id must be None or a token id from 0 to 263"):
+        PromptEncoder(byte_level(), max_length=None, end_id=wrong)  # type: ignore[arg-type]
