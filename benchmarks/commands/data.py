@@ -1,4 +1,4 @@
-"""What ``hiedit`` understands of a file of facts: format, counts, the first requests, warnings."""
+"""Prints the format, the counts, the first requests and the warnings of a file of facts."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a model says before and after editing: on facts, paraphrases, unrelated and other prompts.
+"""Reports a model's answers before and after editing: to facts, paraphrases and other prompts.
 
 A fact counts as *given* if the greedy continuation begins with its answer. *Agreement* is the share
 of the unedited model's own greedy answer tokens (at most 5) that are still the argmax, mean over

@@ -1,4 +1,4 @@
-"""What files hold beside the fact: rewordings, unrelated prompts, portability. No torch.
+"""Fields of a row beside the fact: rewordings, unrelated prompts, portability. No torch.
 
 The same things go by many names, and by several shapes: texts, lists, objects, and objects that
 name groups. The tables below are the names that are known; what is in a row and in no table is

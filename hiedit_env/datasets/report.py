@@ -1,4 +1,4 @@
-"""What was understood of a data set: counts, repetitions, contradictions, fields not read."""
+"""Report on a data set: counts, repetitions, contradictions, fields that were not read."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What is to be edited: a request and the probes that judge it. No torch here."""
+"""A request to edit a fact, and the probes that judge the edit. No torch here."""
 
 from __future__ import annotations
 

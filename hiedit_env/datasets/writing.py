@@ -1,4 +1,4 @@
-"""What Unicode says about a text: punctuation, ends of sentences, scripts without spaces.
+"""Unicode properties of a text: punctuation, ends of sentences, scripts without spaces.
 
 The only list of punctuation in the project. Everything that splits, closes or compares texts asks
 here, so that a rule holds for all scripts or for none. No torch.

@@ -1,4 +1,4 @@
-"""What a decoder is made of, read from its modules: its blocks, and the matrices in them.
+"""The structure of a decoder, read from its modules: its blocks, and the matrices in them.
 
 Nothing here knows a model type. It is what models outside the table of
 :mod:`hiedit_env.model.architectures` are edited by.
