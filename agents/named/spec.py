@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import inspect
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
@@ -282,7 +283,11 @@ def check_arguments(kind: type, arguments: Mapping[str, Any], owner: str) -> Non
     known = _settings(kind)
     for name, value in arguments.items():
         if name not in known:
-            raise SettingsError(f"{owner} has no argument {name!r}; it has {', '.join(known)}")
+            near = difflib.get_close_matches(name, known, n=1, cutoff=0.6)
+            hint = f"; did you mean {near[0]!r}?" if near else ""
+            raise SettingsError(
+                f"{owner} has no argument {name!r}; it has {', '.join(known)}{hint}"
+            )
         try:
             TypeAdapter(known[name]).validate_python(value, strict=True)
         except ValidationError as error:

@@ -28,6 +28,9 @@ from hiedit_env.envs.base import EditingEnv
 from hiedit_env.errors import CheckpointError, ResultsExistError, SettingsError
 from hiedit_env.files import lock_folder
 
+#: Files of a training that ended before its first checkpoint, and the lock of the folder.
+_BEGUN = frozenset({".lock", "train.jsonl", "tensorboard"})
+
 
 def parameters(trainer: Trainer) -> dict[str, Any]:
     """State of the levels that have parameters, by name."""
@@ -66,6 +69,16 @@ class TrainingFolder:
             raise ResultsExistError(
                 f"{self.out} holds checkpoints already; give another --out, or --resume to go on"
             )
+        if not self.resume and (others := self._others()):
+            raise ResultsExistError(
+                f"{self.out} holds {others[0]!r} and is no folder of a training; give another --out"
+            )
+
+    def _others(self) -> list[str]:
+        """Names in the folder that no training writes."""
+        if not self.out.is_dir():
+            return []
+        return sorted(path.name for path in self.out.iterdir() if path.name not in _BEGUN)
 
     @contextmanager
     def held(self) -> Iterator[None]:

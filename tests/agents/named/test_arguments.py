@@ -19,6 +19,7 @@ from hiedit_env.errors import CheckpointError, SettingsError
         ("hiedit,form=square", "form='square': Input should be 'outer'"),
         ("hiedit,step_size=big", "step_size='big': Input should be a valid number"),
         ("hiedit,stepsize=1", "has no argument 'stepsize'; it has facts, probes"),
+        ("hiedit,fact=0", "did you mean 'facts'?"),
         ("hiedit,high.size=5", "high level 'policy': size=5"),
         ("all-layers+step-sizes,hidden=many", "low level 'step-sizes': hidden='many'"),
     ],

@@ -53,6 +53,23 @@ def test_a_folder_is_looked_at_again_when_it_is_held(tmp_path: Path) -> None:
         raise AssertionError("a result of another process would be overwritten")
 
 
+def test_a_folder_of_something_else_is_refused_before_anything_is_loaded(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "model.safetensors").write_bytes(b"mine")
+    assert main([*TRAIN, "--out", str(tmp_path)]) == 2
+    said = capsys.readouterr().err
+    assert "holds 'model.safetensors' and is no folder of a training; give another --out" in said
+    assert "loading" not in said
+    assert [path.name for path in tmp_path.iterdir()] == ["model.safetensors"]
+
+
+def test_what_a_training_left_before_its_first_checkpoint_is_no_hindrance(tmp_path: Path) -> None:
+    (tmp_path / ".lock").touch()
+    (tmp_path / "train.jsonl").touch()
+    TrainingFolder(tmp_path, {}, resume=False)
+
+
 def test_a_training_that_collapsed_ends_with_another_status(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
