@@ -51,6 +51,15 @@ def chat_text(tokenizer: PreTrainedTokenizerBase, prompt: str, system: str | Non
     return cast(str, text)
 
 
+def has_markers(tokenizer: PreTrainedTokenizerBase, prompt: str) -> bool:
+    """Whether a prompt holds special tokens, as one that a chat template has written does.
+
+    Such a prompt is asked as it is, whatever form is wanted: a template around a template is not
+    what anybody asks.
+    """
+    return any(len(token) > 2 and token in prompt for token in tokenizer.all_special_tokens)
+
+
 def mentions(text: str, subject: str) -> tuple[Span, ...]:
     """Find every mention of a subject in a text, as spans of characters.
 

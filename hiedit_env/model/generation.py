@@ -9,7 +9,7 @@ from typing import Any, cast
 import torch
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from hiedit_env.model.tokenization import PromptEncoder
+from hiedit_env.model.tokenization import EncodedPrompt, PromptEncoder
 
 
 def end_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
@@ -26,7 +26,7 @@ def end_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> froze
 def generate(
     model: PreTrainedModel,
     encoder: PromptEncoder,
-    prompts: Sequence[str],
+    prompts: Sequence[str | EncodedPrompt],
     max_new_tokens: Sequence[int],
     max_batch: int,
     use_cache: bool = True,
@@ -36,14 +36,18 @@ def generate(
     Args:
         model: Causal LM; its own generation settings are in place again afterwards.
         encoder: Of the model's tokenizer and context length.
-        prompts: Texts to continue.
+        prompts: Texts to continue, or encoded prompts, whose own tokens are continued (those of
+            the chat form are not what the text alone gives).
         max_new_tokens: Budget of each; generation also ends at a token of :func:`end_ids` and where
             the model's context ends.
         max_batch: Most prompts in one pass.
         use_cache: Whether keys and values of earlier tokens are kept; slower, but right, without,
             where a model's cache does not work. Then ``max_batch`` must be 1.
     """
-    encoded = [encoder.encode_prompt(prompt) for prompt in prompts]
+    encoded = [
+        encoder.encode_prompt(prompt) if isinstance(prompt, str) else prompt.prompt_ids
+        for prompt in prompts
+    ]
     # The last new token is never read, so it needs no position.
     room = [(encoder.max_length or sys.maxsize) + 1 - len(ids) for ids in encoded]
     budgets = [min(pair) for pair in zip(max_new_tokens, room, strict=True)]

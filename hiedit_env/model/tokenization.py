@@ -29,7 +29,7 @@ from typing import TYPE_CHECKING, cast
 from hiedit_env.datasets.requests import Request
 from hiedit_env.datasets.writing import MAX_CHARACTERS, space_between
 from hiedit_env.errors import ModelError, PromptError, SettingsError
-from hiedit_env.model.asking import chat_text, subject_spans
+from hiedit_env.model.asking import PromptForm, chat_text, has_markers, subject_spans
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -180,6 +180,28 @@ class PromptEncoder:
         """
         text = chat_text(self.tokenizer, _checked(prompt, "prompt"), system)
         return self._remembered(text, _checked(answer, "answer").lstrip(), True)
+
+    def encode_forms(
+        self, prompt: str, answer: str, form: PromptForm, system: str | None = None
+    ) -> tuple[EncodedPrompt, ...]:
+        """Encode a prompt in every form asked: plain, chat, or first plain and then chat.
+
+        A prompt that a chat template has written already (it holds special tokens) has one form
+        only: as it is.
+
+        Args:
+            prompt: The prompt.
+            answer: Its answer.
+            form: The form or forms.
+            system: The system message of the chat form; ``None`` leaves it to the template.
+
+        Raises:
+            PromptError: as in :meth:`encode` and :meth:`encode_chat`.
+        """
+        if form == "plain" or has_markers(self.tokenizer, _checked(prompt, "prompt")):
+            return (self.encode(prompt, answer),)
+        chat = self.encode_chat(prompt, answer, system)
+        return (chat,) if form == "chat" else (self.encode(prompt, answer), chat)
 
     def with_subject(self, encoded: EncodedPrompt, prompt: str, subject: str) -> EncodedPrompt:
         """Add where the subject stands; see :class:`EncodedPrompt` for a prompt without it.

@@ -254,11 +254,13 @@ class ResidentLLM(EditableWeights):
         """Tokens that end a generated text, see :func:`.generation.end_ids`."""
         return end_ids(self.model, self.tokenizer)
 
-    def generate(self, prompts: Sequence[str], max_new_tokens: Sequence[int]) -> list[str]:
+    def generate(
+        self, prompts: Sequence[str | EncodedPrompt], max_new_tokens: Sequence[int]
+    ) -> list[str]:
         """Greedy continuations, see :func:`.generation.generate`.
 
         Args:
-            prompts: Texts to continue.
+            prompts: Texts to continue, or encoded prompts.
             max_new_tokens: Budget of each.
         """
         size = 1 if self._way.generates_alone else max(1, self.max_batch_tokens // 64)

@@ -9,7 +9,7 @@ from transformers import AutoTokenizer, ByT5Tokenizer
 from transformers import PreTrainedTokenizerBase as Base
 
 from hiedit_env.errors import PromptError, SettingsError
-from hiedit_env.model.asking import mentions
+from hiedit_env.model.asking import PromptForm, mentions
 from hiedit_env.model.tokenization import PromptEncoder
 from tests.hiedit_env.model.test_tokenization import byte_level, sentencepiece
 
@@ -19,6 +19,7 @@ TEMPLATE = (
     "{% if add_generation_prompt %}bot:\n{% endif %}"
 )
 SPANS = tuple[tuple[int, int], ...]
+FORMS: tuple[PromptForm, ...] = ("plain", "chat", "both")
 
 
 def encoder_of(tokenizer: Base) -> PromptEncoder:
@@ -142,3 +143,27 @@ def test_the_end_token_counts_against_the_context() -> None:
 def test_an_end_token_that_is_no_id_is_refused(wrong: object) -> None:
     with pytest.raises(SettingsError, match="end_id must be None or a token id from 0 to 263"):
         PromptEncoder(byte_level(), max_length=None, end_id=wrong)  # type: ignore[arg-type]
+
+
+def test_a_prompt_in_every_form_asked() -> None:
+    encoder = encoder_of(byte_level())
+    plain = encoder.encode("Is it Lyon?", "Lyon")
+    chat = encoder.encode_chat("Is it Lyon?", "Lyon", "Be short.")
+    assert plain.prompt_ids != chat.prompt_ids
+    asked = [encoder.encode_forms("Is it Lyon?", "Lyon", f, "Be short.") for f in FORMS]
+    assert asked == [(plain,), (chat,), (plain, chat)]
+
+
+def test_a_prompt_that_a_template_wrote_is_asked_as_it_is() -> None:
+    encoder = encoder_of(byte_level())
+    written = f"{encoder.tokenizer.eos_token}user:Is it Lyon?\nbot:\n"
+    asked = [encoder.encode_forms(written, "Lyon", form) for form in FORMS]
+    assert asked == [(encoder.encode(written, "Lyon"),)] * 3
+
+
+def test_a_form_that_the_tokenizer_lacks_is_refused() -> None:
+    encoder = PromptEncoder(byte_level(), max_length=None)
+    assert len(encoder.encode_forms("It is", "Lyon", "plain")) == 1
+    for form in FORMS[1:]:
+        with pytest.raises(PromptError, match="has none"):
+            encoder.encode_forms("It is", "Lyon", form)

@@ -9,6 +9,7 @@ import pytest
 import torch
 from transformers import PreTrainedModel
 
+from hiedit_env.model.tokenization import EncodedPrompt
 from hiedit_env.resident.resident import ResidentLLM
 from tests.support.models import all_bits, build_random, random_updates, resident, tokenizer
 
@@ -140,3 +141,12 @@ def test_stops_at_the_end_of_the_context() -> None:
 
 def test_no_prompts_give_no_texts() -> None:
     assert resident().generate([], []) == []
+
+
+def test_encoded_prompts_are_continued_by_their_own_tokens() -> None:
+    """Ids 9 4 and a text that names others: the text plays no part."""
+    llm = resident("llama", (1, 2))
+    encoded = EncodedPrompt("w30 w12", "w3", prompt_ids=(9, 4), answer_ids=(3,))
+    wanted = expected(llm, ["w9 w4", "w6"], [5, 3])
+    assert llm.generate([encoded, "w6"], [5, 3]) == wanted
+    assert llm.generate(["w30 w12"], [5]) != wanted[:1]
