@@ -26,6 +26,7 @@ from hiedit_agents.named.spec import AgentSpec
 from hiedit_env.datasets.requests import Request
 from hiedit_env.errors import CheckpointError
 from hiedit_env.files import write_bytes
+from hiedit_env.model.relatives import sample
 from hiedit_env.resident.resident import ResidentLLM
 
 FORMAT = 2
@@ -39,8 +40,6 @@ FACTS = "fact_hashes"
 _OLD_FILES = ("policy.json", "ppo.json")
 #: A text that tells tokenizers apart.
 PANGRAM = "The quick brown fox jumps over 13 lazy dogs."
-#: Entries of every candidate matrix by which a model is recognised.
-_ENTRIES = 16
 _REMEDY = "copy the folder again, or train the agent into another one"
 
 
@@ -232,17 +231,6 @@ def describe_model(llm: ResidentLLM) -> dict[str, Any]:
         "tokenizer": [len(llm.tokenizer), *llm.encoder.encode_prompt(PANGRAM)],
         "sample": _samples(llm),
     }
-
-
-def sample(matrix: Tensor) -> list[float]:
-    """A few entries of a matrix, evenly spaced; by them its relatives are recognised.
-
-    >>> sample(torch.arange(31.0)) == [float(2 * i) for i in range(16)]
-    True
-    """
-    flat = matrix.detach().flatten()
-    places = [i * (flat.numel() - 1) // (_ENTRIES - 1) for i in range(_ENTRIES)]
-    return [float(f"{value:.5g}") for value in flat[places].double().tolist()]
 
 
 def _samples(llm: ResidentLLM) -> list[list[float]]:

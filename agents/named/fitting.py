@@ -9,7 +9,6 @@ those in the agent's record. Only headers, these entries and the tokenizer are r
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -18,17 +17,15 @@ from typing import Any
 
 from transformers import AutoTokenizer
 
-from hiedit_agents.named.checkpoints import LEVELS, PANGRAM, kind_of, read_record, sample
+from hiedit_agents.named.checkpoints import LEVELS, PANGRAM, kind_of, read_record
 from hiedit_env.errors import HieditError
-from hiedit_env.model.built_in import BUILT_IN
 from hiedit_env.model.folders import DTYPES, StoredTensor, stored_tensors, weight_files
+from hiedit_env.model.relatives import RELATED, cosine, file_stamp, sample
 from hiedit_env.model.saving import find_folder
 from hiedit_env.model.tokenization import PromptEncoder
 
 #: Where the trained agents that ship with hiedit are: a folder per agent and model.
 SHIPPED = Path(__file__).parents[1] / "trained"
-#: Cosine of the sampled entries from which weights count as relatives; strangers are near 0.
-RELATED = 0.9
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,14 +58,10 @@ def find_shipped(name: str, model: str) -> Fit | None:
         return Fit(by_name, f"it was trained for {model}")
     try:
         folder = find_folder(model)
-        files = [] if folder is None else weight_files(folder)
-    except HieditError:  # loading the model says what is wrong
+        stamp = () if folder is None else file_stamp(folder)
+    except (HieditError, OSError):  # loading the model says what is wrong
         return None
-    if folder is None or not files:
-        return None
-    # A folder may change while the process runs.
-    stamp = tuple((file.stat().st_mtime_ns, file.stat().st_size) for file in files)
-    return _find(name, folder.resolve(), stamp)
+    return _find(name, folder.resolve(), stamp) if folder is not None and stamp else None
 
 
 @lru_cache(maxsize=32)
@@ -81,52 +74,6 @@ def _find(name: str, folder: Path, stamp: object) -> Fit | None:
         if why is not None:
             return Fit(place, why)
     return None
-
-
-def known_as(model: str) -> str:
-    """The built-in model that a folder or hub id holds: the same weights, or close relatives.
-
-    What belongs to a built-in model, such as its layers and the step size tuned for it, does not
-    depend on how it is called.
-
-    Args:
-        model: As for :func:`~hiedit_env.model.loading.load_model`.
-
-    Returns:
-        The name itself where it is no relative of a built-in model.
-    """
-    if model in BUILT_IN and not Path(model).is_dir():
-        return model
-    try:
-        folder = find_folder(model)
-        if folder is None:
-            return model
-        for name in BUILT_IN:
-            home = None if Path(name).is_dir() else find_folder(name)
-            if home is not None and _are_related(home, folder):
-                return name
-    except HieditError:  # loading the model says what is wrong
-        pass
-    return model
-
-
-def _are_related(one: Path, two: Path) -> bool:
-    """Whether two folders hold models of the same matrices with much the same values."""
-    first, second = (
-        {t.name: t for file in weight_files(folder) for t in stored_tensors(file)}
-        for folder in (one, two)
-    )
-    # Tokens may have been added.
-    names = sorted(n for n, t in first.items() if len(t.shape) == 2 and "embed" not in n)
-    alike = [n in second and second[n].shape == first[n].shape for n in names]
-    if not names or not all(alike) or len(first) != len(second):
-        return False
-    few = names[:: max(1, len(names) // 8)]
-    samples = [
-        [x for name in few if tensors[name].dtype in DTYPES for x in sample(tensors[name].read())]
-        for tensors in (first, second)
-    ]
-    return len(samples[0]) == len(samples[1]) and cosine(*samples) >= RELATED
 
 
 def _why(record: Mapping[str, Any], folder: Path) -> str | None:
@@ -161,16 +108,6 @@ def _why(record: Mapping[str, Any], folder: Path) -> str | None:
         f"the weights are those of {original}, for which it was trained, edited, fine-tuned or "
         f"rounded (cosine {close:.4f})"
     )
-
-
-def cosine(one: Sequence[float], two: Sequence[float]) -> float:
-    """Cosine of the angle between two vectors; 0 where either is zero.
-
-    >>> cosine([3.0, 4.0], [4.0, 3.0])
-    0.96
-    """
-    norm = math.sqrt(sum(x * x for x in one) * sum(x * x for x in two))
-    return sum(x * y for x, y in zip(one, two, strict=True)) / norm if norm else 0.0
 
 
 def _stored(stored: Mapping[str, StoredTensor], name: str) -> StoredTensor | None:

@@ -23,7 +23,7 @@ from hiedit_env.errors import (
     import_named,
     whole_number,
 )
-from hiedit_env.model.built_in import built_in
+from hiedit_env.model.relatives import belongings
 from hiedit_env.resident.resident import ResidentLLM
 from hiedit_env.rules.base import UpdateRule
 from hiedit_env.rules.layer_choice import CHOICES
@@ -168,7 +168,7 @@ class AgentSpec:
         """
         if self.low is None:
             return None
-        known = dict(built_in(model).rule_settings.get(self._rule(), {}))
+        known = dict(belongings(model).rule_settings.get(self._rule(), {}))
         if self.low in LEARNED_LOW:
             # They share the rule's nominal step size and have arguments of their own.
             known = {name: value for name, value in known.items() if name == "step_size"}

@@ -18,7 +18,7 @@ import hiedit_env  # noqa: F401 - registers the environments
 from hiedit_agents.named.checkpoints import fact_hashes
 from hiedit_env.envs.base import EditingEnv
 from hiedit_env.errors import SettingsError, whole_number
-from hiedit_env.model.built_in import environment_for
+from hiedit_env.model.relatives import environment_for
 from hiedit_env.wrappers import BoxLayers, DiscreteSubsets, SequentialSelection
 
 #: Form → the actions an algorithm sees.

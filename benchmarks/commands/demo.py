@@ -14,6 +14,7 @@ from hiedit_benchmarks.comparison.results import UNEDITED
 from hiedit_benchmarks.comparison.settings import CompareSettings
 from hiedit_benchmarks.comparison.statistics import baseline_of
 from hiedit_env.errors import ModelError
+from hiedit_env.model.relatives import known_as
 
 #: Facts whose answers are printed.
 SHOWN = 8
@@ -45,7 +46,7 @@ def main(model: str, agents: Sequence[str] | None, num_edits: int, out: Path) ->
     settings = CompareSettings(
         model=model,
         # The half that no shipped agent was trained on.
-        dataset=None if model == "tiny" else "world-facts-test",
+        dataset=None if known_as(model) == "tiny" else "world-facts-test",
         num_edits=num_edits,
         # Generating for the requests only saves time.
         generation=("efficacy",),

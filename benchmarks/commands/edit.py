@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 from hiedit_agents.named.candidates import candidates_for
-from hiedit_agents.named.fitting import known_as
 from hiedit_agents.registry import explain, labelled, make_agent, refuse_unused_size
 from hiedit_benchmarks.commands.edit_folder import OutFolder, Reloaded, reload
 from hiedit_benchmarks.commands.edit_history import FORMAT, History, read_history
@@ -27,9 +26,7 @@ from hiedit_env.envs.base import EditingEnv
 from hiedit_env.errors import ModelError
 from hiedit_env.evaluation.matching import is_match, starts_with
 from hiedit_env.evaluation.metrics import evaluate
-from hiedit_env.model.built_in import built_in
 from hiedit_env.model.memory_budget import auto_class
-from hiedit_env.model.presets import find_preset
 from hiedit_env.model.saving import EditedMatrix, check_source, find_folder, locate, source_folder
 
 #: Exit status of ``hiedit edit`` where the saved model gives none of the facts.
@@ -111,13 +108,10 @@ def edit_model(
         update_rule=settings.update_rule,
     )
     refuse_unused_size([editor], settings.layers_per_edit)
-    like = known_as(settings.model)
     with candidates_for([editor], settings.model, settings.layers) as layers:
         settings = replace(settings, layers=layers)
-        own = _of_built_in(settings, like)
-        env = make_env(settings, progress, num_edits=None, shuffle=False, **own)
+        env = make_env(settings, progress, num_edits=None, shuffle=False)
     inner = unwrapped(env)
-    inner.model_name = like
     source = source_folder(inner.llm.model)
     check_source(source, out)
     history = read_history(source)
@@ -183,22 +177,6 @@ def edit_model(
     env.close()
     opened_by = auto_class(inner.llm.model.config).__name__
     return SavedEdits(out, facts, report, reloaded, left_out, opened_by)
-
-
-def _of_built_in(settings: CompareSettings, like: str) -> dict[str, Any]:
-    """Arguments of the environment that belong to a built-in model, where it is named by a path."""
-    if like == settings.model:
-        return {}
-    known = built_in(like)
-    rule = settings.update_rule or known.rule
-    tuned = dict(known.rule_settings.get(rule, {}))
-    if settings.step_size is not None:
-        tuned.pop("step_size", None)
-    own: dict[str, Any] = {"update_rule": rule, "update_rule_settings": tuned or None}
-    preset = find_preset(like)
-    if settings.layers is not None or preset is None:
-        return own
-    return {**own, "layers": tuple(f"*.{layer}" for layer in preset.layers)}
 
 
 def _weight(env: EditingEnv, name: str) -> Any:

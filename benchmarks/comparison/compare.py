@@ -50,7 +50,7 @@ from hiedit_env.errors import MissingLibraryError, SettingsError
 from hiedit_env.evaluation.metrics import Evaluation, evaluate
 from hiedit_env.evaluation.unedited import UneditedModel
 from hiedit_env.files import write_bytes
-from hiedit_env.model.built_in import environment_for
+from hiedit_env.model.relatives import environment_for
 
 
 @dataclass(frozen=True, slots=True)

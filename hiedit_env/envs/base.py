@@ -34,6 +34,7 @@ from hiedit_env.evaluation.reward import Evaluator
 from hiedit_env.evaluation.unedited import UneditedModel
 from hiedit_env.model.architectures import find_candidates
 from hiedit_env.model.loading import load_model
+from hiedit_env.model.relatives import known_as
 from hiedit_env.resident.capture import Capture
 from hiedit_env.resident.low_rank import Updates
 from hiedit_env.resident.resident import ResidentLLM
@@ -78,7 +79,7 @@ class EditingEnv(EpisodeAccess, gym.Env[NDArray[np.float32], Any], gym.utils.EzP
             layers=settings.layers,
             tokens=longest_prompt(self.requests),
         )
-        candidates = find_candidates(loaded.model, settings.layers, settings.model)
+        candidates = find_candidates(loaded.model, settings.layers, known_as(settings.model))
         self.settings = settings
         llm = ResidentLLM(loaded.model, loaded.tokenizer, candidates)
         for note in llm.notes:

@@ -33,7 +33,7 @@ from hiedit_env.datasets.requests import Request
 from hiedit_env.datasets.streams import stream
 from hiedit_env.errors import SettingsError
 from hiedit_env.evaluation.names import LocalityReference, RewardKind
-from hiedit_env.model.built_in import built_in
+from hiedit_env.model.relatives import belongings
 
 T = TypeVar("T")
 
@@ -250,7 +250,7 @@ class RuleSettings(ModelSettings):
     @property
     def rule(self) -> str:
         """The update rule: the given one, or the one that belongs to the model."""
-        return self.update_rule or built_in(self.model).rule
+        return self.update_rule or belongings(self.model).rule
 
 
 @settings
@@ -270,7 +270,7 @@ class EditingSettings(RuleSettings):
     @property
     def facts(self) -> str:
         """The data set: the given one, or the one that belongs to the model."""
-        return self.dataset or built_in(self.model).dataset
+        return self.dataset or belongings(self.model).dataset
 
 
 @settings
@@ -353,7 +353,7 @@ def rule_settings(
                 f"{chosen['step_size']!r} are both given; leave one of them out"
             )
         chosen["step_size"] = step_size
-    return {**built_in(model).rule_settings.get(rule, {}), **chosen}
+    return {**belongings(model).rule_settings.get(rule, {}), **chosen}
 
 
 def draw_stream(

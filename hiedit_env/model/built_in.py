@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from types import MappingProxyType
@@ -78,24 +77,11 @@ _ANY_OTHER = BuiltIn()
 
 
 def built_in(model: object) -> BuiltIn:
-    """What belongs to a model; the defaults of every other model where it is not in the table.
+    """What belongs to a model of this name; the defaults of every other model where there is none.
+
+    :func:`.relatives.belongings` also knows folders.
 
     >>> built_in("planted").rule, built_in("my/model").dataset
     ('gradient', 'world-facts')
     """
     return BUILT_IN.get(model, _ANY_OTHER) if isinstance(model, str) else _ANY_OTHER
-
-
-def environment_for(model: object, dataset: str | os.PathLike[str] | None = None) -> str:
-    """Id of the environment for layer selection on a model and a data set.
-
-    Args:
-        model: Name of the model.
-        dataset: Name or path of the facts; None for the model's own.
-
-    >>> environment_for("planted"), environment_for("planted", "mine.json")
-    ('hiedit/Planted-v1', 'hiedit/LayerSelection-v1')
-    """
-    known = built_in(model)
-    fits = dataset is None or os.fspath(dataset).startswith(known.facts)
-    return f"hiedit/{known.environment if fits else LAYER_SELECTION}-v1"

@@ -12,12 +12,13 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from hiedit_agents.named.fitting import SHIPPED, cosine, find_shipped, known_as
+from hiedit_agents.named.fitting import SHIPPED, find_shipped
 from hiedit_agents.registry import default_agent, explain, make_agent, spec_agent
 from hiedit_benchmarks.commands.cli import main
 from hiedit_env.errors import CheckpointError
 from hiedit_env.model.architectures import find_candidates
 from hiedit_env.model.loading import load_model
+from hiedit_env.model.relatives import cosine, known_as
 from hiedit_env.model.saving import find_folder
 from hiedit_env.resident.resident import ResidentLLM
 

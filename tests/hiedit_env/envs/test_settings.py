@@ -23,7 +23,8 @@ from hiedit_env.envs.settings import (
 from hiedit_env.envs.step_size import StepSize
 from hiedit_env.errors import SettingsError
 from hiedit_env.model.architectures import PRESETS
-from hiedit_env.model.built_in import BUILT_IN, built_in, environment_for
+from hiedit_env.model.built_in import BUILT_IN, built_in
+from hiedit_env.model.relatives import environment_for
 from hiedit_env.rules.layer_choice import CHOICES
 
 
