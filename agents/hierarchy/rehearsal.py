@@ -117,7 +117,7 @@ class Rehearsal(Hypernetwork):
 
         def noted() -> Iterable[Capture]:
             for capture in captures:
-                prompts.append(capture.prompt)
+                prompts.extend(capture.prompts)
                 yield capture
 
         super().calibrate(noted())
@@ -163,12 +163,12 @@ class Rehearsal(Hypernetwork):
     def observe(self, capture: Capture) -> None:
         """Takes one capture into the statistics, and its request into the memory."""
         super().observe(capture)
-        if not self._past or self._past[-1] != capture.prompt:
+        if self._past[-len(capture.prompts) :] != capture.prompts:
             # A prompt that is given another answer has that one from now on. A new tuple: saved
             # states hold the old one.
-            asked = capture.prompt.prompt_ids
-            others = (prompt for prompt in self._past if prompt.prompt_ids != asked)
-            self._past = (*others, capture.prompt)
+            asked = {prompt.prompt_ids for prompt in capture.prompts}
+            others = (prompt for prompt in self._past if prompt.prompt_ids not in asked)
+            self._past = (*others, *capture.prompts)
 
     def statistics(self) -> dict[str, Any]:
         """Statistics, memory and random state of this episode."""
@@ -199,11 +199,11 @@ class Rehearsal(Hypernetwork):
         """The hypernetwork's update of the fact, and that of what is rehearsed, as one."""
         own = super().compute(capture, layers)
         written = _times(own, multipliers)
-        present = capture.prompt.prompt_ids
-        earlier = [prompt for prompt in self._past if prompt.prompt_ids != present]
+        present = {prompt.prompt_ids for prompt in capture.prompts}
+        earlier = [prompt for prompt in self._past if prompt.prompt_ids not in present]
         facts, probes = self._draw(earlier, self.facts), self._draw(self._bank, self.probes)
         if self._end:
-            facts = [self._ended(prompt) for prompt in (capture.prompt, *facts)]
+            facts = [self._ended(prompt) for prompt in (*capture.prompts, *facts)]
         if not (facts or probes) or not layers.any():
             return written
         references = [self._unedited.log_probs((probe,))[probe] for probe in probes]
@@ -267,9 +267,10 @@ class Rehearsal(Hypernetwork):
         return [prompts[i] for i in chosen]
 
     def _ended(self, prompt: EncodedPrompt) -> EncodedPrompt:
-        """The same request with the end token after its answer, if there is room for it."""
+        """The same request with an end token after its answer, if it has none and there is room."""
         limit = self.llm.encoder.max_length
-        if limit is not None and prompt.length >= limit:
+        full = limit is not None and prompt.length >= limit
+        if full or prompt.answer_ids[-1] in (*self._end, self.llm.encoder.end_id):
             return prompt
         return replace(prompt, answer_ids=(*prompt.answer_ids, *self._end))
 

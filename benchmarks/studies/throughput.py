@@ -160,7 +160,7 @@ class PlainLoop:
         order = range(len(llm.layers))
         predictions = logits.argmax(-1)
         capture = Capture(
-            prompt=fact.prompt,
+            prompts=(fact.prompt,),
             keys=tuple(inputs[i][0] for i in order),
             value_gradients=tuple(gradient[0] for gradient in gradients),
             loss=float(loss.detach()),

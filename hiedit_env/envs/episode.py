@@ -19,8 +19,9 @@ from hiedit_env.errors import SettingsError, whole_number
 from hiedit_env.evaluation.reward import Evaluator, References
 from hiedit_env.evaluation.reward_terms import Quality
 from hiedit_env.model.tokenization import EncodedFact
-from hiedit_env.resident.capture import Capture, Reading
+from hiedit_env.resident.capture import Capture
 from hiedit_env.resident.low_rank import Updates
+from hiedit_env.resident.reading import Reading
 from hiedit_env.resident.resident import ResidentLLM
 from hiedit_env.resident.weights import WeightSnapshot
 from hiedit_env.rules.base import UpdateRule
@@ -208,7 +209,7 @@ class EditingEpisode:
     def read(self) -> Passes[Reading]:
         """Reads the present fact at the present weights, unless it was read already."""
         if self._reading is None:
-            self._reading = yield Read(self.llm, self.fact.prompt)
+            self._reading = yield Read(self.llm, (self.fact.prompt,))
         return self._reading
 
     def judge(self) -> Passes[tuple[dict[str, float], Quality]]:

@@ -17,7 +17,7 @@ from hiedit_env.envs.scheduler import run_together
 from hiedit_env.envs.settings import PlantedSettings
 from hiedit_env.errors import SettingsError
 from hiedit_env.evaluation.unedited import UneditedModel
-from hiedit_env.resident.capture import Reading
+from hiedit_env.resident.reading import Reading
 from hiedit_env.resident.resident import ResidentLLM
 
 #: Most layers whose subsets are enumerated.

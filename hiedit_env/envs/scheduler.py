@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 from hiedit_env.evaluation.reward import Evaluator, evaluate_together, prepare_together
 from hiedit_env.model.tokenization import EncodedFact, EncodedPrompt
 from hiedit_env.resident.batched import read_together
-from hiedit_env.resident.capture import Reading
+from hiedit_env.resident.reading import Reading
 from hiedit_env.resident.resident import ResidentLLM
 
 T = TypeVar("T")
@@ -22,10 +22,10 @@ T = TypeVar("T")
 
 @dataclass(frozen=True, slots=True)
 class Read:
-    """Reads one fact, ready for a backward pass; answered by a ``Reading``."""
+    """Reads an edit unit, ready for a backward pass; answered by a ``Reading``."""
 
     llm: ResidentLLM
-    prompt: EncodedPrompt
+    prompts: Sequence[EncodedPrompt]
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,7 +111,7 @@ def run_together(several: Sequence[Passes[T]]) -> list[T | BaseException]:
 
 def _answer(asked: Sequence[Pass]) -> Sequence[Any]:
     """Requests of one kind, in as few forward passes as fit."""
-    readings = [(p.llm, p.prompt) for p in asked if isinstance(p, Read)]
+    readings = [(p.llm, p.prompts) for p in asked if isinstance(p, Read)]
     if readings:
         return read_together(readings)
     references = [(p.evaluator, p.fact, p.remembered) for p in asked if isinstance(p, Prepare)]

@@ -28,8 +28,8 @@ from hiedit_env.evaluation.scores import scores_together
 from hiedit_env.evaluation.unedited import UneditedModel, answer_log_probs
 from hiedit_env.model.tokenization import EncodedFact, EncodedPrompt
 from hiedit_env.resident.batched import logits_together
-from hiedit_env.resident.capture import Reading
 from hiedit_env.resident.low_rank import Updates
+from hiedit_env.resident.reading import Reading
 from hiedit_env.resident.resident import ResidentLLM
 
 
@@ -305,7 +305,7 @@ def evaluate_together(
             asked, prompts, found, strict=True
         ):
             if reading is not None:
-                loss, accuracy = reading.summary.unbind()
+                loss, accuracy = reading.summaries[0].unbind()
                 own = F.pad(torch.stack((-loss, accuracy)), (0, 2))
                 table = torch.cat((own[None], table))
                 wanted = [fact.prompt, *wanted]

@@ -22,14 +22,14 @@ read. Four details are settled here:
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from typing import TYPE_CHECKING, cast
 
 from hiedit_env.datasets.requests import Request
 from hiedit_env.datasets.writing import MAX_CHARACTERS, space_between
 from hiedit_env.errors import ModelError, PromptError, SettingsError
-from hiedit_env.model.asking import PromptForm, chat_text, has_markers, subject_spans
+from hiedit_env.model.asking import PromptForm, Tokens, chat_text, has_markers, subject_spans
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -56,6 +56,8 @@ class EncodedPrompt:
         subject_missing: Whether a subject was named that is not in the prompt; then the only span
             is the prompt's last token.
 
+    Two are equal if their texts and tokens are, wherever the subject stands.
+
     Raises:
         PromptError: if ``prompt_ids`` or ``answer_ids`` is empty.
 
@@ -70,8 +72,8 @@ class EncodedPrompt:
     answer: str
     prompt_ids: tuple[int, ...]
     answer_ids: tuple[int, ...]
-    subject_spans: tuple[tuple[int, int], ...] = ()
-    subject_missing: bool = False
+    subject_spans: tuple[tuple[int, int], ...] = field(default=(), compare=False)
+    subject_missing: bool = field(default=False, compare=False)
 
     def __post_init__(self) -> None:
         if not self.prompt_ids:
@@ -93,6 +95,24 @@ class EncodedPrompt:
     def first_position(self) -> int:
         """Position (from 0) in ``input_ids`` whose logits predict ``answer_ids[0]``."""
         return len(self.prompt_ids) - 1
+
+    def positions(self, tokens: Tokens) -> range:
+        """Positions in ``input_ids`` of some of the tokens that the model reads.
+
+        Args:
+            tokens: ``"subject"`` is the last token of the subject's last mention; the prompt's
+                last token where the prompt names no subject.
+
+        >>> fact = EncodedPrompt("p", "a", (1, 7, 8), (5, 6), subject_spans=((0, 2),))
+        >>> [list(fact.positions(tokens)) for tokens in ("answer", "last", "subject")]
+        [[2, 3], [2], [1]]
+        """
+        last = self.first_position
+        if tokens in ("answer", "all"):
+            return range(last if tokens == "answer" else 0, self.length)
+        if tokens == "subject" and self.subject_spans:
+            last = self.subject_spans[-1][1] - 1
+        return range(last, last + 1)
 
 
 @dataclass(frozen=True, slots=True)

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator, Sequence
 
 from torch import Tensor
 
 from hiedit_env.model.batches import PromptBatch
 from hiedit_env.model.tokenization import EncodedPrompt
-from hiedit_env.resident.capture import Reading
 from hiedit_env.resident.low_rank import Updates
+from hiedit_env.resident.reading import Reading
 from hiedit_env.resident.resident import ResidentLLM
 
 #: An environment, and its place among those asked, with the places of its prompts in a batch's
@@ -17,19 +18,21 @@ from hiedit_env.resident.resident import ResidentLLM
 Places = list[tuple[int, int]]
 
 
-def read_together(asked: Sequence[tuple[ResidentLLM, EncodedPrompt]]) -> list[Reading]:
-    """Reads one request for each of several forks, see :meth:`.resident.ResidentLLM.read`.
+def read_together(asked: Sequence[tuple[ResidentLLM, Sequence[EncodedPrompt]]]) -> list[Reading]:
+    """Reads one edit unit for each of several forks, in few passes.
 
     Args:
-        asked: Forks of one model, each with its request; or a single model of any kind.
+        asked: Forks of one model (or a single model of any kind), each with the prompts of its
+            unit, at least one.
+
+    Returns:
+        One reading each, in order. Works in every gradient mode of the caller.
     """
-    longest = max(prompt.length for _, prompt in asked)
-    size = max(1, asked[0][0].max_batch_tokens // longest)
-    readings: list[Reading] = []
-    for start in range(0, len(asked), size):
-        members, prompts = zip(*asked[start : start + size], strict=True)
-        readings += members[0].read_forks(prompts, members)
-    return readings
+    prompts = [prompt for _, unit in asked for prompt in unit]
+    forks = [llm for llm, unit in asked for _ in unit]
+    counts = [len(unit) for _, unit in asked for _ in unit]
+    parts = iter(forks[0].read_forks(prompts, forks, counts))
+    return [Reading(list(itertools.islice(parts, len(unit)))) for _, unit in asked]
 
 
 def logits_together(

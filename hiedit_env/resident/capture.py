@@ -1,4 +1,4 @@
-"""The result of one pass over a request: keys and value gradients of every layer."""
+"""The result of one pass over an edit unit: keys and value gradients of every layer."""
 
 from __future__ import annotations
 
@@ -12,37 +12,100 @@ from torch import Tensor
 
 from hiedit_env.errors import LayerError
 from hiedit_env.model.architectures import CandidateLayer
+from hiedit_env.model.asking import Tokens
 from hiedit_env.model.tokenization import EncodedPrompt
 
 
 @dataclass(frozen=True, slots=True)
 class Capture:
-    """What one forward and backward pass over a request leaves behind.
+    """What one forward and backward pass over an edit unit leaves behind.
+
+    An edit unit is what one primitive step edits together: the prompts of one fact or several, each
+    in every form asked. The rows of its P prompts are joined along the token axis, prompt after
+    prompt, padding left out.
 
     Args:
-        prompt: The request as tokens.
+        prompts: The P prompts as tokens; at least one.
         keys: Per layer T × d_in, the layer's input at the T tokens the model read (u_l).
         value_gradients: Per layer T × d_out, gradient of ``loss`` at the layer's output (v_l).
-        loss: −log p(answer | prompt), mean over answer tokens, in nats.
+        loss: −log p(answer | prompt), mean over the answer tokens of a prompt, then over the
+            prompts, in nats.
         predictions: A int64, the argmax at each of the A answer positions.
         correct: A bool, whether the prediction is the answer's token.
-        summary: ``loss`` and the share of correct answer tokens as a float32 tensor; computed from
-            them where None.
+        summaries: P × 2 float32, loss and share of correct answer tokens of every prompt; where
+            None, ``loss`` stands for the loss of each.
 
     All tensors are detached and live on the model's device in the model's dtype. The plain gradient
     of layer l is ``keys[l].T @ value_gradients[l]`` (d_in × d_out).
     """
 
-    prompt: EncodedPrompt
+    prompts: tuple[EncodedPrompt, ...]
     keys: tuple[Tensor, ...]
     value_gradients: tuple[Tensor, ...]
     loss: float
     predictions: Tensor
     correct: Tensor
-    summary: Tensor | None = None
+    summaries: Tensor | None = None
     _stacked: dict[tuple[int, ...], tuple[Tensor, Tensor]] = field(
         default_factory=dict, init=False, repr=False, compare=False
     )
+
+    @property
+    def prompt(self) -> EncodedPrompt:
+        """The first prompt."""
+        return self.prompts[0]
+
+    def rows(self, tokens: Tokens) -> slice | list[int]:
+        """Where some of every prompt's tokens stand along the token axis.
+
+        Args:
+            tokens: Which, see :meth:`.tokenization.EncodedPrompt.positions`.
+
+        Returns:
+            A slice where the rows lie side by side, else their indices; for any axis of T rows.
+        """
+        found: list[int] = []
+        start = 0
+        for prompt in self.prompts:
+            found += (start + position for position in prompt.positions(tokens))
+            start += prompt.length
+        if found[-1] - found[0] == len(found) - 1:
+            return slice(found[0], found[-1] + 1)
+        return found
+
+    def parts(self, counts: Sequence[int]) -> tuple[Capture, ...]:
+        """The captures of some prompts each, with the gradients of their own mean losses.
+
+        Args:
+            counts: How many prompts each holds, in order; they add up to P.
+
+        Returns:
+            This capture itself where there is one count.
+        """
+        if len(counts) == 1:
+            return (self,)
+        table, total = self._table(), len(self.prompts)
+        found: list[Capture] = []
+        first = row = token = 0
+        for count in counts:
+            prompts = self.prompts[first : first + count]
+            rows = slice(row, row + sum(prompt.length for prompt in prompts))
+            tokens = slice(token, token + sum(len(prompt.answer_ids) for prompt in prompts))
+            own = table[first : first + count]
+            found.append(
+                Capture(
+                    prompts=prompts,
+                    keys=tuple(u[rows] for u in self.keys),
+                    # The joint loss is a mean over all prompts, this one over fewer.
+                    value_gradients=tuple(v[rows] * (total / count) for v in self.value_gradients),
+                    loss=float(own[:, 0].mean()),
+                    predictions=self.predictions[tokens],
+                    correct=self.correct[tokens],
+                    summaries=own,
+                )
+            )
+            first, row, token = first + count, rows.stop, tokens.stop
+        return tuple(found)
 
     def stacked(self, group: Sequence[int]) -> tuple[Tensor, Tensor]:
         """Keys and value gradients of layers of one shape side by side; made once per group.
@@ -70,10 +133,16 @@ class Capture:
 
     def numbers(self) -> Tensor:
         """Loss and share of correct answer tokens, float32, on the model's device."""
-        if self.summary is not None:
-            return self.summary
-        accuracy = self.correct.float().mean()
-        return torch.stack((torch.full_like(accuracy, self.loss), accuracy))
+        table = self._table()
+        return table[0] if len(table) == 1 else table.mean(0)
+
+    def _table(self) -> Tensor:
+        """Loss and share of correct answer tokens of every prompt, P × 2 float32."""
+        if self.summaries is not None:
+            return self.summaries
+        sizes = [len(prompt.answer_ids) for prompt in self.prompts]
+        shares = torch.stack([part.float().mean() for part in torch.split(self.correct, sizes)])
+        return torch.stack((torch.full_like(shares, self.loss), shares), 1)
 
     def gradient_norms(self) -> Tensor:
         """‖u_lᵀ v_l‖_F per layer, L float32, from T × T Gram matrices."""
@@ -175,99 +244,7 @@ class LayerRecorder:
         return hook
 
 
-class PassGraph:
-    """One forward pass over one request or several, whose backward pass runs when it is asked for.
-
-    Args:
-        losses: A, of the answer tokens of all requests, each depending on its own request only.
-        weights: A, what each counts in the loss that is differentiated.
-        inputs: Per layer N × T × d_in.
-        outputs: Per layer N × T × d_out, in any arrangement of the first two.
-    """
-
-    def __init__(
-        self, losses: Tensor, weights: Tensor, inputs: list[Tensor], outputs: list[Tensor]
-    ) -> None:
-        self._losses: Tensor | None = losses
-        self._weights = weights
-        self._inputs, self._outputs = inputs, outputs
-        self._rows: GradientRows | None = None
-
-    @torch.inference_mode(False)
-    def rows(self) -> GradientRows:
-        """Keys and value gradients, N × T × size per layer; runs once, then frees the graph."""
-        if self._rows is None:
-            assert self._losses is not None
-            gradients = torch.autograd.grad(self._losses, self._outputs, self._weights)
-            self._rows = GradientRows(
-                tuple(u.detach() for u in self._inputs), as_rows(gradients, self._inputs)
-            )
-            self._losses, self._inputs, self._outputs = None, [], []
-        return self._rows
-
-
 def as_rows(gradients: Sequence[Tensor], inputs: Sequence[Tensor]) -> tuple[Tensor, ...]:
     """Gradients at layer outputs, N × T × d_out as the inputs are N × T × d_in."""
     pairs = zip(gradients, inputs, strict=True)
     return tuple(v.reshape(*u.shape[:2], v.shape[-1]) for v, u in pairs)
-
-
-class Reading:
-    """A request as the model reads it; the backward pass is done only if it is asked for.
-
-    Args:
-        prompt: The request.
-        loss: −log p(answer | prompt), mean over answer tokens, in nats.
-        accuracy: Share of answer tokens that are predicted.
-        summary: The two again, as a float32 tensor on the model's device.
-        logits: A × vocabulary, at the answer positions.
-        predictions: A int64, their argmax.
-        correct: A bool, whether that is the answer's token.
-        graph: The pass it was read in.
-        row: Its place there.
-    """
-
-    def __init__(
-        self,
-        prompt: EncodedPrompt,
-        loss: float,
-        accuracy: float,
-        summary: Tensor,
-        logits: Tensor,
-        predictions: Tensor,
-        correct: Tensor,
-        graph: PassGraph,
-        row: int,
-    ) -> None:
-        self.prompt, self.loss, self.accuracy, self.summary = prompt, loss, accuracy, summary
-        self.logits, self.predictions, self.correct = logits, predictions, correct
-        self.answered = accuracy == 1.0
-        self._graph: PassGraph | None = graph
-        self._row = row
-        self._capture: Capture | None = None
-
-    @property
-    def metrics(self) -> dict[str, float | bool]:
-        """``efficacy``, the share of answer tokens that are predicted, and ``answered``."""
-        return {"efficacy": self.accuracy, "answered": self.answered}
-
-    def capture(self) -> Capture:
-        """Keys and value gradients; the first call runs the backward pass and frees the graph."""
-        if self._capture is None:
-            assert self._graph is not None
-            rows, row, length = self._graph.rows(), self._row, self.prompt.length
-            self._capture = Capture(
-                prompt=self.prompt,
-                keys=tuple(u[row, :length] for u in rows.keys),
-                value_gradients=tuple(v[row, :length] for v in rows.value_gradients),
-                loss=self.loss,
-                predictions=self.predictions,
-                correct=self.correct,
-                summary=self.summary,
-            )
-            self.release()
-        return self._capture
-
-    def release(self) -> None:
-        """Frees the graph of a reading whose backward pass is not wanted."""
-        self._graph = None

@@ -13,7 +13,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from hiedit_env.errors import SettingsError
@@ -22,10 +21,11 @@ from hiedit_env.model.batches import PromptBatch, length_buckets, make_batch
 from hiedit_env.model.generation import end_ids, generate
 from hiedit_env.model.structure import text_config
 from hiedit_env.model.tokenization import EncodedPrompt, PromptEncoder
-from hiedit_env.resident.capture import GradientRows, LayerRecorder, PassGraph, Reading, as_rows
+from hiedit_env.resident.capture import GradientRows, LayerRecorder, as_rows
 from hiedit_env.resident.forward_check import find_forward
 from hiedit_env.resident.low_rank import Updates
 from hiedit_env.resident.prefix_cache import TensorCache
+from hiedit_env.resident.reading import PromptReading, Reading, read_batch, reading_buckets
 from hiedit_env.resident.weights import EditableWeights
 
 #: Numbers in several changes up to which they are stacked and multiplied as one.
@@ -145,52 +145,41 @@ class ResidentLLM(EditableWeights):
         with self._edited(forks or (self,)), self._overlay(updates):
             return self._logits(self._split.suffix(hidden), batch)
 
-    def read(self, prompt: EncodedPrompt) -> Reading:
-        """Runs one request forward, recording what a later backward pass needs.
+    def read(self, *prompts: EncodedPrompt) -> Reading:
+        """Runs an edit unit forward, recording what a later backward pass needs.
 
         Works in every gradient mode of the caller.
+
+        Args:
+            prompts: The prompts of the unit, at least one.
         """
-        return self.read_forks([prompt], [self])[0]
+        count = len(prompts)
+        return Reading(self.read_forks(prompts, [self] * count, [count] * count))
 
     @torch.inference_mode(False)
     def read_forks(
-        self, prompts: Sequence[EncodedPrompt], forks: Sequence[ResidentLLM]
-    ) -> list[Reading]:
-        """One request of each of several environments, in one pass; see :meth:`read`.
+        self,
+        prompts: Sequence[EncodedPrompt],
+        forks: Sequence[ResidentLLM],
+        counts: Sequence[int],
+    ) -> list[PromptReading]:
+        """Prompts of several environments' units in few passes, see :func:`.batched.read_together`.
 
         Args:
-            prompts: One per environment.
-            forks: Forks of one model, or this one alone.
+            prompts: All prompts of all units.
+            forks: The fork of one model that each prompt is read by, or this one for all.
+            counts: How many prompts the unit of each has.
         """
-        batch = self.batch(prompts)
-        if not self._shares(batch):
-            pairs = zip(prompts, forks, strict=True)
-            return [self.read_forks([prompt], [fork])[0] for prompt, fork in pairs]
-        logits, inputs, outputs = self._record(batch, forks)
-        with torch.enable_grad():
-            losses = F.cross_entropy(logits.float(), batch.labels, reduction="none")
-        graph = PassGraph(losses, 1 / batch.answer_lengths[batch.rows], inputs, outputs)
-        logits = logits.detach()
-        predictions = logits.argmax(-1)
-        correct = predictions == batch.labels
-        summaries = batch.column_means(torch.stack((losses.detach(), correct.float()), 1))
-        sizes = [len(prompt.answer_ids) for prompt in prompts]
-        parts = [torch.split(part, sizes) for part in (logits, predictions, correct)]
-        numbers = summaries.tolist()
-        return [
-            Reading(
-                prompt=prompt,
-                loss=numbers[i][0],
-                accuracy=numbers[i][1],
-                summary=summaries[i],
-                logits=parts[0][i],
-                predictions=parts[1][i],
-                correct=parts[2][i],
-                graph=graph,
-                row=i,
-            )
-            for i, prompt in enumerate(prompts)
-        ]
+        found: dict[int, PromptReading] = {}
+        for bucket in reading_buckets(prompts, counts, self.max_batch_tokens):
+            shared = self._way.shares([prompts[i].length for i in bucket])
+            for places in [bucket] if shared else [[i] for i in bucket]:
+                batch = self.batch([prompts[i] for i in places])
+                owners, sizes = [forks[i] for i in places], [counts[i] for i in places]
+                alone = all(fork is owners[0] for fork in owners)
+                recorded = self._record(batch, owners[:1] if alone else owners)
+                found |= dict(zip(places, read_batch(batch, *recorded, sizes), strict=True))
+        return [found[i] for i in range(len(prompts))]
 
     @torch.inference_mode(False)
     def gradients(

@@ -11,7 +11,7 @@ import copy
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from numbers import Real
-from typing import Any, ClassVar, Literal, Self
+from typing import Any, ClassVar, Self, get_args
 
 import numpy as np
 import torch
@@ -19,11 +19,10 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from hiedit_env.errors import SettingsError
+from hiedit_env.model.asking import Tokens as Tokens
 from hiedit_env.resident.capture import Capture
 from hiedit_env.resident.low_rank import LowRankUpdate, layer_groups
 from hiedit_env.resident.resident import ResidentLLM
-
-Tokens = Literal["answer", "all"]
 
 
 class UpdateRule(ABC):
@@ -33,7 +32,9 @@ class UpdateRule(ABC):
         shapes: ``(d_in, d_out)`` per candidate layer.
         device: Device of the model.
         step_size: Nominal step size; an agent's step sizes multiply it.
-        tokens: Which tokens of the request count: those that predict the answer, or all read.
+        tokens: Which tokens of every prompt count: those that predict its ``"answer"``, ``"all"``
+            that are read, the prompt's ``"last"`` one, or the last one of its ``"subject"`` (the
+            prompt's last one where it names no subject).
 
     Raises:
         SettingsError: unknown ``tokens`` or a step size that is not positive.
@@ -59,8 +60,8 @@ class UpdateRule(ABC):
             self.default_step_size if step_size is None else step_size, "step_size"
         )
         self.tokens = self.default_tokens if tokens is None else tokens
-        if self.tokens not in ("answer", "all"):
-            raise SettingsError(f"tokens must be 'answer' or 'all', got {self.tokens!r}")
+        if self.tokens not in get_args(Tokens):
+            raise SettingsError(f"tokens must be one of {get_args(Tokens)}, got {self.tokens!r}")
         self.reset()
 
     def reset(self) -> None:  # noqa: B027 - a rule need not keep statistics
@@ -190,12 +191,12 @@ class UpdateRule(ABC):
     def _rows(
         self, capture: Capture, group: list[int], places: list[int] | None = None
     ) -> tuple[Tensor, Tensor]:
-        start = capture.prompt.first_position if self.tokens == "answer" else 0
         # Always whole groups: a capture keeps what it stacks, and there are 2^L choices of layers.
         keys, gradients = capture.stacked(group)
         if places is not None and len(places) < len(group):
             keys, gradients = keys[places], gradients[places]
-        return (keys[:, start:], gradients[:, start:]) if start else (keys, gradients)
+        rows = capture.rows(self.tokens)
+        return keys[:, rows], gradients[:, rows]
 
 
 def positive(value: object, name: str) -> float:

@@ -24,7 +24,7 @@ from hiedit_env.evaluation.matching import is_match
 from hiedit_env.evaluation.reward import Evaluator, evaluate_together
 from hiedit_env.evaluation.reward_terms import Quality
 from hiedit_env.model.tokenization import EncodedFact
-from hiedit_env.resident.capture import Reading
+from hiedit_env.resident.reading import Reading
 
 LIFELONG, SELECTION, STEP_SIZE = IDS = (
     "hiedit/LifelongEdit-v1",

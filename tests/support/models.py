@@ -158,7 +158,7 @@ def fake_capture(
     t, count = request.length, len(request.answer_ids)
     sizes = list(enumerate(shapes))
     return Capture(
-        prompt=request,
+        prompts=(request,),
         keys=tuple((1 + normal(1000 * seed + 2 * i, t, s[0])).to(dtype) for i, s in sizes),
         value_gradients=tuple(
             (0.01 * normal(1000 * seed + 2 * i + 1, t, s[1])).to(dtype) for i, s in sizes

@@ -453,6 +453,28 @@ def test_rehearsed_answers_can_end() -> None:
     assert facts[0].answer_ids[-1] != end
 
 
+def test_a_unit_is_remembered_prompt_by_prompt_and_not_rehearsed_while_it_is_edited() -> None:
+    env = make(SELECTION, num_edits=4)
+    low = rehearsing(env, facts=9, probes=0)
+    env.use_low_level(low)
+    env.reset(seed=0)
+    prompts = [fact.prompt for fact in env.episode.facts]
+    for unit in (prompts[:1], prompts[1:3], prompts[1:3], prompts[:2]):
+        capture = env.llm.read(*unit).capture()
+        low.observe(capture)
+    assert list(low._past) == [prompts[2], *prompts[:2]]
+    asked: list[Any] = []
+    own = env.llm.gradients
+
+    def noted(prompts: Any, loss: Any) -> GradientRows:
+        asked.append(prompts)
+        return own(prompts, loss)
+
+    env.llm.gradients = noted  # type: ignore[method-assign]
+    low.propose(capture, ALL)
+    assert asked == [[prompts[2]]]
+
+
 def test_what_is_rehearsed_is_never_much_larger_than_the_fact() -> None:
     """Ends of answers are far from what the tiny model gives: a bound keeps it in one piece."""
     env = make(SELECTION, num_edits=6)

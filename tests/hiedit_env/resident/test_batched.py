@@ -126,7 +126,7 @@ def test_reading_together_is_reading_one_by_one(kind: str, limit: int) -> None:
     llm = resident(kind, max_batch_tokens=limit)
     forks = [edited(llm, seed) for seed in range(3)] + [llm.fork()]
     requests = [*PROMPTS, PROMPTS[0]]
-    found = read_together(list(zip(forks, requests, strict=True)))
+    found = read_together([(fork, [p]) for fork, p in zip(forks, requests, strict=True)])
     for fork, request, reading in zip(forks, requests, found, strict=True):
         alone = fork.read(request)
         assert reading.prompt == request
@@ -150,7 +150,7 @@ def test_environments_in_step_get_their_own_answers_and_readings_come_first() ->
     def fork(i: int, count: int) -> Generator[Pass, Any, list[float]]:
         losses = []
         for k in range(count):
-            reading = yield Read(forks[i], PROMPTS[(i + k) % 3])
+            reading = yield Read(forks[i], [PROMPTS[(i + k) % 3]])
             log.append(f"{i}.{k}")
             losses.append(reading.loss)
         return losses
@@ -168,7 +168,7 @@ def test_a_failed_pass_is_raised_inside_every_environment_that_waited_for_it() -
 
     def fork(i: int, request: EncodedPrompt) -> Generator[Pass, Any, str]:
         try:
-            yield Read(llm.fork(), request)
+            yield Read(llm.fork(), [request])
         except IndexError:
             undone.append(i)
             raise
@@ -187,7 +187,8 @@ def test_a_failed_pass_is_raised_inside_every_environment_that_waited_for_it() -
 def test_large_changes_are_not_stacked(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """A product per environment says what one product over the stack of their changes says."""
     llm = resident(kind)
-    asked = [(edited(llm, seed), PROMPTS[seed]) for seed in (0, 1)] + [(llm.fork(), PROMPTS[2])]
+    forks = [edited(llm, 0), edited(llm, 1), llm.fork()]
+    asked = [(fork, [request]) for fork, request in zip(forks, PROMPTS, strict=True)]
     stacked = read_together(asked)
     monkeypatch.setattr("hiedit_env.resident.resident.STACKED_NUMBERS", 0)
     real = torch.stack

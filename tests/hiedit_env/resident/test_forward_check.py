@@ -109,7 +109,7 @@ def test_prompts_that_run_alone_have_the_gradients_of_a_batch(kind: str) -> None
     )
     forks = [alone.fork() for _ in PROMPTS]
     forks[1].commit(updates)
-    readings = alone.read_forks(PROMPTS, forks)
+    readings = alone.read_forks(PROMPTS, forks, [1, 1, 1])
     shared.commit(updates)
     torch.testing.assert_close(readings[1].logits, shared.read(PROMPTS[1]).logits, **TOLERANCE)
 

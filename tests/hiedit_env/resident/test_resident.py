@@ -295,7 +295,7 @@ def test_gradient_norms_of_tiny_gradients(dtype: torch.dtype) -> None:
     # Squares of 1e-4 vanish in float16. ‖uᵀv‖ of all-equal rows: T a b √(d_in d_out).
     keys, gradients = torch.full((3, 4), 0.5).to(dtype), torch.full((3, 9), 1e-4).to(dtype)
     flags = torch.tensor([False])
-    capture = Capture(prompt([1], [2]), (keys,), (gradients,), 1.0, torch.tensor([3]), flags)
+    capture = Capture((prompt([1], [2]),), (keys,), (gradients,), 1.0, torch.tensor([3]), flags)
     norms = capture.gradient_norms()
     assert norms.dtype == torch.float32
     assert math.isclose(float(norms), 3 * 0.5 * 1e-4 * 6, rel_tol=5e-3)

@@ -75,7 +75,7 @@ def capture_of(keys: list[list[float]], gradients: list[list[float]]) -> Capture
     """One layer, two tokens, the first of which is not the answer's."""
     request = prompt([1, 2], [3])
     one, no = torch.zeros(1, dtype=torch.int64), torch.tensor([False])
-    return Capture(request, (torch.tensor(keys),), (torch.tensor(gradients),), 1.0, one, no)
+    return Capture((request,), (torch.tensor(keys),), (torch.tensor(gradients),), 1.0, one, no)
 
 
 # -- running moments ----------------------------------------------------------------------------
@@ -327,7 +327,7 @@ def test_tokens_decide_which_rows_count(name: str) -> None:
     assert start > 0
     keys = tuple(torch.cat((u[:start] * 7, u[start:])) for u in capture.keys)
     other = Capture(
-        capture.prompt, keys, capture.value_gradients, 1.0, capture.predictions, capture.correct
+        capture.prompts, keys, capture.value_gradients, 1.0, capture.predictions, capture.correct
     )
     for tokens, same in (("answer", True), ("all", False)):
         found = []

@@ -80,7 +80,7 @@ def test_gradient_norm_by_hand() -> None:
         for (_, d_out), length in zip(SHAPES, lengths, strict=True)
     )
     one, no = torch.zeros(1, dtype=torch.int64), torch.tensor([False])
-    capture = Capture(prompt([1], [2]), keys, gradients, 1.0, one, no)
+    capture = Capture((prompt([1], [2]),), keys, gradients, 1.0, one, no)
     assert chosen(gradient_norm(6, 1), capture) == [4]
     assert chosen(gradient_norm(6, 3), capture) == [2, 4, 5]
     assert chosen(gradient_norm(6, 5), capture) == [0, 1, 2, 4, 5]
@@ -99,7 +99,7 @@ def test_gradient_norm_equals_dense_norms() -> None:
 def test_equal_norms_give_the_first_layers() -> None:
     zero = tuple(torch.zeros_like(v) for v in CAPTURE.value_gradients)
     flags = CAPTURE.predictions, CAPTURE.correct
-    capture = Capture(CAPTURE.prompt, CAPTURE.keys, zero, 1.0, *flags)
+    capture = Capture(CAPTURE.prompts, CAPTURE.keys, zero, 1.0, *flags)
     assert chosen(gradient_norm(6, 2), capture) == [0, 1]
 
 

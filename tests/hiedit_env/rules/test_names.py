@@ -50,7 +50,7 @@ def test_rules_by_name() -> None:
         ("gradient", {"step_size": -1e-4}, "positive number, got -0.0001"),
         ("gradient", {"step_size": math.nan}, "positive number, got nan"),
         ("gradient", {"step_size": "big"}, "step_size must be a positive number, got 'big'"),
-        ("ridge", {"tokens": "some"}, "must be 'answer' or 'all', got 'some'"),
+        ("ridge", {"tokens": "some"}, "must be one of .*'subject'.*, got 'some'"),
         ("ridge", {"ridge": 0.0}, "ridge must be a positive number, got 0.0"),
         ("ridge", {"ridge": math.nan}, "ridge must be a positive number, got nan"),
         ("ridge", {"ridge": "1"}, "ridge must be a positive number, got '1'"),
