@@ -14,6 +14,7 @@ import tyro
 
 from hiedit_agents.command_line import Switch, parse, run_script
 from hiedit_agents.hierarchy.train_settings import TrainSettings
+from hiedit_benchmarks.commands.layer_settings import LayerScanSettings
 from hiedit_benchmarks.commands.train_settings import TrainingRun
 from hiedit_benchmarks.comparison.console import replace_what_cannot_be_encoded
 from hiedit_benchmarks.comparison.settings import CompareSettings, EditSettings
@@ -125,6 +126,27 @@ class Train:
 
 
 @settings
+class Layers:
+    """Find candidate layers for a model: effect per unit of damage, measured on a few facts.
+
+    Each fact is written into each layer alone, and nothing is kept. A table is printed; the file
+    of --out is what --layers of every command takes.
+    """
+
+    out: Path | None = None
+    """.json file for the proposed layers and all scores; by default none is written"""
+    picture: Path | None = None
+    """.png file for a picture; by default none is drawn"""
+    measurement: LayerScanSettings = LayerScanSettings()
+
+    def run(self) -> int:
+        """Measures and prints."""
+        from hiedit_benchmarks.commands import layers
+
+        return layers.main(self.measurement, self.out, self.picture)
+
+
+@settings
 class Demo:
     """Edit a small real model and look at the result, in a few minutes.
 
@@ -184,6 +206,7 @@ COMMANDS: Mapping[str, type[Any]] = {
     "edit": Edit,
     "compare": Compare,
     "train": Train,
+    "layers": Layers,
     "demo": Demo,
     "data": Data,
     "agents": Agents,

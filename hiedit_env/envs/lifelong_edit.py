@@ -95,8 +95,8 @@ class LifelongEdit(EditingEnv):
     - ``locality_reference``: ``"unedited"``, or ``"previous"`` for the model before the fact.
     - ``stop_when_answered``: if False every fact takes ``max_steps_per_edit`` steps.
     - ``step_size``, ``update_rule_settings``: the rule's nominal step size and other arguments.
-    - ``layers``: patterns of candidate layers, e.g. ``"model.layers.{10-14}.mlp.gate_proj"``; None
-      for the model's preset.
+    - ``layers``: patterns of candidate layers, e.g. ``"model.layers.{10-14}.mlp.gate_proj"``, or
+      the path of a ``.json`` file that ``hiedit layers`` wrote; None for the model's preset.
     - ``shuffle``: if False the stream is the first ``num_edits`` facts in the data set's order.
     - ``trust_remote_code``, ``progress``: as for ``load_model``.
 

@@ -225,8 +225,9 @@ class ModelSettings:
     """smollm2-135m, tiny, planted (a toy whose right layers are known), a folder, or a Hugging Face
     id"""
     layers: LayerPatterns = None
-    """candidate weight matrices, such as 'model.layers.{10-14}.mlp.gate_proj'; by default those of
-    published work on the model, or matrices at the same relative depth"""
+    """candidate weight matrices, such as 'model.layers.{10-14}.mlp.gate_proj', or a .json file that
+    'hiedit layers' wrote; by default those of published work on the model, or matrices at the same
+    relative depth"""
     device: str = "cpu"
     """cpu, cuda, cuda:N or mps"""
     dtype: str = "float32"

@@ -17,6 +17,7 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from hiedit_env.errors import LayerError
+from hiedit_env.model.layer_files import is_layer_file, read_layers, structure_fingerprint
 from hiedit_env.model.patterns import match
 from hiedit_env.model.presets import PRESETS, Preset, find_preset
 from hiedit_env.model.structure import (
@@ -27,6 +28,7 @@ from hiedit_env.model.structure import (
     default_layers,
     find_blocks,
     is_editable,
+    matrices_to_measure,
     sizes,
     text_config,
 )
@@ -38,9 +40,11 @@ __all__ = [
     "CandidateLayer",
     "DepthRange",
     "Preset",
+    "all_candidates",
     "block_list",
     "find_candidates",
     "find_preset",
+    "model_structure",
 ]
 
 
@@ -152,7 +156,8 @@ def find_candidates(
             :data:`ARCHITECTURES` and :func:`.structure.default_layers`); the name of a preset; or
             one or several patterns over the names in ``model.named_modules()``. A pattern is a
             shell-style glob in which ``{10-14}`` and ``{1,3,5-7}`` stand for numbers and
-            ``{up,gate}`` for names; each must match.
+            ``{up,gate}`` for names; each must match. A pattern that ends in ``.json`` is the path
+            of a file that ``hiedit layers`` wrote, see :mod:`.layer_files`.
         name: Name, hub id or path of the model; its last part selects the preset. A preset of
             another model type or number of blocks is not this model's and is passed over.
 
@@ -161,8 +166,9 @@ def find_candidates(
 
     Raises:
         LayerError: if a pattern is malformed, matches nothing, or matches something that is not a
-            floating-point ``nn.Linear`` or ``Conv1D`` inside a block; if a preset asked for is for
-            another model; if no pattern is given and no block holds a matrix that can be edited.
+            floating-point ``nn.Linear`` or ``Conv1D`` inside a block; if a preset or a file asked
+            for is for another model; if no pattern is given and no block holds a matrix that can be
+            edited.
     """
     blocks, _ = block_list(model)
     kind = model.config.model_type
@@ -182,7 +188,13 @@ def find_candidates(
         patterns = [layers] if isinstance(layers, str) else list(layers)
     if not patterns:
         raise LayerError("layers is empty; give at least one pattern, or None for the default")
-    matched = {found for pattern in patterns for found in match(pattern, modules)}
+    matched: set[str] = set()
+    for pattern in patterns:
+        if is_layer_file(pattern):
+            own = structure_fingerprint(kind, modules, root)
+            matched.update(read_layers(pattern, own, modules))
+        else:
+            matched.update(match(pattern, modules))
     # Modules are registered in forward order within a block in every architecture of the table.
     return tuple(_candidate(n, m, root) for n, m in modules.items() if n in matched)
 
@@ -199,16 +211,49 @@ def _own_layers(model: PreTrainedModel, blocks: nn.ModuleList, name: str | None)
             for rule in architecture.default
             for block in rule.blocks(len(blocks))
         ]
-    hidden = getattr(text_config(model.config), "hidden_size", None)
-    if hidden is None:
-        hidden = cast(nn.Embedding, model.get_input_embeddings()).weight.shape[-1]
-    found = default_layers(list(blocks), hidden)
+    found = default_layers(list(blocks), _hidden(model))
     if not found:
         raise LayerError(
             f"no block of {type(model).__name__} holds a matrix (nn.Linear or Conv1D) that all "
             f"tokens pass and that writes to the residual stream; name layers by a pattern"
         )
     return found
+
+
+def all_candidates(model: PreTrainedModel) -> tuple[CandidateLayer, ...]:
+    """Every matrix of every block that is worth measuring, in forward order.
+
+    The matrices of the MLP and the attention output, see :func:`.structure.matrices_to_measure`.
+
+    Raises:
+        LayerError: there is none.
+    """
+    blocks, _ = block_list(model)
+    modules = dict(model.named_modules())
+    root = next(full for full, module in modules.items() if module is blocks)
+    names = {f"{root}.{name}" for name in matrices_to_measure(list(blocks), _hidden(model))}
+    if not names:
+        raise LayerError(
+            f"no block of {type(model).__name__} holds a matrix (nn.Linear or Conv1D of ordinary "
+            "floating-point numbers) that all tokens pass; name layers by a pattern"
+        )
+    return tuple(_candidate(n, m, root) for n, m in modules.items() if n in names)
+
+
+def model_structure(model: PreTrainedModel) -> str:
+    """Fingerprint by which files of layers know the model, see :mod:`.layer_files`."""
+    blocks, _ = block_list(model)
+    modules = dict(model.named_modules())
+    root = next(full for full, module in modules.items() if module is blocks)
+    return structure_fingerprint(model.config.model_type, modules, root)
+
+
+def _hidden(model: PreTrainedModel) -> int:
+    """Size of the residual stream."""
+    hidden = getattr(text_config(model.config), "hidden_size", None)
+    if hidden is None:
+        hidden = cast(nn.Embedding, model.get_input_embeddings()).weight.shape[-1]
+    return int(hidden)
 
 
 def _candidate(name: str, module: nn.Module, root: str) -> CandidateLayer:

@@ -168,6 +168,42 @@ def default_layers(blocks: Sequence[nn.Module], hidden: int) -> list[str]:
     return chosen or fallback
 
 
+def matrices_to_measure(blocks: Sequence[nn.Module], hidden: int) -> list[str]:
+    """Matrices of all blocks that may hold facts: names relative to the list of blocks.
+
+    Per block the first matrices of the MLP (gate and up, or the one that widens), the matrix of the
+    MLP or mixer that writes to the residual stream, and the attention output. Experts that see only
+    the tokens routed to them, and matrices that several blocks share, are left out.
+
+    Args:
+        blocks: The decoder's blocks.
+        hidden: Size of the residual stream.
+    """
+    uses = Counter(id(m.weight) for b in blocks for _, m in _matrices(b))
+    found: list[str] = []
+    for index, block in enumerate(blocks):
+        own = {name: m for name, m in _matrices(block) if uses[id(m.weight)] == 1}
+        rest = {name: m for name, m in own.items() if not _is_attention(name)}
+        attention = {name: m for name, m in own.items() if name not in rest}
+        chosen: list[str | None] = [*(_gated(own, hidden) or ())]
+        out = _output(rest, hidden)
+        if out is not None and not chosen:
+            inner, parent = sizes(rest[out])[0], out.rpartition(".")[0]
+            chosen += [
+                name
+                for name, m in rest.items()
+                if name != out
+                and name.rpartition(".")[0] == parent
+                and sizes(m)[0] == hidden
+                and sizes(m)[1] % inner == 0
+            ]
+        back = _output(attention, hidden)
+        if back is not None and _IS_INPUT.search(back.rpartition(".")[2]):
+            back = None
+        found += [f"{index}.{name}" for name in (*chosen, out, back) if name is not None]
+    return found
+
+
 def _matrices(block: nn.Module) -> Iterator[tuple[str, nn.Linear | Conv1D]]:
     """Editable matrices of a block that all tokens of a text pass."""
     if "CrossAttention" in type(block).__name__:

@@ -209,7 +209,7 @@ def test_help(command: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     assert "usage: hiedit" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("command", ["", "edit", "compare", "train", "demo", "agents"])
+@pytest.mark.parametrize("command", ["", "edit", "compare", "train", "layers", "demo", "agents"])
 def test_help_imports_nothing_heavy(command: str) -> None:
     code = (
         "import sys\nfrom hiedit_benchmarks.commands.cli import main\n"
