@@ -14,10 +14,10 @@ import tyro
 
 from hiedit_agents.command_line import Switch, parse, run_script
 from hiedit_agents.hierarchy.train_settings import TrainSettings
-from hiedit_benchmarks.commands.layer_settings import LayerScanSettings
 from hiedit_benchmarks.commands.train_settings import TrainingRun
 from hiedit_benchmarks.comparison.console import replace_what_cannot_be_encoded
 from hiedit_benchmarks.comparison.settings import CompareSettings, EditSettings
+from hiedit_benchmarks.layers.settings import LayerScanSettings
 from hiedit_env import __version__
 from hiedit_env.envs.settings import AtLeast1, settings, unknown_name
 from hiedit_env.errors import HieditWarning, SettingsError

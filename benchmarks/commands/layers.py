@@ -16,14 +16,14 @@ from typing import Any
 import numpy as np
 import torch
 
-from hiedit_benchmarks.commands.layer_settings import LayerScanSettings
 from hiedit_benchmarks.comparison.episode import bar
 from hiedit_benchmarks.comparison.report import as_text, show
 from hiedit_benchmarks.comparison.results import versions
-from hiedit_benchmarks.studies.layer_facts import prompts_of, spread
-from hiedit_benchmarks.studies.layer_report import draw, table
-from hiedit_benchmarks.studies.layer_scan import not_given, scan
-from hiedit_benchmarks.studies.layer_scores import FLOOR, LayerScore, propose
+from hiedit_benchmarks.layers.facts import prompts_of, spread
+from hiedit_benchmarks.layers.report import draw, table
+from hiedit_benchmarks.layers.scan import not_given, scan
+from hiedit_benchmarks.layers.scores import FLOOR, LayerScore, propose
+from hiedit_benchmarks.layers.settings import LayerScanSettings
 from hiedit_env.datasets.load import load_requests
 from hiedit_env.datasets.requests import longest_prompt
 from hiedit_env.datasets.streams import fingerprint
@@ -37,9 +37,9 @@ from hiedit_env.model.architectures import (
     find_candidates,
     model_structure,
 )
-from hiedit_env.model.built_in import built_in
 from hiedit_env.model.layer_files import SUFFIX, write_layers
 from hiedit_env.model.loading import LoadedModel, load_model
+from hiedit_env.model.relatives import belongings, known_as
 from hiedit_env.resident.resident import ResidentLLM
 from hiedit_env.rules.base import UpdateRule
 from hiedit_env.rules.names import check_rule, make_rule
@@ -90,10 +90,10 @@ def find_layers(settings: LayerScanSettings, *, progress: bool = True) -> FoundL
         DatasetError: no facts that the model does not give already.
         ModelError, SettingsError, PromptError, DeviceError, NotEnoughMemoryError: as elsewhere.
     """
-    rule = settings.update_rule or built_in(settings.model).rule
+    rule = settings.update_rule or belongings(settings.model).rule
     own = rule_settings(settings.model, rule)
     check_rule(rule, own)
-    dataset = settings.facts or built_in(settings.model).dataset
+    dataset = settings.facts or belongings(settings.model).dataset
     requests = load_requests(dataset)
     loaded = load_model(
         settings.model,
@@ -107,10 +107,10 @@ def find_layers(settings: LayerScanSettings, *, progress: bool = True) -> FoundL
     if settings.layers is None:
         layers = all_candidates(loaded.model)
     else:
-        layers = find_candidates(loaded.model, settings.layers, settings.model)
+        layers = find_candidates(loaded.model, settings.layers, known_as(settings.model))
     defaults: tuple[str, ...] = ()
     with suppress(LayerError):
-        found = find_candidates(loaded.model, None, settings.model)
+        found = find_candidates(loaded.model, None, known_as(settings.model))
         defaults = tuple(layer.name for layer in found)
 
     rng = np.random.default_rng(settings.seed)

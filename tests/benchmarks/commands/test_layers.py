@@ -11,8 +11,8 @@ import pytest
 import hiedit_env  # noqa: F401 - registers the environments
 from hiedit_benchmarks.commands import layers as command
 from hiedit_benchmarks.commands.cli import main
-from hiedit_benchmarks.commands.layer_settings import LayerScanSettings
 from hiedit_benchmarks.commands.layers import find_layers
+from hiedit_benchmarks.layers.settings import LayerScanSettings
 from hiedit_env.datasets.load import load_requests
 from hiedit_env.errors import LayerError
 
@@ -199,7 +199,7 @@ def test_where_no_library_draws_the_file_is_written_all_the_same(
 
 def test_layers_that_give_no_fact_are_not_proposed(monkeypatch: pytest.MonkeyPatch) -> None:
     # Steps that are too small by a factor of a thousand give nothing.
-    monkeypatch.setattr("hiedit_benchmarks.studies.layer_scan.SIZES", (1e-4, 1e-3))
+    monkeypatch.setattr("hiedit_benchmarks.layers.scan.SIZES", (1e-4, 1e-3))
     settings = LayerScanSettings(model="tiny", layers=("model.layers.2.mlp.*_proj",), num_facts=1)
     with pytest.raises(LayerError, match="no layer alone gives any of these facts"):
         find_layers(settings, progress=False)

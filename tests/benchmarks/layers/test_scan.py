@@ -7,8 +7,8 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from hiedit_benchmarks.studies.layer_facts import FactPrompts, prompts_of
-from hiedit_benchmarks.studies.layer_scan import (
+from hiedit_benchmarks.layers.facts import FactPrompts, prompts_of
+from hiedit_benchmarks.layers.scan import (
     BETWEEN,
     SIZES,
     WORST,

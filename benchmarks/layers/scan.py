@@ -28,8 +28,8 @@ import numpy as np
 import torch
 from torch.nn import functional as F
 
-from hiedit_benchmarks.studies.layer_facts import FactPrompts
-from hiedit_benchmarks.studies.layer_scores import LayerScore, Trial, mean_known
+from hiedit_benchmarks.layers.facts import FactPrompts
+from hiedit_benchmarks.layers.scores import LayerScore, Trial, mean_known
 from hiedit_env.errors import LayerError, NonFiniteUpdateError
 from hiedit_env.evaluation.unedited import UneditedModel, answer_log_probs
 from hiedit_env.model.architectures import CandidateLayer
@@ -65,7 +65,7 @@ def scan(
     Args:
         loaded: The model; its weights stay as they are.
         layers: What to measure, in forward order.
-        facts: From :func:`.layer_facts.prompts_of`.
+        facts: From :func:`.facts.prompts_of`.
         make: Makes the update rule for a resident model.
         progress: Called with the number of trials that were finished since the last call.
         skipped: Called with the reason for every layer that cannot be edited.

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from torch import nn
 
-from hiedit_benchmarks.studies.layer_scores import LayerScore, Trial, propose, score_of
+from hiedit_benchmarks.layers.scores import LayerScore, Trial, propose, score_of
 from hiedit_env.errors import LayerError
 from hiedit_env.model.architectures import CandidateLayer
 

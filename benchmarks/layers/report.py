@@ -13,7 +13,7 @@ from rich.table import Table
 from rich.text import Text
 
 from hiedit_benchmarks.comparison.console import encodable
-from hiedit_benchmarks.studies.layer_scores import FLOOR, LayerScore
+from hiedit_benchmarks.layers.scores import FLOOR, LayerScore
 from hiedit_env.envs.plotting import (
     COLOURS,
     UNWRITTEN,

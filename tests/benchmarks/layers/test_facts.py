@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from hiedit_benchmarks.studies.layer_facts import prompts_of, spread, swapped_prompts
+from hiedit_benchmarks.layers.facts import prompts_of, spread, swapped_prompts
 from hiedit_env.datasets.requests import Probe, Request
 from hiedit_env.errors import DatasetError, PromptError
 from hiedit_env.model.loading import load_model

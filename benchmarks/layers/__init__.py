@@ -1,0 +1,1 @@
+"""Which layers are worth editing: measured on a few facts, scored, proposed, drawn."""
