@@ -90,7 +90,11 @@ def _request(request: Request) -> Text:
         if value is not None:
             lines.append(f"  {name:12} {value!r}")
     lines += [f"  paraphrase   {text!r}" for text in request.paraphrases]
-    lines += [f"  unrelated    {_probe(probe)}" for probe in request.locality]
+    if request.prompt_form is not None:
+        lines.append(f"  form         {request.prompt_form}")
+    if request.system is not None:
+        lines.append(f"  system       {request.system!r}")
+    lines += [f"  {probe.kind or 'unrelated':12} {_probe(probe)}" for probe in request.locality]
     lines += [f"  portability  {_probe(probe)} ({probe.kind})" for probe in request.portability]
     lines += [f"  also called  {name!r}" for name in request.subject_aliases]
     if request.true_layers:

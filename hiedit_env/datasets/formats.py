@@ -22,9 +22,10 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
+from typing import cast
 
 from hiedit_env.datasets import published
-from hiedit_env.datasets.requests import Probe, Request
+from hiedit_env.datasets.requests import Probe, PromptForm, Request
 from hiedit_env.datasets.rows import Row, kind_of
 
 
@@ -59,6 +60,8 @@ _FACT_FIELDS = (
     "old_answer",
     "portability",
     "subject_aliases",
+    "prompt_form",
+    "system",
 )
 
 
@@ -93,6 +96,8 @@ def _facts(row: Row) -> Request:
             for item in row.children("portability")
         ),
         subject_aliases=row.texts("subject_aliases"),
+        prompt_form=cast(PromptForm | None, row.optional("prompt_form")),  # the request checks it
+        system=row.optional("system"),
     )
 
 

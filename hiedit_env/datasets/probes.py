@@ -8,8 +8,9 @@ reported as not read.
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Mapping
+from dataclasses import replace
 
-from hiedit_env.datasets.requests import Probe
+from hiedit_env.datasets.requests import NEIGHBOUR, Probe
 from hiedit_env.datasets.rows import Row, is_gap
 
 #: Rewordings of the prompt, whose answer is that of the fact.
@@ -81,17 +82,18 @@ def unrelated(
     for name, answers in _UNRELATED:
         if name not in without:
             found += _pairs(row, name, answers, "")
-    return tuple(dict.fromkeys(Probe(probe.prompt, probe.answer) for probe in found))
+    return tuple(dict.fromkeys(replace(probe, aliases=()) for probe in found))
 
 
 def neighbours(row: Row, answer: str | None) -> list[Probe]:
     """CounterFact's ``neighborhood_prompts``: texts that share the old answer, or objects."""
     value = row.fields.get("neighborhood_prompts")
     if isinstance(value, list) and value and all(isinstance(item, Mapping) for item in value):
-        return list(_groups(row, "neighborhood_prompts", ""))
+        return list(_groups(row, "neighborhood_prompts", NEIGHBOUR))
     if answer is None:
         return []
-    return [Probe(prompt, answer) for prompt in row.texts("neighborhood_prompts", prompt=True)]
+    prompts = row.texts("neighborhood_prompts", prompt=True)
+    return [Probe(prompt, answer, NEIGHBOUR) for prompt in prompts]
 
 
 def portability(row: Row) -> tuple[Probe, ...]:

@@ -4,8 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Literal, get_args
 
 from hiedit_env.errors import DatasetError
+
+PromptForm = Literal["plain", "chat", "both"]
+"""A prompt as it is, in the tokenizer's chat template, or both."""
+
+#: Kind of an unrelated prompt that the data calls one about another subject of the same relation.
+NEIGHBOUR = "neighbour"
 
 
 def _require_text(value: object, field: str, source: str) -> None:
@@ -23,7 +30,8 @@ class Probe:
         prompt: Text the model is asked to continue.
         answer: The right answer, without a leading space.
         kind: What a portability prompt asks: ``"alias"``, ``"reversed"``, ``"multi-hop"``,
-            ``"reasoning"``, … as the data says; empty for unrelated prompts.
+            ``"reasoning"``, … as the data says. Of the other prompts, ``"neighbour"`` where the
+            data says that it asks the same about another subject, else empty.
         aliases: Other answers that are right as well.
     """
 
@@ -50,9 +58,13 @@ class Request:
             known; empty elsewhere.
         portability: Prompts whose answers follow from the fact without repeating it.
         subject_aliases: Other names of the subject.
+        prompt_form: In which form the fact is edited; ``None`` for the environment's. A prompt that
+            a chat template has written already stays as it is.
+        system: System message of the chat form; ``None`` leaves it to the template.
 
     Raises:
-        DatasetError: if a text is missing or empty; names the source and the field.
+        DatasetError: if a text is missing or empty, or the form is unknown; names the source and
+            the field.
 
     >>> Request(prompt="The capital of France is", answer="Lyon", subject="France").paraphrases
     ()
@@ -69,6 +81,8 @@ class Request:
     true_layers: tuple[str, ...] = ()
     portability: tuple[Probe, ...] = ()
     subject_aliases: tuple[str, ...] = ()
+    prompt_form: PromptForm | None = None
+    system: str | None = None
 
     def __post_init__(self) -> None:
         _require_text(self.prompt, "prompt", self.source)
@@ -84,6 +98,16 @@ class Request:
             for i, probe in enumerate(probes):
                 _require_text(probe.prompt, f"{field}[{i}].prompt", self.source)
                 _require_text(probe.answer, f"{field}[{i}].answer", self.source)
+        if self.prompt_form not in (None, *get_args(PromptForm)):
+            forms = ", ".join(get_args(PromptForm))
+            raise DatasetError(
+                f"{self.source}: field 'prompt_form' must be one of {forms}, "
+                f"got {self.prompt_form!r:.60}"
+            )
+        if not isinstance(self.system, str | None):
+            raise DatasetError(
+                f"{self.source}: field 'system' must be text, got {type(self.system).__name__}"
+            )
 
 
 def longest_prompt(requests: Sequence[Request]) -> int:

@@ -6,11 +6,14 @@ import hashlib
 import json
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import TypeVar
 
 import numpy as np
 
 from hiedit_env.datasets.requests import Request
 from hiedit_env.errors import DatasetError, SettingsError
+
+T = TypeVar("T")
 
 
 def without(requests: Sequence[Request], kept: Sequence[Request]) -> list[Request]:
@@ -111,8 +114,10 @@ def stream(
 ) -> list[Request]:
     """Draw a stream of facts: a sample without replacement, in random order.
 
-    The model sees a prompt and no subject, so there is one fact per prompt: a later request with
-    the same prompt, be it a repetition or a contradiction, is dropped before the draw.
+    The model sees a prompt and no subject, so there is one fact per prompt. A later request with
+    the same prompt is dropped before the draw: a contradiction altogether; a repetition leaves the
+    paraphrases, unrelated prompts, portability prompts and subject aliases that the first one
+    lacks.
 
     Args:
         requests: Where to draw from.
@@ -126,6 +131,9 @@ def stream(
     >>> facts = [Request("Rome is in", "Peru", "Rome"), Request("Rome is in", "Chad", "Rome")]
     >>> [request.answer for request in stream(facts, None, np.random.default_rng(0))]
     ['Peru']
+    >>> again = Request("Rome is in", "Peru", "Rome", subject_aliases=("Roma",))
+    >>> stream([facts[0], again], None, np.random.default_rng(0))[0].subject_aliases
+    ('Roma',)
     """
     if num_edits is not None and (
         isinstance(num_edits, bool) or not isinstance(num_edits, int | np.integer) or num_edits < 1
@@ -133,7 +141,9 @@ def stream(
         raise SettingsError(f"num_edits must be a positive whole number or None, got {num_edits!r}")
     distinct: dict[str, Request] = {}
     for request in requests:
-        distinct.setdefault(request.prompt, request)
+        first = distinct.setdefault(request.prompt, request)
+        if first is not request and first.answer == request.answer:
+            distinct[request.prompt] = _merged(first, request)
     facts = list(distinct.values())
     if not facts:
         raise DatasetError("there are no facts to draw a stream from")
@@ -146,11 +156,28 @@ def stream(
     return [facts[i] for i in generator.permutation(len(facts))[:num_edits]]
 
 
+def _merged(first: Request, later: Request) -> Request:
+    """The first of two equal facts with the prompts and aliases that only the later one has."""
+    return replace(
+        first,
+        paraphrases=_both(first.paraphrases, later.paraphrases),
+        locality=_both(first.locality, later.locality),
+        portability=_both(first.portability, later.portability),
+        subject_aliases=_both(first.subject_aliases, later.subject_aliases),
+    )
+
+
+def _both(first: tuple[T, ...], later: tuple[T, ...]) -> tuple[T, ...]:
+    """The first ones as they are, then those of the later ones that are new, each once."""
+    return first + tuple(item for item in dict.fromkeys(later) if item not in first)
+
+
 def fingerprint(requests: Sequence[Request]) -> str:
     """Hash of what the requests say, in their order, for results files: 16 hexadecimal digits.
 
-    The same on every machine; ``source``, which holds a path, does not count. Portability and
-    aliases count only where there are any, so that older results keep their fingerprints.
+    The same on every machine; ``source``, which holds a path, does not count. Portability, aliases,
+    the form of the prompt and the system message count only where there are any, so that older
+    results keep their fingerprints.
 
     >>> fact = Request("Rome is in", "Peru", "Rome", source="a.json row 0")
     >>> fingerprint([fact]) == fingerprint([Request("Rome is in", "Peru", "Rome")])
@@ -172,5 +199,7 @@ def fingerprint(requests: Sequence[Request]) -> str:
         if request.portability or request.subject_aliases:
             more = [[p.kind, p.prompt, p.answer, p.aliases] for p in request.portability]
             content.append({"portability": more, "subject_aliases": request.subject_aliases})
+        if request.prompt_form is not None or request.system is not None:
+            content.append({"prompt_form": request.prompt_form, "system": request.system})
         digest.update(json.dumps(content, separators=(",", ":")).encode("ascii") + b"\n")
     return digest.hexdigest()[:16]

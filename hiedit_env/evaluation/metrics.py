@@ -1,15 +1,15 @@
 """The metrics of the field over a whole stream of facts, at the model's present weights.
 
 Efficacy (the requests' own prompts), generalization (their paraphrases), specificity (unrelated
-prompts) and retention (efficacy on the facts edited first), each read in four ways: with the
-answer given token by token (*teacher forcing*), which overestimates because content and
-length are given away (arXiv 2509.22072), and generated freely.
+prompts), retention (efficacy on the facts edited first) and portability (what follows from the
+facts), each asked in one or two forms and read in four ways: with the answer given token by token
+(*teacher forcing*), which overestimates because content and length are given away
+(arXiv 2509.22072), and generated freely.
 """
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -17,9 +17,10 @@ import torch
 from numpy.typing import NDArray
 
 from hiedit_env.datasets.requests import Request
-from hiedit_env.errors import PromptError, SettingsError
+from hiedit_env.errors import SettingsError
 from hiedit_env.evaluation.matching import EXTRA_TOKENS, is_match, starts_with
-from hiedit_env.evaluation.names import METRICS
+from hiedit_env.evaluation.names import GENERATED, AskedForm, metric_in
+from hiedit_env.evaluation.questions import questions_about
 from hiedit_env.evaluation.unedited import Progress, UneditedModel
 from hiedit_env.model.tokenization import EncodedPrompt
 from hiedit_env.resident.resident import ResidentLLM
@@ -52,10 +53,13 @@ class Evaluation:
             the facts after the first third).
         answers: F texts, the greedy continuations of the requests' own prompts; empty where none
             were asked for.
+        chat_answers: The same in the chat form; an empty text for a prompt that a template has
+            written already.
     """
 
     per_fact: Mapping[str, Scores]
     answers: tuple[str, ...]
+    chat_answers: tuple[str, ...] = ()
 
     @property
     def metrics(self) -> dict[str, dict[str, float]]:
@@ -71,90 +75,96 @@ def evaluate(
     requests: Sequence[Request],
     reference: UneditedModel | None,
     *,
-    generation: Collection[str] = METRICS,
+    forms: Sequence[AskedForm] = ("plain",),
+    generation: Collection[str] = GENERATED,
     progress: Progress | None = None,
 ) -> Evaluation:
     """Measures the model at its present weights on a stream of facts.
 
     Every metric holds ``token_accuracy`` (share of answer tokens that are the argmax under teacher
-    forcing), ``exact_match`` (all of them are) and, where asked for, ``generation`` and
-    ``generation_prefix`` (:func:`~hiedit_env.evaluation.matching.is_match` and
-    :func:`~hiedit_env.evaluation.matching.starts_with` on the greedy continuation, of the answer's
-    tokens plus
-    ``EXTRA_TOKENS``). A fact's value is the mean over its prompts. Specificity is measured against
-    the true answers; its ``agreement`` is the share of tokens of the *unedited* model's own greedy
-    answers that are still the argmax, which shows damage that true answers hide.
+    forcing, the end token among them where the model's encoder puts one behind every answer),
+    ``exact_match`` (all of them are) and, where asked for, ``generation`` and ``generation_prefix``
+    (:func:`~hiedit_env.evaluation.matching.is_match` and
+    :func:`~hiedit_env.evaluation.matching.starts_with` on the greedy continuation, of the tokens of
+    the answer's text plus ``EXTRA_TOKENS``). A fact's value is the mean over its prompts.
+
+    Specificity is measured against the true answers; its ``agreement`` is the share of tokens of
+    the *unedited* model's own greedy answers that are still the argmax, which shows damage that
+    true answers hide. Where the data has prompts that ask the same about other subjects, they are
+    measured once more by themselves as ``neighbours``, and the others as ``unrelated``.
+
+    Where the data has prompts of portability or other names of subjects, ``portability`` is over
+    all of them and ``portability/KIND`` over each kind; a generated answer is right if it gives the
+    answer or one of its aliases.
 
     Args:
         llm: The model.
         requests: F facts in stream order.
         reference: The unedited model's answers; ``agreement`` is left out where None.
+        forms: ``"plain"`` asks every prompt as it is. ``"chat"`` asks it as the message of a user
+            through the tokenizer's chat template, exactly as ``apply_chat_template`` with
+            ``add_generation_prompt=True`` does; its metrics are called ``chat_efficacy`` and so on.
         generation: Metrics to generate answers for, which takes most of the time; retention has
             what efficacy has.
         progress: Called after every batch, with the stages ``"reference"``, ``"teacher forcing"``
             and ``"generation"``.
 
     Raises:
-        SettingsError: no requests, an unknown metric, or a reference made for another model.
-        PromptError: a text that is empty or too long; names the request's source.
+        SettingsError: no requests, an unknown metric or form, or a reference made for another
+            model.
+        PromptError: a text that is empty or too long, which names the request's source; or the chat
+            form of a tokenizer that has no chat template.
     """
     if not requests:
         raise SettingsError("an evaluation needs at least one request")
     if reference is not None and reference.llm is not llm:
         raise SettingsError("the reference answers belong to another ResidentLLM; make them anew")
-    unknown = set(generation) - set(METRICS)
+    unknown = set(generation) - set(GENERATED)
     if unknown:
-        raise SettingsError(f"unknown metrics {sorted(unknown)}; known: {', '.join(METRICS)}")
-    groups = _encode(llm, requests)
+        raise SettingsError(f"unknown metrics {sorted(unknown)}; known: {', '.join(GENERATED)}")
+    questions = questions_about(llm, requests, forms)
+    groups = questions.groups
+    local = [name for name, group in groups.items() if group.metric == "specificity"]
     own: dict[EncodedPrompt, EncodedPrompt] = {}
     if reference is not None:
-        probes = list(itertools.chain.from_iterable(groups["specificity"]))
+        probes = questions.prompts(local)
         own = dict(zip(probes, reference.answers(probes, progress), strict=True))
-    accuracy, exact = _teacher_forced(llm, [*_all(groups, groups), *own.values()], progress)
+    accuracy, exact = _teacher_forced(llm, [*questions.prompts(), *own.values()], progress)
     per_fact: dict[str, Scores] = {
-        metric: {
-            "token_accuracy": _per_fact(facts, accuracy),
-            "exact_match": _per_fact(facts, exact),
+        name: {
+            "token_accuracy": _per_fact(group.facts, accuracy),
+            "exact_match": _per_fact(group.facts, exact),
         }
-        for metric, facts in groups.items()
+        for name, group in groups.items()
     }
-    wanted = [metric for metric in groups if metric in generation]
-    texts = _generate(llm, _all(groups, wanted), progress)
+    wanted = [name for name, group in groups.items() if group.metric in generation]
+    texts = _generate(llm, questions.prompts(wanted), progress)
     for reading, judge in (("generation", is_match), ("generation_prefix", starts_with)):
-        values = {p: float(judge(text, p.answer)) for p, text in texts.items()}
-        for metric in wanted:
-            per_fact[metric][reading] = _per_fact(groups[metric], values)
+        values = {
+            p: float(any(judge(text, right) for right in (p.answer, *questions.aliases.get(p, ()))))
+            for p, text in texts.items()
+        }
+        for name in wanted:
+            per_fact[name][reading] = _per_fact(groups[name].facts, values)
     if reference is not None:
         agreement = {p: accuracy[answered] for p, answered in own.items()}
-        per_fact["specificity"]["agreement"] = _per_fact(groups["specificity"], agreement)
+        for name in local:
+            per_fact[name]["agreement"] = _per_fact(groups[name].facts, agreement)
     early = np.arange(len(requests)) < retention_size(len(requests))
-    per_fact["retention"] = {
-        reading: np.where(early, values, np.nan) for reading, values in per_fact["efficacy"].items()
-    }
-    answers = tuple(texts[fact[0]] for fact in groups["efficacy"] if "efficacy" in wanted)
-    return Evaluation(per_fact, answers)
+    answers: dict[str, tuple[str, ...]] = {"plain": (), "chat": ()}
+    for form in dict.fromkeys(forms):
+        efficacy = metric_in(form, "efficacy")
+        per_fact[metric_in(form, "retention")] = {
+            reading: np.where(early, values, np.nan)
+            for reading, values in per_fact[efficacy].items()
+        }
+        if efficacy in wanted:
+            facts = groups[efficacy].facts
+            answers[form] = tuple(texts[fact[0]] if fact else "" for fact in facts)
+    return Evaluation(per_fact, answers["plain"], answers["chat"])
 
 
 # -- inside ---------------------------------------------------------------------------------------
-
-
-def _encode(
-    llm: ResidentLLM, requests: Sequence[Request]
-) -> dict[str, list[tuple[EncodedPrompt, ...]]]:
-    """Metric → per fact its prompts as tokens."""
-    groups: dict[str, list[tuple[EncodedPrompt, ...]]] = {m: [] for m in METRICS[:3]}
-    for request in requests:
-        try:
-            groups["efficacy"].append((llm.encode(request.prompt, request.answer),))
-            groups["generalization"].append(
-                tuple(llm.encode(text, request.answer) for text in request.paraphrases)
-            )
-            groups["specificity"].append(
-                tuple(llm.encode(probe.prompt, probe.answer) for probe in request.locality)
-            )
-        except PromptError as error:
-            raise PromptError(f"{request.source}: {error}") from error
-    return groups
 
 
 @torch.inference_mode()
@@ -182,25 +192,25 @@ def _generate(
     llm: ResidentLLM, prompts: Sequence[EncodedPrompt], progress: Progress | None
 ) -> dict[EncodedPrompt, str]:
     """Greedy continuations; prompts that differ in the wording of the answer only are run once."""
-    runs = {(p.prompt, len(p.answer_ids) + EXTRA_TOKENS): p for p in prompts}
+    end = llm.encoder.end_id
+
+    def key(p: EncodedPrompt) -> tuple[int, tuple[int, ...]]:
+        # The end token is no part of the answer's text, so it earns no further one.
+        ended = end is not None and p.answer_ids[-1] == end and len(p.answer_ids) > 1
+        return len(p.answer_ids) - ended + EXTRA_TOKENS, p.prompt_ids
+
+    runs = {key(p): p for p in prompts}
     # Similar budgets and lengths together, in the sizes that ResidentLLM.generate batches.
-    keys = sorted(runs, key=lambda key: (key[1], len(runs[key].prompt_ids)))
+    keys = sorted(runs, key=lambda found: (found[0], len(found[1])))
     size = max(1, llm.max_batch_tokens // 64)
-    texts: dict[tuple[str, int], str] = {}
+    texts: dict[tuple[int, tuple[int, ...]], str] = {}
     for start in range(0, len(keys), size):
         group = keys[start : start + size]
-        made = llm.generate([prompt for prompt, _ in group], [budget for _, budget in group])
+        made = llm.generate([runs[found] for found in group], [budget for budget, _ in group])
         texts.update(zip(group, made, strict=True))
         if progress is not None:
             progress("generation", len(texts), len(keys))
-    return {p: texts[p.prompt, len(p.answer_ids) + EXTRA_TOKENS] for p in prompts}
-
-
-def _all(
-    groups: Mapping[str, Sequence[Sequence[EncodedPrompt]]], metrics: Iterable[str]
-) -> list[EncodedPrompt]:
-    """All prompts of some metrics."""
-    return [p for metric in metrics for fact in groups[metric] for p in fact]
+    return {p: texts[key(p)] for p in prompts}
 
 
 def _per_fact(

@@ -9,14 +9,12 @@ from typing import TYPE_CHECKING, Literal, cast
 
 from jinja2 import TemplateError
 
+from hiedit_env.datasets.requests import PromptForm as PromptForm  # where callers look for it
 from hiedit_env.datasets.writing import is_unspaced
 from hiedit_env.errors import PromptError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
-
-PromptForm = Literal["plain", "chat", "both"]
-"""A prompt as it is, in the tokenizer's chat template, or both."""
 
 Tokens = Literal["answer", "all", "last", "subject"]
 """Which tokens of a request count: those that predict the answer, all that are read, the prompt's

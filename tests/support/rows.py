@@ -223,7 +223,10 @@ EXPECTED: dict[str, tuple[dict[str, Any], Request]] = {
             "Lyon",
             "France",
             ("France's capital is", "It rained. The seat of France is"),
-            (Probe("The Louvre is in", "Paris"), Probe("The Seine flows through", "Paris")),
+            (
+                Probe("The Louvre is in", "Paris", "neighbour"),
+                Probe("The Seine flows through", "Paris", "neighbour"),
+            ),
             old_answer="Paris",
             relation="P36",
         ),

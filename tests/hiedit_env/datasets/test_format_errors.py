@@ -122,6 +122,8 @@ NAMELESS = {"Forgetfulness": [{"prompt": {"a": 1}, "ground_truth": "y"}]}
         ("facts", "paraphrases", "x", "'paraphrases' must be a list of texts, got text"),
         ("facts", "paraphrases", ["x", ""], "'paraphrases[1]' is empty"),
         ("facts", "answer", "\ud800", "'answer' holds an unpaired surrogate, which is not text"),
+        ("facts", "prompt_form", "spoken", "'prompt_form' must be one of plain, chat, both, got"),
+        ("facts", "system", 3, "'system' must be text, got a number"),
         (
             "facts",
             "paraphrase",

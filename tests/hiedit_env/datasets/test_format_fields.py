@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from hiedit_env.datasets.load import load_requests, read_dataset
-from hiedit_env.datasets.requests import Probe
+from hiedit_env.datasets.requests import NEIGHBOUR, Probe
 from hiedit_env.errors import DatasetError, HieditWarning
 from tests.support.rows import (
     COUNTERFACT,
@@ -110,7 +110,8 @@ def test_a_template_without_a_subject_is_an_error_and_braces_can_be_written(tmp_
 )
 def test_unrelated_prompts_by_every_name(tmp_path: Path, fields: dict[str, Any]) -> None:
     (got,) = load_rows(tmp_path, {"prompt": "P", "target_new": "T"} | fields)
-    assert got.locality == (Probe("Corrin lives in", "Grelmouth"),)
+    kind = NEIGHBOUR if "neighborhood_prompts" in fields else ""
+    assert got.locality == (Probe("Corrin lives in", "Grelmouth", kind),)
 
 
 def test_parallel_lists_of_unrelated_prompts(tmp_path: Path) -> None:
@@ -251,3 +252,10 @@ def test_fields_that_are_not_read_are_named_once_per_file(tmp_path: Path) -> Non
 @pytest.mark.filterwarnings("error")
 def test_files_that_are_read_whole_give_no_warning(tmp_path: Path, name: str) -> None:
     load_rows(tmp_path, EXPECTED[name][0])
+
+
+def test_a_row_says_how_it_is_asked(tmp_path: Path) -> None:
+    row = {"prompt": "P", "answer": "A", "prompt_form": "both", "system": "Be short."}
+    asked, silent = load_rows(tmp_path, row, {"prompt": "Q", "answer": "A"})
+    assert (asked.prompt_form, asked.system) == ("both", "Be short.")
+    assert (silent.prompt_form, silent.system) == (None, None)

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from hiedit_env.datasets.load import FORMATS
-from hiedit_env.datasets.requests import Probe, Request
+from hiedit_env.datasets.requests import NEIGHBOUR, Probe, Request
 from tests.support.rows import COUNTERFACT, EXPECTED, WIKIBIGEDIT, ZSRE, load_rows
 
 # The rows below have every field of their files; what is not read of them is tested at the end.
@@ -61,7 +61,7 @@ def test_counterfact_locality_replaces_neighbours_unless_empty(tmp_path: Path) -
         tmp_path, COUNTERFACT | {"locality": locality}, COUNTERFACT | {"locality": []}
     )
     assert with_it.locality == (Probe("The capital of Spain is", "Madrid"),)
-    assert empty.locality[0] == Probe("The Louvre is in", "Paris")
+    assert empty.locality[0] == Probe("The Louvre is in", "Paris", NEIGHBOUR)
 
 
 def test_counterfact_takes_braces_and_a_named_relation_as_they_are(tmp_path: Path) -> None:

@@ -127,6 +127,35 @@ def test_stream_keeps_the_first_of_contradicting_facts() -> None:
         stream(requests, 3, np.random.default_rng(0))
 
 
+def test_a_repetition_leaves_its_prompts_and_a_contradiction_nothing() -> None:
+    prompt = "The capital of Peru is"
+    probes = [Probe(f"Question {i}", str(i), "multi-hop") for i in range(3)]
+    requests = [
+        Request(prompt, "Cusco", "Peru", ("A",), (Probe("L", "x"),), portability=(probes[0],)),
+        Request(prompt, "Piura", "Peru", ("no",), portability=(Probe("no", "no"),)),
+        Request(
+            prompt,
+            "Cusco",
+            "the Republic of Peru",
+            ("B", "A", "B"),
+            (Probe("L", "x"), Probe("M", "y")),
+            portability=(probes[1], probes[0]),
+            subject_aliases=("PE",),
+        ),
+        Request(prompt, "Cusco", "Peru", portability=(probes[2],), subject_aliases=("PE",)),
+    ]
+    (got,) = stream(requests, None, np.random.default_rng(0))
+    assert got == Request(
+        prompt,
+        "Cusco",
+        "Peru",
+        ("A", "B"),
+        (Probe("L", "x"), Probe("M", "y")),
+        portability=tuple(probes),
+        subject_aliases=("PE",),
+    )
+
+
 def test_stream_refuses_more_than_there_are() -> None:
     with pytest.raises(DatasetError, match=r"asked for 4 edits, but there are only 3 facts$"):
         stream(facts("a", "b", "c"), 4, np.random.default_rng(0))
@@ -155,6 +184,8 @@ def test_fingerprint_is_the_documented_hash() -> None:
 def test_fingerprint_counts_portability_and_aliases_where_there_are_any() -> None:
     variants = [
         FULL,
+        replace(FULL, prompt_form="chat"),
+        replace(FULL, system="Be short."),
         replace(FULL, portability=(Probe("Q", "A", "alias"),)),
         replace(FULL, portability=(Probe("Q", "A", "reversed"),)),
         replace(FULL, portability=(Probe("Q", "A", "alias", ("B",)),)),
