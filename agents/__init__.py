@@ -11,6 +11,7 @@ The names in ``__all__`` are imported when they are first used:
 ``registry``    from a name on the command line to an agent
 ``hierarchy``   high levels that pick layers, low levels that compute updates, their training
 ``named``       agents as data: presets, and trained ones on disk
+``editing``     the editor of a live model, its ledger, undo, what is exported
 ``policies``    policies that an RL library trained, as agents
 ``rl``          training scripts: PPO in one file, one script per RL library
 ``trained``     the agents that ship with hiedit
@@ -23,6 +24,10 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from hiedit_agents.editing.checks import Checks
+    from hiedit_agents.editing.editor import Editor
+    from hiedit_agents.editing.ledger import Ledger
+    from hiedit_agents.editing.results import EditResult
     from hiedit_agents.hierarchy.hypernetwork import Hypernetwork
     from hiedit_agents.hierarchy.options import Choice, HierarchicalAgent, HighLevel, Option
     from hiedit_agents.hierarchy.rehearsal import Rehearsal
@@ -39,11 +44,15 @@ if TYPE_CHECKING:
 __all__ = [
     "Agent",
     "AgentSpec",
+    "Checks",
     "Choice",
+    "EditResult",
+    "Editor",
     "HierarchicalAgent",
     "HighLevel",
     "Hypernetwork",
     "LayerChoiceAgent",
+    "Ledger",
     "Option",
     "OracleAgent",
     "PolicyAgent",
@@ -59,6 +68,10 @@ __all__ = [
 
 #: Module → names that it holds; the imports above tell type checkers the same.
 _EXPORTS = {
+    "hiedit_agents.editing.checks": ("Checks",),
+    "hiedit_agents.editing.editor": ("Editor",),
+    "hiedit_agents.editing.ledger": ("Ledger",),
+    "hiedit_agents.editing.results": ("EditResult",),
     "hiedit_agents.hierarchy.hypernetwork": ("Hypernetwork",),
     "hiedit_agents.hierarchy.options": (
         "Choice",

@@ -112,6 +112,10 @@ class CheckpointError(HieditError, ValueError):
     """A trained agent or kept statistics that cannot be read, or made for another model."""
 
 
+class LedgerError(HieditError, ValueError):
+    """A ledger of edits that cannot be read, belongs to another model, or lacks what is asked."""
+
+
 def whole_number(value: object, name: str, least: int) -> int:
     """A setting that counts something.
 

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from hiedit_env.model.architectures import CandidateLayer
-from hiedit_env.resident.low_rank import Updates, check_updates
+from hiedit_env.resident.low_rank import LowRankUpdate, Updates, check_updates
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,13 +77,9 @@ class EditableWeights:
         try:
             with torch.no_grad():
                 for i, update in changed.items():
-                    left, right = update.left.detach().float(), update.right.detach().float()
-                    if self.layers[i].is_transposed:
-                        left, right = right, left
-                    change = self._changes[i]
                     # A new tensor: snapshots hold the old one.
-                    self._changes[i] = (
-                        left.mT @ right if change is None else torch.addmm(change, left.mT, right)
+                    self._changes[i] = accumulated(
+                        self._changes[i], update, self.layers[i].is_transposed
                     )
                     self._write(i)
         except BaseException:
@@ -204,6 +200,24 @@ class EditableWeights:
         else:
             # In float32, or in float64 for float64 weights.
             weight.copy_(base + change)
+
+
+def accumulated(change: Tensor | None, update: LowRankUpdate, is_transposed: bool) -> Tensor:
+    """A layer's accumulated change with one more update: the sum that every commit computes.
+
+    Args:
+        change: The change so far, float32 in the weight's own layout; None for none. It is not
+            written.
+        update: What is added.
+        is_transposed: Whether the weight is stored as d_out × d_in.
+
+    Returns:
+        A new tensor, float32 in the weight's own layout, without gradient.
+    """
+    left, right = update.left.detach().float(), update.right.detach().float()
+    if is_transposed:
+        left, right = right, left
+    return left.mT @ right if change is None else torch.addmm(change, left.mT, right)
 
 
 _BITS = {2: torch.int16, 4: torch.int32, 8: torch.int64}

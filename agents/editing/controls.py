@@ -1,0 +1,103 @@
+"""Control prompts, which no file of facts is about, and agreement with the unedited model on them.
+
+*Agreement* is the share of the unedited model's own greedy answer tokens (at most 5) that are still
+the argmax, mean over prompts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from hiedit_env.errors import PromptError
+from hiedit_env.evaluation.unedited import UneditedModel
+from hiedit_env.model.tokenization import EncodedPrompt
+from hiedit_env.resident.resident import ResidentLLM
+
+#: Prompts that no file of facts is about.
+CONTROL = (
+    "The capital of France is",
+    "Water is made of hydrogen and",
+    "The opposite of hot is",
+    "Two plus two equals",
+    "The sun rises in the",
+    "A week has seven",
+    "Once upon a time, there was a",
+    "In order to bake bread, you need",
+    "The first month of the year is",
+    "Dogs and cats are kept as",
+    "She opened the door and",
+    "The largest planet of the solar system is",
+)
+#: The same as messages of a user.
+CONTROL_CHAT = (
+    "What is the capital of France?",
+    "What is water made of?",
+    "What is the opposite of hot?",
+    "What is two plus two?",
+    "Name three animals.",
+    "How do I bake bread?",
+    "Write a short sentence about the sea.",
+    "What is the first month of the year?",
+)
+
+
+class Controls:
+    """The control prompts that a model can be asked, with the unedited model's own answers.
+
+    Args:
+        llm: The model, edited or not; nothing is run before the first question.
+    """
+
+    def __init__(self, llm: ResidentLLM) -> None:
+        self._llm = llm
+        self._references: list[EncodedPrompt] | None = None
+
+    @property
+    def references(self) -> list[EncodedPrompt]:
+        """The prompts; those in the chat form only where the tokenizer has a chat template."""
+        if self._references is None:
+            encoder = self._llm.encoder
+            asked: list[EncodedPrompt] = []
+            has_template = bool(getattr(self._llm.tokenizer, "chat_template", None))
+            for texts, encode in (
+                (CONTROL, encoder.encode),
+                (CONTROL_CHAT if has_template else (), encoder.encode_chat),
+            ):
+                for text in texts:
+                    try:
+                        asked.append(encode(text, "x"))
+                    except PromptError:  # longer than a toy's context, or refused by a template
+                        continue
+            self._references = UneditedModel(self._llm).answers(asked) if asked else []
+        return self._references
+
+    def agreement(self) -> float | None:
+        """Mean agreement of the present weights, from 0 to 1; None where nothing can be asked."""
+        return agreement_with(self._llm, self.references) if self.references else None
+
+
+@torch.inference_mode()
+def agreement_with(llm: ResidentLLM, references: Sequence[EncodedPrompt]) -> float:
+    """Share of given answer tokens that are the argmax, mean over prompts.
+
+    Args:
+        llm: The model at its present weights.
+        references: Prompts with the answers that are compared with; at least one.
+    """
+    shares = [float(right.float().mean()) for right in right_tokens(llm, references)]
+    return sum(shares) / len(shares)
+
+
+@torch.inference_mode()
+def right_tokens(llm: ResidentLLM, prompts: Sequence[EncodedPrompt]) -> list[torch.Tensor]:
+    """Per prompt and answer token whether it is the argmax under teacher forcing; bool."""
+    found: list[torch.Tensor] = [torch.empty(0)] * len(prompts)
+    for bucket in llm.buckets(prompts):
+        batch = llm.batch([prompts[i] for i in bucket])
+        right = (llm.answer_logits(batch, remember=False).argmax(-1) == batch.labels).cpu()
+        sizes = [len(prompts[i].answer_ids) for i in bucket]
+        for i, part in zip(bucket, torch.split(right, sizes), strict=True):
+            found[i] = part
+    return found

@@ -1,0 +1,286 @@
+"""Edits a model from Python: write facts, look at what changed, take one back, save the result."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from os import PathLike
+from pathlib import Path
+from typing import Any, Self
+
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from hiedit_agents.editing.checks import Checks
+from hiedit_agents.editing.facts import Facts, as_requests
+from hiedit_agents.editing.held import for_editing
+from hiedit_agents.editing.ledger import Ledger
+from hiedit_agents.editing.ledger_format import FILE
+from hiedit_agents.editing.levels import HowToEdit, make_levels
+from hiedit_agents.editing.results import EditResult
+from hiedit_agents.editing.session import Session, base_of_model
+from hiedit_agents.registry import default_agent
+from hiedit_env.errors import LedgerError, SettingsError
+from hiedit_env.model.architectures import find_candidates
+from hiedit_env.model.asking import PromptForm
+from hiedit_env.model.loading import load_model
+from hiedit_env.model.relatives import known_as
+from hiedit_env.resident.resident import ResidentLLM
+
+
+class Editor:
+    """Edits a live model.
+
+    Every edit is recorded in :attr:`ledger`, so any of them can be taken back. The model is the
+    caller's own object: it keeps its device, its dtype and, between the calls, its training mode
+    and ``requires_grad``. What is written is written into its weights. As a context manager the
+    editor leaves the model bit for bit as it found it; so does :meth:`close`.
+
+    Args:
+        model: A causal language model of transformers.
+        tokenizer: Its tokenizer.
+        agent: Who edits, see :mod:`hiedit_agents.registry`; by default ``hiedit`` where a trained
+            one fits the model, else ``all-layers``.
+        layers: Patterns of candidate layers; by default those the agent was trained for, else those
+            of published work on the model, else by its structure.
+        ledger: Folder of a ledger that is kept on disk. One that is there is gone on with: its
+            edits are written into the model first. By default the ledger is in memory.
+        checks: What must hold after an edit; see :class:`Checks`.
+        prompt_form: Form in which facts are edited and asked: ``"plain"``, ``"chat"`` or
+            ``"both"``.
+        name: Name of the model, to find what belongs to it; by default where it was loaded from.
+        layers_per_edit, max_steps_per_edit, step_size, update_rule: As for
+            :func:`hiedit_agents.make_agent`.
+        seed: Of everything that is drawn.
+
+    Raises:
+        ModelError, LayerError: the model cannot be edited; it is as it was.
+        SettingsError, CheckpointError: an agent that does not fit.
+        LedgerError: the ledger belongs to another model, or is damaged.
+
+    >>> from hiedit_agents import Editor
+    >>> with Editor.from_pretrained("tiny") as editor:
+    ...     [result] = editor.edit(("The capital of Norland is", "Averlund"))
+    >>> result.status, result.id, result.steps > 0
+    ('written', 1, True)
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        *,
+        agent: str | None = None,
+        layers: str | Sequence[str] | None = None,
+        ledger: str | PathLike[str] | None = None,
+        checks: Checks | None = None,
+        prompt_form: PromptForm = "plain",
+        name: str | None = None,
+        layers_per_edit: int | None = None,
+        max_steps_per_edit: int | None = None,
+        step_size: float | None = None,
+        update_rule: str | None = None,
+        seed: int = 0,
+    ) -> None:
+        name = str(model.name_or_path or "") if name is None else name
+        chosen = agent or default_agent(name, layers, update_rule)
+        self._how = HowToEdit(
+            chosen, layers_per_edit, max_steps_per_edit, step_size, update_rule, seed
+        )
+        made = self._how.make()
+        patterns = layers
+        if patterns is None:
+            find = getattr(made, "candidate_layers", None)
+            patterns = None if find is None else find(name)
+        self.model, self.tokenizer, self.name = model, tokenizer, name
+        self._closed = False
+        self._lock = threading.RLock()
+        self._folder: Path | None = None
+        with for_editing(model):
+            candidates = find_candidates(model, patterns, known_as(name))
+            self.llm = ResidentLLM(model, tokenizer, candidates)
+            levels = make_levels(self._how, made, self.llm, name)
+            opened = self._open(ledger)
+            try:
+                self._session = Session(self.llm, levels, opened, checks or Checks(), prompt_form)
+            except BaseException:
+                self.llm.restore_unedited()
+                opened.close()
+                raise
+        self._fingerprint = self.llm.weights_fingerprint()
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        name: str | PathLike[str],
+        *,
+        device: str = "cpu",
+        dtype: str = "float32",
+        trust_remote_code: bool = False,
+        **settings: Any,
+    ) -> Self:
+        """Loads a model and its tokenizer, and an editor for them.
+
+        Args:
+            name: ``"smollm2-135m"``, ``"tiny"``, a folder, or a Hugging Face id.
+            device: ``"cpu"``, ``"cuda"``, ``"cuda:N"`` or ``"mps"``.
+            dtype: ``"float32"``, ``"bfloat16"`` or ``"float16"``.
+            trust_remote_code: Whether to run Python code that comes with the model.
+            **settings: As for :class:`Editor`.
+
+        Raises:
+            ModelError, DeviceError, NotEnoughMemoryError: the model cannot be loaded.
+        """
+        loaded = load_model(
+            str(name),
+            device=device,
+            dtype=dtype,
+            trust_remote_code=trust_remote_code,
+            progress=False,
+            layers=settings.get("layers"),
+        )
+        editor = cls(loaded.model, loaded.tokenizer, **{"name": str(name), **settings})
+        editor._folder = Path(str(loaded.model.name_or_path))
+        return editor
+
+    # -- editing ----------------------------------------------------------------------------------
+
+    def edit(self, facts: Facts) -> list[EditResult]:
+        """Writes facts into the model, one after another.
+
+        A fact that the model gives already is left alone. A prompt that was edited before gets its
+        new answer on top of the old one: the earlier edit stays in place below it, and comes to the
+        fore again when this one is undone. An edit that fails its checks is rolled back.
+
+        Args:
+            facts: One or several; see :mod:`hiedit_agents.editing.facts`.
+
+        Returns:
+            One result per fact, in order.
+
+        Raises:
+            DatasetError, PromptError: a fact that cannot be read or tokenised; nothing has changed.
+            LedgerError: the weights were changed by somebody else since the last call.
+
+        Whatever is raised later, the model holds the edits of the ledger and no others.
+        """
+        requests = as_requests(facts)
+        with self._at_work():
+            asked = [self._session.asked(request) for request in requests]
+            return [self._session.edit(fact, i / len(asked)) for i, fact in enumerate(asked)]
+
+    def undo(self, id: int) -> None:
+        """Takes one edit back, see :mod:`hiedit_agents.editing.undo`.
+
+        The weights become those that the other recorded updates give, as if this one had never been
+        written. Later updates were computed while it was in place, and stay as they are.
+
+        Args:
+            id: Of an edit that is in place.
+
+        Raises:
+            LedgerError: there is no such edit, or it is not in place; nothing has changed.
+        """
+        with self._at_work():
+            number = self.ledger.require_edit(id, in_place=True)
+            left = tuple(i for i in self.ledger.active if i != number)
+            self._session.go_to(left, "revoke", number)
+
+    def rewind(self, id: int) -> None:
+        """Goes back to the state right after an event of the ledger, bit for bit.
+
+        Args:
+            id: Of any event; 0 for the unedited model. Events after it stay in the ledger, so it is
+                possible to go forward again.
+
+        Raises:
+            LedgerError: there is no such event; nothing has changed.
+        """
+        with self._at_work():
+            self._session.go_to(self.ledger.active_at(id), "rewind", id)
+
+    def ask(
+        self, prompts: str | Sequence[str], *, max_new_tokens: int = 24, chat: bool = False
+    ) -> list[str]:
+        """Greedy continuations at the present weights.
+
+        Args:
+            prompts: One or several.
+            max_new_tokens: Budget of each.
+            chat: Whether they are messages of a user in the tokenizer's chat template.
+
+        Raises:
+            PromptError: a prompt that cannot be tokenised, or no chat template.
+        """
+        texts = [prompts] if isinstance(prompts, str) else list(prompts)
+        with self._at_work():
+            encoded = [self.llm.encoder.encode_chat(t, "x") if chat else t for t in texts]
+            return self.llm.generate(encoded, [max_new_tokens] * len(texts))
+
+    # -- what there is ----------------------------------------------------------------------------
+
+    @property
+    def ledger(self) -> Ledger:
+        """The ledger: its events, and which edits are in place."""
+        return self._session.ledger
+
+    @property
+    def agent(self) -> str:
+        """Who edits, and which trained numbers it uses."""
+        levels = self._session.levels
+        return f"{levels.name}: {levels.explained}"
+
+    # -- the end ----------------------------------------------------------------------------------
+
+    def close(self) -> None:
+        """Puts the model back bit for bit as it was found, and closes the ledger."""
+        with self._lock:
+            if not self._closed:
+                self._closed = True
+                with for_editing(self.model):
+                    self.llm.restore_unedited()
+                self.ledger.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
+
+    # -- inside -----------------------------------------------------------------------------------
+
+    def _open(self, folder: str | PathLike[str] | None) -> Ledger:
+        base = base_of_model(self.llm, self.name)
+        if folder is None:
+            return Ledger.in_memory(base)
+        if not (Path(folder) / FILE).exists():
+            return Ledger.create(Path(folder), base)
+        ledger = Ledger.open(Path(folder), write=True)
+        try:
+            ledger.base.refuse_other(base)
+        except BaseException:
+            ledger.close()
+            raise
+        return ledger
+
+    @contextmanager
+    def _at_work(self) -> Iterator[None]:
+        """The model ready to be edited, and nobody else's changes in it."""
+        with self._lock:
+            if self._closed:
+                raise SettingsError("this editor is closed; make a new one")
+            with for_editing(self.model):
+                self._refuse_foreign_changes()
+                try:
+                    yield
+                finally:
+                    self._fingerprint = self.llm.weights_fingerprint()
+
+    def _refuse_foreign_changes(self) -> None:
+        device = self.llm.layers[0].module.weight.device
+        same = device == self.llm.device and self.llm.weights_fingerprint() == self._fingerprint
+        if not same:
+            raise LedgerError(
+                "the model's weights, dtype or device were changed outside of the editor since its "
+                "last call; make a new Editor for the model as it is now"
+            )

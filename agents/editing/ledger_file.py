@@ -1,0 +1,73 @@
+"""The SQLite file of a ledger: opening it, its tables, and what a damaged one raises."""
+
+from __future__ import annotations
+
+import json
+import sqlite3
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import asdict
+from pathlib import Path
+
+from hiedit_agents.editing.ledger_format import APPLICATION, FORMAT, TABLES, Base
+from hiedit_env.errors import LedgerError
+
+
+@contextmanager
+def reading(place: str) -> Iterator[None]:
+    """Turns what a damaged file raises into an error of its own."""
+    try:
+        yield
+    except (sqlite3.Error, ValueError, KeyError, TypeError, AttributeError) as error:
+        if isinstance(error, LedgerError):
+            raise
+        if isinstance(error, sqlite3.OperationalError) and "locked" in str(error):
+            raise LedgerError(f"{place} is locked by another process; try again") from error
+        raise LedgerError(f"{place} is damaged: {error}; restore it from a copy") from error
+
+
+@contextmanager
+def transaction(connection: sqlite3.Connection) -> Iterator[None]:
+    """Everything in the body, or nothing of it."""
+    connection.execute("BEGIN IMMEDIATE")
+    try:
+        yield
+        connection.execute("COMMIT")
+    except BaseException:
+        with suppress(sqlite3.Error):
+            connection.execute("ROLLBACK")
+        raise
+
+
+def connect(path: Path) -> sqlite3.Connection:
+    """Open for appending. No thread is checked: an editor is used by one at a time."""
+    connection = sqlite3.connect(path, isolation_level=None, check_same_thread=False)
+    with suppress(sqlite3.DatabaseError):  # what is no database is refused where it is read
+        connection.execute("PRAGMA journal_mode=WAL")
+        connection.execute("PRAGMA synchronous=FULL")
+    return connection
+
+
+def connect_to_read(path: Path) -> sqlite3.Connection:
+    """Open for reading, beside a process that writes and in folders that cannot be written."""
+    where = path.resolve().as_uri()
+    connection = sqlite3.connect(f"{where}?mode=ro", uri=True, isolation_level=None)
+    try:
+        connection.execute("PRAGMA user_version").fetchall()
+    except sqlite3.OperationalError:
+        # In a folder that cannot be written, WAL mode has nowhere to put its shared memory.
+        connection.close()
+        connection = sqlite3.connect(f"{where}?immutable=1", uri=True, isolation_level=None)
+    except sqlite3.DatabaseError:
+        pass  # refused where it is read
+    return connection
+
+
+def make_tables(connection: sqlite3.Connection, base: Base) -> None:
+    """The tables of an empty ledger, all or none."""
+    with transaction(connection):
+        for table in TABLES:
+            connection.execute(table)
+        connection.execute("INSERT INTO base VALUES (?)", (json.dumps(asdict(base)),))
+        connection.execute(f"PRAGMA application_id = {APPLICATION}")
+        connection.execute(f"PRAGMA user_version = {FORMAT}")

@@ -1,0 +1,196 @@
+"""The format of a ledger: its model, its events, and the digests that show damage.
+
+Format 1 (``PRAGMA user_version``; ``PRAGMA application_id`` is 0x68694564, "hiEd"):
+
+- ``base``: one row, ``record``: JSON of :class:`Base`, the unedited model that the edits belong to.
+- ``events``: ``id`` (1, 2, …, without gaps), ``kind``, ``target``, ``record`` (JSON), ``factors``
+  (a safetensors file; NULL where nothing was written), ``factors_digest``, ``digest``.
+
+========== ====================================== ===========================================
+``kind``   ``target``                             ``record``
+========== ====================================== ===========================================
+``edit``   the earlier edit that it replaces, or  the request, what was said before and after,
+           NULL                                   layers, steps, checks, agent, fingerprints, time
+``revoke`` the edit that is taken back            fingerprints, time
+``rewind`` the event whose state is taken up      fingerprints, time
+           again; 0 for the unedited model
+========== ====================================== ===========================================
+
+No row is ever changed or removed: taking something back is an event of its own, so it can be taken
+back too. The *edits in place* follow from the events: an edit adds itself, ``revoke`` removes its
+target, ``rewind`` takes those that were in place right after its target.
+
+The tensors of ``factors`` are called ``STEP.LAYER.left`` (r × d_in) and ``STEP.LAYER.right``
+(r × d_out), STEP counting the primitive steps of the edit and LAYER the layers of the base, both
+from 0; a step changes the weight, read as d_in × d_out, by leftᵀ right. ``digest`` is the SHA-256
+of the previous event's digest (at first of the base) and of all else in the row, so that a changed
+or missing row shows.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from safetensors.torch import save
+from torch import Tensor
+
+from hiedit_env.errors import LedgerError
+from hiedit_env.resident.low_rank import LowRankUpdate, Updates
+
+#: Name of the ledger's file in its folder.
+FILE = "ledger.sqlite"
+FORMAT = 1
+APPLICATION = 0x68694564
+Kind = Literal["edit", "revoke", "rewind"]
+KINDS = ("edit", "revoke", "rewind")
+TABLES = (
+    "CREATE TABLE base (record TEXT NOT NULL)",
+    "CREATE TABLE events (id INTEGER PRIMARY KEY, kind TEXT NOT NULL, target INTEGER, "
+    "record TEXT NOT NULL, factors BLOB, factors_digest BLOB NOT NULL, digest BLOB NOT NULL)",
+)
+
+
+@dataclass(frozen=True, slots=True)
+class BaseLayer:
+    """One candidate layer of the unedited model.
+
+    Args:
+        name: Dotted name of the module.
+        d_in, d_out: Its size.
+        is_transposed: Whether its weight is stored as d_out × d_in.
+    """
+
+    name: str
+    d_in: int
+    d_out: int
+    is_transposed: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Base:
+    """The unedited model that a ledger belongs to.
+
+    Args:
+        model: The name it was loaded by.
+        source: The folder or hub id of its files; empty if it was never read from files.
+        dtype: The dtype it was loaded in, such as ``"float32"``.
+        fingerprint: Of its unedited candidate weights, see
+            :meth:`~hiedit_env.resident.weights.EditableWeights.weights_fingerprint`.
+        layers: Its candidate layers in forward order.
+    """
+
+    model: str
+    source: str
+    dtype: str
+    fingerprint: str
+    layers: tuple[BaseLayer, ...]
+
+    def refuse_other(self, other: Base) -> None:
+        """Checks that another model is this one.
+
+        Raises:
+            LedgerError: other layers, dtype or weights; says which.
+        """
+        if self.layers != other.layers:
+            mine, others = (", ".join(layer.name for layer in b.layers) for b in (self, other))
+            raise LedgerError(
+                f"the ledger is of a model with the candidate layers {mine:.200}, this model has "
+                f"{others:.200}; give the model and the layers that it was begun with "
+                f"({self.model!r})"
+            )
+        if self.dtype != other.dtype:
+            raise LedgerError(
+                f"the ledger is of a model in {self.dtype}, this one is in {other.dtype}; load it "
+                f"in {self.dtype}"
+            )
+        if self.fingerprint != other.fingerprint:
+            raise LedgerError(
+                f"the ledger belongs to another model: its unedited weights have the fingerprint "
+                f"{self.fingerprint}, this model's {other.fingerprint}; give the unedited model "
+                f"that it was begun with ({self.model!r})"
+            )
+
+
+@dataclass(frozen=True, slots=True)
+class Event:
+    """One event of a ledger.
+
+    Args:
+        id: From 1.
+        kind: ``"edit"``, ``"revoke"`` or ``"rewind"``.
+        target: See the table above.
+        record: See the table above.
+    """
+
+    id: int
+    kind: Kind
+    target: int | None
+    record: Mapping[str, Any]
+
+
+def base_of(record: Mapping[str, Any]) -> Base:
+    """A base from its JSON."""
+    layers = tuple(BaseLayer(**layer) for layer in record["layers"])
+    return Base(**{**record, "layers": layers})
+
+
+def fold(heads: Sequence[tuple[Kind, int | None]]) -> list[int]:
+    """Edits in place after some events.
+
+    >>> fold([("edit", None), ("edit", None), ("revoke", 1), ("rewind", 1), ("edit", 1)])
+    [1, 5]
+    """
+    active: list[int] = []
+    for place, (kind, target) in enumerate(heads):
+        if kind == "edit":
+            active.append(place + 1)
+        elif kind == "revoke":
+            active = [number for number in active if number != target]
+        else:
+            # Its target lies before it, so this ends.
+            active = fold(heads[: min(target or 0, place)])
+    return active
+
+
+def digest_of(
+    before: bytes, number: int, kind: str, target: int | None, text: str, factors: bytes
+) -> bytes:
+    """Digest of an event, which depends on all events before it."""
+    head = json.dumps([number, kind, target]).encode()
+    return hashlib.sha256(
+        b"".join(hashlib.sha256(part).digest() for part in (before, head, text.encode(), factors))
+    ).digest()
+
+
+def factors_file(steps: Sequence[Updates]) -> bytes | None:
+    """A safetensors file of the factors; None where there are none."""
+    tensors: dict[str, Tensor] = {}
+    for number, updates in enumerate(steps):
+        for layer, update in enumerate(updates):
+            if update is not None:
+                left, right = (f.detach().float().cpu() for f in (update.left, update.right))
+                # Copies: factors may share memory, which safetensors refuses.
+                tensors[f"{number}.{layer}.left"] = left.contiguous().clone()
+                tensors[f"{number}.{layer}.right"] = right.contiguous().clone()
+    return save(tensors, {"format": str(FORMAT)}) if tensors else None
+
+
+def steps_of(
+    tensors: Mapping[str, Tensor], layers: int, device: torch.device | None
+) -> list[Updates]:
+    """The updates of every primitive step from the tensors of a factors file."""
+    found: dict[int, list[LowRankUpdate | None]] = {}
+    for name in tensors:
+        number, layer, side = name.split(".")
+        if side == "left":
+            pair = (tensors[name], tensors[f"{number}.{layer}.right"])
+            made = found.setdefault(int(number), [None] * layers)
+            if not 0 <= int(layer) < layers:
+                raise ValueError(f"tensor {name!r} is of a layer that the base does not have")
+            made[int(layer)] = LowRankUpdate(*(x if device is None else x.to(device) for x in pair))
+    return [tuple(found[number]) for number in sorted(found)]

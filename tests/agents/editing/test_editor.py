@@ -1,0 +1,248 @@
+"""The editor: what it writes, what its checks roll back, failures on the way."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from typing import Any
+
+import gymnasium
+import pytest
+import torch
+from torch import Tensor
+
+import hiedit_env
+from hiedit_agents import Checks, Editor, make_agent
+from hiedit_agents.editing.ledger import Ledger
+from hiedit_agents.protocol import begin_episode
+from hiedit_env import Request
+from hiedit_env.errors import (
+    DatasetError,
+    NonFiniteUpdateError,
+    PromptError,
+    SettingsError,
+)
+from hiedit_env.resident.resident import ResidentLLM
+from tests.support.editors import FACTS, NONE, bits
+from tests.support.models import all_bits
+
+
+@pytest.fixture
+def editor() -> Iterator[Editor]:
+    with Editor.from_pretrained("tiny", checks=NONE) as made:
+        yield made
+
+
+def test_a_pair_is_written_and_told(editor: Editor) -> None:
+    [result] = editor.edit(("Belka lives in", "Averlund"))
+    assert (result.status, result.id, result.holds, result.problems) == ("written", 1, True, ())
+    assert (result.prompt, result.answer, result.subject) == (
+        "Belka lives in",
+        "Averlund",
+        "Belka lives in",
+    )
+    assert not result.before["plain"].startswith(" Averlund")
+    assert result.after["plain"].startswith(" Averlund")
+    assert editor.ask("Belka lives in", max_new_tokens=6)[0].startswith(" Averlund")
+    assert set(result.layers) <= set(editor.llm.names)
+    assert result.layers
+    # By the model itself, with nothing of the editor.
+    ids = torch.tensor([editor.llm.encoder.encode_prompt("Belka lives in")])
+    first = editor.model(input_ids=ids).logits[0, -1].argmax()
+    assert int(first) == editor.llm.encode("Belka lives in", "Averlund").answer_ids[0]
+
+
+def test_facts_come_in_every_form(editor: Editor) -> None:
+    results = editor.edit(
+        [
+            ("Belka lives in", "Averlund", "Belka"),
+            {"prompt": "{} lives in", "answer": "Istrand", "subject": "Dasmo"},
+            Request("Elvane lives in", "Eskermere", "Elvane"),
+        ]
+    )
+    assert [(r.prompt, r.answer, r.subject) for r in results] == [
+        ("Belka lives in", "Averlund", "Belka"),
+        ("Dasmo lives in", "Istrand", "Dasmo"),
+        ("Elvane lives in", "Eskermere", "Elvane"),
+    ]
+    assert [r.id for r in results] == [1, 2, 3]
+
+
+@pytest.mark.parametrize(
+    ("facts", "error", "message"),
+    [
+        ([("a", "b"), ("only one",)], DatasetError, "fact 1 must be"),
+        ("a text", DatasetError, "facts must be"),
+        (3, DatasetError, "facts must be"),
+        ([("a", " ")], DatasetError, "fact 0.*answer.*empty"),
+        ([{"prompt": "a"}], DatasetError, "fact 0 has the fields prompt"),
+        ([{"prompt": "a", "answer": "b", "subjekt": "c"}], DatasetError, "'subjekt' is unknown"),
+        ([("Belka lives in", "Averlund"), ("long " * 9999, "x")], PromptError, "fact 1"),
+    ],
+)
+def test_what_is_no_fact_is_named_and_nothing_changes(
+    editor: Editor, facts: Any, error: type[Exception], message: str
+) -> None:
+    before = bits(editor)
+    with pytest.raises(error, match=message):
+        editor.edit(facts)
+    assert bits(editor) == before
+    assert len(editor.ledger) == 0
+
+
+@pytest.mark.parametrize(
+    ("agent", "settings"),
+    [
+        ("all-layers", {}),
+        ("random-layers", {"layers_per_edit": 2}),
+        ("random-layers+rehearsal,facts=2,probes=0", {"max_steps_per_edit": 3}),
+        ("gradient-norm+ridge", {"step_size": 0.001}),
+    ],
+)
+def test_it_writes_what_the_environment_writes(agent: str, settings: dict[str, Any]) -> None:
+    """The same agent, seed and facts in ``hiedit/LayerSelection-v1`` give the same bits."""
+    facts = list(FACTS[:6])
+    own = {k: v for k, v in settings.items() if k == "max_steps_per_edit" or k == "step_size"}
+    env = gymnasium.make(
+        "hiedit/LayerSelection-v1", model="tiny", num_edits=None, disable_env_checker=True, **own
+    )
+    made = make_agent(agent, **settings)
+    observation, info = begin_episode(env, made, 3, options={"requests": facts})
+    ended = False
+    while not ended:
+        observation, _, ended, _, info = env.step(made.select_action(observation, info))
+    inner = env.unwrapped
+    assert isinstance(inner, hiedit_env.EditingEnv)
+    with Editor.from_pretrained("tiny", agent=agent, seed=3, checks=NONE, **settings) as editor:
+        results = editor.edit(facts)
+        assert {r.status for r in results} == {"written"}
+        assert bits(editor) == all_bits(inner.llm.model)
+        assert [r.steps for r in results] == [r.steps for r in inner.history.records]
+    env.close()
+
+
+def test_a_known_fact_is_left_alone(editor: Editor) -> None:
+    editor.edit(("Belka lives in", "Averlund"))
+    before = bits(editor)
+    [result] = editor.edit(("Belka lives in", "Averlund"))
+    assert (result.status, result.id, result.before) == ("known", None, result.after)
+    assert bits(editor) == before
+    assert len(editor.ledger) == 1
+
+
+def test_the_same_prompt_with_another_answer_replaces_the_earlier_edit(editor: Editor) -> None:
+    [one] = editor.edit(("Belka lives in", "Averlund"))
+    [two] = editor.edit(("Belka lives in", "Istrand"))
+    assert (one.replaces, two.replaces) == (None, 1)
+    assert editor.ask("Belka lives in")[0].startswith(" Istrand")
+    assert editor.ledger[2].target == 1
+    # Undone, the earlier answer is there again.
+    editor.undo(2)
+    assert editor.ask("Belka lives in")[0].startswith(" Averlund")
+
+
+@pytest.mark.parametrize(
+    ("checks", "settings", "problem"),
+    [
+        (Checks(min_agreement=None), {"step_size": 1e-9}, "the answer is not given"),
+        (Checks(target=False), {"step_size": 0.5}, "agreement with the unedited model"),
+        (NONE, {"agent": "no-edit"}, "the agent chose no layers"),
+    ],
+)
+def test_an_edit_that_fails_a_check_is_rolled_back_and_the_next_one_goes_on(
+    checks: Checks, settings: dict[str, Any], problem: str
+) -> None:
+    with Editor.from_pretrained("tiny", checks=checks, **settings) as editor:
+        before = bits(editor)
+        results = editor.edit([("Belka lives in", "Averlund"), ("Dasmo lives in", "Istrand")])
+        assert [r.status for r in results] == ["rolled back"] * 2
+        assert all(problem in r.problems[0] and not r.holds and r.id is None for r in results)
+        assert bits(editor) == before
+        assert len(editor.ledger) == 0
+
+
+def test_an_edit_that_breaks_earlier_ones_is_rolled_back() -> None:
+    lenient = Checks(target=False, min_agreement=None, earlier=0)
+    strict = Checks(target=False, min_agreement=None, earlier=8, max_lost=0.0)
+    with Editor.from_pretrained("tiny", checks=lenient, step_size=0.02) as editor:
+        results = editor.edit(FACTS[:6])
+        lost = editor.ask([r.prompt for r in results])
+        given = [t.startswith(f" {r.answer}") for t, r in zip(lost, results, strict=True)]
+        assert not all(given), "the steps are large enough to break something"
+    with Editor.from_pretrained("tiny", checks=strict, step_size=0.02) as editor:
+        results = editor.edit(FACTS[:6])
+        kept = [r for r in results if r.status == "written"]
+        assert any("earlier facts asked are lost" in " ".join(r.problems) for r in results)
+        texts = editor.ask([r.prompt for r in kept])
+        assert all(t.startswith(f" {r.answer}") for t, r in zip(texts, kept, strict=True))
+
+
+def test_an_edit_that_fails_may_be_kept() -> None:
+    checks = Checks(min_agreement=None, roll_back=False)
+    with Editor.from_pretrained("tiny", checks=checks, step_size=1e-6) as editor:
+        [result] = editor.edit(("Belka lives in", "Averlund"))
+        assert (result.status, result.id, result.holds) == ("written", 1, False)
+        assert editor.ledger[1].record["problems"] == list(result.problems)
+
+
+def test_a_model_that_collapses_is_rolled_back_even_without_checks() -> None:
+    checks = Checks(target=False, min_agreement=None, earlier=0, roll_back=False)
+    with Editor.from_pretrained("tiny", checks=checks, step_size=1e18) as editor:
+        before = bits(editor)
+        [result] = editor.edit(("Belka lives in", "Averlund"))
+        assert result.status == "rolled back"
+        assert "finite" in result.problems[0]
+        assert bits(editor) == before
+        assert math.isfinite(editor.llm.read(editor.llm.encode("Belka lives in", "x")).loss)
+
+
+@pytest.mark.parametrize("bad", [{"earlier": -1}, {"max_lost": 2}, {"min_agreement": "x"}])
+def test_checks_out_of_range_are_refused(bad: dict[str, Any]) -> None:
+    with pytest.raises(SettingsError, match=next(iter(bad))):
+        Checks(**bad)
+
+
+@pytest.mark.parametrize("error", [RuntimeError("disk"), KeyboardInterrupt()])
+@pytest.mark.parametrize("where", ["commit", "append", "read"])
+def test_a_failure_half_way_leaves_the_model_as_it_was(
+    editor: Editor, monkeypatch: pytest.MonkeyPatch, where: str, error: BaseException
+) -> None:
+    editor.edit(FACTS[0])
+    before, statistics = bits(editor), editor._session.levels.low.statistics()
+    owner: Any = Ledger if where == "append" else ResidentLLM
+    own, calls = getattr(owner, where), []
+
+    def fail(self: Any, *args: Any, **named: Any) -> Any:
+        calls.append(1)
+        # The second step of the fact: the first one is written.
+        if where == "append" or len(calls) == 2:
+            raise error
+        return own(self, *args, **named)
+
+    monkeypatch.setattr(owner, where, fail)
+    with pytest.raises(type(error)):
+        editor.edit([FACTS[3]])
+    monkeypatch.undo()
+    assert bits(editor) == before
+    assert len(editor.ledger) == 1
+    after = editor._session.levels.low.statistics()
+    for name, value in statistics.items():
+        same = torch.equal(value, after[name]) if isinstance(value, Tensor) else True
+        assert same, name
+    [result] = editor.edit(FACTS[3])
+    assert result.id == 2
+
+
+def test_an_update_that_is_not_finite_is_rolled_back_and_said(
+    editor: Editor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = bits(editor)
+
+    def refuse(self: Any, updates: Any) -> Any:
+        raise NonFiniteUpdateError("update of x is not finite")
+
+    monkeypatch.setattr(ResidentLLM, "commit", refuse)
+    [result] = editor.edit(FACTS[0])
+    monkeypatch.undo()
+    assert (result.status, result.problems) == ("rolled back", ("update of x is not finite",))
+    assert bits(editor) == before
