@@ -55,18 +55,25 @@ from hiedit_agents.named.parts import (
     refuse_unused,
 )
 from hiedit_agents.named.presets import PRESETS
-from hiedit_agents.named.spec import HIGH_LEVELS, LOW_LEVELS
+from hiedit_agents.named.spec import HIGH_LEVELS, LOW_LEVELS, check_arguments
 from hiedit_agents.named.spec_agent import SpecAgent, shipped
 from hiedit_agents.policies.networks import library_of
 from hiedit_agents.protocol import Agent
+from hiedit_agents.rivals.fine_tuning import BreadthFirst, PenalisedFineTuning
+from hiedit_agents.rivals.in_context import InContext
 from hiedit_env.errors import CheckpointError, SettingsError, import_named
 from hiedit_env.rules.layer_choice import CHOICES, SIZELESS
 
+#: Agents without levels that comparisons need: what else one could do with the same facts.
+RIVALS: Mapping[str, type] = MappingProxyType(
+    {kind.name: kind for kind in (BreadthFirst, PenalisedFineTuning, InContext)}
+)
 #: Names of the agents that come with hiedit, in the order they are listed.
 AGENTS: Mapping[str, str] = MappingProxyType(
     {
         **dict.fromkeys(CHOICES, "a simple choice of layers"),
         **{n: s.source for n, s in PRESETS.items()},
+        **{n: str(inspect.getdoc(kind)).partition("\n")[0] for n, kind in RIVALS.items()},
         OracleAgent.name: "the best layers, found by trying all; on hiedit/Planted-v1 only",
     }
 )
@@ -111,6 +118,8 @@ def make_agent(
     if name == OracleAgent.name:
         return OracleAgent()
     base, pairs = (name, []) if is_trained(name) else split_settings(name)
+    if base in RIVALS:
+        return _rival(base, dict(pairs))
     if is_spec_file(base):
         file = read_spec_file(base)
         if file.agent is not None and _outside(file.agent):
@@ -194,10 +203,8 @@ def spec_agent(name: str, layers_per_edit: int | None = None) -> SpecAgent:
     if kind_of(Path(name)) == POLICY:
         library = library_of(Path(name))
         raise CheckpointError(f"{name} holds a policy of {library}; name it {library}:{name}")
-    if name == OracleAgent.name:
-        raise SettingsError(
-            f"agent {name!r} has no levels, so nothing to train: it tries all choices of layers"
-        )
+    if name == OracleAgent.name or split_settings(name)[0] in RIVALS:
+        raise SettingsError(f"agent {name!r} has no levels, so nothing to train")
     refuse_old_folder(Path(name))
     if not pluses:
         raise SettingsError(
@@ -281,6 +288,16 @@ def _policy(
         return agent
     # What is given for all agents is the environment's.
     return OverLowLevel(agent, given) if given else agent
+
+
+def _rival(name: str, given: Mapping[str, Any]) -> Agent:
+    """One of :data:`RIVALS`.
+
+    What is given for all agents does not reach it: it has no options, rule or number of layers.
+    """
+    check_arguments(RIVALS[name], given, f"agent {name!r}")
+    made: Agent = RIVALS[name](**given)
+    return made
 
 
 def _own(name: str, given: Mapping[str, Any], layers_per_edit: int | None) -> Agent:

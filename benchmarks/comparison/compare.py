@@ -17,6 +17,7 @@ from hiedit_agents.named.candidates import candidates_for
 from hiedit_agents.protocol import Agent
 from hiedit_agents.registry import labelled as labelled_name
 from hiedit_agents.registry import make_agent, refuse_unused_size
+from hiedit_agents.rivals.in_context import InContext
 from hiedit_benchmarks.comparison.contamination import trained_on
 from hiedit_benchmarks.comparison.episode import (
     PlayedEpisode,
@@ -44,6 +45,7 @@ from hiedit_benchmarks.comparison.statistics import (
     paired_differences,
     summarise,
 )
+from hiedit_env.datasets.requests import Request
 from hiedit_env.datasets.streams import fingerprint
 from hiedit_env.envs.planted import Planted
 from hiedit_env.errors import MissingLibraryError, SettingsError
@@ -256,10 +258,13 @@ def _run(
     progress: bool,
 ) -> tuple[PlayedEpisode, Evaluation]:
     episode = play(env, agent, seed, progress=progress)
+    asked: Sequence[Request] = episode.requests
+    if isinstance(agent, InContext):
+        asked, reference = agent.judged(asked, reference)
     with stage_bars(f"{name}, seed {seed}: measuring", progress) as report:
         evaluation = evaluate(
             unwrapped(env).llm,
-            episode.requests,
+            asked,
             reference,
             generation=settings.generation,
             progress=report,

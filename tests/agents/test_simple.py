@@ -14,7 +14,7 @@ import hiedit_env  # noqa: F401 - registers the environments
 from hiedit_agents.hierarchy.simple import LayerChoiceAgent
 from hiedit_agents.named.presets import PRESETS
 from hiedit_agents.protocol import Agent
-from hiedit_agents.registry import AGENTS, make_agent
+from hiedit_agents.registry import AGENTS, RIVALS, make_agent
 from hiedit_env.errors import SettingsError
 from hiedit_env.model.loading import load_model
 from hiedit_env.rules.layer_choice import CHOICES
@@ -135,7 +135,7 @@ def test_other_action_spaces_are_refused() -> None:
 
 
 def test_registry_knows_names_and_imports_classes() -> None:
-    assert set(AGENTS) == {*CHOICES, *PRESETS, "oracle"}
+    assert set(AGENTS) == {*CHOICES, *PRESETS, *RIVALS, "oracle"}
     assert all(isinstance(make_agent(name), Agent) for name in AGENTS)
     own = make_agent("tests.agents.test_simple:OwnAgent", layers_per_edit=4)
     assert type(own).__name__ == "OwnAgent"
