@@ -31,6 +31,8 @@ Switch = tyro.conf.FlagCreatePairsOff[bool]
 _CONFIG = (tyro.conf.OmitArgPrefixes, tyro.conf.OmitSubcommandPrefixes)
 #: Lines that tyro draws around and between the parts of its errors.
 _RULE = re.compile(r"[─╰╯]+|-{3,}")
+#: A line of its list of what is missing that holds a name, and not the name's meaning.
+_NAME = re.compile(r"^[│| ] {4,6}(--[\w-]+|[A-Z]+\b)", re.MULTILINE)
 
 
 def parse(
@@ -140,14 +142,30 @@ def _in_one_line(text: str, program: str) -> str:
     while lines and not lines[0]:
         lines.pop(0)
     section = list(itertools.takewhile(bool, lines)) or ["wrong options"]
-    message = re.sub(r"^Error parsing (?=[^-])\S+: ", "", " ".join(section))
-    options = re.findall(r"--[\w-]+", message)
+    message = " ".join(section)
+    more = f"see {program} --help"
     if message.startswith("Missing from"):
-        wanted = options or [section[1].split()[0] if len(section) > 1 else "an argument"]
-        return f"{', '.join(wanted)} must be given; see {program} --help"
+        # Names are indented by four, their meanings by eight.
+        wanted = _NAME.findall(text)
+        return f"{', '.join(wanted) or 'an argument'} must be given; {more}"
     if message.startswith("Unrecognized options"):
-        names = options or [message.partition(":")[2].strip().partition(",")[0]]
+        names = re.findall(r"--?[\w-]+", message.partition(":")[2])
+        if not names:
+            word = message.partition(":")[2].strip().partition(",")[0]
+            return f"{word!r} belongs to no option; {more}"
         near = re.search(r"Perhaps you meant:\s+(--[\w-]+)", " ".join(lines))
-        remedy = f"did you mean {near[1]}?" if near else f"see {program} --help"
+        remedy = f"did you mean {near[1]}?" if near else more
         return f"there is no option {names[0]}; {remedy}"
+    if found := re.match(r"Missing value for argument '([^']+)'", message):
+        return f"{found[1]} must be followed by a value; {more}"
+    if found := re.match(r"Error parsing (--[\w-]+):", message):
+        kind = next((line for line in lines if line.startswith(f"{found[1]} ")), "")
+        numbers = {"INT": "a whole number", "FLOAT": "a number"}
+        right = next((words for name, words in numbers.items() if name in kind), "")
+        values = re.findall(r"'([^']*)'", message)
+        if right and values:
+            return f"{found[1]} must be {right}, got {', '.join(map(repr, values))}; {more}"
+    if found := re.match(r"[Ii]nvalid choice (.+) for argument '([^']+)'.*\((.+)\)", message):
+        return f"{found[2]} must be one of {found[3].rstrip(',')}, got {found[1]}; {more}"
+    message = re.sub(r"^Error parsing (?=[^-])\S+: ", "", message)
     return message[0].lower() + message[1:]

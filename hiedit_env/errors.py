@@ -7,9 +7,14 @@ that was wrong and what would be right, and is raised before anything has change
 
 from __future__ import annotations
 
+import difflib
 import importlib
 import importlib.util
-from typing import Any
+import inspect
+import math
+from collections.abc import Iterable
+from numbers import Real
+from typing import Any, get_type_hints
 
 import numpy as np
 
@@ -128,6 +133,64 @@ def whole_number(value: object, name: str, least: int) -> int:
     if isinstance(value, bool) or not isinstance(value, int | np.integer) or value < least:
         raise SettingsError(f"{name} must be ≥ {least} and a whole number, got {value!r}")
     return int(value)
+
+
+def as_float(value: object) -> float:
+    """A number as ``float``, for a check of its range.
+
+    Returns:
+        NaN where it is no real number; an infinity where it is too large for ``float``.
+
+    >>> as_float(3), as_float(10**400), as_float("3"), as_float(True)
+    (3.0, inf, nan, nan)
+    """
+    if isinstance(value, bool) or not isinstance(value, Real):
+        return math.nan
+    try:
+        return float(value)
+    except OverflowError:
+        return math.inf if value > 0 else -math.inf  # type: ignore[operator]
+
+
+def arguments_of(kind: type) -> dict[str, Any]:
+    """Settings of a class, the keyword-only arguments of its constructor: name → type.
+
+    A constructor with ``**settings`` passes those on to the next class.
+    """
+    found: dict[str, Any] = {}
+    for base in kind.__mro__:
+        constructor = vars(base).get("__init__")
+        if constructor is None:
+            continue
+        hints = get_type_hints(constructor)
+        parameters = inspect.signature(constructor).parameters.values()
+        for parameter in parameters:
+            if parameter.kind is parameter.KEYWORD_ONLY:
+                found.setdefault(parameter.name, hints.get(parameter.name, Any))
+        if all(parameter.kind is not parameter.VAR_KEYWORD for parameter in parameters):
+            break
+    return found
+
+
+def require_known(name: str, known: Iterable[str], owner: str) -> None:
+    """Refuses the name of a setting that there is not.
+
+    Raises:
+        SettingsError: with all names, and the nearest one.
+
+    >>> require_known("rigde", ["ridge", "step_size"], "update rule 'ridge'")
+    Traceback (most recent call last):
+    hiedit_env.errors.SettingsError: update rule 'ridge' has no argument 'rigde'; it has ridge, \
+step_size; did you mean 'ridge'?
+    """
+    known = list(known)
+    if name in known:
+        return
+    near = difflib.get_close_matches(name, known, n=1, cutoff=0.6)
+    hint = f"; did you mean {near[0]!r}?" if near else ""
+    raise SettingsError(
+        f"{owner} has no argument {name!r}; it has {', '.join(known) or 'none'}{hint}"
+    )
 
 
 def import_named(name: str, what: str) -> Any:

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import difflib
 import inspect
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any, get_type_hints
+from typing import Any
 
 from pydantic import TypeAdapter, ValidationError
 
@@ -20,20 +19,25 @@ from hiedit_env.errors import (
     CheckpointError,
     HieditError,
     SettingsError,
+    arguments_of,
     import_named,
+    require_known,
     whole_number,
 )
 from hiedit_env.model.relatives import belongings
 from hiedit_env.resident.resident import ResidentLLM
 from hiedit_env.rules.base import UpdateRule
 from hiedit_env.rules.layer_choice import CHOICES
-from hiedit_env.rules.names import RULES, make_rule
+from hiedit_env.rules.names import RULES, check_rule, make_rule
 
 #: Learned high levels; the simple choices of the environment are high levels too.
 ROUTERS: Mapping[str, type] = {k.name: k for k in (StraightThroughRouter, PolicyRouter)}
 #: Low levels besides the closed-form update rules. ``fine-tuning`` is the rule ``gradient``.
 LEARNED_LOW: Mapping[str, type] = {k.name: k for k in (Hypernetwork, Rehearsal, StepSizePolicy)}
 FINE_TUNING = "fine-tuning"
+
+#: Above all wrong settings, and sizes for which there is no memory; torch says so by RuntimeError.
+_CANNOT_BE_MADE = (TypeError, ValueError, OverflowError, RuntimeError, MemoryError)
 
 HIGH_LEVELS = (*CHOICES, *ROUTERS)
 LOW_LEVELS = (*RULES, FINE_TUNING, *LEARNED_LOW)
@@ -81,19 +85,36 @@ class AgentSpec:
                 "'module:Class'"
             )
 
-    def check(self) -> None:
-        """Checks the arguments of learned levels.
+    def check(self, *, high: bool = True, low: bool = True) -> None:
+        """Checks the arguments of the levels.
+
+        Args:
+            high: Whether the high one.
+            low: Whether the low one.
 
         Raises:
             SettingsError: one that a level does not take.
         """
+        if high:
+            self._check_high()
+        if low and self.low is not None:
+            if self.low in LEARNED_LOW:
+                owner = f"low level {self.low!r}"
+                check_arguments(LEARNED_LOW[self.low], self.low_settings, owner)
+            else:
+                check_rule(self._rule(), self.low_settings)
+
+    def _check_high(self) -> None:
+        owner = f"high level {self.high!r}"
         if self.high in ROUTERS:
-            check_arguments(ROUTERS[self.high], self.high_settings, f"high level {self.high!r}")
+            check_arguments(ROUTERS[self.high], self.high_settings, owner)
+            return
+        if self.high in CHOICES:
+            for name in self.high_settings:
+                require_known(name, ["layers_per_edit"], owner)
         # Of fixed layers it may be a list.
-        elif isinstance(count := self.high_settings.get("layers_per_edit"), str | float):
+        if isinstance(count := self.high_settings.get("layers_per_edit"), str | float):
             whole_number(count, "layers_per_edit", 1)
-        if self.low is not None and self.low in LEARNED_LOW:
-            check_arguments(LEARNED_LOW[self.low], self.low_settings, f"low level {self.low!r}")
 
     @property
     def learns(self) -> bool:
@@ -153,8 +174,8 @@ class AgentSpec:
             return UntrainedChoice(self.high, len(llm.layers), **settings)
         except HieditError:
             raise
-        except (TypeError, ValueError) as error:
-            raise SettingsError(f"high level {self.high!r}: {error}") from error
+        except _CANNOT_BE_MADE as error:
+            raise SettingsError(f"high level {self.high!r}: {_first_line(error)}") from error
 
     def make_low(self, llm: ResidentLLM, model: str = "") -> UpdateRule | None:
         """A fresh low level for a model; None for the environment's own.
@@ -182,8 +203,8 @@ class AgentSpec:
                 return StepSizePolicy(llm.shapes, llm.device, **settings)
         except HieditError:
             raise
-        except (TypeError, ValueError) as error:
-            raise SettingsError(f"low level {self.low!r}: {error}") from error
+        except _CANNOT_BE_MADE as error:
+            raise SettingsError(f"low level {self.low!r}: {_first_line(error)}") from error
         name = self._rule()
         return make_rule(name, llm.shapes, llm.device, settings)
 
@@ -250,6 +271,12 @@ class AgentSpec:
         return spec
 
 
+def _first_line(error: BaseException) -> str:
+    if isinstance(error, MemoryError) or "allocate memory" in str(error):
+        return "there is not enough memory for its sizes; give smaller ones"
+    return next(iter(str(error).splitlines()), "") or type(error).__name__
+
+
 def _class_of(known: Mapping[str, type], name: str, what: str) -> Any:
     """The class of a learned level or of one of your own; None for all others."""
     return import_named(name, what) if ":" in name else known.get(name)
@@ -280,33 +307,11 @@ def check_arguments(kind: type, arguments: Mapping[str, Any], owner: str) -> Non
     Traceback (most recent call last):
     hiedit_env.errors.SettingsError: rule 'mine': ridge='much': Input should be a valid number
     """
-    known = _settings(kind)
+    known = arguments_of(kind)
     for name, value in arguments.items():
-        if name not in known:
-            near = difflib.get_close_matches(name, known, n=1, cutoff=0.6)
-            hint = f"; did you mean {near[0]!r}?" if near else ""
-            raise SettingsError(
-                f"{owner} has no argument {name!r}; it has {', '.join(known)}{hint}"
-            )
+        require_known(name, known, owner)
         try:
             TypeAdapter(known[name]).validate_python(value, strict=True)
         except ValidationError as error:
             said = " or ".join(dict.fromkeys(one["msg"] for one in error.errors()))
             raise SettingsError(f"{owner}: {name}={value!r}: {said}") from error
-
-
-def _settings(kind: type) -> dict[str, Any]:
-    """Types of the keyword-only arguments, by name."""
-    found: dict[str, Any] = {}
-    for base in kind.__mro__:
-        constructor = vars(base).get("__init__")
-        if constructor is None:
-            continue
-        hints = get_type_hints(constructor)
-        parameters = inspect.signature(constructor).parameters.values()
-        for parameter in parameters:
-            if parameter.kind is parameter.KEYWORD_ONLY:
-                found.setdefault(parameter.name, hints.get(parameter.name, Any))
-        if all(parameter.kind is not parameter.VAR_KEYWORD for parameter in parameters):
-            break
-    return found

@@ -74,8 +74,9 @@ class SpecAgent(FixedAgent):
         spec, self._high_folder = high
         self._high = spec if self._high_folder else spec.with_layers_per_edit(layers_per_edit)
         self._low, self._low_folder = low
-        for spec in (self._high, self._low):
-            spec.check()
+        # Of each part only one level is taken.
+        self._high.check(low=False)
+        self._low.check(high=False)
         self._built: tuple[ResidentLLM, HierarchicalAgent] | None = None
 
     @property

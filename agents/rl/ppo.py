@@ -44,7 +44,7 @@ from hiedit_agents.policies.networks import ChainPolicy, describe
 from hiedit_agents.policies.task import Sizes
 from hiedit_agents.rl.command import Pairs, pairs_of, run_script
 from hiedit_env.envs.settings import settings
-from hiedit_env.errors import SettingsError
+from hiedit_env.errors import SettingsError, as_float
 from hiedit_env.files import write_bytes
 
 LOG_FILE = "train.jsonl"
@@ -109,8 +109,9 @@ class Args:
             if not 0 <= getattr(self, name) <= 1:
                 raise SettingsError(f"{name} must be from 0 to 1, got {getattr(self, name)!r}")
         for name in ("learning_rate", "clip", "max_grad_norm"):
-            if not 0 < getattr(self, name) < math.inf:
-                raise SettingsError(f"{name} must be a number > 0, got {getattr(self, name)!r}")
+            value = getattr(self, name)
+            if not 0 < as_float(value) < math.inf:
+                raise SettingsError(f"{name} must be a number > 0, got {value!r:.200}")
         if self.num_envs * self.num_steps < self.minibatches:
             raise SettingsError("there are more minibatches than facts collected per update")
 

@@ -25,6 +25,9 @@ from hiedit_env.errors import DatasetError, HieditWarning
 
 __all__ = ["BUILT_IN", "FORMATS", "SPLITS", "load_requests", "read_dataset"]
 
+#: What a file of facts holds, for an error.
+_ROWS = "; a row is an object with prompt, answer and subject"
+
 BUILT_IN: Mapping[str, str] = MappingProxyType(
     {
         "world-facts": "world_facts.json",
@@ -101,7 +104,7 @@ def read_dataset(
     values = read_rows(label, built_in, ", ".join(sorted((*BUILT_IN, *SPLITS))))
     if not values:
         hint = " (a stream is read once only)" if label.startswith(("-", "/dev/", "/proc/")) else ""
-        raise DatasetError(f"{label} holds no rows{hint}")
+        raise DatasetError(f"{label} holds no rows{hint or _ROWS}")
     rows: list[Mapping[str, object]] = []
     for i, value in enumerate(values):
         if not isinstance(value, dict):

@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import difflib
 import functools
+import math
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
-from numbers import Real
 from types import UnionType
 from typing import (
     Annotated,
@@ -31,7 +31,7 @@ from pydantic import BeforeValidator, ConfigDict, Field, ValidationError
 
 from hiedit_env.datasets.requests import Request
 from hiedit_env.datasets.streams import stream
-from hiedit_env.errors import SettingsError
+from hiedit_env.errors import SettingsError, as_float
 from hiedit_env.evaluation.names import LocalityReference, RewardKind
 from hiedit_env.model.relatives import belongings
 
@@ -67,7 +67,7 @@ AtLeast1 = Annotated[int, Field(ge=1), Must("≥ 1 and a whole number")]
 Positive = Annotated[float, Field(gt=0, **_FLOAT), Must("a positive finite number")]
 Weight = Annotated[float, Field(ge=0, **_FLOAT), Must("a finite number ≥ 0")]
 Discount = Annotated[float, Field(gt=0, le=1, **_FLOAT), Must("a number in (0, 1]")]
-StepLength = Annotated[float, Field(gt=0, **_FLOAT), Must("a positive number")]
+StepLength = Annotated[float, Field(gt=0, **_FLOAT), Must("a positive number", "give a finite one")]
 
 
 @dataclass_transform(frozen_default=True, kw_only_default=True, field_specifiers=(Field,))
@@ -188,11 +188,11 @@ def reward_weights(given: Mapping[str, float] | None) -> dict[str, float]:
             raise SettingsError(
                 f"unknown reward term {term!r}; the terms are {', '.join(DEFAULT_WEIGHTS)}"
             )
-        if not (isinstance(weight, Real) and 0 <= float(weight) < np.inf):
+        weights[term] = as_float(weight)
+        if not 0 <= weights[term] < math.inf:
             raise SettingsError(
-                f"reward weight of {term!r} must be a finite number ≥ 0, got {weight!r}"
+                f"reward weight of {term!r} must be a finite number ≥ 0, got {weight!r:.200}"
             )
-        weights[term] = float(weight)
     return weights
 
 

@@ -8,9 +8,9 @@ the sign and the step size inside ``right``.
 from __future__ import annotations
 
 import copy
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
-from numbers import Real
 from typing import Any, ClassVar, Self, get_args
 
 import numpy as np
@@ -18,7 +18,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from hiedit_env.errors import SettingsError
+from hiedit_env.errors import SettingsError, as_float
 from hiedit_env.model.asking import Tokens as Tokens
 from hiedit_env.resident.capture import Capture
 from hiedit_env.resident.low_rank import LowRankUpdate, layer_groups
@@ -201,7 +201,9 @@ class UpdateRule(ABC):
 
 def positive(value: object, name: str) -> float:
     """A positive finite number, or a ``SettingsError`` that names it."""
-    is_number = isinstance(value, Real) and not isinstance(value, bool)
-    if not is_number or not 0 < float(value) < np.inf:  # type: ignore[arg-type]
-        raise SettingsError(f"{name} must be a positive number, got {value!r}")
-    return float(value)  # type: ignore[arg-type]
+    number = as_float(value)
+    if not 0 < number < math.inf:
+        raise SettingsError(
+            f"{name} must be a positive number, got {value!r:.200}; give a finite one"
+        )
+    return number

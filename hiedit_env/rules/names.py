@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from hiedit_env.errors import SettingsError, import_named
+from hiedit_env.errors import SettingsError, arguments_of, import_named, require_known
 from hiedit_env.rules.base import UpdateRule
 from hiedit_env.rules.closed_form import DecorrelatedRule, GradientRule, OuterProductRule, RidgeRule
 
@@ -35,6 +35,8 @@ def make_rule(
             raise SettingsError(f"{name!r} is not a subclass of hiedit_env.rules.base.UpdateRule")
     elif name in RULES:
         rule = RULES[name]
+        for setting in settings or {}:
+            require_known(setting, arguments_of(rule), f"update rule {name!r}")
     else:
         raise SettingsError(
             f"unknown update rule {name!r}; built in are {', '.join(RULES)}, and "

@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass
-from numbers import Real
 from typing import Any
 
 import gymnasium as gym
@@ -15,7 +14,7 @@ from gymnasium.error import ResetNeeded
 from numpy.typing import NDArray
 
 from hiedit_env.envs.actions import check_selection
-from hiedit_env.errors import SettingsError, whole_number
+from hiedit_env.errors import SettingsError, as_float, whole_number
 from hiedit_env.evaluation.info_metrics import metrics_of
 
 Step = tuple[NDArray[np.float32], float, bool, bool, dict[str, Any]]
@@ -127,9 +126,8 @@ class ToyEditing(gym.Env[NDArray[np.float32], NDArray[np.int8]]):
     ) -> None:
         self.num_layers = whole_number(num_layers, "num_layers", 2)
         self.num_edits = whole_number(num_edits, "num_edits", 1)
-        given: Any = noise
-        if isinstance(given, bool) or not isinstance(given, Real) or not 0 <= float(given) < np.inf:
-            raise SettingsError(f"noise must be a finite number ≥ 0, got {noise!r}")
+        if not 0 <= as_float(noise) < np.inf:
+            raise SettingsError(f"noise must be a finite number ≥ 0, got {noise!r:.200}")
         if render_mode not in (None, "ansi", "rgb_array"):
             raise SettingsError(
                 f"render_mode must be 'ansi', 'rgb_array' or None, got {render_mode!r}"

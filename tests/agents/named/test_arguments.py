@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+from typing import Any
+
+import gymnasium as gym
 import pytest
 
+import hiedit_env  # noqa: F401 - registers the environments
 from hiedit_agents.hierarchy.rehearsal import Rehearsal
 from hiedit_agents.named.spec import AgentSpec, check_arguments
 from hiedit_agents.registry import make_agent
@@ -55,3 +59,27 @@ def test_a_record_with_an_argument_that_is_none_is_refused_as_a_checkpoint() -> 
     record["low"]["settings"]["later"] = 1
     with pytest.raises(CheckpointError, match="has no argument 'later'"):
         AgentSpec.from_json(record)
+
+
+@pytest.mark.parametrize(
+    ("name", "place"),
+    [
+        ("policy,hidden=9+ridge", "PolicyRouter.__init__"),
+        ("all-layers+hypernetwork,rank=9", "Hypernetwork.__init__"),
+    ],
+)
+@pytest.mark.parametrize(
+    "error", [RuntimeError("DefaultCPUAllocator: can't allocate memory: 9 bytes"), MemoryError()]
+)
+def test_sizes_for_which_there_is_no_memory(
+    name: str, place: str, error: Exception, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    env = gym.make("hiedit/LayerSelection-v1", num_edits=1)
+    agent = make_agent(name)
+
+    def too_large(*_: Any, **__: Any) -> None:
+        raise error
+
+    monkeypatch.setattr(f"hiedit_agents.named.spec.{place}", too_large)
+    with pytest.raises(SettingsError, match="not enough memory for its sizes; give smaller ones"):
+        agent.reset(env, 0)

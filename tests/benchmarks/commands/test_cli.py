@@ -231,6 +231,33 @@ def test_help_imports_nothing_heavy(command: str) -> None:
         (["compare", "--out", "x", "--reward", "luck"], "'luck'"),
         (["compare", "--out", "x", "--num-edits", "0"], "num_edits must be ≥ 1 and a whole number"),
         (["train", "--out", "x"], "AGENT must be given"),
+        (["train"], "AGENT, --out must be given; see hiedit train --help"),
+        (["data"], "FILE must be given; see hiedit data --help"),
+        (["edit", "--facts", "--out", "x"], "--facts must be followed by a value"),
+        (["edit", "a", "--facts", "b", "--out", "x"], "'a' belongs to no option"),
+        (
+            ["compare", "--out", "x", "--step-size", "abc"],
+            "--step-size must be a number, got 'abc'; see hiedit compare --help",
+        ),
+        (["demo", "--num-edits", "1.5"], "--num-edits must be a whole number, got '1.5'"),
+        (["compare", "--out", "x", "--seeds", "0", "a"], "--seeds must be a whole number"),
+        (["compare", "--out", "x", "--reward", "luck"], "--reward must be one of 'loss', "),
+        (
+            ["compare", "--out", "x", "--step-size", "1e400"],
+            "step_size must be a positive number, got inf; give a finite one",
+        ),
+        (
+            ["compare", "--out", "x", "--agents", "all-layers+ridge,step_size=1" + 400 * "0"],
+            "step_size must be a positive number, got 1000",
+        ),
+        (
+            ["compare", "--out", "x", "--agents", "all-layers+ridge,rigde=1"],
+            "has no argument 'rigde'; it has ridge, step_size, tokens, form; did you mean 'ridge'?",
+        ),
+        (
+            ["compare", "--out", "x", "--agents", "all-layers,step_size=1"],
+            "high level 'all-layers' has no argument 'step_size'; it has layers_per_edit",
+        ),
         (["train", "hiedit", "--out", "x", "--gamma", "2"], "gamma must be a number in (0, 1]"),
         (["trian"], "there is no command 'trian'; did you mean 'train'?"),
         (["agents", "hiedti"], "there is no agent or level 'hiedti'; did you mean 'hiedit'?"),

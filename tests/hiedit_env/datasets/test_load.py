@@ -124,7 +124,11 @@ def test_unknown_name_lists_built_in_names_and_paths() -> None:
     [
         ("a.json", "", "a.json holds no rows"),
         ("a.json", " \n", "a.json holds no rows"),
-        ("a.json", "[]", "a.json holds no rows"),
+        (
+            "a.json",
+            "[]",
+            "a.json holds no rows; a row is an object with prompt, answer and subject",
+        ),
         ("a.jsonl", "\n\n", "a.jsonl holds no rows"),
         (
             "a.json",

@@ -157,6 +157,13 @@ BAD_SETTINGS: list[tuple[dict[str, Any], type[HieditError], str]] = [
     ({"reward_weights": {"edit": float("inf")}}, SettingsError, "'edit'.*finite.*inf"),
     ({"reward_weights": {"edit": -1.0}}, SettingsError, "'edit'.*-1"),
     ({"reward_weights": {"edit": "a"}}, SettingsError, "'edit'.*number.*'a'"),
+    ({"reward_weights": {"edit": 10**400}}, SettingsError, "'edit'.*finite.*1000"),
+    ({"step_size": 10**400}, SettingsError, "step_size.*positive number, got 1000.*finite"),
+    (
+        {"update_rule_settings": {"ridge": 10**400}, "update_rule": "ridge"},
+        SettingsError,
+        "1000.*;",
+    ),
     ({"reward_weights": 3}, SettingsError, "reward_weights.*dict.*3"),
     ({"locality_reference": "next"}, SettingsError, "locality_reference.*'next'"),
     ({"intrinsic": "no"}, SettingsError, "intrinsic.*True or False.*'no'"),

@@ -46,6 +46,8 @@ def test_rules_by_name() -> None:
         (f"{__name__}:Nothing", {}, "cannot be imported.*Nothing"),
         (f"{__name__}:ALL", {}, "not a subclass of"),
         ("gradient", {"ridge": 1.0}, "'gradient'.*ridge"),
+        ("ridge", {"rigde": 1.0}, "no argument 'rigde'; it has ridge, step.*did you mean 'ridge'"),
+        ("gradient", {"max_grad_norm": 10**400}, "max_grad_norm must be a positive number, got 10"),
         ("gradient", {"step_size": 0}, "step_size must be a positive number, got 0"),
         ("gradient", {"step_size": -1e-4}, "positive number, got -0.0001"),
         ("gradient", {"step_size": math.nan}, "positive number, got nan"),

@@ -181,6 +181,7 @@ def test_statistics_are_part_of_the_state() -> None:
     ("settings", "words"),
     [
         ({"epsilon": 0.0}, r"epsilon.*0\.0"),
+        ({"clip": 10**400}, "clip must be a finite number above 0, got 1000"),
         ({"clip": float("inf")}, "clip.*inf"),
         ({"clip": -1.0}, "clip"),
     ],
