@@ -63,7 +63,8 @@ class FutureDamage:
             PromptError: a drawn unrelated prompt that cannot be tokenised.
         """
         weights, count = self._weights, self.settings.future_damage_prompts
-        own, earlier = self.env.fact.request.locality, self.env.past_facts
+        own = [probe for fact in self.env.unit for probe in fact.request.locality]
+        earlier = self.env.past_facts
         # Nothing that weighs nothing: 0 times a loss that is not finite would be no number.
         facts = _some(len(earlier), count if weights["recent_retention"] else 0, rng)
         # As many more as the present fact has, which are left out.
@@ -90,8 +91,9 @@ class FutureDamage:
         for fact in self._facts:
             share = self._weights["recent_retention"] / len(self._facts)
             own = share / 2 if fact.paraphrases else share
-            prompts += (fact.prompt, *fact.paraphrases)
-            weights += (own, *[(share - own) / len(fact.paraphrases) for _ in fact.paraphrases])
+            prompts += (*fact.prompts, *fact.paraphrases)
+            weights += [own / len(fact.prompts)] * len(fact.prompts)
+            weights += [(share - own) / len(fact.paraphrases)] * len(fact.paraphrases)
         llm = self.env.llm
         losses, _, kl, _ = scores_together([(llm, prompts, self._references)], updates)[0].unbind(1)
         values = torch.cat((kl[: len(self._references)], -losses[len(self._references) :]))

@@ -163,7 +163,8 @@ def evaluate(
     set_seed(seed)
     first: Any = vector_env.unwrapped
     one = first.envs[0].unwrapped
-    timesteps = one.num_edits or len(one.requests)
+    facts = one.num_edits or len(one.requests)
+    timesteps = -(-facts // one.episode.edits_per_step)
     envs = wrap_env(as_multi_discrete(vector_env), verbose=False)
     experiment = {
         "directory": str(out),

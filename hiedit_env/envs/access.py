@@ -35,13 +35,19 @@ class EpisodeAccess:
 
     @property
     def fact(self) -> EncodedFact:
-        """The present fact as tokens; the last one after the end of the stream."""
+        """The present fact as tokens, the first of its unit; after the stream, of the last unit."""
         self._require_started()
         return self.episode.fact
 
     @property
+    def unit(self) -> tuple[EncodedFact, ...]:
+        """The facts that are edited together at present; after the stream, the last ones."""
+        self._require_started()
+        return self.episode.unit
+
+    @property
     def past_facts(self) -> tuple[EncodedFact, ...]:
-        """The facts edited before the present one, earliest first."""
+        """The facts edited before the present unit, earliest first."""
         self._require_started()
         return self.episode.facts[: self.episode.position]
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from enum import IntEnum
 from typing import Any, Literal
@@ -15,7 +15,9 @@ from hiedit_env.envs.episode import TERMS, EditingEpisode, NumericalCollapse
 from hiedit_env.envs.scheduler import Passes
 from hiedit_env.envs.state import EditRecord, History
 from hiedit_env.errors import NonFiniteUpdateError
-from hiedit_env.evaluation.info_metrics import metrics_of
+from hiedit_env.evaluation.info_metrics import METRICS
+from hiedit_env.evaluation.reward_terms import Metrics, UnitMetrics, as_read, not_measured
+from hiedit_env.resident.reading import Reading
 
 #: When updates that were handed in are judged.
 Judging = Literal["step", "fact", "never"]
@@ -42,7 +44,7 @@ class _Attempt:
     """Reward terms, metrics, layers written and the error of one try."""
 
     terms: dict[str, Any]
-    metrics: dict[str, float | bool]
+    measured: UnitMetrics
     layers: NDArray[np.bool_]
     error: StepError = StepError.NONE
 
@@ -75,9 +77,9 @@ class Accounting:
 
     def first(self) -> dict[str, Any]:
         """The information of ``reset``."""
-        metrics = metrics_of(efficacy=self.episode.reading.accuracy)
         none = np.zeros(len(self.episode.llm.layers), bool)
-        return self._info(_Attempt(dict.fromkeys((*TERMS, "collapse"), 0.0), metrics, none), 0, 0)
+        nothing = dict.fromkeys((*TERMS, "collapse"), 0.0)
+        return self._info(_Attempt(nothing, self._as_read(self.episode.reading), none), 0, 0)
 
     def step(
         self, write: Write, *, rule_made: bool = True, judge: Judging = "step"
@@ -104,11 +106,11 @@ class Accounting:
             episode.ended = True
         else:
             over = steps >= episode.max_steps_per_edit or (
-                episode.stop_when_answered and bool(done.metrics["answered"])
+                episode.stop_when_answered and bool(done.measured.unit["answered"])
             )
         info = self._info(done, index, steps, over)
         if over:
-            self._record(done.metrics)
+            self._record(done.measured.facts)
             yield from episode.advance()
         return reward, episode.ended, info
 
@@ -148,7 +150,7 @@ class Accounting:
                     reading = yield from episode.read()
                     if not np.isfinite(reading.loss):
                         raise NumericalCollapse
-                    return _Attempt(nothing, metrics_of(efficacy=reading.accuracy), layers)
+                    return _Attempt(nothing, self._as_read(reading), layers)
                 increase, quality = yield from episode.judge()
         except NumericalCollapse:
             error = StepError.NUMERICAL_COLLAPSE
@@ -159,14 +161,15 @@ class Accounting:
             error = StepError.NON_FINITE_UPDATE
         else:
             terms = {term: weights[term] * increase[term] for term in TERMS}
-            return _Attempt({**terms, "collapse": 0.0}, quality.metrics, layers)
+            return _Attempt({**terms, "collapse": 0.0}, quality.measured, layers)
         none = np.zeros(len(episode.llm.layers), bool)
-        return _Attempt({**nothing, "collapse": -weights["collapse"]}, metrics_of(), none, error)
+        unknown = not_measured(len(episode.unit), self._by_form)
+        return _Attempt({**nothing, "collapse": -weights["collapse"]}, unknown, none, error)
 
     def _info(self, done: _Attempt, index: int, steps: int, over: bool = False) -> dict[str, Any]:
-        return {
+        info = {
             "reward_terms": done.terms,
-            "metrics": done.metrics,
+            "metrics": done.measured.unit,
             "layers": done.layers.astype(np.int8),
             "weights_fingerprint": fingerprint_number(self.episode.llm.weights_fingerprint()),
             "edit_index": index,
@@ -174,21 +177,44 @@ class Accounting:
             "edit_over": over,
             "error_type": int(done.error),
         }
+        if self.episode.edits_per_step > 1:
+            info["unit_size"] = len(done.measured.facts)
+            info["fact_metrics"] = _columns(done.measured.facts, self.episode.edits_per_step)
+        if self._by_form:
+            info["form_metrics"] = dict(done.measured.forms)
+        return info
 
-    def _record(self, metrics: dict[str, float | bool]) -> None:
+    @property
+    def _by_form(self) -> bool:
+        return self.episode.evaluator.prompt_form == "both"
+
+    def _as_read(self, reading: Reading) -> UnitMetrics:
+        return as_read(self.episode.unit, reading, self._by_form)
+
+    def _record(self, facts: Sequence[Metrics]) -> None:
         episode = self.episode
-        self.history.records.append(
-            EditRecord(
-                edit_index=episode.position,
-                prompt=episode.fact.request.prompt,
-                answer=episode.fact.request.answer,
-                layers=episode.written.copy(),
-                steps=episode.steps,
-                reward=float(self.edit_reward),
-                metrics={name: value for name, value in metrics.items() if np.isfinite(value)},
+        for i, (fact, metrics) in enumerate(zip(episode.unit, facts, strict=True)):
+            self.history.records.append(
+                EditRecord(
+                    edit_index=episode.position + i,
+                    prompt=fact.request.prompt,
+                    answer=fact.request.answer,
+                    layers=episode.written.copy(),
+                    steps=episode.steps,
+                    reward=float(self.edit_reward),
+                    metrics={name: value for name, value in metrics.items() if np.isfinite(value)},
+                )
             )
-        )
         self.edit_reward = 0.0
+
+
+def _columns(facts: Sequence[Metrics], size: int) -> dict[str, NDArray[Any]]:
+    """Metrics of a unit's facts as arrays of one size; NaN and False behind the last fact."""
+    rest = size - len(facts)
+    columns: dict[str, NDArray[Any]] = {
+        name: np.array([float(fact[name]) for fact in facts] + [np.nan] * rest) for name in METRICS
+    }
+    return {**columns, "answered": np.array([bool(f["answered"]) for f in facts] + [False] * rest)}
 
 
 def fingerprint_number(digits: str) -> int:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import inspect
-import sys
 from abc import abstractmethod
 from collections.abc import Callable
 from dataclasses import replace
@@ -18,13 +17,13 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from hiedit_env.datasets.load import load_requests
-from hiedit_env.datasets.requests import longest_prompt
 from hiedit_env.datasets.streams import stream
 from hiedit_env.envs import rendering
 from hiedit_env.envs.access import EpisodeAccess
 from hiedit_env.envs.accounting import Accounting, Judging, Outcome, Write
 from hiedit_env.envs.actions import Choice
 from hiedit_env.envs.episode import EditingEpisode
+from hiedit_env.envs.loading import load_resident
 from hiedit_env.envs.observations import Observer, View
 from hiedit_env.envs.scheduler import Passes, run
 from hiedit_env.envs.settings import RENDER_MODES, EnvSettings, draw_stream, reward_weights
@@ -32,9 +31,6 @@ from hiedit_env.envs.state import EnvState, copy_model
 from hiedit_env.errors import HieditError, SettingsError
 from hiedit_env.evaluation.reward import Evaluator
 from hiedit_env.evaluation.unedited import UneditedModel
-from hiedit_env.model.architectures import find_candidates
-from hiedit_env.model.loading import load_model
-from hiedit_env.model.relatives import known_as
 from hiedit_env.resident.capture import Capture
 from hiedit_env.resident.low_rank import Updates
 from hiedit_env.resident.resident import ResidentLLM
@@ -70,21 +66,8 @@ class EditingEnv(EpisodeAccess, gym.Env[NDArray[np.float32], Any], gym.utils.EzP
         self.dataset = settings.facts
         self.requests = load_requests(self.dataset)
         stream(self.requests, settings.num_edits, np.random.default_rng(0))
-        loaded = load_model(
-            settings.model,
-            device=settings.device,
-            dtype=settings.dtype,
-            trust_remote_code=settings.trust_remote_code,
-            progress=settings.progress,
-            layers=settings.layers,
-            tokens=longest_prompt(self.requests),
-        )
-        candidates = find_candidates(loaded.model, settings.layers, known_as(settings.model))
         self.settings = settings
-        llm = ResidentLLM(loaded.model, loaded.tokenizer, candidates)
-        for note in llm.notes:
-            print(f"hiedit: {note}", file=sys.stderr)
-        self._settle(llm)
+        self._settle(load_resident(settings, self.requests))
 
     def _settle(self, llm: ResidentLLM, unedited: UneditedModel | None = None) -> None:
         """Builds on a model everything that belongs to one environment.
@@ -101,6 +84,7 @@ class EditingEnv(EpisodeAccess, gym.Env[NDArray[np.float32], Any], gym.utils.EzP
             decay=settings.retention_decay,
             reference=settings.locality_reference,
             unedited=unedited,
+            prompt_form=settings.prompt_form,
         )
         self._own_low_level = make_rule(
             settings.rule, llm.shapes, llm.device, settings.rule_settings
@@ -113,6 +97,7 @@ class EditingEnv(EpisodeAccess, gym.Env[NDArray[np.float32], Any], gym.utils.EzP
             max_steps_per_edit=self._own_max_steps,
             stop_when_answered=settings.stop_when_answered,
             retention_window=settings.retention_window,
+            edits_per_step=settings.edits_per_step,
         )
         self.accounting = Accounting(
             self.episode, reward_weights(settings.reward_weights), settings.intrinsic
@@ -231,13 +216,14 @@ class EditingEnv(EpisodeAccess, gym.Env[NDArray[np.float32], Any], gym.utils.EzP
             written_share=share.astype(np.float32),
             steps_share=min(episode.steps / episode.max_steps_per_edit, 1.0),
             stream_share=episode.position / len(episode.facts),
+            counts=tuple(len(fact.prompts) for fact in episode.unit),
         )
 
     # -- for torch agents -------------------------------------------------------------------------
 
     @property
     def capture(self) -> Capture:
-        """The full keys and value gradients of the present fact, on the model's device."""
+        """The full keys and value gradients of the present unit, on the model's device."""
         self._require_running()
         return self.episode.capture
 
@@ -264,7 +250,7 @@ class EditingEnv(EpisodeAccess, gym.Env[NDArray[np.float32], Any], gym.utils.EzP
         self._require_running()
         episode = self.episode
         return episode.evaluator.loss(
-            episode.fact, episode.remembered, updates, self.weights_of_terms, l2
+            episode.unit, episode.remembered, updates, self.weights_of_terms, l2
         )
 
     def apply(

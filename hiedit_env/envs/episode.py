@@ -30,6 +30,30 @@ from hiedit_env.rules.base import UpdateRule
 TERMS = ("edit", "locality", "sparsity", "recent_retention")
 
 
+def check_units(facts: Sequence[EncodedFact], edits_per_step: int) -> None:
+    """Refuses facts of one step that contradict each other.
+
+    Args:
+        facts: The stream.
+        edits_per_step: How many are edited together.
+
+    Raises:
+        SettingsError: two of them give one prompt different answers.
+    """
+    for start in range(0, len(facts) if edits_per_step > 1 else 0, edits_per_step):
+        known: dict[tuple[int, ...], EncodedFact] = {}
+        for fact in facts[start : start + edits_per_step]:
+            for prompt in fact.prompts:
+                other = known.setdefault(prompt.prompt_ids, fact)
+                if other.request.answer.strip() != fact.request.answer.strip():
+                    raise SettingsError(
+                        f"{other.request.source} and {fact.request.source} are edited in one step "
+                        f"and give {fact.request.prompt[:60]!r} two answers, "
+                        f"{other.request.answer[:40]!r} and {fact.request.answer[:40]!r}; leave "
+                        "one out or set edits_per_step=1"
+                    )
+
+
 class NumericalCollapse(Exception):
     """The model's loss stopped being finite; raised inside, after nothing can be kept."""
 
@@ -40,17 +64,17 @@ class EpisodeState:
 
     Args:
         facts: The whole stream.
-        position: Index of the present fact; the length of the stream when it is over.
-        steps: Primitive steps taken on the present fact.
-        written: L bool, layers written for the present fact.
-        counted: Terms that the rewards of the present fact sum up to so far.
+        position: Index of the present unit's first fact; the length of the stream when it is over.
+        steps: Primitive steps taken on the present unit.
+        written: L bool, layers written for the present unit.
+        counted: Terms that the rewards of the present unit sum up to so far.
         written_counts: L int64, number of finished facts that wrote each layer.
         ended: Whether the episode is over, by its stream's end or by collapse.
         weights: State of the candidate weights.
         rule: Statistics of the update rule.
         references: What unrelated prompts are compared with.
-        reading: The present fact at the present weights, if it was read already.
-        observed: The capture the rule's statistics have taken in last, if of the present fact.
+        reading: The present unit at the present weights, if it was read already.
+        observed: The capture the rule's statistics have taken in last, if of the present unit.
 
     Tensors are shared with the episode, which never writes them in place, so saving is cheap.
     """
@@ -72,7 +96,10 @@ class EpisodeState:
 class EditingEpisode:
     """The state machine behind every environment.
 
-    ``start`` → (``primitive`` … → ``judge``) … → ``advance`` to the next fact → … → ended. These
+    What is edited together is a unit: ``edits_per_step`` facts of the stream, or those that are
+    left at its end. The present fact is, where a unit has several, all of them.
+
+    ``start`` → (``primitive`` … → ``judge``) … → ``advance`` to the next unit → … → ended. These
     four are generators that yield forward requests: :func:`.scheduler.run` drives them. Nothing
     else here runs the model, except the first use of ``capture``, a backward pass.
 
@@ -85,6 +112,7 @@ class EditingEpisode:
             and is left alone if it is answered before the first step. If not, every fact takes
             exactly ``max_steps_per_edit`` steps.
         retention_window: k, how many past edits are remembered.
+        edits_per_step: n, the facts of a unit.
     """
 
     counted: dict[str, float]
@@ -100,8 +128,10 @@ class EditingEpisode:
         max_steps_per_edit: int,
         stop_when_answered: bool,
         retention_window: int,
+        edits_per_step: int = 1,
     ) -> None:
         self.llm, self.evaluator = llm, evaluator
+        self.edits_per_step = whole_number(edits_per_step, "edits_per_step", 1)
         self.stop_when_answered = stop_when_answered
         self.retention_window = whole_number(retention_window, "retention_window", 0)
         self.use(rule, max_steps_per_edit)
@@ -117,21 +147,31 @@ class EditingEpisode:
     # -- where we are ---------------------------------------------------------------------------
 
     @property
+    def unit(self) -> tuple[EncodedFact, ...]:
+        """The facts edited together at present; the last ones when the stream is over."""
+        return self.facts[self._present : self._present + self.edits_per_step]
+
+    @property
     def fact(self) -> EncodedFact:
-        """The present fact; the last one when the stream is over."""
-        return self.facts[min(self.position, len(self.facts) - 1)]
+        """The first fact of the present unit."""
+        return self.facts[self._present]
 
     @property
     def remembered(self) -> tuple[EncodedFact, ...]:
-        """The last k facts edited before the present one, latest first."""
-        present = min(self.position, len(self.facts) - 1)
-        return self.facts[max(0, present - self.retention_window) : present][::-1]
+        """The last k facts edited before the present unit, latest first."""
+        return self.facts[max(0, self._present - self.retention_window) : self._present][::-1]
+
+    @property
+    def _present(self) -> int:
+        """Index of the present unit's first fact."""
+        last = (len(self.facts) - 1) // self.edits_per_step * self.edits_per_step
+        return min(self.position, last)
 
     @property
     def reading(self) -> Reading:
-        """The present fact at the present weights, as the last step or ``start`` read it.
+        """The present unit at the present weights, as the last step or ``start`` read it.
 
-        After the last fact of the stream, that fact at the final weights.
+        After the last unit of the stream, that unit at the final weights.
         """
         if self._reading is None:
             raise RuntimeError("the present fact has not been read; call start() or read() first")
@@ -156,10 +196,12 @@ class EditingEpisode:
 
         Raises:
             PromptError: a request that cannot be tokenised; the episode is left as it was.
+            SettingsError: no request, or facts of one unit that contradict each other; likewise.
         """
         if not requests:
             raise SettingsError("a stream needs at least one request")
         facts = tuple(self.evaluator.encode(request) for request in requests)
+        check_units(facts, self.edits_per_step)
         self.llm.restore_unedited()
         self.rule.reset()
         self.evaluator.forget_references()
@@ -209,11 +251,11 @@ class EditingEpisode:
     def read(self) -> Passes[Reading]:
         """Reads the present fact at the present weights, unless it was read already."""
         if self._reading is None:
-            self._reading = yield Read(self.llm, (self.fact.prompt,))
+            self._reading = yield Read(self.llm, [p for fact in self.unit for p in fact.prompts])
         return self._reading
 
     def judge(self) -> Passes[tuple[dict[str, float], Quality]]:
-        """Terms of the present fact: their increase since the last judgement.
+        """Terms of the present unit: their increase since the last judgement.
 
         Returns:
             ``(differences by term, quality)``. Summed over a fact, the differences are its final
@@ -222,7 +264,7 @@ class EditingEpisode:
         Raises:
             NumericalCollapse: the quality is not finite; the caller rolls back.
         """
-        quality: Quality = yield Judge(self.evaluator, self.fact, self.remembered, self._reading)
+        quality: Quality = yield Judge(self.evaluator, self.unit, self.remembered, self._reading)
         if not quality.finite:
             raise NumericalCollapse
         terms = {**quality.terms, "sparsity": self.sparsity}
@@ -236,12 +278,13 @@ class EditingEpisode:
         return 1.0 - float(self.written.mean())
 
     def advance(self) -> Passes[None]:
-        """Ends the present fact and begins the next, or ends the episode."""
-        self.written_counts = self.written_counts + self.written
-        self.position += 1
+        """Ends the present unit and begins the next, or ends the episode."""
+        count = len(self.unit)
+        self.written_counts = self.written_counts + count * self.written
+        self.position += count
         if self.position == len(self.facts):
             self.ended = True
-            # The last observation is of the last fact at the final weights.
+            # The last observation is of the last unit at the final weights.
             yield from self.read()
         else:
             yield from self._begin_fact()
@@ -306,5 +349,5 @@ class EditingEpisode:
         self.counted = dict.fromkeys(TERMS, 0.0)
         self._reading = None
         self._observed = None
-        yield Prepare(self.evaluator, self.fact, self.remembered)
+        yield Prepare(self.evaluator, self.unit, self.remembered)
         yield from self.read()

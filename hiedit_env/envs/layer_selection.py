@@ -23,7 +23,8 @@ class LayerSelection(EditingEnv):
     ``MultiBinary(L)``: the layers of the present fact. One step is one option: the low level (the
     ``update_rule`` at its nominal step size) updates these layers again and again until the fact is
     answered or ``max_steps_per_edit`` primitive steps are taken. So one step is one fact, and an
-    episode has ``num_edits`` steps.
+    episode has ``num_edits`` steps; with ``edits_per_step=n`` one step is n facts, and an episode
+    has ``num_edits / n`` steps, rounded up.
 
     ## Rewards
     The sum of the rewards of the option's primitive steps, that is the final terms of the fact
@@ -37,6 +38,7 @@ class LayerSelection(EditingEnv):
     ## Version History
     - v1: ``agreement`` and ``recent_retention`` have one meaning each; the keys of ``info`` never
       vary, and its fingerprint and error are numbers.
+      A step may edit several facts, in several forms, with an end token.
     - v0: first version, never released.
 
     >>> import gymnasium, hiedit_env, numpy as np

@@ -20,17 +20,25 @@ class LifelongEdit(EditingEnv):
     weight matrices (*layers*) to change and how strongly; an update rule computes the change. The
     model keeps every change, so later edits can destroy earlier ones, and unrelated answers.
 
+    What is edited together is a *unit*: one fact, or n of them with ``edits_per_step=n``; the last
+    unit of a stream may be smaller. The prompts of a unit, each in every form asked, are read
+    together, and the update rule computes one change for all of their tokens, to which the loss of
+    the unit, the mean over its prompts of the mean nats per answer token, gives the gradients.
+    Below, "fact" stands for the facts of a unit.
+
     ## Action Space
     ``Dict(layers=MultiBinary(L), step_size=Box(-1, 1, (L,)))``. Layer l is written if
     ``layers[l]`` is 1, with the rule's nominal step size times ``10 ** step_size[l]``. One step is
     one primitive update of the present fact. A fact already answered is left alone whatever the
-    action says, and so is the model under an empty mask.
+    action says, and so is the model under an empty mask. With several facts per step the space is
+    the same: one choice of layers and step sizes for all of them, until all are answered.
 
     ## Observation Space
     ``Box(-1, 1, (22 L + 5,), float32)``: pooled activations of every layer on the present fact and
     the state of its weight, then five numbers about fact and stream; see
-    :class:`hiedit_env.envs.observations.Observer`. Torch agents find the full keys and value
-    gradients in ``env.unwrapped.capture``.
+    :class:`hiedit_env.envs.observations.Observer`. Of several facts it is the mean of the facts'
+    own observations. Torch agents find the full keys and value gradients in
+    ``env.unwrapped.capture``.
 
     ## Rewards
     ``reward = sum(info["reward_terms"].values())``. After every step the edited model is judged by
@@ -41,7 +49,9 @@ class LifelongEdit(EditingEnv):
     - ``sparsity``: share of the candidate layers not written for this fact,
     - ``recent_retention``: success on the last ``retention_window`` facts,
 
-    each weighted. The reward is the increase of the weighted terms since the previous step on this
+    each weighted. A prompt that is asked in two forms counts half in each. Of several facts a term
+    is the mean of what each would have alone, with the same memory: the facts before the unit.
+    The reward is the increase of the weighted terms since the previous step on this
     fact; the first step of a fact starts from 0. So the rewards of a fact sum up to its final
     terms, however many steps it takes. With ``max_steps_per_edit=1`` and ``reward="loss"`` the
     reward is −L_t, the low-level reward of HiEdit (arXiv 2604.11214), up to averaging. With
@@ -52,11 +62,12 @@ class LifelongEdit(EditingEnv):
     The unedited model, a stream drawn with ``np_random``, the first fact.
 
     ## Episode End
-    A fact ends when it is answered (all answer tokens are the argmax under teacher forcing) or
-    after ``max_steps_per_edit`` steps. The episode terminates at the end of the stream, and when a
-    step fails: then the weights are as before the step and ``info["error_type"]`` is 1 (numerical
-    collapse: the loss is no longer finite) or 2 (the rule's update is not finite); see
-    :class:`hiedit_env.envs.accounting.StepError`. It is never truncated by itself.
+    A fact ends when it is answered (all answer tokens are the argmax under teacher forcing, in all
+    forms, for all facts of the unit) or after ``max_steps_per_edit`` steps. The episode terminates
+    at the end of the stream, and when a step fails: then the weights are as before the step and
+    ``info["error_type"]`` is 1 (numerical collapse: the loss is no longer finite) or 2 (the rule's
+    update is not finite); see :class:`hiedit_env.envs.accounting.StepError`. It is never truncated
+    by itself.
 
     ## Information
     Keys, types and shapes never vary, and every value is a number or an array of numbers:
@@ -70,10 +81,21 @@ class LifelongEdit(EditingEnv):
       model's), ``recent_retention`` (the remembered facts); and ``answered``.
     - ``layers``: L int8, the layers written by the step.
     - ``weights_fingerprint``: a 64-bit number that changes when any bit of a weight does.
-    - ``edit_index``: the fact that the step worked on.
+    - ``edit_index``: the fact that the step worked on, the first of its unit.
     - ``edit_steps``: its primitive steps so far.
     - ``edit_over``: whether it has ended.
     - ``error_type``: 0, or why the step failed.
+
+    With ``edits_per_step`` above 1, ``metrics`` are means over the facts where each is known, and
+
+    - ``unit_size``: facts of the unit, n or fewer.
+    - ``fact_metrics``: the same metrics as arrays of n numbers, fact by fact; NaN (and False for
+      ``answered``) behind the last.
+
+    With ``prompt_form="both"``
+
+    - ``form_metrics``: ``{"plain": …, "chat": …}``, the metrics of what is asked in one form; NaN
+      where a fact is not asked in it.
 
     After ``reset``, the first fact's ``efficacy`` and ``answered``, and zeros.
 
@@ -92,6 +114,13 @@ class LifelongEdit(EditingEnv):
     - ``reward``: unit of the terms: ``"loss"`` (nats), ``"token_accuracy"``, ``"generation"``.
     - ``intrinsic``: the reward is the advantage over editing all layers.
     - ``retention_window``, ``retention_decay``: k and μ of the remembered edits.
+    - ``edits_per_step``: n, facts that one step edits together. Two that give one prompt different
+      answers are refused by ``reset``.
+    - ``prompt_form``: how facts, paraphrases and unrelated prompts are asked: ``"plain"``,
+      ``"chat"`` (through the tokenizer's chat template) or ``"both"``. A request's own
+      ``prompt_form`` and ``system`` message go first.
+    - ``end_token``: whether the token that ends the model's turn stands behind every answer, for
+      the update rule, the reward and the metrics alike.
     - ``locality_reference``: ``"unedited"``, or ``"previous"`` for the model before the fact.
     - ``stop_when_answered``: if False every fact takes ``max_steps_per_edit`` steps.
     - ``step_size``, ``update_rule_settings``: the rule's nominal step size and other arguments.
@@ -103,6 +132,7 @@ class LifelongEdit(EditingEnv):
     ## Version History
     - v1: ``agreement`` and ``recent_retention`` have one meaning each; the keys of ``info`` never
       vary, and its fingerprint and error are numbers.
+      A step may edit several facts, in several forms, with an end token.
     - v0: first version, never released.
 
     >>> import gymnasium, hiedit_env

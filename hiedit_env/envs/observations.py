@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -33,10 +33,11 @@ class View:
 
     Args:
         llm: The model, for the state of its weights.
-        capture: The fact's keys and value gradients.
+        capture: The unit's keys and value gradients.
         written_share: L numbers in [0, 1], feature 5.
         steps_share: In [0, 1], share of the fact's primitive steps used.
         stream_share: In [0, 1], share of the stream done.
+        counts: How many of the capture's prompts each fact of the unit has; None for one fact.
     """
 
     llm: ResidentLLM
@@ -44,6 +45,14 @@ class View:
     written_share: NDArray[np.float32]
     steps_share: float
     stream_share: float
+    counts: tuple[int, ...] | None = None
+
+    def facts(self) -> list[View]:
+        """A view of every fact of the unit, with its own capture."""
+        if self.counts is None or len(self.counts) == 1:
+            return [self]
+        parts = self.capture.parts(self.counts)
+        return [replace(self, capture=part, counts=None) for part in parts]
 
 
 class Observer:
@@ -69,6 +78,10 @@ class Observer:
     steps of this fact already used, share of the stream already done. A loss above 10 nats per
     token reads as 10, and where one step is a whole option, the share of steps used is always 0.
     Other features would be other inputs to trained agents, so both stay.
+
+    Where one step edits several facts, the observation is the mean of the facts' own observations:
+    each that of a step that edits this fact alone, from the same weights and place in the stream.
+    So it has one shape for every number of facts, and features mean what they meant in training.
 
     Args:
         llm: The model whose layers are observed.
@@ -101,11 +114,15 @@ class Observer:
         Returns:
             N × ``size`` float32 in [−1, 1], on the model's device.
         """
+        sizes = [len(view.counts or (1,)) for view in views]
+        if max(sizes) > 1:
+            rows = self.batch([part for view in views for part in view.facts()])
+            return torch.stack([part.mean(0) for part in torch.split(rows, sizes)])
         lengths = [len(view.capture.keys[0]) for view in views]
         with torch.no_grad():
             parts = [self._measure(group, views, max(lengths)) for group in self._groups]
             rows = parts[0] if len(parts) == 1 else torch.cat(parts, 1)[:, self._order]
-            sizes, norms, inner, changes, totals, projections = torch.split(rows, _COLUMNS, 2)
+            keys, norms, inner, changes, totals, projections = torch.split(rows, _COLUMNS, 2)
             tokens = torch.tensor(lengths, device=rows.device)[:, None, None]
             written = torch.from_numpy(np.stack([v.written_share for v in views])).to(rows)
             # What is projected has unit length: over 3, hardly any number leaves [−1, 1].
@@ -113,7 +130,7 @@ class Observer:
                 3 * (totals + _TINY)[..., None]
             )
             columns = (
-                (sizes / (tokens * self._sizes).sqrt() + 1e-12).log10() / self._log_units,
+                (keys / (tokens * self._sizes).sqrt() + 1e-12).log10() / self._log_units,
                 norms / (norms.sum(1, keepdim=True) + _TINY),
                 changes / self._base_norms,
                 inner / (norms * changes + _TINY),
@@ -140,7 +157,12 @@ class Observer:
         keys, gradients = (_padded([stack[side] for stack in stacks], longest) for side in (0, 1))
         grams = (keys @ keys.mT) * (gradients @ gradients.mT)
         changes = [view.llm.change(i) for view in views for i in group]
-        nothing = keys.new_zeros(())
+        # Facts that one step edits share a model, whose norms are taken once.
+        nothing, norms = keys.new_zeros(()), dict[tuple[int, int], Tensor]()
+        places = [(id(view.llm), i) for view in views for i in group]
+        for place, change in zip(places, changes, strict=True):
+            if place not in norms:
+                norms[place] = nothing if change is None else torch.linalg.vector_norm(change)
         moved = products(keys, changes, gradients.shape[2])
         sums = (keys.sum(1), gradients.sum(1))
         columns = (
@@ -148,7 +170,7 @@ class Observer:
             torch.linalg.vector_norm(gradients, dim=(1, 2)),
             grams.sum((1, 2)).clamp_min(0).sqrt(),
             (moved * gradients).sum((1, 2)),
-            torch.stack([nothing if c is None else torch.linalg.vector_norm(c) for c in changes]),
+            torch.stack([norms[place] for place in places]),
             *(torch.linalg.vector_norm(total, dim=1) for total in sums),
         )
         projections = (total @ self._signs[total.shape[1]] for total in sums)

@@ -66,7 +66,7 @@ class Planted(LayerSelection):
     ## Information
     As there, and ``true_layers`` (L int8): the candidate layers that hold the fact which the
     observation shows, the next one to be edited; after the last fact, that fact's. All zero for a
-    fact that was given to ``reset`` without any.
+    fact that was given to ``reset`` without any. Of facts that one step edits, those of any.
 
     ## Oracle
     ``env.unwrapped.oracle()`` gives the reward that each of the 2^L options would have on the
@@ -92,6 +92,7 @@ class Planted(LayerSelection):
     - v1: ``agreement`` and ``recent_retention`` have one meaning each; the keys of ``info`` never
       vary, and its fingerprint and error are numbers.
       ``true_layers`` belongs to the fact that the observation shows.
+      A step may edit several facts, in several forms, with an end token.
     - v0: first version, never released.
 
     >>> import gymnasium, hiedit_env
@@ -193,7 +194,7 @@ class Planted(LayerSelection):
         return twin
 
     def _tell(self, info: dict[str, Any]) -> dict[str, Any]:
-        names = self.episode.fact.request.true_layers
+        names = {name for fact in self.episode.unit for name in fact.request.true_layers}
         true = np.array([name in names for name in self.llm.names], np.int8)
         return {**info, "true_layers": true}
 

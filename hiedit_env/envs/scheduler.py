@@ -30,10 +30,10 @@ class Read:
 
 @dataclass(frozen=True, slots=True)
 class Prepare:
-    """Computes a fact's references, see :func:`.reward.prepare_together`; answered by None."""
+    """Computes a unit's references, see :func:`.reward.prepare_together`; answered by None."""
 
     evaluator: Evaluator
-    fact: EncodedFact
+    unit: Sequence[EncodedFact]
     remembered: Sequence[EncodedFact]
 
 
@@ -42,7 +42,7 @@ class Judge:
     """Judges an edit, see :func:`.reward.evaluate_together`; answered by a ``Quality``."""
 
     evaluator: Evaluator
-    fact: EncodedFact
+    unit: Sequence[EncodedFact]
     remembered: Sequence[EncodedFact]
     reading: Reading | None
 
@@ -114,10 +114,10 @@ def _answer(asked: Sequence[Pass]) -> Sequence[Any]:
     readings = [(p.llm, p.prompts) for p in asked if isinstance(p, Read)]
     if readings:
         return read_together(readings)
-    references = [(p.evaluator, p.fact, p.remembered) for p in asked if isinstance(p, Prepare)]
+    references = [(p.evaluator, p.unit, p.remembered) for p in asked if isinstance(p, Prepare)]
     if references:
         prepare_together(references)
         return [None] * len(references)
     return evaluate_together(
-        [(p.evaluator, p.fact, p.remembered, p.reading) for p in asked if isinstance(p, Judge)]
+        [(p.evaluator, p.unit, p.remembered, p.reading) for p in asked if isinstance(p, Judge)]
     )

@@ -33,6 +33,7 @@ from hiedit_env.datasets.requests import Request
 from hiedit_env.datasets.streams import stream
 from hiedit_env.errors import SettingsError, as_float
 from hiedit_env.evaluation.names import LocalityReference, RewardKind
+from hiedit_env.model.asking import PromptForm
 from hiedit_env.model.relatives import belongings
 
 T = TypeVar("T")
@@ -267,6 +268,12 @@ class EditingSettings(RuleSettings):
     """unit of the reward's terms: nats per token, share of right tokens, or generated answers"""
     retention_window: AtLeast0 = 10
     """k, how many past edits are remembered in the reward"""
+    edits_per_step: AtLeast1 = 1
+    """n, facts that one step edits together, with the same layers"""
+    prompt_form: PromptForm = "plain"
+    """how facts are asked: plain, chat (through the tokenizer's chat template), or both"""
+    end_token: bool = False
+    """put the token that ends the model's turn behind every answer"""
 
     @property
     def facts(self) -> str:

@@ -24,7 +24,7 @@ class EditRecord:
         answer: The answer written.
         layers: L bool, layers written.
         steps: Primitive steps taken.
-        reward: Sum of the rewards on this fact.
+        reward: Sum of the rewards on the unit that the fact was edited in.
         metrics: Token accuracies at the end of the edit; a metric that could not be measured is
             absent.
     """
@@ -60,8 +60,8 @@ class EnvState:
         episode: Weights, statistics and position.
         random: State of ``np_random``.
         records: The finished edits, for rendering.
-        edit_reward: Sum of the rewards on the present fact so far.
-        option: The present fact's layers, L bool, where a high level chose them.
+        edit_reward: Sum of the rewards on the present unit so far.
+        option: The present unit's layers, L bool, where a high level chose them.
     """
 
     episode: EpisodeState
@@ -76,4 +76,10 @@ def copy_model(llm: ResidentLLM) -> ResidentLLM:
     with llm.unedited():
         model = copy.deepcopy(llm.model)
     layers = [replace(layer, module=model.get_submodule(layer.name)) for layer in llm.layers]
-    return ResidentLLM(model, llm.tokenizer, layers, max_batch_tokens=llm.max_batch_tokens)
+    return ResidentLLM(
+        model,
+        llm.tokenizer,
+        layers,
+        max_batch_tokens=llm.max_batch_tokens,
+        end_id=llm.encoder.end_id,
+    )

@@ -38,6 +38,7 @@ class StepSize(EditingEnv):
     ## Version History
     - v1: ``agreement`` and ``recent_retention`` have one meaning each; the keys of ``info`` never
       vary, and its fingerprint and error are numbers.
+      A step may edit several facts, in several forms, with an end token.
     - v0: first version, never released.
 
     >>> import gymnasium, hiedit_env, numpy as np

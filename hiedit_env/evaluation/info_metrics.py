@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import numpy as np
 
@@ -51,3 +52,20 @@ def metrics_of(**known: float) -> dict[str, float | bool]:
         value = float(known.get(name, math.nan))
         found[name] = MISSING if math.isnan(value) else value
     return {**found, "answered": found["efficacy"] == 1.0}
+
+
+def mean_of(several: Sequence[dict[str, float | bool]]) -> dict[str, float | bool]:
+    """Means of metrics over those where each is known, and whether all are ``answered``.
+
+    Args:
+        several: Of :func:`metrics_of`.
+
+    >>> both = mean_of([metrics_of(efficacy=1.0, agreement=0.5), metrics_of(efficacy=0.0)])
+    >>> both["efficacy"], both["agreement"], both["answered"]
+    (0.5, 0.5, False)
+    """
+    means = {}
+    for name in METRICS:
+        known = [one[name] for one in several if not math.isnan(one[name])]
+        means[name] = sum(known) / len(known) if known else math.nan
+    return metrics_of(**means)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Literal
 
+from hiedit_env.model.encoded import AskedForm as AskedForm  # where callers look for it
+
 #: What the terms of the reward are measured in.
 RewardKind = Literal["loss", "token_accuracy", "generation"]
 #: The model that answers to unrelated prompts are compared with.
@@ -14,8 +16,6 @@ Metric = Literal["efficacy", "generalization", "specificity", "retention", "port
 METRICS: tuple[Metric, ...] = ("efficacy", "generalization", "specificity", "retention")
 #: All that answers may be generated for.
 GENERATED: tuple[Metric, ...] = (*METRICS, "portability")
-#: One form in which an evaluation asks.
-AskedForm = Literal["plain", "chat"]
 
 
 def metric_in(form: AskedForm, metric: str) -> str:

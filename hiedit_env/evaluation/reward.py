@@ -15,17 +15,26 @@ from torch.nn import functional as F
 
 from hiedit_env.datasets.requests import Request
 from hiedit_env.errors import PromptError, SettingsError
-from hiedit_env.evaluation.info_metrics import metrics_of
+from hiedit_env.evaluation.info_metrics import mean_of
 from hiedit_env.evaluation.matching import EXTRA_TOKENS, generated_answer, is_match, normalise
 from hiedit_env.evaluation.names import LocalityReference, RewardKind
 from hiedit_env.evaluation.reward_terms import (
     MEASURED,
     Means,
+    Metrics,
     Quality,
+    UnitMetrics,
     first_probes,
+    means_of,
+    measure,
+    measure_forms,
+    not_measured,
+    prompts_of,
 )
 from hiedit_env.evaluation.scores import scores_together
 from hiedit_env.evaluation.unedited import UneditedModel, answer_log_probs
+from hiedit_env.model.asking import PromptForm
+from hiedit_env.model.encoded import AskedForm
 from hiedit_env.model.tokenization import EncodedFact, EncodedPrompt
 from hiedit_env.resident.batched import logits_together
 from hiedit_env.resident.low_rank import Updates
@@ -63,12 +72,17 @@ def check_judging(kind: object, decay: object, reference: object) -> None:
 
 
 class Evaluator:
-    """Judges an edit by the fact, its paraphrases, unrelated prompts and remembered edits.
+    """Judges an edit unit by its facts, their paraphrases, unrelated prompts and remembered edits.
+
+    Of every fact of the unit:
 
     * edit: mean of the fact's score and the mean score of its paraphrases.
     * locality: how little the model's output on unrelated prompts (this fact's, and the first of
       every remembered edit) differs from the reference model's.
     * recent retention: score of the remembered edits' own prompts.
+
+    A prompt that is asked in two forms counts half in each. A term of the unit is the mean over its
+    facts of what each would have alone, with the facts edited before the unit as its memory.
 
     A score is −(nats per answer token) for ``"loss"``, the share of answer tokens that are the
     argmax under teacher forcing for ``"token_accuracy"``, and 1 or 0 by
@@ -85,6 +99,8 @@ class Evaluator:
         reference: What unrelated prompts are compared with: the unedited model, or the model as it
             was before the present fact (as in the papers).
         unedited: What the unedited model says; forks of one model share it. Made anew where None.
+        prompt_form: How a request is asked that does not say so itself; with ``"both"`` the metrics
+            are told form by form too.
 
     Attributes:
         on_device: Whether terms are scalar tensors that were never on the host. False unless set;
@@ -100,26 +116,37 @@ class Evaluator:
         decay: float = 0.95,
         reference: LocalityReference = "unedited",
         unedited: UneditedModel | None = None,
+        prompt_form: PromptForm = "plain",
     ) -> None:
         check_judging(kind, decay, reference)
+        self.prompt_form: PromptForm = prompt_form
         self.llm, self.kind, self.decay, self.reference = llm, kind, decay, reference
         self.on_device = False
         self.unedited = UneditedModel(llm) if unedited is None else unedited
         self.forget_references()
 
     def encode(self, request: Request) -> EncodedFact:
-        """Tokens of a request and its probes.
+        """Tokens of a request and its probes, in the forms asked.
 
         Raises:
-            PromptError: a text that is empty or too long; names the request's source.
+            PromptError: a text that is empty or too long, or a form that the tokenizer does not
+                have; names the request's source.
         """
-        encode = self.llm.encode
+        encoder, form = self.llm.encoder, request.prompt_form or self.prompt_form
+
+        def forms(text: str, answer: str) -> tuple[EncodedPrompt, ...]:
+            return encoder.encode_forms(text, answer, form, request.system)
+
+        def asked(text: str) -> tuple[EncodedPrompt, ...]:
+            found = forms(text, request.answer)
+            return tuple(encoder.with_subject(one, text, request.subject) for one in found)
+
         try:
             return EncodedFact(
                 request=request,
-                prompt=encode(request.prompt, request.answer),
-                paraphrases=tuple(encode(text, request.answer) for text in request.paraphrases),
-                probes=tuple(encode(probe.prompt, probe.answer) for probe in request.locality),
+                prompts=asked(request.prompt),
+                paraphrases=tuple(p for text in request.paraphrases for p in asked(text)),
+                probes=tuple(p for q in request.locality for p in forms(q.prompt, q.answer)),
             )
         except PromptError as error:
             raise PromptError(f"{request.source}: {error}") from error
@@ -130,42 +157,38 @@ class Evaluator:
 
     def summarise(
         self,
-        fact: EncodedFact,
+        unit: Sequence[EncodedFact],
         remembered: Sequence[EncodedFact],
-        prompts: Sequence[EncodedPrompt],
         scores: Sequence[NDArray[np.float64]],
         table: Tensor,
     ) -> Quality:
         """The quality from the scores of single prompts.
 
         Args:
-            fact: The fact being edited.
+            unit: The facts being edited.
             remembered: Facts edited before, latest first.
-            prompts: P, in the order of :meth:`prompts`.
-            scores: P each, then as many as there are greedy answers of the unedited model to the
-                fact's unrelated prompts: −nats, token accuracy, KL from the reference, equal
-                argmaxes.
+            scores: Of the P prompts of :func:`~.reward_terms.prompts_of`, then of the unedited
+                model's greedy answers to the unit's unrelated prompts: −nats, token accuracy, KL
+                from the reference, equal argmaxes.
             table: The same, rows × 4 float32 on the model's device.
         """
+        prompts = prompts_of(unit, remembered)
         count = len(prompts)
         losses, correct, kl, equal = (column[:count] for column in scores)
-        greedy = scores[1][count:]
         if not (np.isfinite(losses).all() and np.isfinite(kl).all()):
-            return Quality(dict.fromkeys(MEASURED, np.nan), metrics_of(), False)
-        means = Means(fact, remembered, self.decay)
-        accuracy = means.split(correct)
-        argmax_match = means.locality(equal)
-        metrics = metrics_of(
-            efficacy=accuracy["fact"],
-            generalization=accuracy["paraphrases"],
-            agreement=float(greedy.mean()) if len(greedy) else np.nan,
-            argmax_match=argmax_match,
-            recent_retention=accuracy["recent_retention"],
-        )
+            nothing = not_measured(len(unit), self.prompt_form == "both")
+            return Quality(dict.fromkeys(MEASURED, np.nan), nothing, False)
+        means = means_of(unit, remembered, self.decay)
+        greedy = scores[1][count:]
+        facts = measure(unit, means, correct, equal, greedy)
+        forms: Mapping[AskedForm, Metrics] = {}
+        if self.prompt_form == "both":
+            forms = measure_forms(unit, remembered, self.decay, correct, equal, greedy)
+        measured = UnitMetrics(mean_of(facts), facts, forms)
         if self.kind == "loss":
-            score, local, perfect = losses, means.locality(-kl), 0.0
+            score, same, perfect = losses, -kl, 0.0
         elif self.kind == "token_accuracy":
-            score, local, perfect = correct, argmax_match, 1.0
+            score, same, perfect = correct, equal, 1.0
         else:
             texts = self.generate(prompts)
             score = np.array(
@@ -174,29 +197,23 @@ class Evaluator:
             same = np.array(
                 [float(self._same_text(t, p)) for t, p in zip(texts, prompts, strict=True)]
             )
-            local, perfect = means.locality(same), 1.0
-        parts = means.split(score)
-        edit = parts["fact"]
-        if fact.paraphrases:
-            edit = (edit + parts["paraphrases"]) / 2
+            perfect = 1.0
+        each = [self._terms(mean, score, same, perfect) for mean in means]
         terms: dict[str, Any] = {
-            "edit": edit,
-            "locality": perfect if np.isnan(local) and not means.has_probes else local,
-            "recent_retention": parts["recent_retention"] if remembered else perfect,
+            term: sum(one[term] for one in each) / len(each) for term in MEASURED
         }
         if self.on_device and self.kind != "generation":
             rows = table[:count]
             own, other = (rows[:, 0], -rows[:, 2]) if self.kind == "loss" else rows[:, 1::2].T
-            for term, coefficients in means.coefficients().items():
-                factors = torch.from_numpy(coefficients).to(table.dtype).to(table.device)
-                value = (other if term == "locality" else own) @ factors
-                # A term without prompts is not measured but perfect.
-                terms[term] = value if coefficients.any() else torch.full_like(value, perfect)
-        return Quality(terms, metrics, True)
+            for term in MEASURED:
+                column = other if term == "locality" else own
+                found = [_on_device(column, mean.coefficients()[term], perfect) for mean in means]
+                terms[term] = found[0] if len(found) == 1 else torch.stack(found).mean()
+        return Quality(terms, measured, True)
 
     def loss(
         self,
-        fact: EncodedFact,
+        unit: Sequence[EncodedFact],
         remembered: Sequence[EncodedFact],
         updates: Updates,
         weights: Mapping[str, float],
@@ -210,17 +227,17 @@ class Evaluator:
         Returns:
             Scalar tensor with gradients into the factors of ``updates``.
         """
-        prompts = self.prompts(fact, remembered, with_fact=True)
+        prompts = prompts_of(unit, remembered)
         losses, _, kl, _ = scores_together(
             [(self.llm, prompts, self.references.log_probs)], updates
         )[0].unbind(1)
-        means = Means(fact, remembered, self.decay)
-        coefficients = means.coefficients()
+        several = [m.coefficients() for m in means_of(unit, remembered, self.decay)]
         device = losses.device
 
         def weighted(term: str, values: Tensor) -> Tensor:
             # First the dtype, then the device: not every device has float64.
-            factors = torch.from_numpy(coefficients[term]).to(values.dtype).to(device)
+            coefficients = np.mean([one[term] for one in several], 0)
+            factors = torch.from_numpy(coefficients).to(values.dtype).to(device)
             return weights[term] * (values @ factors)
 
         total = -weighted("edit", losses) - weighted("recent_retention", losses)
@@ -231,23 +248,28 @@ class Evaluator:
                     total = total + l2 * update.squared_norm()
         return total
 
-    @staticmethod
-    def prompts(
-        fact: EncodedFact, remembered: Sequence[EncodedFact], with_fact: bool
-    ) -> list[EncodedPrompt]:
-        """Fact, paraphrases, probes, remembered prompts, remembered probes: in this order."""
-        return [
-            *([fact.prompt] if with_fact else []),
-            *fact.paraphrases,
-            *fact.probes,
-            *(old.prompt for old in remembered),
-            *first_probes(remembered),
-        ]
-
     def generate(self, prompts: Sequence[EncodedPrompt]) -> list[str]:
         """Greedy continuations at the present weights, of the answer's tokens and a few more."""
         budgets = [len(prompt.answer_ids) + EXTRA_TOKENS for prompt in prompts]
-        return self.llm.generate([prompt.prompt for prompt in prompts], budgets)
+        return self.llm.generate(prompts, budgets)
+
+    def _terms(
+        self,
+        mean: Means,
+        score: NDArray[np.float64],
+        same: NDArray[np.float64],
+        perfect: float,
+    ) -> dict[str, float]:
+        """The terms of one fact from the scores and likenesses of all prompts."""
+        parts = mean.split(score)
+        edit, retention = parts["fact"], parts["recent_retention"]
+        if not np.isnan(parts["paraphrases"]):
+            edit = (edit + parts["paraphrases"]) / 2
+        return {
+            "edit": edit,
+            "locality": mean.locality(same) if mean.has_probes else perfect,
+            "recent_retention": perfect if np.isnan(retention) else retention,
+        }
 
     def _same_text(self, text: str, prompt: EncodedPrompt) -> bool:
         reference = self.references.texts.get(prompt)
@@ -256,13 +278,15 @@ class Evaluator:
         )
 
 
-def prepare_together(asked: Sequence[tuple[Evaluator, EncodedFact, Sequence[EncodedFact]]]) -> None:
-    """Computes the references of facts that are about to be edited, in few passes.
+def prepare_together(
+    asked: Sequence[tuple[Evaluator, Sequence[EncodedFact], Sequence[EncodedFact]]],
+) -> None:
+    """Computes the references of edit units that are about to be edited, in few passes.
 
     Args:
-        asked: Per environment its evaluator, the fact and the facts edited before, latest first;
-            the models are forks of one, or there is one environment. References to prompts of no
-            other fact are kept.
+        asked: Per environment its evaluator, the facts of the unit and the facts edited before,
+            latest first; the models are forks of one, or there is one environment. References to
+            prompts of no other unit are kept.
     """
     found: list[References] = []
     for (evaluator, *_), wanted, rows in zip(asked, *_reference_log_probs(asked), strict=True):
@@ -278,21 +302,22 @@ def prepare_together(asked: Sequence[tuple[Evaluator, EncodedFact, Sequence[Enco
 
 
 def evaluate_together(
-    asked: Sequence[tuple[Evaluator, EncodedFact, Sequence[EncodedFact], Reading | None]],
+    asked: Sequence[tuple[Evaluator, Sequence[EncodedFact], Sequence[EncodedFact], Reading | None]],
 ) -> list[Quality]:
     """How good the edits of several environments are, in few passes.
 
     Args:
-        asked: Per environment its evaluator, the fact being edited (:func:`prepare_together` was
-            called for it), the facts edited before, latest first, and the fact's own reading at
-            the present weights if there is one already. The models are forks of one, or there is
-            one environment.
+        asked: Per environment its evaluator, the facts of the unit being edited
+            (:func:`prepare_together` was called for it), the facts edited before, latest first, and
+            the unit's own reading at the present weights if there is one already. The models are
+            forks of one, or there is one environment.
     """
     with torch.inference_mode():
-        answers = _unedited_answers([(evaluator, fact) for evaluator, fact, *_ in asked])
+        answers = _unedited_answers([(evaluator, unit) for evaluator, unit, *_ in asked])
+        # The unit's own prompts come first.
         prompts = [
-            evaluator.prompts(fact, remembered, with_fact=reading is None)
-            for evaluator, fact, remembered, reading in asked
+            prompts_of(unit, remembered)[len(reading.prompts) if reading is not None else 0 :]
+            for _, unit, remembered, reading in asked
         ]
         found = scores_together(
             [
@@ -301,29 +326,32 @@ def evaluate_together(
             ]
         )
         qualities: list[Quality] = []
-        for (evaluator, fact, remembered, reading), wanted, table in zip(
-            asked, prompts, found, strict=True
-        ):
+        for (evaluator, unit, remembered, reading), table in zip(asked, found, strict=True):
             if reading is not None:
-                loss, accuracy = reading.summaries[0].unbind()
-                own = F.pad(torch.stack((-loss, accuracy)), (0, 2))
-                table = torch.cat((own[None], table))
-                wanted = [fact.prompt, *wanted]
+                losses, accuracies = reading.summaries.unbind(1)
+                own = F.pad(torch.stack((-losses, accuracies), 1), (0, 2))
+                table = torch.cat((own, table))
             scores = list(table.T.cpu().double().numpy())
-            qualities.append(evaluator.summarise(fact, remembered, wanted, scores, table))
+            qualities.append(evaluator.summarise(unit, remembered, scores, table))
     return qualities
 
 
 # -- inside ---------------------------------------------------------------------------------------
 
 
+def _on_device(column: Tensor, coefficients: NDArray[np.float64], perfect: float) -> Tensor:
+    """A term of one fact as a scalar tensor; one without prompts is not measured but perfect."""
+    value = column @ torch.from_numpy(coefficients).to(column.dtype).to(column.device)
+    return value if coefficients.any() else torch.full_like(value, perfect)
+
+
 def _reference_log_probs(
-    asked: Sequence[tuple[Evaluator, EncodedFact, Sequence[EncodedFact]]],
+    asked: Sequence[tuple[Evaluator, Sequence[EncodedFact], Sequence[EncodedFact]]],
 ) -> tuple[list[list[EncodedPrompt]], list[dict[EncodedPrompt, Tensor]]]:
     """Per environment the prompts that need a reference, and its log-probabilities."""
     prompts = [
-        list(dict.fromkeys((*fact.probes, *first_probes(remembered))))
-        for _, fact, remembered in asked
+        list(dict.fromkeys((*(p for f in unit for p in f.probes), *first_probes(remembered))))
+        for _, unit, remembered in asked
     ]
     rows: list[dict[EncodedPrompt, Tensor]] = [{} for _ in asked]
     unedited = [i for i, (evaluator, *_) in enumerate(asked) if evaluator.reference == "unedited"]
@@ -332,11 +360,11 @@ def _reference_log_probs(
         # depends on the stream and not on what was known before it.
         groups: list[tuple[int, tuple[EncodedPrompt, ...]]] = []
         for i in unedited:
-            evaluator, fact, _ = asked[i]
-            old, own = evaluator.references.log_probs, set(fact.probes)
+            evaluator, unit, _ = asked[i]
+            old, own = evaluator.references.log_probs, {p for f in unit for p in f.probes}
             rows[i] = {p: old[p] for p in prompts[i] if p in old and p not in own}
             rest = [(p,) for p in prompts[i] if p not in old and p not in own]
-            groups += [(i, group) for group in (fact.probes, *rest)]
+            groups += [(i, group) for group in (*(f.probes for f in unit), *rest)]
         shared = asked[unedited[0]][0].unedited
         found = shared.log_probs_of([group for _, group in groups], together=len(asked) > 1)
         for (i, _), part in zip(groups, found, strict=True):
@@ -358,10 +386,15 @@ def _reference_log_probs(
     return prompts, rows
 
 
-def _unedited_answers(asked: Sequence[tuple[Evaluator, EncodedFact]]) -> list[list[EncodedPrompt]]:
-    """The unedited model's greedy answers to the unrelated prompts of every fact."""
+def _unedited_answers(
+    asked: Sequence[tuple[Evaluator, Sequence[EncodedFact]]],
+) -> list[list[EncodedPrompt]]:
+    """The unedited model's greedy answers to the unrelated prompts of every unit."""
     first = asked[0][0].unedited
     # Whatever is not known yet, in shared passes.
-    shared = [fact for evaluator, fact in asked if evaluator.unedited.shares_with(first)]
-    first.answers([probe for fact in shared for probe in fact.probes])
-    return [evaluator.unedited.answers(fact.probes) for evaluator, fact in asked]
+    shared = [unit for evaluator, unit in asked if evaluator.unedited.shares_with(first)]
+    first.answers([probe for unit in shared for fact in unit for probe in fact.probes])
+    return [
+        evaluator.unedited.answers([probe for fact in unit for probe in fact.probes])
+        for evaluator, unit in asked
+    ]

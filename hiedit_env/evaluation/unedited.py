@@ -106,7 +106,7 @@ class UneditedModel:
         if prompt not in self._texts:
             with self.llm.unedited(), torch.no_grad():
                 budget = len(prompt.answer_ids) + EXTRA_TOKENS
-                [self._texts[prompt]] = self.llm.generate([prompt.prompt], [budget])
+                [self._texts[prompt]] = self.llm.generate([prompt], [budget])
         return self._texts[prompt]
 
     def answers(

@@ -20,6 +20,9 @@ Tokens = Literal["answer", "all", "last", "subject"]
 """Which tokens of a request count: those that predict the answer, all that are read, the prompt's
 last, or the last of the subject."""
 
+# An answer that no template contains.
+_REPLY = "Lyon it is, says hiedit"
+
 Span = tuple[int, int]
 """First position and the position after the last, both from 0."""
 
@@ -53,6 +56,29 @@ def chat_text(tokenizer: PreTrainedTokenizerBase, prompt: str, system: str | Non
             "ask in the plain form"
         ) from error
     return cast(str, text)
+
+
+def end_of_turn(tokenizer: PreTrainedTokenizerBase) -> int | None:
+    """The token that ends the model's turn; None if there is none.
+
+    The one that the chat template puts right behind an assistant's message, if that is a token of
+    its own; else the tokenizer's end token.
+    """
+    text = ""
+    if getattr(tokenizer, "chat_template", None):
+        messages = [{"role": "user", "content": "Hello"}, {"role": "assistant", "content": _REPLY}]
+        try:
+            text = cast(str, tokenizer.apply_chat_template(messages, tokenize=False))
+        except TemplateError:
+            text = ""
+    rest = text.rpartition(_REPLY)[2].lstrip()
+    behind = tokenizer.encode(rest, add_special_tokens=False, verbose=False) if rest else []
+    added = tokenizer.added_tokens_decoder.get(behind[0]) if behind else None
+    # Spelled out: a tokenizer may put a space marker in front of the rest.
+    if added is not None and rest.startswith(added.content) and not added.content.isspace():
+        return int(behind[0])
+    end: int | None = tokenizer.eos_token_id
+    return end
 
 
 def has_markers(tokenizer: PreTrainedTokenizerBase, prompt: str) -> bool:

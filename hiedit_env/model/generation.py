@@ -7,19 +7,20 @@ from collections.abc import Sequence
 from typing import Any, cast
 
 import torch
-from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import GenerationConfig, PreTrainedModel
 
 from hiedit_env.model.tokenization import EncodedPrompt, PromptEncoder
 
 
-def end_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
-    """Tokens that end a generated text: the tokenizer's, and those the model came with.
+def end_ids(model: PreTrainedModel, encoder: PromptEncoder) -> frozenset[int]:
+    """Tokens that end a generated text: the tokenizer's, those the model came with, the encoder's.
 
     Chat models often have several, of which the tokenizer knows one.
     """
     own = getattr(model.generation_config, "eos_token_id", None)
     several = own if isinstance(own, list | tuple) else [own]
-    return frozenset(i for i in (tokenizer.eos_token_id, *several) if i is not None)
+    known = (encoder.tokenizer.eos_token_id, *several, encoder.end_id)
+    return frozenset(i for i in known if i is not None)
 
 
 @torch.inference_mode()
@@ -53,7 +54,7 @@ def generate(
     budgets = [min(pair) for pair in zip(max_new_tokens, room, strict=True)]
     texts = [""] * len(prompts)
     tokenizer = encoder.tokenizer
-    pad, ends = tokenizer.pad_token_id or 0, end_ids(model, tokenizer)
+    pad, ends = tokenizer.pad_token_id or 0, end_ids(model, encoder)
     make_config = cast(Any, GenerationConfig)  # untyped in transformers
     for group in _groups(budgets, room, max_batch):
         longest = max(len(encoded[i]) for i in group)

@@ -22,14 +22,16 @@ read. Four details are settled here:
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from functools import lru_cache
 from typing import TYPE_CHECKING, cast
 
-from hiedit_env.datasets.requests import Request
 from hiedit_env.datasets.writing import MAX_CHARACTERS, space_between
 from hiedit_env.errors import ModelError, PromptError, SettingsError
-from hiedit_env.model.asking import PromptForm, Tokens, chat_text, has_markers, subject_spans
+from hiedit_env.model.asking import PromptForm, chat_text, has_markers, subject_spans
+from hiedit_env.model.encoded import AskedForm, first_words, no_tokens
+from hiedit_env.model.encoded import EncodedFact as EncodedFact  # where callers look for them
+from hiedit_env.model.encoded import EncodedPrompt as EncodedPrompt
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -39,90 +41,6 @@ _REMEMBERED = 16_384
 
 # Ordinary text that shows which special tokens a tokenizer adds, and on which side.
 _ORDINARY_TEXT = "The capital of France is Paris"
-
-
-@dataclass(frozen=True, slots=True)
-class EncodedPrompt:
-    """One prompt with its answer, as token ids.
-
-    Args:
-        prompt: The prompt.
-        answer: The answer, without white space at its start.
-        prompt_ids: What the model sees before it answers: the special tokens the tokenizer puts
-            in front of a text, if any, then the prompt. At least one.
-        answer_ids: The tokens to predict, in order. At least one.
-        subject_spans: Positions in ``prompt_ids`` of the subject's mentions, each as its first
-            position and the one after its last. Empty if no subject was named.
-        subject_missing: Whether a subject was named that is not in the prompt; then the only span
-            is the prompt's last token.
-
-    Two are equal if their texts and tokens are, wherever the subject stands.
-
-    Raises:
-        PromptError: if ``prompt_ids`` or ``answer_ids`` is empty.
-
-    >>> encoded = EncodedPrompt("It is", "Lyon", prompt_ids=(1, 7, 8), answer_ids=(5, 6))
-    >>> encoded.input_ids
-    (1, 7, 8, 5)
-    >>> encoded.length, encoded.first_position
-    (4, 2)
-    """
-
-    prompt: str
-    answer: str
-    prompt_ids: tuple[int, ...]
-    answer_ids: tuple[int, ...]
-    subject_spans: tuple[tuple[int, int], ...] = field(default=(), compare=False)
-    subject_missing: bool = field(default=False, compare=False)
-
-    def __post_init__(self) -> None:
-        if not self.prompt_ids:
-            raise _no_tokens("prompt", self.prompt)
-        if not self.answer_ids:
-            raise _no_tokens("answer", self.answer)
-
-    @property
-    def input_ids(self) -> tuple[int, ...]:
-        """What the model reads: all tokens but the last of the answer, which is only predicted."""
-        return self.prompt_ids + self.answer_ids[:-1]
-
-    @property
-    def length(self) -> int:
-        """Number of tokens the model reads, ``len(input_ids)``."""
-        return len(self.prompt_ids) + len(self.answer_ids) - 1
-
-    @property
-    def first_position(self) -> int:
-        """Position (from 0) in ``input_ids`` whose logits predict ``answer_ids[0]``."""
-        return len(self.prompt_ids) - 1
-
-    def positions(self, tokens: Tokens) -> range:
-        """Positions in ``input_ids`` of some of the tokens that the model reads.
-
-        Args:
-            tokens: ``"subject"`` is the last token of the subject's last mention; the prompt's
-                last token where the prompt names no subject.
-
-        >>> fact = EncodedPrompt("p", "a", (1, 7, 8), (5, 6), subject_spans=((0, 2),))
-        >>> [list(fact.positions(tokens)) for tokens in ("answer", "last", "subject")]
-        [[2, 3], [2], [1]]
-        """
-        last = self.first_position
-        if tokens in ("answer", "all"):
-            return range(last if tokens == "answer" else 0, self.length)
-        if tokens == "subject" and self.subject_spans:
-            last = self.subject_spans[-1][1] - 1
-        return range(last, last + 1)
-
-
-@dataclass(frozen=True, slots=True)
-class EncodedFact:
-    """A request and everything that judges it, as tokens."""
-
-    request: Request
-    prompt: EncodedPrompt
-    paraphrases: tuple[EncodedPrompt, ...]
-    probes: tuple[EncodedPrompt, ...]
 
 
 class PromptEncoder:
@@ -169,6 +87,7 @@ class PromptEncoder:
         # Per instance, because the same text has other tokens under another tokenizer.
         self._remembered_prompt = lru_cache(maxsize=_REMEMBERED)(self._encode_prompt)
         self._remembered = lru_cache(maxsize=_REMEMBERED)(self._encode)
+        self._remembered_subject = lru_cache(maxsize=_REMEMBERED)(self._find_subject)
 
     def encode(self, prompt: str, answer: str) -> EncodedPrompt:
         """Encode a prompt together with its answer.
@@ -231,11 +150,7 @@ class PromptEncoder:
             prompt: The prompt as the request has it, without a template around it.
             subject: The request's subject.
         """
-        spans = subject_spans(self.tokenizer, encoded.prompt, encoded.prompt_ids, prompt, subject)
-        last = len(encoded.prompt_ids)
-        return replace(
-            encoded, subject_spans=spans or ((last - 1, last),), subject_missing=not spans
-        )
+        return self._remembered_subject(encoded, encoded.form, prompt, subject)
 
     def encode_prompt(self, prompt: str) -> tuple[int, ...]:
         """Encode a prompt for free generation: the ``prompt_ids`` of every ``encode(prompt, ...)``.
@@ -247,7 +162,7 @@ class PromptEncoder:
         ids = self._remembered_prompt(text)
         if self.max_length is not None and len(ids) >= self.max_length:
             raise PromptError(
-                f"prompt {_first_words(text)!r} has {len(ids)} tokens and leaves no room for an "
+                f"prompt {first_words(text)!r} has {len(ids)} tokens and leaves no room for an "
                 f"answer in the model's context of {self.max_length}; shorten it"
             )
         return ids
@@ -259,8 +174,18 @@ class PromptEncoder:
     def _encode_prompt(self, prompt: str) -> tuple[int, ...]:
         own_ids = _plain_ids(self.tokenizer, prompt)
         if not own_ids:
-            raise _no_tokens("prompt", prompt)
+            raise no_tokens("prompt", prompt)
         return own_ids if self._begins(own_ids) else self._leading + own_ids
+
+    def _find_subject(
+        self, encoded: EncodedPrompt, form: AskedForm, prompt: str, subject: str
+    ) -> EncodedPrompt:
+        # The form is there to be remembered: equal prompts may differ in it.
+        spans = subject_spans(self.tokenizer, encoded.prompt, encoded.prompt_ids, prompt, subject)
+        last = len(encoded.prompt_ids)
+        return replace(
+            encoded, subject_spans=spans or ((last - 1, last),), subject_missing=not spans
+        )
 
     def _begins(self, own_ids: tuple[int, ...]) -> bool:
         """Whether a prompt brings the special tokens in front itself, as chat templates do."""
@@ -283,10 +208,11 @@ class PromptEncoder:
             answer_ids += (self.end_id,)
         if self.max_length is not None and len(prompt_ids) + len(answer_ids) > self.max_length:
             raise PromptError(
-                f"prompt {_first_words(prompt)!r} has {len(prompt_ids)} tokens and its answer "
+                f"prompt {first_words(prompt)!r} has {len(prompt_ids)} tokens and its answer "
                 f"{len(answer_ids)}, but the model's context holds {self.max_length}; shorten them"
             )
-        return EncodedPrompt(prompt, answer, prompt_ids, answer_ids)
+        form: AskedForm = "chat" if in_template else "plain"
+        return EncodedPrompt(prompt, answer, prompt_ids, answer_ids, form)
 
     def _separate_answer_ids(
         self, own_ids: tuple[int, ...], joined_ids: tuple[int, ...], space: str, answer: str
@@ -321,7 +247,7 @@ def _checked(text: object, name: str) -> str:
         raise PromptError(f"{name} must be text, got {type(text).__name__}: {text!r:.60}")
     if len(text) > MAX_CHARACTERS:
         raise PromptError(
-            f"{name} {_first_words(text[:200])!r} has {len(text)} characters; at most "
+            f"{name} {first_words(text[:200])!r} has {len(text)} characters; at most "
             f"{MAX_CHARACTERS} are tokenised: shorten it"
         )
     if not text.strip():
@@ -330,23 +256,10 @@ def _checked(text: object, name: str) -> str:
         text.encode("utf-8")
     except UnicodeEncodeError as error:
         raise PromptError(
-            f"{name} {_first_words(text)!r} has half of a surrogate pair at character "
+            f"{name} {first_words(text)!r} has half of a surrogate pair at character "
             f"{error.start}; repair the text, it is not valid Unicode"
         ) from error
     return text
-
-
-def _no_tokens(name: str, text: str) -> PromptError:
-    return PromptError(
-        f"{name} {_first_words(text)!r} yields no tokens: this tokenizer drops all of its "
-        "characters; reword it or use another tokenizer"
-    )
-
-
-def _first_words(text: str) -> str:
-    """Enough of a text to find it again."""
-    start = " ".join(text.split()[:8])[:60]
-    return start if start == text else f"{start}..."
 
 
 def _plain_ids(tokenizer: PreTrainedTokenizerBase, text: str) -> tuple[int, ...]:

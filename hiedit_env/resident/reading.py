@@ -92,8 +92,9 @@ class Reading:
     Attributes:
         prompts: The P prompts.
         loss: In nats per answer token.
-        accuracy: Share of answer tokens that are predicted.
-        answered: Whether all are.
+        accuracies: Share of answer tokens that are predicted, of every prompt.
+        accuracy: Their mean.
+        answered: Whether all answer tokens are predicted.
         summaries: P × 2 float32 on the model's device, loss and accuracy of every prompt.
         logits: A × vocabulary, at the answer positions, prompt after prompt.
         predictions: A int64, their argmax.
@@ -103,8 +104,9 @@ class Reading:
     def __init__(self, parts: Sequence[PromptReading]) -> None:
         self.prompts = tuple(part.prompt for part in parts)
         self.loss = sum(part.loss for part in parts) / len(parts)
-        self.accuracy = sum(part.accuracy for part in parts) / len(parts)
-        self.answered = all(part.accuracy == 1.0 for part in parts)
+        self.accuracies = tuple(part.accuracy for part in parts)
+        self.accuracy = sum(self.accuracies) / len(parts)
+        self.answered = all(share == 1.0 for share in self.accuracies)
         self.summaries = torch.stack([part.summary for part in parts])
         self.logits = _joined([part.logits for part in parts])
         self.predictions = _joined([part.predictions for part in parts])

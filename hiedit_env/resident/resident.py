@@ -44,6 +44,7 @@ class ResidentLLM(EditableWeights):
         layers: Candidate layers in forward order.
         cache_bytes: Bound of the prefix cache.
         max_batch_tokens: Bound of prompts × longest prompt in one pass.
+        end_id: The token put behind every answer; None for none.
 
     Raises:
         ModelError: if running the model in two halves does not give its own logits.
@@ -57,6 +58,7 @@ class ResidentLLM(EditableWeights):
         *,
         cache_bytes: int = 256 * 2**20,
         max_batch_tokens: int = 1024,
+        end_id: int | None = None,
     ) -> None:
         self.model = model.train(False).requires_grad_(False)
         super().__init__(layers)
@@ -64,7 +66,8 @@ class ResidentLLM(EditableWeights):
         self.max_batch_tokens = max_batch_tokens
         limit = getattr(text_config(model.config), "max_position_embeddings", None)
         # Some configurations say -1 for no limit.
-        self.encoder = PromptEncoder(tokenizer, limit if limit is None or limit > 0 else None)
+        limit = limit if limit is None or limit > 0 else None
+        self.encoder = PromptEncoder(tokenizer, limit, end_id)
         self.cache = TensorCache(cache_bytes)
         self.first_block = min(layer.block for layer in self.layers)
         #: How the model is run, see :mod:`.forward_check`.
@@ -241,7 +244,7 @@ class ResidentLLM(EditableWeights):
     @property
     def end_ids(self) -> frozenset[int]:
         """Tokens that end a generated text, see :func:`.generation.end_ids`."""
-        return end_ids(self.model, self.tokenizer)
+        return end_ids(self.model, self.encoder)
 
     def generate(
         self, prompts: Sequence[str | EncodedPrompt], max_new_tokens: Sequence[int]

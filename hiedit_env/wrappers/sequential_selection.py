@@ -235,7 +235,8 @@ class SequentialSelection(
         if "layers" in info:
             info["layers"] = np.zeros_like(info["layers"])
         if info.get("edit_over"):
-            info |= {"edit_index": info["edit_index"] + 1, "edit_steps": 0, "edit_over": False}
+            following = info["edit_index"] + info.get("unit_size", 1)
+            info |= {"edit_index": following, "edit_steps": 0, "edit_over": False}
         return info
 
     def _check_action(self, action: Any) -> int:

@@ -98,7 +98,7 @@ def judged(
     reading: Reading | None = None,
 ) -> Quality:
     """The quality of one edit at the present weights."""
-    return evaluate_together([(evaluator, fact, remembered, reading)])[0]
+    return evaluate_together([(evaluator, [fact], remembered, reading)])[0]
 
 
 def quality(env: EditingEnv) -> Quality:

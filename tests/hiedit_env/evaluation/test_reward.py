@@ -62,7 +62,7 @@ def test_terms_are_those_of_a_plain_model(edited: EditingEnv, plain: PlainModel,
     evaluator = Evaluator(edited.llm, kind=kind, decay=0.7)
     fact, remembered = edited.episode.fact, edited.episode.remembered
     assert len(remembered) == 2
-    prepare_together([(evaluator, fact, remembered)])
+    prepare_together([(evaluator, [fact], remembered)])
     found = judged(evaluator, fact, remembered)
     now = PlainModel(bits(edited))
     wanted = plain_levels(plain, now, fact.request, requests_of(remembered), kind, 0.7)
@@ -162,7 +162,7 @@ def test_long_answers_are_exactly_answered() -> None:
     request = Request("prompt", "answer", "subject")
     for n in range(1, 15):
         prompt = models.prompt(ids[:3], ids[3 : 3 + n])
-        found = judged(evaluator, EncodedFact(request, prompt, (), ()), ())
+        found = judged(evaluator, EncodedFact(request, (prompt,), (), ()), ())
         assert found.metrics["efficacy"] == 1.0, n
 
 
@@ -170,7 +170,7 @@ def test_references_are_taken_from_the_right_model(edited: EditingEnv) -> None:
     before, fact = bits(edited), edited.episode.fact
     for reference, same in (("unedited", False), ("previous", True)):
         evaluator = Evaluator(edited.llm, reference=reference)  # type: ignore[arg-type]
-        prepare_together([(evaluator, fact, ())])
+        prepare_together([(evaluator, [fact], ())])
         level = judged(evaluator, fact, ()).terms["locality"]
         assert (level > -1e-5) == same
         # Reading the unedited model has left the edited weights in place.
@@ -199,10 +199,10 @@ def test_a_quality_that_is_not_finite_says_so(
     llm = models.resident()
     evaluator = Evaluator(llm, kind=kind)
     request = Request("w5", "w6", "w5")
-    prompts = [llm.encode(f"w{i} w9", "w4") for i in range(3, 8)]
-    fact = EncodedFact(request, prompts[0], (prompts[1],), (prompts[2],))
-    old = [EncodedFact(request, prompts[3], (), (prompts[4],))]
-    prepare_together([(evaluator, fact, old)])
+    prompts = tuple(llm.encode(f"w{i} w9", "w4") for i in range(3, 8))
+    fact = EncodedFact(request, prompts[:1], (prompts[1],), (prompts[2],))
+    old = [EncodedFact(request, prompts[3:4], (), (prompts[4],))]
+    prepare_together([(evaluator, [fact], old)])
     assert judged(evaluator, fact, old).finite
     inner = scoring._scores
 
