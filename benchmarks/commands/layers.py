@@ -130,7 +130,13 @@ def find_layers(settings: LayerScanSettings, *, progress: bool = True) -> FoundL
 
     with bar("measuring layers", len(layers) * len(facts), progress) as shown:
         scores = scan(
-            loaded, layers, facts, make, progress=shown.update, skipped=partial(_skipped, shown)
+            loaded,
+            layers,
+            facts,
+            make,
+            steps=settings.max_steps_per_edit,
+            progress=shown.update,
+            skipped=partial(_skipped, shown),
         )
     # At most half of what was measured: else nothing was chosen.
     wanted = settings.count or max(4, round(0.4 * len({score.block for score in scores})))
@@ -145,7 +151,7 @@ def find_layers(settings: LayerScanSettings, *, progress: bool = True) -> FoundL
         "layers": chosen,
         "choice": f"the {len(chosen)} layers of the highest score above 0",
         "score": SCORE,
-        "rule": {"name": rule, "settings": own},
+        "rule": {"name": rule, "settings": own, "steps": settings.max_steps_per_edit},
         "facts": {
             "dataset": dataset,
             "fingerprint": fingerprint(requests),

@@ -32,8 +32,8 @@ BAR = 10
 _MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
 #: Heading and meaning of the table's columns.
 COLUMNS = (
-    ("given, %", "facts that one update of this layer alone can give"),
-    ("gain", "nats per token gained on a fact at the smallest size that gives it"),
+    ("given, %", "facts that updates of this layer alone give, written one fact at a time"),
+    ("gain", "nats per token gained on a fact, from the unedited model"),
     ("in other words", "the same on its paraphrases"),
     ("damage", "KL in nats per token on unrelated and on subject-swapped prompts"),
     ("kept, %", "tokens of the unedited model's own answers to these that are still the first"),

@@ -1,20 +1,21 @@
 """Which layers are worth editing: effect per unit of damage of every matrix, measured on few facts.
 
-Every fact is written into every layer alone, from the unedited weights, by one update of a
-closed-form rule. Its size is the smallest of a row of sizes that gives the fact, and the row is the
-same for all layers in the unit that matters: the decrease of the loss that the gradient predicts.
-Then the model is asked the fact's paraphrases, unrelated prompts, and *subject-swapped* prompts,
-the fact's own prompt with another subject in its place. The model's own weights are never written:
-changes belong to forks (:meth:`~hiedit_env.resident.resident.ResidentLLM.fork`).
+Every fact is written into every layer alone, from the unedited weights, by a closed-form rule, step
+after step, until it is given. The size of a step is the same for all layers in the unit that
+matters: by its gradient it would take away half of the loss. So a fact is written about as far as
+it must be, whatever the scale of a layer and its rule. Then the model is asked the fact's
+paraphrases, unrelated prompts, and *subject-swapped* prompts, the fact's own prompt with another
+subject in its place. The model's own weights are never written: changes belong to forks
+(:meth:`~hiedit_env.resident.resident.ResidentLLM.fork`).
 
 The score of a layer is
 
     score = mean effect / (mean damage + 0.05)
 
 over the facts, in nats per token: *effect* is the mean of the gains on the fact and on its
-paraphrases (gain: −log p(answer) before minus after), and 0 for a fact that the layer cannot give
-at any size; *damage* is the mean of the divergences KL[unedited ‖ edited] at the unedited model's
-own greedy answers to unrelated and to subject-swapped prompts. With the 0.05 a layer that changes
+paraphrases (gain: −log p(answer) before minus after), and 0 for a fact that is not given after the
+last step; *damage* is the mean of the divergences KL[unedited ‖ edited] at the unedited model's own
+greedy answers to unrelated and to subject-swapped prompts. With the 0.05 a layer that changes
 nothing scores 0 and not 0/0.
 """
 
@@ -35,15 +36,14 @@ from hiedit_env.evaluation.unedited import UneditedModel, answer_log_probs
 from hiedit_env.model.architectures import CandidateLayer
 from hiedit_env.model.loading import LoadedModel
 from hiedit_env.model.tokenization import EncodedPrompt
+from hiedit_env.resident.batched import read_together
 from hiedit_env.resident.capture import Capture
 from hiedit_env.resident.low_rank import LowRankUpdate
 from hiedit_env.resident.resident import ResidentLLM
 from hiedit_env.rules.base import UpdateRule
 
-#: Sizes that are tried: the decrease of the loss that the gradient predicts, as a multiple of it.
-SIZES = tuple(2.0**power for power in range(-1, 7))
-#: Between a size that does not give the fact and the next one, which does, these are tried too.
-BETWEEN = tuple(2.0 ** (-power / 4) for power in (3, 2, 1))
+#: Share of the loss that the gradient predicts a step to take away.
+SHARE = 0.5
 #: Nats per token that stand for more, so that one broken trial does not hide all others.
 WORST = 50.0
 
@@ -54,6 +54,7 @@ def scan(
     facts: Sequence[FactPrompts],
     make: Callable[[ResidentLLM], UpdateRule],
     *,
+    steps: int = 10,
     progress: Callable[[int], None] = lambda done: None,
     skipped: Callable[[str], None] = lambda reason: None,
 ) -> list[LayerScore]:
@@ -67,6 +68,7 @@ def scan(
         layers: What to measure, in forward order.
         facts: From :func:`.facts.prompts_of`.
         make: Makes the update rule for a resident model.
+        steps: Maximum number of updates per fact.
         progress: Called with the number of trials that were finished since the last call.
         skipped: Called with the reason for every layer that cannot be edited.
 
@@ -83,7 +85,7 @@ def scan(
 
     found: list[LayerScore] = []
     for llm in _by_block(loaded, layers, without):
-        found += _scan_block(llm, facts, make(llm), progress)
+        found += _scan_block(llm, facts, make(llm), steps, progress)
     if not found:
         raise LayerError("none of the layers can be edited; see the reasons above")
     return found
@@ -117,6 +119,7 @@ def _scan_block(
     llm: ResidentLLM,
     facts: Sequence[FactPrompts],
     rule: UpdateRule,
+    steps: int,
     progress: Callable[[int], None],
 ) -> list[LayerScore]:
     befores = [Answers.of(llm, fact) for fact in facts]
@@ -129,18 +132,22 @@ def _scan_block(
     for capture in captures:
         # As in the middle of a stream: the rule's statistics are those of all facts.
         rule.observe(capture)
-    forks = [llm.fork() for _ in SIZES]
-    trials: list[list[Trial]] = [[] for _ in llm.layers]
-    for fact, before, capture, reading in zip(facts, befores, captures, seconds, strict=True):
-        for i in range(len(llm.layers)):
-            chosen = np.arange(len(llm.layers)) == i
-            start = time.perf_counter()
-            update = rule.propose(capture, chosen)[i]
-            took = reading + time.perf_counter() - start
-            assert update is not None
-            trials[i].append(_try(llm, forks, i, fact, capture, update, before, took))
+    forks = [llm.fork() for _ in facts]
+    scores = []
+    for i, layer in enumerate(llm.layers):
+        # Once without need, so that the time is that of an update like any other.
+        start = time.perf_counter()
+        for capture in captures:
+            rule.propose(capture, np.arange(len(llm.layers)) == i)
+        proposing = (time.perf_counter() - start) / len(captures)
+        given = write_all(forks, i, [fact.prompt for fact in facts], captures, rule, steps)
+        trials = []
+        for k, fact in enumerate(facts):
+            trials.append(judge(forks[k], i, fact, befores[k], given[k], seconds[k] + proposing))
+            forks[k].restore_unedited()
             progress(1)
-    return [LayerScore.of(layer, own) for layer, own in zip(llm.layers, trials, strict=True)]
+        scores.append(LayerScore.of(layer, trials))
+    return scores
 
 
 @dataclass(frozen=True, slots=True)
@@ -165,24 +172,81 @@ class Answers:
         return cls({p: _loss(p, rows[p]) for p in own}, {p: rows[p] for p in others})
 
 
-def _try(
-    llm: ResidentLLM,
+def write_all(
     forks: Sequence[ResidentLLM],
     layer: int,
+    prompts: Sequence[EncodedPrompt],
+    captures: Sequence[Capture],
+    rule: UpdateRule,
+    steps: int,
+) -> list[bool]:
+    """Writes each fact into its own fork, step after step until it is given.
+
+    Args:
+        forks: One per fact, unedited.
+        layer: Index of the only layer that is written.
+        prompts: The facts.
+        captures: Of the facts at the unedited weights.
+        rule: Proposes the updates; takes no capture into its statistics.
+        steps: Maximum number of updates per fact.
+
+    Returns:
+        Whether each fact is given in the end: every token of its answer is the argmax. A fact whose
+        update is not finite, or by its gradient would raise the loss, gets no further step.
+    """
+    given = [capture.answered for capture in captures]
+    left = [k for k, done in enumerate(given) if not done]
+    present = list(captures)
+    for _ in range(steps):
+        left = [k for k in left if _write(forks[k], layer, present[k], rule)]
+        if not left:
+            break
+        readings = read_together([(forks[k], (prompts[k],)) for k in left])
+        for k, reading in zip(left, readings, strict=True):
+            given[k] = reading.answered
+            if given[k]:
+                reading.release()
+            else:
+                present[k] = reading.capture()
+        left = [k for k in left if not given[k]]
+    return given
+
+
+def _write(fork: ResidentLLM, layer: int, capture: Capture, rule: UpdateRule) -> bool:
+    """One step of one fact; False, and nothing is written, where there is no way down."""
+    update = rule.propose(capture, np.arange(len(fork.layers)) == layer)[layer]
+    if update is None or not np.isfinite(capture.loss):
+        return False
+    predicted = -directional(capture, layer, update)
+    if not np.isfinite(predicted) or predicted <= 0:
+        return False
+    updates: list[LowRankUpdate | None] = [None] * len(fork.layers)
+    updates[layer] = update.scaled(SHARE * capture.loss / predicted)
+    try:
+        fork.commit(updates)
+    except NonFiniteUpdateError:
+        return False
+    return True
+
+
+def judge(
+    editor: ResidentLLM,
+    layer: int,
     fact: FactPrompts,
-    capture: Capture,
-    update: LowRankUpdate,
     before: Answers,
+    given: bool,
     seconds: float,
 ) -> Trial:
-    """Finds the size that gives the fact and measures what else that changes."""
-    predicted = -directional(capture, layer, update)
-    multiple, given = 0.0, False
-    if np.isfinite(predicted) and predicted > 0:
-        unit = max(before.losses[fact.prompt], 1e-6) / predicted
-        multiple, given = _smallest(forks, layer, fact.prompt, update, unit)
-    editor = forks[0]
-    _write(editor, layer, update, multiple)
+    """Measures what a fact that is written into a fork has changed.
+
+    Args:
+        editor: The fork.
+        layer: Index of the layer that was written.
+        fact: The fact.
+        before: What the unedited model says.
+        given: Whether the fact is given.
+        seconds: Time of one update.
+    """
     own = list(before.losses)
     now = answer_log_probs(editor, [*own, *before.reference])
     gains = {p: before.losses[p] - _loss(p, now[p]) for p in own}
@@ -194,10 +258,9 @@ def _try(
     ]
     change = editor.change(layer)
     norm = 0.0 if change is None else float(torch.linalg.vector_norm(change))
-    editor.restore_unedited()
     return Trial(
         given=given,
-        size=norm / base if (base := llm.base_norm(layer)) else float("nan"),
+        size=norm / base if (base := editor.base_norm(layer)) else float("nan"),
         gain=gains[fact.prompt],
         paraphrase_gain=mean_known([gains[p] for p in fact.paraphrases]),
         paraphrases_given=mean_known([right[p] for p in fact.paraphrases]),
@@ -215,57 +278,6 @@ def directional(capture: Capture, layer: int, update: LowRankUpdate) -> float:
     """
     keys, values = capture.keys[layer].float(), capture.value_gradients[layer].float()
     return float(((keys @ update.left.mT) * (values @ update.right.mT)).sum())
-
-
-def _smallest(
-    forks: Sequence[ResidentLLM],
-    layer: int,
-    prompt: EncodedPrompt,
-    update: LowRankUpdate,
-    unit: float,
-) -> tuple[float, bool]:
-    """The smallest multiple of an update that gives the fact, else that of the lowest loss."""
-    losses, given = _ask(forks, layer, prompt, update, [unit * size for size in SIZES])
-    if not any(given):
-        return unit * SIZES[int(np.argmin(losses))], False
-    first = given.index(True)
-    finer = [unit * SIZES[first] * part for part in BETWEEN]
-    _, also = _ask(forks[: len(finer)], layer, prompt, update, finer)
-    tried = [*zip(finer, also, strict=True), (unit * SIZES[first], True)]
-    return next(multiple for multiple, right in tried if right), True
-
-
-def _ask(
-    forks: Sequence[ResidentLLM],
-    layer: int,
-    prompt: EncodedPrompt,
-    update: LowRankUpdate,
-    multiples: Sequence[float],
-) -> tuple[list[float], list[bool]]:
-    """Loss of a fact, and whether it is given, under several multiples of an update."""
-    written = [_write(f, layer, update, m) for f, m in zip(forks, multiples, strict=True)]
-    with torch.no_grad():
-        batch = forks[0].batch([prompt] * len(forks))
-        logits = forks[0].answer_logits(batch, forks=forks).float().log_softmax(-1)
-    rows = torch.split(logits, len(prompt.answer_ids))
-    losses = [_loss(prompt, row) if ok else WORST for row, ok in zip(rows, written, strict=True)]
-    given = [loss < WORST and _is_given(prompt, r) for loss, r in zip(losses, rows, strict=True)]
-    for fork in forks:
-        fork.restore_unedited()
-    return losses, given
-
-
-def _write(fork: ResidentLLM, layer: int, update: LowRankUpdate, multiple: float) -> bool:
-    """Writes a multiple of an update into a fork; False, and nothing, where it is not finite."""
-    if not multiple:
-        return True
-    updates: list[LowRankUpdate | None] = [None] * len(fork.layers)
-    updates[layer] = update.scaled(multiple)
-    try:
-        fork.commit(updates)
-    except NonFiniteUpdateError:
-        return False
-    return True
 
 
 def divergence(reference: torch.Tensor, now: torch.Tensor) -> float:

@@ -19,7 +19,7 @@ class Trial:
     """One fact written into one layer.
 
     Args:
-        given: Whether every token of the answer is the argmax under teacher forcing.
+        given: Whether every token of the answer is the argmax under teacher forcing in the end.
         size: ‖change‖ / ‖weight‖ (Frobenius); NaN for a weight of zeros.
         gain: Nats per token gained on the fact.
         paraphrase_gain: The same, mean over the paraphrases; NaN where there are none.

@@ -37,5 +37,7 @@ class LayerScanSettings(ModelSettings):
     update_rule: Annotated[str, Must("a name or 'module:Class'")] | None = None
     """decorrelated, outer-product, ridge, gradient or module:Class; by default the rule that
     belongs to the model"""
+    max_steps_per_edit: AtLeast1 = 10
+    """maximum number of updates per fact and layer"""
     seed: AtLeast0 = 0
     """draws facts, subjects and prompts"""

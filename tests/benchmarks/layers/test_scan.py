@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
@@ -9,15 +11,14 @@ from torch.nn import functional as F
 
 from hiedit_benchmarks.layers.facts import FactPrompts, prompts_of
 from hiedit_benchmarks.layers.scan import (
-    BETWEEN,
-    SIZES,
     WORST,
     Answers,
-    _try,
     directional,
     divergence,
+    judge,
     not_given,
     scan,
+    write_all,
 )
 from hiedit_env.datasets.load import load_requests
 from hiedit_env.errors import LayerError
@@ -28,8 +29,9 @@ from hiedit_env.model.tokenization import EncodedPrompt
 from hiedit_env.resident.low_rank import LowRankUpdate
 from hiedit_env.resident.resident import ResidentLLM
 from hiedit_env.rules.base import UpdateRule
+from hiedit_env.rules.closed_form import GradientRule
 from hiedit_env.rules.names import make_rule
-from tests.support.models import all_bits
+from tests.support.models import all_bits, normal
 
 PATTERNS = ["model.layers.{1-2}.mlp.{up_proj,down_proj}"]
 
@@ -70,46 +72,92 @@ def losses(llm: ResidentLLM, prompt: EncodedPrompt) -> tuple[float, bool]:
 
 
 def test_a_trial_is_the_edit_made_by_hand(llm: ResidentLLM, facts: list[FactPrompts]) -> None:
-    fact, layer = facts[0], 3
+    layer, rule = 3, make(llm)
+    prompts = [fact.prompt for fact in facts]
+    captures = [llm.read(prompt).capture() for prompt in prompts]
+    forks = [llm.fork() for _ in facts]
+    befores = [Answers.of(llm, fact) for fact in facts]
+    given = write_all(forks, layer, prompts, captures, rule, 10)
+    found = [
+        judge(fork, layer, fact, before, right, 1.5)
+        for fork, fact, before, right in zip(forks, facts, befores, given, strict=True)
+    ]
+    steps = []
+    for fact, trial in zip(facts, found, strict=True):
+        # The same with the model's own weight: dense gradients, each step to half of the loss.
+        own = (fact.prompt, *fact.paraphrases)
+        start, count = [losses(llm, p) for p in own], 0
+        while not losses(llm, fact.prompt)[1]:
+            capture = llm.read(fact.prompt).capture()
+            gradient = capture.keys[layer].mT @ capture.value_gradients[layer]
+            size = 0.5 * capture.loss / float((gradient**2).sum())
+            updates: list[LowRankUpdate | None] = [None] * 4
+            updates[layer] = LowRankUpdate(torch.eye(len(gradient)), -size * gradient)
+            llm.commit(updates)
+            count += 1
+        now = [losses(llm, p) for p in own]
+        norm = float(torch.linalg.vector_norm(llm.change(layer))) / llm.base_norm(layer)
+        llm.restore_unedited()
+        steps.append(count)
+        assert trial.given
+        assert trial.seconds == 1.5
+        assert trial.size == pytest.approx(norm, rel=1e-3)
+        assert trial.gain == pytest.approx(start[0][0] - now[0][0], abs=1e-2)
+        gained = [before[0] - after[0] for before, after in zip(start[1:], now[1:], strict=True)]
+        assert trial.paraphrase_gain == pytest.approx(np.mean(gained), abs=1e-2)
+        assert trial.paraphrases_given == np.mean([right for _, right in now[1:]])
+    assert max(steps) > 1, "a single step alone would test little"
+    # The forks hold the edits, and nothing else does.
+    assert all(fork.change(layer) is not None for fork in forks)
+
+
+def test_a_fact_gets_no_more_steps_than_there_are(
+    llm: ResidentLLM, facts: list[FactPrompts]
+) -> None:
+    prompts = [fact.prompt for fact in facts]
+    captures = [llm.read(prompt).capture() for prompt in prompts]
+    assert write_all([llm.fork() for _ in facts], 3, prompts, captures, make(llm), 1) != [True] * 3
+    forks = [llm.fork() for _ in facts]
+    assert write_all(forks, 3, prompts, captures, make(llm), 0) == [False] * 3
+    assert all(fork.change(3) is None for fork in forks)
+
+
+class Uphill(GradientRule):
+    """Raises the loss."""
+
+    def compute(self, *given: Any, **named: Any) -> tuple[LowRankUpdate | None, ...]:
+        return tuple(u and u.scaled(-1.0) for u in super().compute(*given, **named))
+
+
+class Broken(GradientRule):
+    """Proposes what is not finite."""
+
+    def compute(self, *given: Any, **named: Any) -> tuple[LowRankUpdate | None, ...]:
+        return tuple(u and u.scaled(float("nan")) for u in super().compute(*given, **named))
+
+
+@pytest.mark.parametrize("kind", [Uphill, Broken])
+def test_a_rule_without_a_way_down_writes_nothing(
+    kind: type[GradientRule], llm: ResidentLLM, facts: list[FactPrompts]
+) -> None:
+    fork, fact = llm.fork(), facts[0]
     capture = llm.read(fact.prompt).capture()
-    update = make(llm).propose(capture, np.arange(4) == layer)[layer]
-    assert update is not None
-    before = Answers.of(llm, fact)
-    forks = [llm.fork() for _ in SIZES]
-    found = _try(llm, forks, layer, fact, capture, update, before, 1.5)
-    assert found.given
-    assert found.seconds == 1.5
+    rule = kind(llm.shapes, llm.device)
+    assert write_all([fork], 0, [fact.prompt], [capture], rule, 5) == [False]
+    assert fork.change(0) is None
+    # Nothing written is no damage and no good.
+    found = judge(fork, 0, fact, Answers.of(llm, fact), False, 0.0)
+    assert (found.unrelated, found.swapped, found.agreement) == (0.0, 0.0, 1.0)
+    assert (found.gain, found.effect, found.damage, found.size) == (0.0, 0.0, 0.0, 0.0)
 
-    # The gradient step's predicted decrease is −‖G‖²·step, from the dense gradient.
-    gradient = capture.keys[layer].mT @ capture.value_gradients[layer]
-    step = make(llm).step_size
-    rise = directional(capture, layer, update)
-    assert rise == pytest.approx(-step * float((gradient**2).sum()), rel=1e-4)
 
-    # The sizes one after another, written into the model itself.
-    start = losses(llm, fact.prompt)[0]
-    unit = start / -rise
-    multiples = sorted({*SIZES, *(s * part for s in SIZES for part in BETWEEN)})
-    given = {}
-    own = (fact.prompt, *fact.paraphrases)
-    for multiple in multiples:
-        updates: list[LowRankUpdate | None] = [None] * 4
-        updates[layer] = update.scaled(unit * multiple)
-        unedited = llm.commit(updates)
-        given[multiple] = [losses(llm, p) for p in own]
-        size = float(torch.linalg.vector_norm(llm.change(layer))) / llm.base_norm(layer)
-        llm.restore(unedited)
-        if given[multiple][0][1]:
-            break
-    assert len(given) > 2, "the smallest size alone would test nothing"
-    now = given[multiple]
-    assert found.size == pytest.approx(size, rel=1e-4)
-    assert found.gain == pytest.approx(start - now[0][0], abs=1e-3)
-    pairs = zip(fact.paraphrases, now[1:], strict=True)
-    gained = [losses(llm, p)[0] - after for p, (after, _) in pairs]
-    assert found.paraphrase_gain == pytest.approx(np.mean(gained), abs=1e-3)
-    assert found.paraphrases_given == np.mean([right for _, right in now[1:]])
-    assert all(fork.change(i) is None for fork in forks for i in range(4))
+def test_what_the_gradient_predicts(llm: ResidentLLM, facts: list[FactPrompts]) -> None:
+    capture = llm.read(facts[0].prompt).capture()
+    for layer, (d_in, d_out) in enumerate(llm.shapes):
+        update = LowRankUpdate(normal(layer, 3, d_in), normal(layer + 9, 3, d_out))
+        gradient = capture.keys[layer].mT @ capture.value_gradients[layer]
+        by_hand = float((gradient * update.dense()).sum())
+        assert directional(capture, layer, update) == pytest.approx(by_hand, rel=1e-3, abs=1e-5)
 
 
 def test_the_divergence_by_hand() -> None:
@@ -118,18 +166,6 @@ def test_the_divergence_by_hand() -> None:
     assert divergence(old.log(), new.log()) == pytest.approx(0.25 * np.log(4 / 3), rel=1e-5)
     assert divergence(old.log(), old.log()) == 0.0
     assert divergence(old.log(), new.log() * float("nan")) == WORST
-
-
-def test_unedited_weights_do_no_damage_and_no_good(
-    llm: ResidentLLM, facts: list[FactPrompts]
-) -> None:
-    nothing = LowRankUpdate(torch.zeros(1, llm.shapes[0][0]), torch.zeros(1, llm.shapes[0][1]))
-    capture = llm.read(facts[0].prompt).capture()
-    before = Answers.of(llm, facts[0])
-    found = _try(llm, [llm.fork() for _ in SIZES], 0, facts[0], capture, nothing, before, 0.0)
-    assert not found.given
-    assert (found.unrelated, found.swapped, found.agreement) == (0.0, 0.0, 1.0)
-    assert (found.effect, found.damage, found.size) == (0.0, 0.0, 0.0)
 
 
 def test_a_scan_leaves_every_bit_of_the_model(
