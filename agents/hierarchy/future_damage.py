@@ -93,7 +93,7 @@ class FutureDamage:
             own = share / 2 if fact.paraphrases else share
             prompts += (*fact.prompts, *fact.paraphrases)
             weights += [own / len(fact.prompts)] * len(fact.prompts)
-            weights += [(share - own) / len(fact.paraphrases)] * len(fact.paraphrases)
+            weights += [(share - own) / len(fact.paraphrases) for _ in fact.paraphrases]
         llm = self.env.llm
         losses, _, kl, _ = scores_together([(llm, prompts, self._references)], updates)[0].unbind(1)
         values = torch.cat((kl[: len(self._references)], -losses[len(self._references) :]))
