@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from numbers import Real
-from typing import Any, get_args
+from typing import Any
 
 import numpy as np
 import torch
@@ -14,7 +13,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from hiedit_env.datasets.requests import Request
-from hiedit_env.errors import PromptError, SettingsError
+from hiedit_env.errors import PromptError
 from hiedit_env.evaluation.info_metrics import mean_of
 from hiedit_env.evaluation.matching import EXTRA_TOKENS, generated_answer, is_match, normalise
 from hiedit_env.evaluation.names import LocalityReference, RewardKind
@@ -55,22 +54,6 @@ class References:
     texts: Mapping[EncodedPrompt, str]
 
 
-def check_judging(kind: object, decay: object, reference: object) -> None:
-    """Refuses settings of :class:`Evaluator` that it does not know.
-
-    Raises:
-        SettingsError: names the value and what would be right.
-    """
-    if kind not in get_args(RewardKind):
-        raise SettingsError(f"reward must be one of {get_args(RewardKind)}, got {kind!r}")
-    if not isinstance(decay, Real) or not 0 < float(decay) <= 1:
-        raise SettingsError(f"retention_decay must be a number in (0, 1], got {decay!r}")
-    if reference not in get_args(LocalityReference):
-        raise SettingsError(
-            f"locality_reference must be one of {get_args(LocalityReference)}, got {reference!r}"
-        )
-
-
 class Evaluator:
     """Judges an edit unit by its facts, their paraphrases, unrelated prompts and remembered edits.
 
@@ -91,6 +74,8 @@ class Evaluator:
     the true answer's tokens (``argmax_match``), and equality of the generated answers. An edit
     remembered for a steps weighs ``decay ** a`` in the weighted means (HiEdit and RLEdit's memory
     backtracking sums instead of averaging).
+
+    The environment's settings check these values, see ``hiedit_env.envs.settings``.
 
     Args:
         llm: The model.
@@ -118,7 +103,6 @@ class Evaluator:
         unedited: UneditedModel | None = None,
         prompt_form: PromptForm = "plain",
     ) -> None:
-        check_judging(kind, decay, reference)
         self.prompt_form: PromptForm = prompt_form
         self.llm, self.kind, self.decay, self.reference = llm, kind, decay, reference
         self.on_device = False
