@@ -12,9 +12,10 @@ from numpy.typing import NDArray
 
 from hiedit_agents.hierarchy.options import layer_selection
 from hiedit_agents.protocol import FixedAgent, Observation
-from hiedit_env.datasets.requests import Request
+from hiedit_env.datasets.requests import NEIGHBOUR, Request
 from hiedit_env.datasets.writing import space_between
 from hiedit_env.errors import SettingsError
+from hiedit_env.evaluation.questions import is_neighbour, portability_probes
 from hiedit_env.evaluation.unedited import Progress, UneditedModel
 from hiedit_env.model.tokenization import EncodedPrompt
 
@@ -91,17 +92,29 @@ def _statement(request: Request) -> str:
 
 
 def _behind(request: Request, context: str) -> Request:
-    """The request with a text in front of every prompt."""
+    """The request with a text in front of every prompt.
 
-    def probes(given: Sequence[Any]) -> tuple[Any, ...]:
-        return tuple(replace(probe, prompt=context + probe.prompt) for probe in given)
-
+    What an evaluation finds out by the words of the fact's own prompt is written down before: which
+    unrelated prompts are neighbours, and the prompts under other names of the subject.
+    """
+    locality = tuple(
+        replace(
+            probe,
+            prompt=context + probe.prompt,
+            kind=NEIGHBOUR if is_neighbour(request, probe) else probe.kind,
+        )
+        for probe in request.locality
+    )
+    portability = tuple(
+        replace(probe, prompt=context + probe.prompt) for probe in portability_probes(request)
+    )
     return replace(
         request,
         prompt=context + request.prompt,
         paraphrases=tuple(context + text for text in request.paraphrases),
-        locality=probes(request.locality),
-        portability=probes(request.portability),
+        locality=locality,
+        portability=portability,
+        subject_aliases=(),
     )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import gymnasium
@@ -14,10 +15,11 @@ from hiedit_agents.registry import make_agent
 from hiedit_agents.rivals.in_context import InContext
 from hiedit_benchmarks.comparison.compare import compare
 from hiedit_benchmarks.comparison.settings import CompareSettings
-from hiedit_env.datasets.requests import Probe, Request
+from hiedit_env.datasets.requests import NEIGHBOUR, Probe, Request
 from hiedit_env.envs.base import EditingEnv
 from hiedit_env.errors import SettingsError
 from hiedit_env.evaluation.metrics import evaluate
+from hiedit_env.evaluation.questions import questions_about
 from hiedit_env.evaluation.unedited import UneditedModel
 
 ONE = Request(
@@ -50,6 +52,22 @@ def test_the_facts_stand_in_front_of_every_prompt(env: EditingEnv) -> None:
     assert second.prompt == "Corrin lives in Istrand. Corrin lives in"
     both, _ = InContext(facts="all", template="{fact}. ").judged([ONE, TWO], reference)
     assert both[0].prompt == before + "Corrin lives in Istrand. Belka lives in"
+
+
+def test_neighbours_and_other_names_stay_what_they_are(env: EditingEnv) -> None:
+    fact = replace(
+        ONE, locality=(*ONE.locality, Probe("Corrin lives in", "Istrand")), subject_aliases=("Bel",)
+    )
+    (asked,), _ = InContext(template="{fact}. ").judged([fact], UneditedModel(env.llm))
+    before = "Belka lives in Averlund. "
+    assert [probe.kind for probe in asked.locality] == ["", NEIGHBOUR]
+    # The fact in front keeps the subject's own name.
+    assert asked.portability[1] == Probe(before + "Bel lives in", "Averlund", "alias")
+    own, longer = (questions_about(env.llm, [r], ["plain"]).groups for r in (fact, asked))
+    for name in own:
+        prompts = [p.prompt for p in own[name].facts[0]]
+        assert [p.prompt for p in longer[name].facts[0]] == [before + text for text in prompts]
+    assert set(longer) == set(own)
 
 
 def test_agreement_compares_with_the_model_asked_without_the_facts(env: EditingEnv) -> None:
