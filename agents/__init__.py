@@ -25,6 +25,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from hiedit_agents.editing.checks import Checks
+    from hiedit_agents.editing.delta import apply_delta
     from hiedit_agents.editing.editor import Editor
     from hiedit_agents.editing.ledger import Ledger
     from hiedit_agents.editing.results import EditResult
@@ -63,12 +64,14 @@ __all__ = [
     "TrainSettings",
     "Trainable",
     "Trainer",
+    "apply_delta",
     "make_agent",
 ]
 
 #: Module → names that it holds; the imports above tell type checkers the same.
 _EXPORTS = {
     "hiedit_agents.editing.checks": ("Checks",),
+    "hiedit_agents.editing.delta": ("apply_delta",),
     "hiedit_agents.editing.editor": ("Editor",),
     "hiedit_agents.editing.ledger": ("Ledger",),
     "hiedit_agents.editing.results": ("EditResult",),

@@ -120,10 +120,14 @@ class Examiner:
 
     def say(self, fact: AskedFact) -> dict[str, str]:
         """Greedy continuations in every form, a little longer than the answer."""
-        prompts = fact.prompts
-        budgets = [len(prompt.answer_ids) + EXTRA_TOKENS for prompt in prompts]
-        texts = self.llm.generate(prompts, budgets)
-        return dict(zip(fact.forms, texts, strict=True))
+        return self.say_all([fact])[0]
+
+    def say_all(self, facts: Sequence[AskedFact]) -> list[dict[str, str]]:
+        """The same for several facts."""
+        flat = [prompt for fact in facts for prompt in fact.prompts]
+        budgets = [len(prompt.answer_ids) + EXTRA_TOKENS for prompt in flat]
+        texts = iter(self.llm.generate(flat, budgets))
+        return [{form: next(texts) for form in fact.forms} for fact in facts]
 
     def answered(self, facts: Sequence[AskedFact]) -> list[bool]:
         """Whether every answer token of every form is the argmax, per fact."""

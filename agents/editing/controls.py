@@ -60,10 +60,9 @@ class Controls:
         if self._references is None:
             encoder = self._llm.encoder
             asked: list[EncodedPrompt] = []
-            has_template = bool(getattr(self._llm.tokenizer, "chat_template", None))
             for texts, encode in (
                 (CONTROL, encoder.encode),
-                (CONTROL_CHAT if has_template else (), encoder.encode_chat),
+                (CONTROL_CHAT if has_template(self._llm.tokenizer) else (), encoder.encode_chat),
             ):
                 for text in texts:
                     try:
@@ -76,6 +75,11 @@ class Controls:
     def agreement(self) -> float | None:
         """Mean agreement of the present weights, from 0 to 1; None where nothing can be asked."""
         return agreement_with(self._llm, self.references) if self.references else None
+
+
+def has_template(tokenizer: object) -> bool:
+    """Whether a tokenizer has a chat template."""
+    return bool(getattr(tokenizer, "chat_template", None))
 
 
 @torch.inference_mode()

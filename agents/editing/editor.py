@@ -11,7 +11,10 @@ from typing import Any, Self
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from hiedit_agents.editing.adapter import AdapterReport
 from hiedit_agents.editing.checks import Checks
+from hiedit_agents.editing.controls import has_template
+from hiedit_agents.editing.export import Saved, save_adapter, save_delta, save_model
 from hiedit_agents.editing.facts import Facts, as_requests
 from hiedit_agents.editing.held import for_editing
 from hiedit_agents.editing.ledger import Ledger
@@ -25,6 +28,7 @@ from hiedit_env.model.architectures import find_candidates
 from hiedit_env.model.asking import PromptForm
 from hiedit_env.model.loading import load_model
 from hiedit_env.model.relatives import known_as
+from hiedit_env.model.saving import source_folder
 from hiedit_env.resident.resident import ResidentLLM
 
 
@@ -47,7 +51,7 @@ class Editor:
             edits are written into the model first. By default the ledger is in memory.
         checks: What must hold after an edit; see :class:`Checks`.
         prompt_form: Form in which facts are edited and asked: ``"plain"``, ``"chat"`` or
-            ``"both"``.
+            ``"both"``; by default both where the tokenizer has a chat template, else plain.
         name: Name of the model, to find what belongs to it; by default where it was loaded from.
         layers_per_edit, max_steps_per_edit, step_size, update_rule: As for
             :func:`hiedit_agents.make_agent`.
@@ -74,7 +78,7 @@ class Editor:
         layers: str | Sequence[str] | None = None,
         ledger: str | PathLike[str] | None = None,
         checks: Checks | None = None,
-        prompt_form: PromptForm = "plain",
+        prompt_form: PromptForm | None = None,
         name: str | None = None,
         layers_per_edit: int | None = None,
         max_steps_per_edit: int | None = None,
@@ -102,7 +106,8 @@ class Editor:
             levels = make_levels(self._how, made, self.llm, name)
             opened = self._open(ledger)
             try:
-                self._session = Session(self.llm, levels, opened, checks or Checks(), prompt_form)
+                form = prompt_form or ("both" if has_template(tokenizer) else "plain")
+                self._session = Session(self.llm, levels, opened, checks or Checks(), form)
             except BaseException:
                 self.llm.restore_unedited()
                 opened.close()
@@ -140,7 +145,7 @@ class Editor:
             layers=settings.get("layers"),
         )
         editor = cls(loaded.model, loaded.tokenizer, **{"name": str(name), **settings})
-        editor._folder = Path(str(loaded.model.name_or_path))
+        editor._folder = source_folder(loaded.model)
         return editor
 
     # -- editing ----------------------------------------------------------------------------------
@@ -229,6 +234,57 @@ class Editor:
         """Who edits, and which trained numbers it uses."""
         levels = self._session.levels
         return f"{levels.name}: {levels.explained}"
+
+    # -- saving -----------------------------------------------------------------------------------
+
+    def save(self, out: str | PathLike[str]) -> Saved:
+        """Writes the edited model as an ordinary Hugging Face folder.
+
+        The folder appears whole or not at all. Beside the model it holds the ledger and a model
+        card with the edits and what they were measured to do. A model of :meth:`from_pretrained`
+        is a copy of its folder with other bytes in the edited matrices alone; a live one is
+        written by ``save_pretrained``.
+
+        Args:
+            out: A folder that does not exist or is empty.
+
+        Raises:
+            ResultsExistError: it is not empty.
+            ModelError: the model's folder cannot be copied.
+            SettingsError: it cannot be written.
+        """
+        with self._at_work():
+            return save_model(self._session, Path(out), self._folder)
+
+    def save_adapter(
+        self, out: str | PathLike[str], *, max_rank: int | None = None, allow_loss: bool = False
+    ) -> AdapterReport:
+        """Writes the edits as a LoRA adapter for the unedited model, in PEFT's format.
+
+        Args:
+            out: A folder that does not exist or is empty.
+            max_rank: Largest rank; by default as much as makes it exact.
+            allow_loss: Whether an adapter of a smaller rank may give fewer facts.
+
+        Raises:
+            ResultsExistError: ``out`` is not empty.
+            LedgerError: no edit is in place.
+            SettingsError: a rank below 1, or one that cannot hold the edits; nothing was written.
+        """
+        with self._at_work():
+            return save_adapter(self._session, Path(out), max_rank, allow_loss)
+
+    def save_delta(self, path: str | PathLike[str]) -> None:
+        """Writes the edited matrices alone; :func:`~.delta.apply_delta` puts them into the model.
+
+        Args:
+            path: A file, such as ``edits.safetensors``.
+
+        Raises:
+            OutputError: it cannot be written.
+        """
+        with self._at_work():
+            save_delta(self._session, Path(path))
 
     # -- the end ----------------------------------------------------------------------------------
 

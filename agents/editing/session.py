@@ -50,6 +50,11 @@ class Session:
         """A fact in the session's form."""
         return as_asked(self.llm, request, self.form)
 
+    @property
+    def facts(self) -> list[AskedFact]:
+        """The facts in place: for every prompt its latest answer, earliest first."""
+        return [fact for _, fact in self._in_place.values()]
+
     def edit(self, fact: AskedFact, share: float) -> EditResult:
         """Writes one fact; all or nothing."""
         request, examiner = fact.request, self.examiner

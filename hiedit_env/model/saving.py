@@ -37,7 +37,8 @@ from hiedit_env.model.loading import CONVERTED, SMOLLM2_HUB_ID, cache_folder
 
 #: Folders that belong to the place where a model lies and not to the model.
 _NOT_OF_THE_MODEL = (".git", ".cache", "__pycache__", ".ipynb_checkpoints")
-_LEFT_BEHIND = (".lock", ".DS_Store")
+#: A ledger is of the weights beside it: whoever saves other weights writes another one.
+_LEFT_BEHIND = (".lock", ".DS_Store", "ledger.sqlite", "ledger.sqlite-wal", "ledger.sqlite-shm")
 
 
 @dataclass(frozen=True, slots=True)
