@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
-from numbers import Real
 
 from hiedit_agents.editing.controls import Controls, right_tokens
 from hiedit_env.datasets.requests import Request
@@ -46,8 +45,18 @@ class Checks:
             value = getattr(self, name)
             if value is None and name == "min_agreement":
                 continue
-            if not isinstance(value, Real) or not 0 <= float(value) <= 1:
-                raise SettingsError(f"{name} must be a number from 0 to 1, got {value!r}")
+            share(value, name)
+
+
+def share(value: object, name: str) -> float:
+    """A setting from 0 to 1.
+
+    Raises:
+        SettingsError: another value.
+    """
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value <= 1:
+        raise SettingsError(f"{name} must be a number from 0 to 1, got {value!r}")
+    return float(value)
 
 
 @dataclass(frozen=True, slots=True)

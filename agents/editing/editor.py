@@ -12,7 +12,7 @@ from typing import Any, Self
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from hiedit_agents.editing.adapter import AdapterReport
-from hiedit_agents.editing.checks import Checks
+from hiedit_agents.editing.checks import Checks, share
 from hiedit_agents.editing.controls import has_template
 from hiedit_agents.editing.export import Saved, save_adapter, save_delta, save_model
 from hiedit_agents.editing.facts import Facts, as_requests
@@ -52,6 +52,9 @@ class Editor:
         checks: What must hold after an edit; see :class:`Checks`.
         prompt_form: Form in which facts are edited and asked: ``"plain"``, ``"chat"`` or
             ``"both"``; by default both where the tokenizer has a chat template, else plain.
+        max_error: Relative error with which the updates of one fact are put together into a single
+            one of a smaller rank before they are checked and recorded: a ledger and an adapter are
+            several times smaller then. 0 keeps them as they were computed.
         name: Name of the model, to find what belongs to it; by default where it was loaded from.
         layers_per_edit, max_steps_per_edit, step_size, update_rule: As for
             :func:`hiedit_agents.make_agent`.
@@ -79,6 +82,7 @@ class Editor:
         ledger: str | PathLike[str] | None = None,
         checks: Checks | None = None,
         prompt_form: PromptForm | None = None,
+        max_error: float = 0.01,
         name: str | None = None,
         layers_per_edit: int | None = None,
         max_steps_per_edit: int | None = None,
@@ -86,6 +90,7 @@ class Editor:
         update_rule: str | None = None,
         seed: int = 0,
     ) -> None:
+        share(max_error, "max_error")
         name = str(model.name_or_path or "") if name is None else name
         chosen = agent or default_agent(name, layers, update_rule)
         self._how = HowToEdit(
@@ -107,7 +112,9 @@ class Editor:
             opened = self._open(ledger)
             try:
                 form = prompt_form or ("both" if has_template(tokenizer) else "plain")
-                self._session = Session(self.llm, levels, opened, checks or Checks(), form)
+                self._session = Session(
+                    self.llm, levels, opened, checks or Checks(), form, max_error
+                )
             except BaseException:
                 self.llm.restore_unedited()
                 opened.close()

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from hiedit_agents.editing.ledger import Ledger
-from hiedit_env.resident.low_rank import LowRankUpdate
+from hiedit_env.resident.low_rank import LowRankUpdate, Updates
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,6 +78,37 @@ def truncated(left: Tensor, right: Tensor, max_rank: int | None) -> LayerSum:
         float(s[rank:].square().sum().sqrt()),
         float(s.square().sum().sqrt()),
     )
+
+
+def compacted(steps: Sequence[Updates], max_error: float) -> tuple[LowRankUpdate | None, ...]:
+    """Several steps as one, of the smallest rank that keeps most of every layer's change.
+
+    Args:
+        steps: At least one; L entries each.
+        max_error: Largest ‖change − kept‖_F / ‖change‖_F of a layer.
+
+    Returns:
+        L entries; None for layers that no step changed. A layer is left as it is where a smaller
+        rank saves nothing.
+    """
+    made: list[LowRankUpdate | None] = []
+    for parts in zip(*steps, strict=True):
+        found = [part for part in parts if part is not None and len(part.left)]
+        if not found:
+            made.append(None)
+            continue
+        left = torch.cat([part.left.detach().float() for part in found])
+        right = torch.cat([part.right.detach().float() for part in found])
+        u, s, v = _singular_values(left.double(), right.double())
+        # tail[r]: what is cut off by rank r.
+        tail = s.square().flip(0).cumsum(0).flip(0).sqrt()
+        rank = max(1, int((tail > max_error * tail[0]).sum()))
+        if rank < len(left):
+            half = s[:rank].sqrt()
+            left = (u[:, :rank] * half).mT.float().contiguous()
+            right = (half[:, None] * v[:rank]).float().contiguous()
+        made.append(LowRankUpdate(left, right))
+    return tuple(made)
 
 
 def _singular_values(left: Tensor, right: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -31,17 +31,24 @@ class Session:
         ledger: Of this model; edits in place there are written into the weights.
         checks: What must hold after an edit.
         form: Form in which facts are edited and asked.
+        max_error: As for :class:`.writer.FactWriter`.
 
     Raises:
         LedgerError: the recorded updates cannot be read; the weights are as they were.
     """
 
     def __init__(
-        self, llm: ResidentLLM, levels: Levels, ledger: Ledger, checks: Checks, form: PromptForm
+        self,
+        llm: ResidentLLM,
+        levels: Levels,
+        ledger: Ledger,
+        checks: Checks,
+        form: PromptForm,
+        max_error: float,
     ) -> None:
         self.llm, self.levels, self.ledger, self.form = llm, levels, ledger, form
         self.examiner = Examiner(llm, checks)
-        self._writer = FactWriter(llm, levels)
+        self._writer = FactWriter(llm, levels, max_error)
         if len(ledger):
             replay(llm, ledger, ledger.active)
         self.remember()
@@ -75,7 +82,7 @@ class Session:
                 self._writer.restore(state)
                 return result
             record = self._record(request, result, written, fingerprint)
-            number = self.ledger.append("edit", replaced, record, written.steps)
+            number = self.ledger.append("edit", replaced, record, written.updates)
         except BaseException:
             self._writer.restore(state)
             raise
@@ -111,7 +118,7 @@ class Session:
             before=before,
             after=after,
             layers=tuple(self.llm.names[i] for i in written.layers),
-            steps=len(written.steps),
+            steps=written.steps,
             holds=not verdict.problems,
             problems=verdict.problems,
             agreement=verdict.agreement,

@@ -17,6 +17,7 @@ import torch
 from numpy.typing import NDArray
 
 from hiedit_agents.editing.levels import Levels
+from hiedit_agents.editing.low_rank_sum import compacted
 from hiedit_env.envs.observations import Observer, View
 from hiedit_env.errors import NonFiniteUpdateError
 from hiedit_env.model.tokenization import EncodedPrompt
@@ -31,7 +32,8 @@ class Written:
     """What writing one fact did.
 
     Args:
-        steps: The updates of every primitive step, as they were committed.
+        steps: Number of primitive steps.
+        updates: What was committed: the updates of every step, or all of them as one.
         layers: Indices of the layers written.
         loss_before, loss_after: −log p(answer | prompt) in nats per answer token; infinite or NaN
             where the model collapsed.
@@ -39,7 +41,8 @@ class Written:
         problem: Why it was broken off; None if it was not.
     """
 
-    steps: tuple[Updates, ...]
+    steps: int
+    updates: tuple[Updates, ...]
     layers: tuple[int, ...]
     loss_before: float
     loss_after: float
@@ -63,10 +66,12 @@ class FactWriter:
     Args:
         llm: The model.
         levels: Who writes.
+        max_error: Relative error with which the updates of a fact are put together into one of a
+            smaller rank, see :func:`.low_rank_sum.compacted`; 0 leaves them as they were computed.
     """
 
-    def __init__(self, llm: ResidentLLM, levels: Levels) -> None:
-        self.llm, self.levels = llm, levels
+    def __init__(self, llm: ResidentLLM, levels: Levels, max_error: float = 0.0) -> None:
+        self.llm, self.levels, self.max_error = llm, levels, max_error
         self._observer = Observer(llm)
         self._position = 0
         self._counts = np.zeros(len(llm.layers), np.int64)
@@ -104,7 +109,7 @@ class FactWriter:
         Raises:
             BaseException: whatever goes wrong; the weights may be half way, see :meth:`restore`.
         """
-        llm, levels = self.llm, self.levels
+        llm, levels, unwritten = self.llm, self.levels, self.llm.snapshot()
         reading = llm.read(*prompts)
         before = reading.loss
         observation = self._observe(reading.capture(), 0, share)
@@ -127,11 +132,20 @@ class FactWriter:
             if not math.isfinite(reading.loss):
                 problem = "the model's loss is not finite any more; a smaller step_size may help"
                 break
+        if self.max_error and steps and problem is None:
+            # What is recorded is what is written.
+            llm.restore(unwritten)
+            recorded: list[Updates] = [compacted(steps, self.max_error)]
+            llm.commit(recorded[0])
+            reading = llm.read(*prompts)
+        else:
+            recorded = steps
         self._position += 1
         written = np.array([any(s[i] is not None for s in steps) for i in range(len(llm.layers))])
         self._counts = self._counts + written
         return Written(
-            tuple(steps),
+            len(steps),
+            tuple(recorded),
             tuple(int(i) for i in np.flatnonzero(written)),
             before,
             reading.loss,

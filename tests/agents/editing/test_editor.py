@@ -23,7 +23,7 @@ from hiedit_env.errors import (
     SettingsError,
 )
 from hiedit_env.resident.resident import ResidentLLM
-from tests.support.editors import FACTS, NONE, bits
+from tests.support.editors import FACTS, NONE, bits, dense, gap
 from tests.support.models import all_bits
 
 
@@ -113,12 +113,36 @@ def test_it_writes_what_the_environment_writes(agent: str, settings: dict[str, A
         observation, _, ended, _, info = env.step(made.select_action(observation, info))
     inner = env.unwrapped
     assert isinstance(inner, hiedit_env.EditingEnv)
-    with Editor.from_pretrained("tiny", agent=agent, seed=3, checks=NONE, **settings) as editor:
+    with Editor.from_pretrained(
+        "tiny", agent=agent, seed=3, checks=NONE, max_error=0, **settings
+    ) as editor:
         results = editor.edit(facts)
         assert {r.status for r in results} == {"written"}
         assert bits(editor) == all_bits(inner.llm.model)
         assert [r.steps for r in results] == [r.steps for r in inner.history.records]
     env.close()
+
+
+def test_updates_of_a_fact_are_recorded_as_one_of_smaller_rank() -> None:
+    """Against the same edit as it was computed: the change differs by the given error at most."""
+    sizes, changes, ranks = [], [], []
+    for max_error in (0.0, 0.05):
+        with Editor.from_pretrained("tiny", checks=NONE, max_error=max_error) as editor:
+            [result] = editor.edit(FACTS[0])
+            assert result.steps > 1
+            recorded = editor.ledger.steps(1)
+            sizes.append(len(recorded))
+            ranks.append(sum(len(u.left) for step in recorded for u in step if u is not None))
+            changes.append([editor.llm.change(i) for i in range(len(editor.llm.layers))])
+            assert gap(editor, dense(editor, (1,))) < 1e-6
+    assert sizes == [result.steps, 1]
+    assert ranks[1] < ranks[0] / 2
+    for one, two in zip(*changes, strict=True):
+        assert one is not None
+        assert two is not None
+        assert 0 < float((one - two).norm() / one.norm()) <= 0.0501
+    with pytest.raises(SettingsError, match="max_error"):
+        Editor.from_pretrained("tiny", max_error=1.5)
 
 
 def test_a_known_fact_is_left_alone(editor: Editor) -> None:
