@@ -1,8 +1,9 @@
 """The ledger: every edit of a model, appended to a file that survives a kill at any moment.
 
-``DIR/ledger.sqlite`` is an SQLite database in WAL mode with ``synchronous=FULL``: an event that
-:meth:`Ledger.append` has returned is on disk, one that was cut off is not there. SQLite finishes or
-undoes what a killed process left when the file is opened again.
+``DIR/ledger.sqlite`` is an SQLite database with ``synchronous=FULL`` (in WAL mode; a copy beside a
+saved model has the rollback journal, so that it is one file): an event that :meth:`Ledger.append`
+has returned is on disk, one that was cut off is not there. SQLite finishes or undoes what a killed
+process left when the file is opened again.
 
 :mod:`.ledger_format` describes the format. No row is ever changed or removed: taking something back
 is an event of its own, so it can be taken back too.
@@ -90,7 +91,7 @@ class Ledger:
             raise OutputError(f"{folder} cannot be made: {error}") from error
         lock = lock_folder(folder)
         try:
-            connection = connect(folder / FILE)
+            connection = connect(folder / FILE, new=True)
             make_tables(connection, base)
             return cls(connection, str(folder / FILE), lock, True)
         except sqlite3.Error as error:
@@ -120,7 +121,7 @@ class Ledger:
             )
         lock = lock_folder(folder) if write else None
         try:
-            connection = connect(path) if write else connect_to_read(path)
+            connection = connect(path, new=False) if write else connect_to_read(path)
             return cls._checked(connection, path, lock, write)
         except BaseException:
             if lock is not None:

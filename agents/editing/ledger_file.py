@@ -39,11 +39,18 @@ def transaction(connection: sqlite3.Connection) -> Iterator[None]:
         raise
 
 
-def connect(path: Path) -> sqlite3.Connection:
-    """Open for appending. No thread is checked: an editor is used by one at a time."""
+def connect(path: Path, *, new: bool) -> sqlite3.Connection:
+    """Open for appending. No thread is checked: an editor is used by one at a time.
+
+    Args:
+        path: The file.
+        new: Whether it is made here. One that is there keeps its journal mode, so that a file to
+            which nothing is appended stays as it is.
+    """
     connection = sqlite3.connect(path, isolation_level=None, check_same_thread=False)
     with suppress(sqlite3.DatabaseError):  # what is no database is refused where it is read
-        connection.execute("PRAGMA journal_mode=WAL")
+        if new:
+            connection.execute("PRAGMA journal_mode=WAL")
         connection.execute("PRAGMA synchronous=FULL")
     return connection
 

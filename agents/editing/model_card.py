@@ -48,12 +48,14 @@ class Measured:
         )
 
 
-def model_card(ledger: Ledger, measured: Measured, what: str, use: str, more: str = "") -> str:
+def model_card(
+    ledger: Ledger, measured: Measured | None, what: str, use: str, more: str = ""
+) -> str:
     """Markdown with the front matter that the Hugging Face hub reads.
 
     Args:
         ledger: The edits.
-        measured: What was measured.
+        measured: What was measured; None where nothing was since the last change.
         what: ``"model"`` or ``"adapter"``.
         use: Python lines that load it.
         more: Further text.
@@ -69,7 +71,9 @@ def model_card(ledger: Ledger, measured: Measured, what: str, use: str, more: st
     parts = [
         "---\n" + "\n".join(front) + "\n---",
         f"# {'Edits of' if what == 'adapter' else 'Edited'} {name or 'a model'}",
-        measured.text,
+        f"{len(ledger.active)} edits are in place. The model was not asked since the last change."
+        if measured is None
+        else measured.text,
         *([more] if more else []),
         f"```python\n{use}\n```",
         "## Edits",

@@ -146,7 +146,7 @@ class Session:
             "kept": result.kept,
             "fingerprint_before": fingerprint,
             "fingerprint_after": self.llm.weights_fingerprint(),
-            "time": _now(),
+            "time": now(),
         }
 
     def go_to(self, edits: Sequence[int], kind: Kind, target: int) -> None:
@@ -157,7 +157,7 @@ class Session:
             record = {
                 "fingerprint_before": fingerprint,
                 "fingerprint_after": self.llm.weights_fingerprint(),
-                "time": _now(),
+                "time": now(),
             }
             self.ledger.append(kind, target, record)
         except BaseException:
@@ -190,5 +190,6 @@ def base_of_model(llm: ResidentLLM, name: str) -> Base:
     return Base(name, str(llm.model.name_or_path or ""), dtype, fingerprint, layers)
 
 
-def _now() -> str:
+def now() -> str:
+    """The time in UTC, to the millisecond, as ISO 8601 has it."""
     return datetime.now(UTC).isoformat(timespec="milliseconds")

@@ -15,6 +15,7 @@ import tyro
 from hiedit_agents.command_line import Switch, parse, run_script
 from hiedit_agents.hierarchy.train_settings import TrainSettings
 from hiedit_benchmarks.commands.train_settings import TrainingRun
+from hiedit_benchmarks.commands.undo_cli import Diff, Log, Revoke, Rewind, Show
 from hiedit_benchmarks.comparison.console import replace_what_cannot_be_encoded
 from hiedit_benchmarks.comparison.settings import CompareSettings, EditSettings
 from hiedit_benchmarks.layers.settings import LayerScanSettings
@@ -210,6 +211,11 @@ COMMANDS: Mapping[str, type[Any]] = {
     "demo": Demo,
     "data": Data,
     "agents": Agents,
+    "log": Log,
+    "show": Show,
+    "revoke": Revoke,
+    "rewind": Rewind,
+    "diff": Diff,
 }
 
 
