@@ -12,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from hiedit_benchmarks.comparison.results import UNEDITED
+from hiedit_benchmarks.comparison.statistics import PAIRED
 from hiedit_env.envs.plotting import (
     bare_axes,
     draw_layers,
@@ -35,6 +36,13 @@ PANELS = (
     ("generalization", "Generalization after the last edit", "generalization, %"),
     ("agreement", "Agreement after the last edit", "agreement, %"),
 )
+#: The same of panels that are drawn where a run has such numbers.
+MORE_PANELS = (
+    ("paraphrases_generated", "Paraphrases generated after the last edit", "generated, %"),
+    ("neighbour_agreement", "Agreement on neighbours after the last edit", "agreement, %"),
+    ("chat_efficacy", "Efficacy in chat after the last edit", "efficacy, %"),
+    ("chat_agreement", "Agreement in chat after the last edit", "agreement, %"),
+)
 _WIDTH, _NAME_LENGTH = 11.0, 45
 
 
@@ -57,7 +65,8 @@ def draw(
     num_facts = max(len(run["prompts"]) for run in details.values())
     rows = -(-len(edited) // 2)
     legend_rows = -(-len(agents) // 3)
-    heights = [0.75 + 0.16 * len(layers)] * rows + [2.5, 2.5]
+    panels = [*PANELS, *(panel for panel in MORE_PANELS if _has(panel[0], details))]
+    heights = [0.75 + 0.16 * len(layers)] * rows + [2.5] * -(-len(panels) // 2)
     figure = new_figure(_WIDTH, sum(heights) + 0.4 + 0.25 * legend_rows, layout="constrained")
     figure.get_layout_engine().set(h_pad=0.08, w_pad=0.08)  # type: ignore[union-attr, call-arg]
     grid = figure.add_gridspec(len(heights), 2, height_ratios=heights)
@@ -75,7 +84,7 @@ def draw(
         bar.set_label(_share(seeds), fontsize=9)
     window = max(1, min(25, num_facts // 4))
     lines: list[Any] = []
-    for k, (measure, title, label) in enumerate(PANELS):
+    for k, (measure, title, label) in enumerate(panels):
         axes = figure.add_subplot(grid[rows + k // 2, k % 2])
         lines = []
         for i, name in enumerate(agents):
@@ -101,7 +110,7 @@ def mean_curve(
     """What one panel draws of one agent, before the running mean.
 
     Args:
-        measure: One of those in :data:`PANELS`.
+        measure: One of those in :data:`PANELS` or :data:`MORE_PANELS`.
         runs: Details of one run per seed.
         num_facts: F, the length of the longest stream.
 
@@ -118,13 +127,19 @@ def mean_curve(
 def _curve(run: Mapping[str, Any], measure: str, num_facts: int) -> NDArray[np.float64]:
     if measure == "right_after":
         found = [100.0 * edit["metrics"]["efficacy"] for edit in run["edits"]]
-    elif measure == "agreement":
-        found = run["per_fact"]["specificity"].get("agreement", [])
     else:
-        found = run["per_fact"][measure]["token_accuracy"]
+        metric, reading = PAIRED[measure]
+        found = run["per_fact"].get(metric, {}).get(reading, [])
     values = np.full(num_facts, np.nan)
     values[: len(found)] = [np.nan if value is None else value for value in found]
     return values
+
+
+def _has(measure: str, details: Details) -> bool:
+    """Whether any run has a number of a measure."""
+    metric, reading = PAIRED[measure]
+    values = (run["per_fact"].get(metric, {}).get(reading, []) for run in details.values())
+    return any(value is not None for column in values for value in column)
 
 
 def _curve_axes(axes: Axes, num_facts: int, window: int, title: str, label: str) -> None:

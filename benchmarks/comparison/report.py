@@ -55,6 +55,51 @@ TABLES: Sequence[tuple[str, Sequence[Column]]] = (
         ),
     ),
     (
+        "In other words and beside the facts, %",
+        (
+            Column("paraphrases_generated", "paraphr.", "the same for paraphrases of the facts"),
+            Column(
+                "neighbour_agreement",
+                "neighbours",
+                "agreement on prompts that ask the same about other subjects",
+            ),
+            Column("unrelated_agreement", "unrelated", "agreement on the other unrelated prompts"),
+            Column(
+                "harmonic_mean",
+                "harmonic",
+                "harmonic mean of generated, paraphr. and neighbours (all unrelated prompts where "
+                "the data names no neighbours)",
+            ),
+        ),
+    ),
+    (
+        "Asked in chat, % (answers that the model generates freely, then agreement)",
+        (
+            Column("chat_generated", "fact", "the model generates exactly the new answer"),
+            Column("chat_paraphrases_generated", "paraphr.", "the same for paraphrases"),
+            Column("chat_agreement", "agreement", "with the unedited model in chat"),
+            Column("chat_neighbour_agreement", "neighbours", "the same for neighbours"),
+            Column("chat_harmonic_mean", "harmonic", "harmonic mean as above, in chat"),
+        ),
+    ),
+    (
+        "Asked in chat, teacher-forced token accuracy, % (overestimates)",
+        (
+            Column("chat_efficacy", "efficacy", "on the prompts of the edits"),
+            Column("chat_generalization", "general.", "on their paraphrases"),
+            Column("chat_specificity", "specific.", "true answers to unrelated prompts"),
+            Column("chat_retention", "retention", "efficacy on the first third of the stream"),
+        ),
+    ),
+    (
+        "Portability: what follows from the facts, %",
+        (
+            Column("portability_generated", "generated", "the model generates exactly the answer"),
+            Column("portability", "tokens", "teacher-forced token accuracy"),
+            Column("chat_portability_generated", "in chat", "generated when asked in chat"),
+        ),
+    ),
+    (
         "Teacher-forced token accuracy after the last edit, % (overestimates)",
         (
             Column("efficacy", "efficacy", "on the prompts of the edits"),
@@ -105,7 +150,9 @@ TABLES: Sequence[tuple[str, Sequence[Column]]] = (
     ),
 )
 #: Measures whose paired differences are printed; ``summary.json`` has them all.
-_PAIRED_SHOWN = ("generated", "average", "agreement", "efficacy")
+_PAIRED_SHOWN = ("harmonic_mean", "generated", "agreement", "average", "efficacy")
+#: Kinds of portability beside each other in one table.
+_KINDS_SHOWN = 3
 
 
 def report(
@@ -131,7 +178,7 @@ def report(
 
     seeds = len({row["seed"] for row in rows})
     parts: list[RenderableType] = []
-    for title, columns in TABLES:
+    for title, columns in (*TABLES, *_tables_of_portability(summary)):
         shown = [c for c in columns if any(c.measure in found for found in summary.values())]
         if shown:
             parts += [_title(title), _table(shown, summary, fit), _legend(shown, fit), ""]
@@ -152,6 +199,22 @@ def report(
                 )
             )
     return Group(*parts)
+
+
+def _tables_of_portability(summary: Summary) -> list[tuple[str, Sequence[Column]]]:
+    """Tables of the kinds that the data has, generated where that was measured."""
+    measures = dict.fromkeys(measure for found in summary.values() for measure in found)
+    for begin, read in (("portability_generated/", "generated"), ("portability/", "tokens right")):
+        kinds = [m.removeprefix(begin) for m in measures if m.startswith(begin)]
+        if kinds:
+            columns = [
+                Column(begin + kind, _heading(kind), f"prompts of kind {kind!r}") for kind in kinds
+            ]
+            return [
+                (f"Portability by kind, {read}, %", columns[i : i + _KINDS_SHOWN])
+                for i in range(0, len(columns), _KINDS_SHOWN)
+            ]
+    return []
 
 
 def as_text(content: RenderableType) -> str:
@@ -200,6 +263,15 @@ def _paired_table(paired: PairedDifferences, fit: Callable[[str], str]) -> Table
         cells = [_interval_cell(found.get(measure)) for measure in measures]
         _add(table, _on_lines(agent), cells, fit)
     return table
+
+
+def _heading(kind: str) -> str:
+    """The name of a kind, which comes from the data, as the heading of a narrow column.
+
+    >>> _heading("logical generalization")
+    'logical general'
+    """
+    return kind[:15].strip()
 
 
 def _on_lines(agent: str) -> str:

@@ -24,8 +24,9 @@ Row = dict[str, Any]
 #: The agent of the unedited model, whose rows every comparison has.
 UNEDITED = "no-edit"
 #: Format of ``results.jsonl``, ``runs/`` and ``summary.json``. Version 1 had none; its agreement
-#: after each edit and the keys of its summary meant something else.
-FORMAT_VERSION = 2
+#: after each edit and the keys of its summary meant something else. Version 2 knew one form of
+#: prompts, and neither neighbours nor portability.
+FORMAT_VERSION = 3
 #: What every row has, and its types.
 ROW: Mapping[str, type | tuple[type, ...]] = {
     "agent": str,

@@ -6,11 +6,15 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from hiedit_benchmarks.comparison.episode import FinishedEdit, PlayedEpisode
 from hiedit_benchmarks.comparison.results import Row, versions
+from hiedit_env.datasets.requests import PromptForm, Request
 from hiedit_env.datasets.streams import fingerprint
 from hiedit_env.evaluation.metrics import Evaluation
+from hiedit_env.evaluation.names import metric_in
+from hiedit_env.evaluation.questions import FORMS
 
 
 def row_of(
@@ -40,7 +44,9 @@ def row_of(
         "metrics": {
             **evaluation.metrics,
             "efficacy_right_after": episode.right_after(),
-            "forgetting": episode.forgetting(evaluation.per_fact["efficacy"]["token_accuracy"]),
+            "forgetting": episode.forgetting(
+                efficacy_as_edited(episode.requests, evaluation, settings.get("prompt_form"))
+            ),
             **episode.against_oracle(best),
         },
         "layers_per_edit": _average([int(edit.layers.sum()) for edit in edits]),
@@ -50,6 +56,35 @@ def row_of(
         "settings": dict(settings),
         "versions": versions(),
     }
+
+
+def efficacy_as_edited(
+    requests: Sequence[Request], evaluation: Evaluation, form: PromptForm | None
+) -> NDArray[np.float64]:
+    """Token accuracy of each fact in the forms in which it was edited: what its edit was judged by.
+
+    Args:
+        requests: F facts.
+        evaluation: Of the same facts.
+        form: The environment's form; a fact may say another.
+
+    Returns:
+        F float64 in percent: the mean over the forms of a fact; NaN where one was not evaluated.
+    """
+    plain, chat = (
+        evaluation.per_fact.get(metric_in(asked, "efficacy"), {}).get("token_accuracy")
+        for asked in FORMS
+    )
+    nothing = np.full(len(requests), np.nan)
+    plain = nothing if plain is None else plain
+    if chat is None:
+        chat = nothing
+    else:
+        # A prompt that a template wrote has one form, whatever is asked.
+        chat = np.where(np.isnan(chat), plain, chat)
+    shares = {"plain": plain, "chat": chat, "both": (plain + chat) / 2}
+    forms = [request.prompt_form or form or "plain" for request in requests]
+    return np.array([shares[asked][i] for i, asked in enumerate(forms)])
 
 
 def _average(values: Sequence[float]) -> float:
@@ -72,6 +107,7 @@ def details_of(
         "prompts": [request.prompt for request in requests],
         "wanted": [request.answer for request in requests],
         "answers": evaluation.answers,
+        **({"chat_answers": evaluation.chat_answers} if evaluation.chat_answers else {}),
         "per_fact": evaluation.per_fact,
         "edits": [
             {

@@ -51,7 +51,7 @@ def test_one_row_per_agent_and_seed_with_all_keys(made: tuple[Path, Comparison])
     )
     assert comparison.text.splitlines()[3].startswith("no-edit")
     for row in rows:
-        assert row["format_version"] == 2
+        assert row["format_version"] == 3
         assert row["num_edits"] == 4
         assert row["error_type"] is None
         for metric in ("efficacy", "generalization", "specificity", "retention"):

@@ -67,6 +67,20 @@ def test_curves_by_hand() -> None:
     assert np.isnan(mean_curve("agreement", [without], 4)).all()
 
 
+def test_further_panels_are_drawn_where_there_are_numbers() -> None:
+    plain = {("no-edit", 0): run(edits=[]), ("a", 0): run()}
+    chat = {"token_accuracy": [25.0, None, 75.0, 0.0]}
+    more = run()
+    more["per_fact"]["chat_efficacy"] = chat
+    np.testing.assert_array_equal(mean_curve("chat_efficacy", [more], 4), [25, float("nan"), 75, 0])
+    assert np.isnan(mean_curve("neighbour_agreement", [more], 4)).all()
+    height = [
+        int.from_bytes(draw(["no-edit", "a"], [0], details, ["a.0.up", "a.1.up"])[20:24], "big")
+        for details in (plain, plain | {("a", 0): more})
+    ]
+    assert height[1] > height[0], "a row of panels more"
+
+
 def test_the_picture_is_written(made: tuple[Path, Comparison]) -> None:
     out, comparison = made
     assert comparison.picture == out / "compare.png"

@@ -82,6 +82,41 @@ def test_text_says_who_is_better_by_how_much_and_who_ended_early() -> None:
     assert lines[start + 4 :] == ["b, seed 0: the episode ended after 7 edits (numerical_collapse)"]
 
 
+def test_tables_of_chat_neighbours_and_portability_are_there_where_measured() -> None:
+    found = row("a", 0)
+    silent = as_text(report(summarise([found]), {}, None, [found]))
+    assert "chat" not in silent
+    assert "Portability" not in silent
+    value = {"token_accuracy": 12.5, "generation": 25.0, "agreement": 37.5}
+    kinds = ("alias", "reversed", "multi-hop", "logical generalization")
+    found["metrics"] |= {
+        **{f"chat_{name}": value for name in NAMES},
+        "neighbours": value,
+        "portability": value,
+        **{f"portability/{kind}": value for kind in kinds},
+    }
+    lines = as_text(report(summarise([found]), {}, None, [found])).splitlines()
+
+    def table(title: str) -> list[list[str]]:
+        start = next(i for i, line in enumerate(lines) if line.startswith(title))
+        return [lines[start + 1].split(), lines[start + 3].split()]
+
+    # 3 / (1/50 + 1/50 + 1/37.5) and 3 / (1/25 + 1/25 + 1/37.5).
+    assert table("In other words") == [
+        ["agent", "paraphr.", "neighbours", "harmonic"],
+        ["a", "50.0", "37.5", "45.0"],
+    ]
+    assert table("Asked in chat, % (answers") == [
+        ["agent", "fact", "paraphr.", "agreement", "harmonic"],
+        ["a", "25.0", "25.0", "37.5", "28.1"],
+    ]
+    assert table("Portability: what") == [["agent", "generated", "tokens"], ["a", "25.0", "12.5"]]
+    by_kind = [i for i, line in enumerate(lines) if line == "Portability by kind, generated, %"]
+    assert lines[by_kind[0] + 1].split() == ["agent", "alias", "reversed", "multi-hop"]
+    assert lines[by_kind[1] + 1].split() == ["agent", "logical", "general"]
+    assert max(map(len, lines)) <= WIDTH
+
+
 @pytest.mark.parametrize("agent", ["random-layers+rehearsal", "/a/" + "b" * 300, "字" * 50])
 def test_text_fits_80_columns(agent: str) -> None:
     values = np.random.default_rng(0).uniform(0, 100, 3)

@@ -106,16 +106,17 @@ def test_labels_that_were_one_file_are_two_results(tmp_path: Path, labels: tuple
 def test_results_and_summary_have_a_format_version(tmp_path: Path) -> None:
     out = tmp_path / "out"
     compare(QUICK, ["all-layers"], [0], out, progress=False)
-    assert [found["format_version"] for found in read_rows(out / "results.jsonl")] == [2, 2]
+    assert [found["format_version"] for found in read_rows(out / "results.jsonl")] == [3, 3]
     summary = json.loads((out / "summary.json").read_text())
-    assert summary["format_version"] == FORMAT_VERSION == 2
+    assert summary["format_version"] == FORMAT_VERSION == 3
     names = {"efficacy", "generalization", "specificity", "retention", "average", "exact_match",
-             "right_after", "forgetting", "agreement", "layers_per_edit", "steps_per_edit",
+             "right_after", "forgetting", "agreement", "neighbour_agreement",
+             "unrelated_agreement", "layers_per_edit", "steps_per_edit",
              "seconds_per_edit"}  # fmt: skip
     assert set(summary["agents"]["all-layers"]) == names
 
 
-@pytest.mark.parametrize("version", [None, 1, 3, "2"])
+@pytest.mark.parametrize("version", [None, 1, 2, 4, "3"])
 def test_results_in_another_format_are_refused_on_resume(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], version: Any
 ) -> None:

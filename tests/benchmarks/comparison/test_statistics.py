@@ -13,6 +13,7 @@ from hiedit_benchmarks.comparison import statistics
 from hiedit_benchmarks.comparison.statistics import (
     MEASURES,
     baseline_of,
+    harmonic_mean,
     paired_differences,
     summarise,
     t_interval,
@@ -173,3 +174,119 @@ def test_the_baseline_is_all_layers_or_the_first_that_edits() -> None:
     assert baseline_of(["no-edit", "a", "all-layers"]) == "all-layers"
     assert baseline_of(["no-edit", "b", "a"]) == "b"
     assert baseline_of(["no-edit"]) is None
+
+
+# -- forms, neighbours, portability, harmonic mean ------------------------------------------------
+
+
+def test_harmonic_mean_by_hand() -> None:
+    # 3 / (1/100 + 1/50 + 1/25) = 3 / 0.07.
+    assert harmonic_mean([100.0, 50.0, 25.0]) == pytest.approx(3 / 0.07)
+    assert harmonic_mean([90.0, 0.0, 80.0]) == 0.0
+    assert np.isnan(harmonic_mean([90.0, float("nan"), 80.0]))
+
+
+def asked(seed: int, **more: Any) -> dict[str, Any]:
+    found = row("a", seed, 50.0)
+    found["metrics"]["efficacy"] = {"token_accuracy": 99.0, "generation": 100.0}
+    found["metrics"]["generalization"] = {"token_accuracy": 99.0, "generation": 50.0}
+    found["metrics"]["specificity"] = {"token_accuracy": 99.0, "agreement": 75.0}
+    found["metrics"] |= more
+    return found
+
+
+def test_summary_of_neighbours_portability_and_chat() -> None:
+    chat = {
+        "chat_efficacy": {"token_accuracy": 40.0, "generation": 30.0},
+        "chat_generalization": {"token_accuracy": 20.0, "generation": 60.0},
+        "chat_specificity": {"token_accuracy": 10.0, "agreement": 60.0},
+    }
+    kinds = {
+        "portability": {"token_accuracy": 8.0, "generation": 4.0},
+        "portability/multi-hop": {"token_accuracy": 6.0, "generation": 2.0},
+    }
+    near = {"neighbours": {"agreement": 25.0}, "unrelated": {"agreement": 95.0}}
+    found = {
+        name: entry["mean"]
+        for name, entry in summarise([asked(0, **chat, **kinds, **near)])["a"].items()
+    }
+    wanted = {
+        "paraphrases_generated": 50.0,
+        "neighbour_agreement": 25.0,
+        "unrelated_agreement": 95.0,
+        "harmonic_mean": 3 / 0.07,
+        "chat_generated": 30.0,
+        "chat_paraphrases_generated": 60.0,
+        "chat_agreement": 60.0,
+        "chat_harmonic_mean": 3 / (1 / 30 + 2 / 60),
+        "chat_efficacy": 40.0,
+        "portability": 8.0,
+        "portability_generated": 4.0,
+        "portability/multi-hop": 6.0,
+        "portability_generated/multi-hop": 2.0,
+    }
+    assert {name: found[name] for name in wanted} == pytest.approx(wanted)
+    # Without neighbours, all unrelated prompts; without generated answers, nothing.
+    plain = summarise([asked(0), asked(1, **near)])["a"]["harmonic_mean"]
+    assert plain["mean"] == pytest.approx((3 / (1 / 100 + 1 / 50 + 1 / 75) + 3 / 0.07) / 2)
+    assert plain["seeds"] == 2
+    silent = summarise([row("a", 0, 50.0)])["a"]
+    assert "harmonic_mean" not in silent
+    assert "chat_harmonic_mean" not in silent
+
+
+def stream_of(facts: Any, paraphrases: Any, near: Any) -> dict[str, Any]:
+    return {
+        "efficacy": {"token_accuracy": [0.0] * len(facts), "generation": list(facts)},
+        "generalization": {"generation": list(paraphrases)},
+        "specificity": {"agreement": [1.0] * len(facts)},
+        "neighbours": {"agreement": list(near)},
+    }
+
+
+def test_paired_harmonic_means_are_of_the_streams_means() -> None:
+    ours = stream_of([100, 100], [100, 0], [None, 25.0])
+    theirs = stream_of([100, 100], [50, 50], [20.0, 80.0])
+    found = paired_differences([ours], [theirs])
+    # Means 100, 50, 25 against 100, 50, 50.
+    assert found["harmonic_mean"]["difference"] == pytest.approx(3 / 0.07 - 3 / 0.05)
+    assert found["neighbour_agreement"]["difference"] == pytest.approx(25 - 80)
+    assert found["paraphrases_generated"]["difference"] == 0
+
+
+def test_the_interval_of_a_harmonic_mean_against_every_resample(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(statistics, "RESAMPLES", 40_000)
+    generator = np.random.default_rng(5)
+    columns = generator.uniform(5, 100, (2, 3, 4)).round(1)
+    ours, theirs = (stream_of(*parts) for parts in columns.tolist())
+    found = paired_differences([ours], [theirs])["harmonic_mean"]
+
+    def harmonic(parts: np.ndarray, facts: list[int]) -> float:
+        return float(stats.hmean(parts[:, facts].mean(axis=1)))
+
+    possible = [
+        harmonic(columns[0], list(facts)) - harmonic(columns[1], list(facts))
+        for facts in itertools.product(range(4), repeat=4)
+    ]
+    everything = harmonic(columns[0], [0, 1, 2, 3]) - harmonic(columns[1], [0, 1, 2, 3])
+    assert found["difference"] == pytest.approx(everything)
+    lowest, low, high, highest = np.percentile(possible, (1.5, 3.5, 96.5, 98.5))
+    assert lowest <= found["low"] <= low
+    assert high <= found["high"] <= highest
+    # The same facts are drawn for both sides, or the interval would be wider.
+    apart = [
+        harmonic(columns[0], list(a)) - harmonic(columns[1], list(b))
+        for a in itertools.product(range(4), repeat=4)
+        for b in [generator.integers(4, size=4)]
+    ]
+    assert np.percentile(apart, 97.5) - np.percentile(apart, 2.5) > found["high"] - found["low"]
+
+
+def test_paired_chat_is_there_where_both_have_it() -> None:
+    values = np.array([10.0, 30.0])
+    chat = {"chat_efficacy": {"token_accuracy": values.tolist(), "generation": [100.0, 0.0]}}
+    both = paired_differences([per_fact(values) | chat], [per_fact(values) | chat])
+    assert {"chat_efficacy", "chat_generated"} <= set(both)
+    assert "chat_efficacy" not in paired_differences([per_fact(values) | chat], [per_fact(values)])

@@ -107,7 +107,7 @@ def test_mistakes_are_one_line_and_exit_status_2(
     assert "rubbish holds no results" in error(tmp_path / "rubbish")
     old = results(tmp_path / "old", [("a", 0, 10.0, 90.0)])
     rows = (old / "results.jsonl").read_text()
-    (old / "results.jsonl").write_text(rows.replace('"format_version": 2, ', ""))
+    (old / "results.jsonl").write_text(rows.replace(f'"format_version": {FORMAT_VERSION}, ', ""))
     assert "results in format 1" in error(old)
     good = results(tmp_path / "good", [("a", 0, 10.0, 90.0)])
     assert "nowhere" in error(good, out=tmp_path / "nowhere" / "curve.png")
