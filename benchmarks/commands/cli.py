@@ -17,7 +17,7 @@ from hiedit_agents.hierarchy.train_settings import TrainSettings
 from hiedit_benchmarks.commands.train_settings import TrainingRun
 from hiedit_benchmarks.commands.undo_cli import Diff, Log, Revoke, Rewind, Show
 from hiedit_benchmarks.comparison.console import replace_what_cannot_be_encoded
-from hiedit_benchmarks.comparison.settings import CompareSettings, EditSettings
+from hiedit_benchmarks.comparison.settings import CompareSettings, EditSettings, Ending
 from hiedit_benchmarks.layers.settings import LayerScanSettings
 from hiedit_env import __version__
 from hiedit_env.envs.settings import AtLeast1, settings, unknown_name
@@ -52,6 +52,7 @@ class Edit:
     agent: str | None = None
     """who edits; by default hiedit if a trained one fits the model and neither layers nor a rule
     are given, else all-layers"""
+    ending: Ending = Ending()
     editing: EditSettings = EditSettings()
 
     def run(self) -> int:
@@ -59,7 +60,8 @@ class Edit:
         from hiedit_agents.registry import default_agent
         from hiedit_benchmarks.commands import edit
 
-        chosen = CompareSettings(dataset=self.facts, **_values(self.editing))
+        values = {**_values(self.editing), "end_token": self.ending.chosen}
+        chosen = CompareSettings(dataset=self.facts, **values)
         given = self.editing
         agent = self.agent or default_agent(given.model, given.layers, given.update_rule)
         return edit.main(chosen, agent, self.out)
@@ -86,15 +88,17 @@ class Compare:
     """skip runs that --out already holds"""
     no_generation: Switch = False
     """measure under teacher forcing only, which is much faster, but overestimates"""
+    ending: Ending = Ending()
     shared: CompareSettings = CompareSettings()
 
     def run(self) -> None:
         """Compares and prints."""
         from hiedit_benchmarks.comparison import compare
 
-        chosen = self.shared
+        values = {**_values(self.shared), "end_token": self.ending.chosen}
         if self.no_generation:
-            chosen = CompareSettings(**{**_values(chosen), "generation": ()})
+            values["generation"] = ()
+        chosen = CompareSettings(**values)
         compare.main(chosen, self.agents, self.seeds, self.out, self.resume, self.baseline)
 
 
@@ -115,6 +119,7 @@ class Train:
     """go on from the last checkpoint"""
     no_tensorboard: Switch = False
     """write no TensorBoard files"""
+    ending: Ending = Ending()
     model: TrainingRun = TrainingRun(agent="")
     training: TrainSettings = TrainSettings()
 
@@ -122,7 +127,8 @@ class Train:
         """Trains."""
         from hiedit_benchmarks.commands import train
 
-        run = TrainingRun(**{**_values(self.model), "agent": self.agent})
+        values = {"agent": self.agent, "end_token": self.ending.chosen}
+        run = TrainingRun(**{**_values(self.model), **values})
         return train.main(run, self.training, self.out, self.resume, not self.no_tensorboard)
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,18 +16,23 @@ from hiedit_agents.named.candidates import candidates_for
 from hiedit_agents.registry import explain, labelled, make_agent, refuse_unused_size
 from hiedit_benchmarks.commands.edit_folder import OutFolder, Reloaded, reload
 from hiedit_benchmarks.commands.edit_history import FORMAT, History, read_history
-from hiedit_benchmarks.commands.edit_report import Questions, Report, before_and_after
-from hiedit_benchmarks.comparison.compare import make_env
-from hiedit_benchmarks.comparison.episode import FinishedEdit, play, unwrapped
+from hiedit_benchmarks.commands.edit_questions import Questions, forms_of
+from hiedit_benchmarks.commands.edit_report import Report, Said, before_and_after
+from hiedit_benchmarks.comparison.asking import settle_asking
+from hiedit_benchmarks.comparison.compare import make_env, recorded
+from hiedit_benchmarks.comparison.episode import play, unwrapped
 from hiedit_benchmarks.comparison.results import versions, write_json
+from hiedit_benchmarks.comparison.rows import efficacy_as_edited
 from hiedit_benchmarks.comparison.settings import CompareSettings
-from hiedit_env.datasets.requests import Request
+from hiedit_env.datasets.requests import PromptForm, Request
 from hiedit_env.envs.base import EditingEnv
+from hiedit_env.envs.episode import check_units
 from hiedit_env.errors import ModelError
 from hiedit_env.evaluation.matching import is_match, starts_with
 from hiedit_env.evaluation.metrics import evaluate
 from hiedit_env.model.memory_budget import auto_class
 from hiedit_env.model.saving import EditedMatrix, check_source, find_folder, locate, source_folder
+from hiedit_env.resident.resident import ResidentLLM
 
 #: Exit status of ``hiedit edit`` where the saved model gives none of the facts.
 NONE_GIVEN = 3
@@ -108,6 +113,8 @@ def edit_model(
         update_rule=settings.update_rule,
     )
     refuse_unused_size([editor], settings.layers_per_edit)
+    settings = settle_asking(settings, both=True)
+    form = settings.prompt_form or "plain"
     with candidates_for([editor], settings.model, settings.layers) as layers:
         settings = replace(settings, layers=layers)
         env = make_env(settings, progress, num_edits=None, shuffle=False)
@@ -117,16 +124,16 @@ def edit_model(
     history = read_history(source)
     weights = {f"{name}.weight": _weight(inner, name) for name in inner.llm.names}
     places = locate(weights, source)
-    for request in inner.requests:
-        # All of it, before anything else: an error here names the file's row.
-        inner.episode.evaluator.encode(request)
+    # All of it, before anything else: an error here names the file's row.
+    encoded = [inner.episode.evaluator.encode(request) for request in inner.requests]
+    check_units(encoded, settings.edits_per_step)
     # Builds the agent for this model, which shows whether it fits.
     editor.reset(env, 0)
     rehearsed = _remember(inner, history)
     print(f"hiedit: agent {label}: {explain(editor, settings.model)}", file=sys.stderr)
     if history.facts:
         print(f"hiedit: {history.text(rehearsed)}", file=sys.stderr)
-    questions = Questions(inner.llm, inner.requests, history.requests)
+    questions = Questions(inner.llm, inner.requests, history.requests, form)
     before = questions.before(progress)
 
     episode = play(env, editor, 0, progress=progress)
@@ -135,7 +142,15 @@ def edit_model(
             f"the model collapsed at fact {len(episode.edits)} ({episode.error_type}), nothing was "
             "saved; a smaller --step-size may help"
         )
-    correct = evaluate(inner.llm, episode.requests, None, generation=()).per_fact["efficacy"]
+    in_chat = any("chat" in forms_of(inner.llm, r, form) for r in episode.requests)
+    found = evaluate(
+        inner.llm,
+        episode.requests,
+        None,
+        forms=("plain", "chat") if in_chat else ("plain",),
+        generation=(),
+    )
+    correct = efficacy_as_edited(episode.requests, found, form, "exact_match")
     rule = inner.episode.rule
     # What ran, which need not be what the environment was made with.
     ran = {
@@ -145,15 +160,25 @@ def edit_model(
         "step_size": rule.step_size,
     }
     facts = [
-        _fact(request, was, edit, end == 100.0, inner.llm.names, len(history.runs))
-        for request, was, edit, end in zip(
-            episode.requests, before.facts, episode.edits, correct["exact_match"], strict=True
+        {
+            **_asked(inner.llm, request, form),
+            "run": len(history.runs),
+            **_said(before, i, "before"),
+            "answered_right_after": bool(edit.metrics["answered"]),
+            "answered": end == 100.0,
+            "steps": edit.steps,
+            "layers": [
+                name for name, written in zip(inner.llm.names, edit.layers, strict=True) if written
+            ],
+        }
+        for i, (request, edit, end) in enumerate(
+            zip(episode.requests, episode.edits, correct, strict=True)
         )
     ]
     run: dict[str, Any] = {
         "agent": label,
         "identity": {"agent": name, **getattr(editor, "identity", {})},
-        "settings": {**asdict(settings), **ran},
+        "settings": {**recorded(settings), **ran},
         "versions": versions(),
     }
     record = {
@@ -167,10 +192,11 @@ def edit_model(
     reloaded = reload(out, source, inner.llm, matrices, settings, inner.requests)
     llm = reloaded.llm or inner.llm
     report = questions.report(llm, before, progress)
-    for fact, now in zip(facts, report.after.facts, strict=True):
-        fact["after"] = now
-        fact["generated"] = is_match(now, fact["answer"])
-        fact["given"] = starts_with(now, fact["answer"])
+    for i, fact in enumerate(facts):
+        fact |= _said(report.after, i, "after")
+        texts = report.after.of_fact(i).values()
+        fact["generated"] = all(is_match(text, fact["answer"]) for text in texts)
+        fact["given"] = all(starts_with(text, fact["answer"]) for text in texts)
     run["report"] = report.to_json()
     run["saved"] = reloaded.to_json()
     write_json(out / "edits.json", record)
@@ -192,7 +218,8 @@ def _remember(env: EditingEnv, history: History) -> bool:
     remember = getattr(env.rule, "remember", None)
     if remember is None:
         return False
-    remember([env.llm.encode(r.prompt, r.answer) for r in history.requests])
+    encode = env.episode.evaluator.encode
+    remember([prompt for r in history.requests for prompt in encode(r).prompts])
     return True
 
 
@@ -208,26 +235,34 @@ def _edited(env: EditingEnv, weights: dict[str, Any], places: dict[str, Any]) ->
     return made
 
 
-def _fact(
-    request: Request,
-    before: str,
-    edit: FinishedEdit,
-    answered: bool,
-    names: Sequence[str],
-    run: int,
-) -> dict[str, Any]:
-    """What ``edits.json`` says of a fact; what the saved model says is added later."""
+def _asked(llm: ResidentLLM, request: Request, form: PromptForm) -> dict[str, Any]:
+    """What was edited, and in which form."""
+    forms = forms_of(llm, request, form)
     return {
         "prompt": request.prompt,
         "answer": request.answer,
         "subject": request.subject,
-        "run": run,
-        "before": before,
-        "answered_right_after": bool(edit.metrics["answered"]),
-        "answered": answered,
-        "steps": edit.steps,
-        "layers": [name for name, written in zip(names, edit.layers, strict=True) if written],
+        "prompt_form": forms[0] if len(forms) == 1 else "both",
+        "system": request.system if "chat" in forms else None,
     }
+
+
+def _said(said: Said, index: int, when: str) -> dict[str, str | None]:
+    """What a model says to a fact: ``before`` or ``after``, and the same in chat."""
+    texts = said.of_fact(index)
+    found = {when: texts.get("plain")}
+    return {**found, f"chat_{when}": texts["chat"]} if "chat" in texts else found
+
+
+def _by_form(facts: Sequence[dict[str, Any]]) -> str:
+    """How many facts are given in each form, where some are asked in both."""
+    if not any(fact["prompt_form"] == "both" for fact in facts):
+        return ""
+    counts = [
+        sum(starts_with(fact.get(when) or "", fact["answer"]) for fact in facts)
+        for when in ("after", "chat_after")
+    ]
+    return f", plain and in chat (plain {counts[0]}, in chat {counts[1]})"
 
 
 def main(settings: CompareSettings, agent: str, out: Path) -> int:
@@ -254,9 +289,10 @@ def main(settings: CompareSettings, agent: str, out: Path) -> int:
     print(f"What was edited, and where: {out / 'edits.json'}", file=sys.stderr)
     full = sum(fact["generated"] for fact in saved.facts)
     alone = f" ({full} with nothing behind the answer)" if full != saved.given else ""
+    how = _by_form(saved.facts)
     but = "" if damage is None else "; the model is damaged"
     print(
         f"{saved.given} of {count} facts are given by the saved model, asked in the form they "
-        f"were given{alone}{but}."
+        f"were given{how}{alone}{but}."
     )
     return 0 if saved.given else NONE_GIVEN

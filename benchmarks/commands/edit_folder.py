@@ -126,6 +126,7 @@ def reload(
             trust_remote_code=settings.trust_remote_code,
             progress=False,
             layers=list(llm.names),
+            memory=settings.memory_check,
         )
         lines += _compare(llm, loaded.model, matrices)
         again = ResidentLLM(

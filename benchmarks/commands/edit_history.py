@@ -1,19 +1,23 @@
 """``edits.json``: what has been edited into a model, over all runs of ``hiedit edit`` so far.
 
-Format 2 has the fields
+Format 3 has the fields
 
-- ``format``: 2.
+- ``format``: 3.
 - ``runs``: one entry per run, in order: ``agent``, ``identity``, ``settings`` (with the rule, the
   step size, the horizon and the number of edits that ran), ``versions``, ``report`` (what the
   model said before and after, see :mod:`.edit_report`) and ``saved`` (what loading it again
   showed).
 - ``facts``: the facts of all runs in the order they were edited: ``prompt``, ``answer``,
-  ``subject``, ``run`` (index of the run), ``before`` and ``after`` (greedy continuations),
-  ``answered_right_after`` and ``answered`` (under teacher forcing), ``generated`` (the answer and
-  nothing else), ``given`` (the answer first), ``steps``, ``layers``.
+  ``subject``, ``prompt_form`` (the form in which it was edited) and ``system`` (None without one),
+  ``run`` (index of the run), ``before`` and ``after`` (greedy continuations, None where it
+  was edited in chat only), ``chat_before`` and
+  ``chat_after`` (the same in chat, where it was edited in chat), ``answered_right_after`` and
+  ``answered`` (under teacher forcing), ``generated`` (the answer and nothing else) and ``given``
+  (the answer first), both in every form in which it was edited, ``steps``, ``layers``.
 - ``agent``, ``identity``, ``settings``, ``versions``: those of the last run.
 
-Files without ``format`` are of one run, and are read as such.
+Files of format 2, which knew the plain form only, and files without ``format``, which are of one
+run, are read as well.
 """
 
 from __future__ import annotations
@@ -26,7 +30,7 @@ from typing import Any
 from hiedit_env.datasets.requests import Request
 from hiedit_env.errors import HieditError, ModelError
 
-FORMAT = 2
+FORMAT = 3
 FILE = "edits.json"
 _OF_A_RUN = ("agent", "identity", "settings", "versions")
 
@@ -68,7 +72,7 @@ def read_history(folder: Path) -> History:
     try:
         record = json.loads(file.read_text(encoding="utf-8"))
         version = record.get("format", 1)
-        if version not in (1, FORMAT):
+        if version not in (1, 2, FORMAT):
             raise ValueError(f"format {version!r}; this version reads {FORMAT}")
         if version == 1:
             runs = [{key: record[key] for key in _OF_A_RUN}]
@@ -78,7 +82,13 @@ def read_history(folder: Path) -> History:
         latest: dict[str, Request] = {}
         for fact in facts:
             latest.pop(fact["prompt"], None)
-            latest[fact["prompt"]] = Request(fact["prompt"], fact["answer"], fact["subject"])
+            latest[fact["prompt"]] = Request(
+                fact["prompt"],
+                fact["answer"],
+                fact["subject"],
+                prompt_form=fact.get("prompt_form", "plain"),
+                system=fact.get("system"),
+            )
     except (OSError, ValueError, KeyError, TypeError, AttributeError, HieditError) as error:
         raise ModelError(
             f"{file} cannot be read: {type(error).__name__}: {error}; copy the file again, or "

@@ -103,6 +103,7 @@ def find_layers(settings: LayerScanSettings, *, progress: bool = True) -> FoundL
         progress=progress,
         layers=settings.layers,
         tokens=longest_prompt(requests),
+        memory=settings.memory_check,
     )
     if settings.layers is None:
         layers = all_candidates(loaded.model)

@@ -26,6 +26,7 @@ from hiedit_agents.named.spec_agent import SpecAgent
 from hiedit_agents.registry import spec_agent
 from hiedit_benchmarks.commands.train_folder import TrainingFolder, parameters
 from hiedit_benchmarks.commands.train_settings import TrainingRun
+from hiedit_benchmarks.comparison.asking import settle_asking
 from hiedit_benchmarks.comparison.episode import bar, play, stage_bars, unwrapped
 from hiedit_benchmarks.comparison.results import plain, versions, write_json, write_text
 from hiedit_env.datasets.load import load_requests
@@ -75,7 +76,10 @@ def train(
         OutputError: another process trains into ``out``.
     """
     editor = _checked(run)
-    folder = TrainingFolder(out, {"run": asdict(run), "settings": asdict(settings)}, resume)
+    run = settle_asking(run)
+    noted = asdict(run)
+    del noted["memory_check"]  # changes nothing of the result
+    folder = TrainingFolder(out, {"run": noted, "settings": asdict(settings)}, resume)
     with ExitStack() as stack:
         env = stack.enter_context(closing(make_env(run, settings, editor, progress)))
         inner = unwrapped(env)
@@ -110,7 +114,7 @@ def train(
             for number in range(len(rows), settings.episodes):
                 log.add(trainer.episode(number, log.fact))
                 folder.save(trainer, spec, about, log.rows)
-        result = _evaluate(env, agent, held_out, settings, progress)
+        result = _evaluate(env, agent, held_out, run, settings, progress)
         if result:
             write_json(out / "evaluation.json", result)
         # Last: with it the run is finished, and until then it can be resumed.
@@ -181,6 +185,9 @@ def make_env(
             device=run.device,
             dtype=run.dtype,
             trust_remote_code=run.trust_remote_code,
+            memory_check=run.memory_check,
+            prompt_form=run.prompt_form or "plain",
+            end_token=bool(run.end_token),
             progress=progress,
             reward_weights=settings.reward_weights(),
             retention_window=settings.retention_window,
@@ -229,6 +236,7 @@ def _evaluate(
     env: gym.Env[Any, Any],
     agent: HierarchicalAgent,
     held_out: Sequence[Request],
+    run: TrainingRun,
     settings: TrainSettings,
     progress: bool,
 ) -> dict[str, Any]:
@@ -238,7 +246,9 @@ def _evaluate(
     episode = play(env, agent, settings.seed, options={"requests": requests}, progress=progress)
     llm = unwrapped(env).llm
     with stage_bars("held-out facts: measuring", progress) as report:
-        found = evaluate(llm, episode.requests, UneditedModel(llm), progress=report)
+        found = evaluate(
+            llm, episode.requests, UneditedModel(llm), forms=run.forms, progress=report
+        )
     edits = episode.edits
     return {
         "agent": agent.name,

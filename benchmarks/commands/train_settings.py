@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from typing import Annotated
+
 import tyro
 
-from hiedit_env.envs.settings import AtLeast1, Dataset, ModelSettings, Name, StepLength, settings
+from hiedit_env.envs.settings import AskingSettings, AtLeast1, Dataset, Name, StepLength, settings
 
 
 @settings
-class TrainingRun(ModelSettings):
+class TrainingRun(AskingSettings):
     """Where and on what to train."""
 
     agent: tyro.conf.Suppress[str]
@@ -29,3 +31,5 @@ class TrainingRun(ModelSettings):
     """horizon of the options; by default the agent's own, or 5"""
     step_size: StepLength | None = None
     """nominal step size of the low level; by default its own"""
+    end_token: Annotated[bool | None, tyro.conf.Suppress] = None
+    """whether answers end in the token that ends the model's turn"""

@@ -18,6 +18,7 @@ from hiedit_agents.protocol import Agent
 from hiedit_agents.registry import labelled as labelled_name
 from hiedit_agents.registry import make_agent, refuse_unused_size
 from hiedit_agents.rivals.in_context import InContext
+from hiedit_benchmarks.comparison.asking import settle_asking
 from hiedit_benchmarks.comparison.contamination import trained_on
 from hiedit_benchmarks.comparison.episode import (
     PlayedEpisode,
@@ -137,6 +138,7 @@ def compare(
         for name, agent in labelled.items()
     }
     refuse_unused_size(list(made.values()), settings.layers_per_edit)
+    settings = settle_asking(settings, in_chat=settings.ask_in_chat)
     with candidates_for(list(made.values()), settings.model, settings.layers) as layers:
         settings = replace(
             settings,
@@ -144,9 +146,9 @@ def compare(
             update_rule=settings.rule,
             max_steps_per_edit=settings.max_steps_per_edit or MAX_STEPS,
         )
-        folder = ResultsFolder(out, asdict(settings), resume=resume)
+        folder = ResultsFolder(out, recorded(settings), resume=resume)
         env = make_env(settings, progress)
-    fixed = {**asdict(settings), **_facts_of(env)}
+    fixed = {**recorded(settings), **_facts_of(env)}
     folder.check(fixed)
     for agent in made.values():
         agent.reset(env, seeds[0])
@@ -155,8 +157,8 @@ def compare(
     try:
         _check_agents(folder, identities, seeds)
         seen = trained_on(made, unwrapped(env), seeds)
-        recorded = {**fixed, "agents": identities, "seeds": seeds}
-        _run_all(folder, env, made, seeds, settings, recorded, progress)
+        noted = {**asdict(settings), **fixed, "agents": identities, "seeds": seeds}
+        _run_all(folder, env, made, seeds, settings, noted, progress)
         env.close()
         chosen = baseline or baseline_of(names)
         return _report(folder, names, seeds, fixed["candidate_layers"], chosen, seen)
@@ -186,7 +188,7 @@ def _run_all(
     agents: Mapping[str, Agent],
     seeds: Sequence[int],
     settings: CompareSettings,
-    recorded: Mapping[str, Any],
+    noted: Mapping[str, Any],
     progress: bool,
 ) -> None:
     """Runs what the folder does not hold yet."""
@@ -200,7 +202,7 @@ def _run_all(
                 best = _best_rewards(env, seed, progress)
             episode, evaluation = _run(env, agent, name, seed, reference, settings, progress)
             folder.add(
-                row_of(name, seed, episode, evaluation, best, recorded),
+                row_of(name, seed, episode, evaluation, best, noted),
                 details_of(unwrapped(env).llm.names, episode, evaluation),
             )
 
@@ -226,11 +228,21 @@ def _identity(agent: Agent, name: str) -> dict[str, Any]:
     return {"agent": name, **getattr(agent, "identity", {})}
 
 
+def recorded(settings: CompareSettings) -> dict[str, Any]:
+    """The settings that results depend on."""
+    found = asdict(settings)
+    del found["memory_check"]
+    return found
+
+
 def make_env(settings: CompareSettings, progress: bool, **overrides: Any) -> gym.Env[Any, Any]:
     """The environment of a comparison; ``overrides`` replace or add keyword arguments of it."""
     arguments = asdict(settings)
-    for name in ("layers_per_edit", "generation"):
+    for name in ("layers_per_edit", "generation", "ask_in_chat"):
         del arguments[name]
+    # Where nothing was settled, as in an environment.
+    arguments["prompt_form"] = settings.prompt_form or "plain"
+    arguments["end_token"] = bool(settings.end_token)
     arguments["max_steps_per_edit"] = settings.max_steps_per_edit or MAX_STEPS
     arguments.update(progress=progress, **overrides)
     # The checker tests the environment, not the agents, and is run in the tests.
@@ -266,6 +278,7 @@ def _run(
             unwrapped(env).llm,
             asked,
             reference,
+            forms=settings.forms,
             generation=settings.generation,
             progress=report,
         )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -29,7 +29,7 @@ class FinishedEdit:
     Args:
         layers: L bool, layers written.
         steps: Primitive steps taken.
-        reward: Reward of the edit.
+        reward: Reward of the edit; of facts that were edited together, that of all of them.
         metrics: The environment's metrics at the end of the edit; shares from 0 to 1.
         oracle: The reward of every option, where the environment knows it.
         true_layers: L bool, the layers that held the fact, where the environment knows.
@@ -176,29 +176,39 @@ def play(
             if not info["edit_over"]:
                 ending = float(reward)
                 continue
-            edits.append(
-                FinishedEdit(
-                    layers=np.asarray(info["layers"], bool),
-                    steps=int(info["edit_steps"]),
-                    reward=float(reward),
-                    metrics={
-                        name: float(value)
-                        for name, value in info["metrics"].items()
-                        if np.isfinite(value)
-                    },
-                    oracle=oracle,
-                    true_layers=None if oracle is None else np.asarray(true, bool),
+            written = np.asarray(info["layers"], bool)
+            for metrics in _fact_by_fact(info):
+                edits.append(
+                    FinishedEdit(
+                        layers=written,
+                        steps=int(info["edit_steps"]),
+                        reward=float(reward),
+                        metrics=metrics,
+                        oracle=oracle,
+                        true_layers=None if oracle is None else np.asarray(true, bool),
+                    )
                 )
-            )
-            accuracy += edits[-1].metrics["efficacy"]
+                accuracy += metrics["efficacy"]
+                shown.update()
             # Not refreshed here: update() decides when the bar is drawn.
             shown.set_postfix_str(
                 f"right after {100 * accuracy / len(edits):.1f} %, {edits[-1].layers.sum()} layers",
                 refresh=False,
             )
-            shown.update()
     seconds = time.perf_counter() - start - asking
     return PlayedEpisode(requests, tuple(edits), error, seconds, ending if error else 0.0)
+
+
+def _fact_by_fact(info: Mapping[str, Any]) -> list[dict[str, float]]:
+    """The finite metrics of every fact of the unit that is over."""
+    if "fact_metrics" in info:
+        columns = info["fact_metrics"].items()
+        facts = [{name: column[i] for name, column in columns} for i in range(info["unit_size"])]
+    else:
+        facts = [info["metrics"]]
+    return [
+        {name: float(value) for name, value in fact.items() if np.isfinite(value)} for fact in facts
+    ]
 
 
 def unwrapped(env: gym.Env[Any, Any]) -> EditingEnv:

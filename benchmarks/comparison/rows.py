@@ -59,21 +59,24 @@ def row_of(
 
 
 def efficacy_as_edited(
-    requests: Sequence[Request], evaluation: Evaluation, form: PromptForm | None
+    requests: Sequence[Request],
+    evaluation: Evaluation,
+    form: PromptForm | None,
+    reading: str = "token_accuracy",
 ) -> NDArray[np.float64]:
-    """Token accuracy of each fact in the forms in which it was edited: what its edit was judged by.
+    """Efficacy of each fact in the forms in which it was edited: what its edit was judged by.
 
     Args:
         requests: F facts.
         evaluation: Of the same facts.
         form: The environment's form; a fact may say another.
+        reading: Of the metric.
 
     Returns:
         F float64 in percent: the mean over the forms of a fact; NaN where one was not evaluated.
     """
     plain, chat = (
-        evaluation.per_fact.get(metric_in(asked, "efficacy"), {}).get("token_accuracy")
-        for asked in FORMS
+        evaluation.per_fact.get(metric_in(asked, "efficacy"), {}).get(reading) for asked in FORMS
     )
     nothing = np.full(len(requests), np.nan)
     plain = nothing if plain is None else plain

@@ -127,6 +127,8 @@ class LifelongEdit(EditingEnv):
     - ``layers``: patterns of candidate layers, e.g. ``"model.layers.{10-14}.mlp.gate_proj"``, or
       the path of a ``.json`` file that ``hiedit layers`` wrote; None for the model's preset.
     - ``shuffle``: if False the stream is the first ``num_edits`` facts in the data set's order.
+    - ``memory_check``: what is done if the model seems not to fit into memory: ``"refuse"``,
+      ``"warn"`` or ``"off"``; None for ``$HIEDIT_MEMORY_CHECK``, else ``"refuse"``.
     - ``trust_remote_code``, ``progress``: as for ``load_model``.
 
     ## Version History

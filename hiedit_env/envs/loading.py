@@ -37,6 +37,7 @@ def load_resident(settings: EnvSettings, requests: Sequence[Request]) -> Residen
         progress=settings.progress,
         layers=settings.layers,
         tokens=longest_prompt(requests),
+        memory=settings.memory_check,
     )
     if settings.prompt_form != "plain" and not getattr(loaded.tokenizer, "chat_template", None):
         raise SettingsError(

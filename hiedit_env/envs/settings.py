@@ -32,7 +32,7 @@ from pydantic import BeforeValidator, ConfigDict, Field, ValidationError
 from hiedit_env.datasets.requests import Request
 from hiedit_env.datasets.streams import stream
 from hiedit_env.errors import SettingsError, as_float
-from hiedit_env.evaluation.names import LocalityReference, RewardKind
+from hiedit_env.evaluation.names import AskedForm, LocalityReference, RewardKind
 from hiedit_env.model.asking import PromptForm
 from hiedit_env.model.relatives import belongings
 
@@ -48,6 +48,7 @@ DEFAULT_WEIGHTS: Mapping[str, float] = {
 }
 LayerChoiceName = Literal["no-edit", "all-layers", "random-layers", "fixed-layers", "gradient-norm"]
 RenderMode = Literal["ansi", "rgb_array"]
+MemoryCheck = Literal["refuse", "warn", "off"]
 RENDER_MODES: tuple[RenderMode, ...] = get_args(RenderMode)
 
 
@@ -235,10 +236,29 @@ class ModelSettings:
     """float32, bfloat16 or float16"""
     trust_remote_code: bool = False
     """run Python code that comes with the model"""
+    memory_check: MemoryCheck | None = None
+    """what is done if the model seems not to fit into memory: refuse, warn or off; by default
+    $HIEDIT_MEMORY_CHECK, else refuse"""
 
 
 @settings
-class RuleSettings(ModelSettings):
+class AskingSettings(ModelSettings):
+    """How facts are edited and asked."""
+
+    prompt_form: PromptForm | None = None
+    """how facts are edited and asked: plain, chat (through the tokenizer's chat template), or both;
+    by default plain"""
+    end_token: bool | None = None
+    """put the token that ends the model's turn behind every answer"""
+
+    @property
+    def forms(self) -> tuple[AskedForm, ...]:
+        """How an evaluation asks: plain always, in chat where facts are edited in chat."""
+        return ("plain", "chat") if self.prompt_form in ("chat", "both") else ("plain",)
+
+
+@settings
+class RuleSettings(AskingSettings):
     """How one fact is written."""
 
     max_steps_per_edit: AtLeast1 | None = None
@@ -248,6 +268,8 @@ class RuleSettings(ModelSettings):
     belongs to the model"""
     step_size: StepLength | None = None
     """nominal step size of the update rule; by default the rule's own"""
+    edits_per_step: AtLeast1 = 1
+    """n, facts that one step edits together, with the same layers"""
 
     @property
     def rule(self) -> str:
@@ -268,12 +290,6 @@ class EditingSettings(RuleSettings):
     """unit of the reward's terms: nats per token, share of right tokens, or generated answers"""
     retention_window: AtLeast0 = 10
     """k, how many past edits are remembered in the reward"""
-    edits_per_step: AtLeast1 = 1
-    """n, facts that one step edits together, with the same layers"""
-    prompt_form: PromptForm = "plain"
-    """how facts are asked: plain, chat (through the tokenizer's chat template), or both"""
-    end_token: bool = False
-    """put the token that ends the model's turn behind every answer"""
 
     @property
     def facts(self) -> str:
@@ -287,6 +303,11 @@ class EnvSettings(EditingSettings):
 
     max_steps_per_edit: AtLeast1 = 5
     """maximum number of updates per fact; 1 is the papers' setting"""
+    prompt_form: PromptForm = "plain"
+    """how facts are edited and asked: plain, chat (through the tokenizer's chat template), or
+    both"""
+    end_token: bool = False
+    """put the token that ends the model's turn behind every answer"""
     reward_weights: Annotated[Mapping[str, float] | None, BeforeValidator(_checked_weights)] = None
     """weights of the reward's terms that differ from the default"""
     render_mode: RenderMode | None = None

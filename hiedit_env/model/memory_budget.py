@@ -152,7 +152,8 @@ def require_memory(
         raise NotEnoughMemoryError(
             f"model {name!r} needs about {needed / 1e9:.2g} GB but {device} has {room}; choose a "
             f"smaller model, fewer layers, shorter prompts, dtype='bfloat16', or another device, "
-            f"free some memory, or go on all the same with HIEDIT_MEMORY_CHECK=warn"
+            f"free some memory, or go on all the same with --memory-check warn (or "
+            f"HIEDIT_MEMORY_CHECK=warn)"
         )
 
 

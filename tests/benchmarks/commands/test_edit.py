@@ -44,7 +44,7 @@ def test_a_folder_that_cannot_be_written_is_found_before_the_model_is_loaded(
     settings: CompareSettings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, place: str
 ) -> None:
     (tmp_path / "file").write_text("mine")
-    monkeypatch.setattr("hiedit_env.envs.base.load_model", forbidden)
+    monkeypatch.setattr("hiedit_env.envs.loading.load_model", forbidden)
     error = ResultsExistError if place == "file" else SettingsError
     with pytest.raises(error, match=r"another --out"):
         run(settings, tmp_path / place)
@@ -61,7 +61,7 @@ def test_a_folder_without_the_right_to_write(
         raise PermissionError(13, "Permission denied")
 
     monkeypatch.setattr("tempfile.TemporaryFile", refuse)
-    monkeypatch.setattr("hiedit_env.envs.base.load_model", forbidden)
+    monkeypatch.setattr("hiedit_env.envs.loading.load_model", forbidden)
     with pytest.raises(SettingsError, match=r"new/out cannot be written.*Permission denied"):
         run(settings, tmp_path / "new" / "out")
     assert files(tmp_path) == ["facts.json"]

@@ -118,12 +118,15 @@ def test_the_report_asks_everything_there_is(
         "paraphrases": ["The home of Belka is", "Belka has a home in"],
         "locality": [{"prompt": "Strelka lives in", "answer": "x"}],
     }
-    assert edit(tmp_path, model, fact) == 0
+    assert edit(tmp_path, model, fact, prompt_form="plain") == 0
     report = record(tmp_path / "out")["runs"][0]["report"]
     numbers = {kind: entry["number"] for kind, entry in report["given"].items()}
-    assert numbers == {"facts": 1, "paraphrases": 2, "chat": 1}
+    assert numbers == {"facts": 1, "paraphrases": 2, "chat_facts": 1, "chat_paraphrases": 2}
     assert {kind: entry["number"] for kind, entry in report["agreement"].items()} == {
         "unrelated": 1,
+        "neighbours": 1,
+        "chat_unrelated": 1,
+        "chat_neighbours": 1,
         "control": 12,
         "control_chat": 8,
     }
@@ -210,7 +213,7 @@ def test_what_cannot_be_edited_is_refused_before_loading(
     def forbidden(*_: Any, **__: Any) -> None:
         raise AssertionError("must not be called")
 
-    monkeypatch.setattr("hiedit_env.envs.base.load_model", forbidden)
+    monkeypatch.setattr("hiedit_env.envs.loading.load_model", forbidden)
     (model / file).write_text(text)
     assert edit(tmp_path, model) == 2
     (line,) = errors(capsys)

@@ -192,7 +192,7 @@ def test_bad_settings_name_the_value_before_the_model_is_loaded(
     error: type[HieditError],
     words: str,
 ) -> None:
-    monkeypatch.setattr("hiedit_env.envs.base.load_model", forbidden)
+    monkeypatch.setattr("hiedit_env.envs.loading.load_model", forbidden)
     with pytest.raises(error, match=words):
         make(LIFELONG, **settings)
 
@@ -202,7 +202,7 @@ def forbidden(*_: Any, **__: Any) -> NoReturn:
 
 
 def test_good_settings_load_the_model(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("hiedit_env.envs.base.load_model", forbidden)
+    monkeypatch.setattr("hiedit_env.envs.loading.load_model", forbidden)
     numbers = {"max_steps_per_edit": np.int64(2), "retention_window": 0, "retention_decay": 1}
     switches = {"intrinsic": np.True_, "shuffle": False}
     with pytest.raises(AssertionError, match="must not be loaded"):
@@ -252,7 +252,7 @@ def test_bad_high_levels_are_found_before_the_model_is_loaded(
     def forbidden(*_: Any, **__: Any) -> None:
         raise AssertionError("must not be called")
 
-    monkeypatch.setattr("hiedit_env.envs.base.load_model", forbidden)
+    monkeypatch.setattr("hiedit_env.envs.loading.load_model", forbidden)
     with pytest.raises(SettingsError, match=r"magic|layers_per_edit"):
         make(STEP_SIZE, **settings)
 

@@ -288,7 +288,7 @@ def test_environments_share_one_model(monkeypatch: pytest.MonkeyPatch) -> None:
         loads.append(arguments)
         return load_model(*arguments, **named)
 
-    monkeypatch.setattr("hiedit_env.envs.base.load_model", load)
+    monkeypatch.setattr("hiedit_env.envs.loading.load_model", load)
     envs = together(count=4)
     assert len(loads) == 1
     assert len({id(env.llm.layers[0].module) for env in envs.envs}) == 1
