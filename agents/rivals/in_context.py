@@ -135,15 +135,18 @@ class _Without(UneditedModel):
         self, prompts: Sequence[EncodedPrompt], progress: Progress | None = None
     ) -> list[EncodedPrompt]:
         """The prompts as they are asked, with the answers that they get without the facts."""
-        plain = [self.llm.encode(self._bare(p.prompt), p.answer) for p in prompts]
-        own = super().answers(plain, progress)
+        own = super().answers([self._bare(p) for p in prompts], progress)
         return [
             replace(p, answer=answered.answer, answer_ids=answered.answer_ids)
             for p, answered in zip(prompts, own, strict=True)
         ]
 
-    def _bare(self, prompt: str) -> str:
-        for context in self._contexts:
-            if context in prompt:
-                return prompt.replace(context, "", 1)
-        return prompt
+    def _bare(self, asked: EncodedPrompt) -> EncodedPrompt:
+        """The prompt without the text in front, in the same form."""
+        context = next((text for text in self._contexts if text in asked.prompt), "")
+        text = asked.prompt.replace(context, "", 1)
+        if asked.form == "plain":
+            return replace(asked, prompt=text, prompt_ids=self.llm.encoder.encode_prompt(text))
+        # What a chat template has written brings all special tokens itself.
+        ids = self.llm.tokenizer.encode(text, add_special_tokens=False)
+        return replace(asked, prompt=text, prompt_ids=tuple(ids))

@@ -85,6 +85,28 @@ def test_agreement_compares_with_the_model_asked_without_the_facts(env: EditingE
     assert found == pytest.approx(100 * float(kept))
 
 
+def test_in_chat_the_facts_stand_in_the_message(env: EditingEnv) -> None:
+    llm, tokenizer = env.llm, env.llm.tokenizer
+    tokenizer.chat_template = "It is black. {% for m in messages %}{{ m.content }}{% endfor %}"
+    try:
+        asked, reference = InContext(template="{fact}. ").judged([ONE], UneditedModel(llm))
+        found = evaluate(llm, asked, reference, forms=("chat",), generation=())
+    finally:
+        tokenizer.chat_template = None
+
+    def ids(text: str) -> list[int]:
+        return list(tokenizer.encode(f"It is black. {text}", add_special_tokens=False))
+
+    bare = UneditedModel(llm).answers([llm.encode("It is black. Vasnik works as a", "tanner")])[0]
+    assert list(bare.prompt_ids) == ids("Vasnik works as a")
+    before = ids("Belka lives in Averlund. Vasnik works as a")
+    with torch.no_grad():
+        logits = llm.model(torch.tensor([[*before, *bare.answer_ids]])).logits[0]
+    kept = (logits[len(before) - 1 : -1].argmax(-1) == torch.tensor(bare.answer_ids)).float()
+    agreement = found.per_fact["chat_specificity"]["agreement"][0]
+    assert agreement == pytest.approx(100 * float(kept.mean()))
+
+
 def test_nothing_is_written(env: EditingEnv) -> None:
     agent = make_agent("in-context")
     observation, info = begin_episode(env, agent, 0)
