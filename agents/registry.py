@@ -34,7 +34,7 @@ from hiedit_agents.hierarchy.simple import LayerChoiceAgent, OracleAgent
 from hiedit_agents.named.checkpoints import (
     POLICY,
     kind_of,
-    refuse_old_folder,
+    refuse_folder,
 )
 from hiedit_agents.named.fitting import SHIPPED as SHIPPED
 from hiedit_agents.named.grammar import (
@@ -205,7 +205,7 @@ def spec_agent(name: str, layers_per_edit: int | None = None) -> SpecAgent:
         raise CheckpointError(f"{name} holds a policy of {library}; name it {library}:{name}")
     if name == OracleAgent.name or split_settings(name)[0] in RIVALS:
         raise SettingsError(f"agent {name!r} has no levels, so nothing to train")
-    refuse_old_folder(Path(name))
+    refuse_folder(Path(name))
     if not pluses:
         raise SettingsError(
             f"unknown agent {name!r}; choose one of {', '.join(AGENTS)}, give the folder of a "

@@ -90,7 +90,7 @@ def read_record(folder: Path, kind: str | None = LEVELS) -> dict[str, Any]:
             the wrong type; names the file and the field.
     """
     file = folder / JSON_FILE
-    refuse_old_folder(folder)
+    refuse_folder(folder)
     try:
         record = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
@@ -111,18 +111,30 @@ def read_record(folder: Path, kind: str | None = LEVELS) -> dict[str, Any]:
     return record
 
 
-def refuse_old_folder(folder: Path) -> None:
-    """Refuses a folder of an earlier version, and says what to do.
+def refuse_folder(folder: Path) -> None:
+    """Says what a folder holds in the place of a trained agent; nothing where there is no folder.
 
     Raises:
-        CheckpointError: it holds such a file and no ``agent.json``.
+        CheckpointError: a folder without ``agent.json``; names the remedy.
     """
+    if not os.path.isdir(folder) or os.path.isfile(folder / JSON_FILE):
+        return
     old = next((name for name in _OLD_FILES if os.path.isfile(folder / name)), None)
-    if old is not None and not os.path.isfile(folder / JSON_FILE):
+    if old is not None:
         raise CheckpointError(
             f"{folder} holds {old}, a format of an earlier version of hiedit, which this one does "
             "not read; train the policy again into another folder"
         )
+    unfinished = sorted(folder.glob(f"checkpoint-*/{JSON_FILE}"))
+    if unfinished:
+        raise CheckpointError(
+            f"{folder} holds a training that has not finished; go on with the same hiedit train "
+            f"and --resume, or name {unfinished[-1].parent}, the agent so far"
+        )
+    raise CheckpointError(
+        f"{folder} is a folder without {JSON_FILE}, so it holds no trained agent; give the --out "
+        "of hiedit train, or the name of an agent"
+    )
 
 
 def kind_of(folder: Path) -> str | None:

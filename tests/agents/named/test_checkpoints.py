@@ -234,3 +234,18 @@ def test_a_folder_that_is_trusted_imports(levels: Path) -> None:
     spec = spec_agent(f"{levels},allow_code=true").spec
     assert spec.low == f"{MADE}:called"
     assert spec_agent(f"{levels},allow_code=true+ridge").spec.low == "ridge"
+
+
+def test_an_unfinished_training_names_its_agent_so_far(tmp_path: Path) -> None:
+    for number in (1, 2):
+        folder = tmp_path / f"checkpoint-{number:06}"
+        folder.mkdir()
+        (folder / "agent.json").write_text("{}")
+    with pytest.raises(CheckpointError, match=r"has not finished.*--resume.*checkpoint-000002"):
+        spec_agent(str(tmp_path))
+
+
+def test_a_folder_that_holds_something_else(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text("{}")
+    with pytest.raises(CheckpointError, match=r"a folder without agent\.json, so it holds no"):
+        spec_agent(str(tmp_path))
