@@ -56,6 +56,32 @@ def own_logits(model: PreTrainedModel, input_ids: Tensor) -> Tensor:
     return cast(Tensor, model(input_ids=input_ids, use_cache=False).logits)
 
 
+def forget_lengths(model: nn.Module) -> None:
+    """Lets dynamic rotary positions depend on the present prompt alone.
+
+    In transformers they keep the scale of the longest prompt so far, until one fits the original
+    context, so a model's logits depend on what it read before. A hook on each such module of the
+    model restores the original frequencies before every pass.
+    """
+    for module in model.modules():
+        kind = getattr(module, "rope_type", "")
+        kinds = kind.values() if isinstance(kind, dict) else [kind]
+        if hasattr(module, "original_max_seq_len") and any("dynamic" in str(k) for k in kinds):
+            module.register_forward_pre_hook(_restore_frequencies)
+
+
+def _restore_frequencies(module: Any, _: object) -> None:
+    end = "original_inv_freq"
+    names = [name for name in (*vars(module), *module._buffers) if name.endswith(end)]
+    for prefix in (name.removesuffix(end) for name in names):
+        longest = f"{prefix}max_seq_len_cached"
+        if getattr(module, longest, 0) > module.original_max_seq_len:
+            present = getattr(module, f"{prefix}inv_freq")
+            original = getattr(module, f"{prefix}{end}").to(present.device)
+            module.register_buffer(f"{prefix}inv_freq", original, persistent=False)
+            setattr(module, longest, module.original_max_seq_len)
+
+
 def no_head(features: Tensor) -> Tensor:
     """For features that are logits."""
     return features

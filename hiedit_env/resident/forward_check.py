@@ -18,7 +18,7 @@ from hiedit_env.errors import LayerError, ModelError
 from hiedit_env.model.architectures import CandidateLayer
 from hiedit_env.model.structure import text_config
 from hiedit_env.resident.capture import LayerRecorder
-from hiedit_env.resident.forward import Forward, own_logits, ways
+from hiedit_env.resident.forward import Forward, forget_lengths, own_logits, ways
 
 #: Lengths of the prompts that every model is tried on, in tokens.
 LENGTHS = (2, 7)
@@ -60,6 +60,7 @@ def find_forward(
             defined.
         ModelError: the model's logits are not finite, differ from run to run, or have no gradient.
     """
+    forget_lengths(model)
     check = _Check(model, layers)
     way = check.first_right_way(first_block)
     check.batches(way)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import pytest
@@ -88,6 +89,39 @@ def test_positions_that_depend_on_the_batch(
     torch.testing.assert_close(llm.answer_logits(llm.batch(PROMPTS)), own_logits(model, PROMPTS))
     swapped = llm.answer_logits(llm.batch(MIXED[::-1]))
     torch.testing.assert_close(torch.cat([swapped[2:], swapped[:2]]), expected, **TOLERANCE)
+
+
+def test_positions_do_not_remember_a_longer_prompt() -> None:
+    """Dynamic positions keep the scale of the longest prompt so far, until one fits the window."""
+    make = partial(build_random, "llama", rope_parameters=DYNAMIC, max_position_embeddings=12)
+    three, twenty, forty = (
+        prompt([(7 * i) % 29 + 3 for i in range(length)], [5, 8]) for length in (3, 20, 40)
+    )
+    expected = {p: own_logits(make(), [p]) for p in (three, twenty, forty)}
+    # In transformers itself a prompt of 20 tokens is another one after one of 40.
+    model = make()
+    own_logits(model, [forty])
+    assert float((own_logits(model, [twenty]) - expected[twenty]).abs().max()) > 0.1
+    # A new model each time: one that has read a prompt keeps what is below the candidates.
+    llm = without_limit(make())
+    llm.read(forty)
+    torch.testing.assert_close(llm.read(twenty).logits, expected[twenty], **TOLERANCE)
+    for order in ((forty, twenty, three), (twenty, forty, three)):
+        llm = without_limit(make())
+        together = torch.cat([expected[p] for p in order])
+        torch.testing.assert_close(llm.answer_logits(llm.batch(order)), together, **TOLERANCE)
+    # Generation too.
+    one, two = (without_limit(make()) for _ in range(2))
+    texts = ["a b c d e f g h i j k l m n o p", " ".join("abcdefgh" * 5)]
+    said = one.generate(texts[:1], [4])
+    two.generate(texts[1:], [4])
+    assert two.generate(texts[:1], [4]) == said
+
+
+def without_limit(model: PreTrainedModel) -> ResidentLLM:
+    llm = resident(model)
+    llm.encoder.max_length = None
+    return llm
 
 
 @pytest.mark.parametrize("kind", ["llama", "gemma3n_text"])
