@@ -156,22 +156,29 @@ class Examiner:
         chosen = sample(earlier, self.checks.earlier)
         return [f for f, right in zip(chosen, self.answered(chosen), strict=True) if right]
 
-    def judge(self, fact: AskedFact, said: Mapping[str, str], held: Sequence[AskedFact]) -> Verdict:
-        """Checks an edit that was just written.
+    def missed(self, fact: AskedFact, said: Mapping[str, str]) -> tuple[str, ...]:
+        """Whether a fact that was just written is not given: one line, or none.
 
         Args:
             fact: The fact.
             said: What the model says now.
-            held: Earlier facts that it answered before the edit.
+        """
+        if not self.checks.target or fact.is_given(said):
+            return ()
+        wrong = [
+            f"{form}: {' '.join(text.split())!r:.60}"
+            for form, text in said.items()
+            if not starts_with(text, fact.request.answer)
+        ]
+        return (f"the answer is not given ({'; '.join(wrong)})",)
+
+    def judge(self, held: Sequence[AskedFact]) -> Verdict:
+        """Checks what an edit that was just written has done to everything else.
+
+        Args:
+            held: Earlier facts that the model answered before the edit.
         """
         checks, problems = self.checks, []
-        if checks.target and not fact.is_given(said):
-            wrong = [
-                f"{form}: {' '.join(text.split())!r:.60}"
-                for form, text in said.items()
-                if not starts_with(text, fact.request.answer)
-            ]
-            problems.append(f"the answer is not given ({'; '.join(wrong)})")
         agreement = None
         if checks.min_agreement is not None:
             agreement = self.controls.agreement()

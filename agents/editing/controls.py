@@ -9,9 +9,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
+from transformers import PreTrainedTokenizerBase
 
-from hiedit_env.errors import PromptError
+from hiedit_env.errors import PromptError, SettingsError
 from hiedit_env.evaluation.unedited import UneditedModel
+from hiedit_env.model.asking import end_of_turn
+from hiedit_env.model.built_in import built_in
+from hiedit_env.model.relatives import known_as
 from hiedit_env.model.tokenization import EncodedPrompt
 from hiedit_env.resident.resident import ResidentLLM
 
@@ -80,6 +84,26 @@ class Controls:
 def has_template(tokenizer: object) -> bool:
     """Whether a tokenizer has a chat template."""
     return bool(getattr(tokenizer, "chat_template", None))
+
+
+def end_id(tokenizer: PreTrainedTokenizerBase, name: str, end_token: bool | None) -> int | None:
+    """The token that is put behind every answer; None for none.
+
+    Args:
+        tokenizer: The model's tokenizer.
+        name: The model's name.
+        end_token: Whether there is one; None for yes, except for the toy models and where the
+            tokenizer has none.
+
+    Raises:
+        SettingsError: it is asked for, and the tokenizer has none.
+    """
+    found = end_of_turn(tokenizer)
+    if end_token is None:
+        end_token = found is not None and not built_in(known_as(name)).shipped
+    if end_token and found is None:
+        raise SettingsError("end_token=True needs an end token, and the tokenizer has none")
+    return found if end_token else None
 
 
 @torch.inference_mode()

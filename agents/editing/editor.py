@@ -12,18 +12,19 @@ from typing import Any, Self
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from hiedit_agents.editing.adapter import AdapterReport
-from hiedit_agents.editing.checks import Checks, share
-from hiedit_agents.editing.controls import has_template
-from hiedit_agents.editing.export import Saved, save_adapter, save_delta, save_model
-from hiedit_agents.editing.facts import Facts, as_requests
+from hiedit_agents.editing.checks import AskedFact, Checks, share
+from hiedit_agents.editing.controls import end_id, has_template
+from hiedit_agents.editing.export import ASKED, Saved, measure, save_adapter, save_delta, save_model
+from hiedit_agents.editing.facts import Fact, Facts, as_requests
 from hiedit_agents.editing.held import for_editing
 from hiedit_agents.editing.ledger import Ledger
 from hiedit_agents.editing.ledger_format import FILE
 from hiedit_agents.editing.levels import HowToEdit, make_levels
+from hiedit_agents.editing.model_card import Measured
 from hiedit_agents.editing.results import EditResult
 from hiedit_agents.editing.session import Session, base_of_model
 from hiedit_agents.registry import default_agent
-from hiedit_env.errors import LedgerError, SettingsError
+from hiedit_env.errors import LedgerError, SettingsError, whole_number
 from hiedit_env.model.architectures import find_candidates
 from hiedit_env.model.asking import PromptForm
 from hiedit_env.model.loading import load_model
@@ -52,6 +53,8 @@ class Editor:
         checks: What must hold after an edit; see :class:`Checks`.
         prompt_form: Form in which facts are edited and asked: ``"plain"``, ``"chat"`` or
             ``"both"``; by default both where the tokenizer has a chat template, else plain.
+        end_token: Whether the token that ends the model's turn is put behind every answer; by
+            default yes, except for the toy models and where the tokenizer has none.
         max_error: Relative error with which the updates of one fact are put together into a single
             one of a smaller rank before they are checked and recorded: a ledger and an adapter are
             several times smaller then. 0 keeps them as they were computed.
@@ -82,6 +85,7 @@ class Editor:
         ledger: str | PathLike[str] | None = None,
         checks: Checks | None = None,
         prompt_form: PromptForm | None = None,
+        end_token: bool | None = None,
         max_error: float = 0.01,
         name: str | None = None,
         layers_per_edit: int | None = None,
@@ -101,17 +105,23 @@ class Editor:
         if patterns is None:
             find = getattr(made, "candidate_layers", None)
             patterns = None if find is None else find(name)
+        end = end_id(tokenizer, name, end_token)
+        form: PromptForm = prompt_form or ("both" if has_template(tokenizer) else "plain")
+        if form != "plain" and not has_template(tokenizer):
+            raise SettingsError(
+                f"prompt_form={form!r} needs a chat template, and the tokenizer has none; use "
+                "'plain', or an instruct model"
+            )
         self.model, self.tokenizer, self.name = model, tokenizer, name
         self._closed = False
         self._lock = threading.RLock()
         self._folder: Path | None = None
         with for_editing(model):
             candidates = find_candidates(model, patterns, known_as(name))
-            self.llm = ResidentLLM(model, tokenizer, candidates)
+            self.llm = ResidentLLM(model, tokenizer, candidates, end_id=end)
             levels = make_levels(self._how, made, self.llm, name)
             opened = self._open(ledger)
             try:
-                form = prompt_form or ("both" if has_template(tokenizer) else "plain")
                 self._session = Session(
                     self.llm, levels, opened, checks or Checks(), form, max_error
                 )
@@ -157,8 +167,8 @@ class Editor:
 
     # -- editing ----------------------------------------------------------------------------------
 
-    def edit(self, facts: Facts) -> list[EditResult]:
-        """Writes facts into the model, one after another.
+    def edit(self, facts: Facts, *, together: int = 1) -> list[EditResult]:
+        """Writes facts into the model.
 
         A fact that the model gives already is left alone. A prompt that was edited before gets its
         new answer on top of the old one: the earlier edit stays in place below it, and comes to the
@@ -166,6 +176,8 @@ class Editor:
 
         Args:
             facts: One or several; see :mod:`hiedit_agents.editing.facts`.
+            together: Number of facts that are written by one edit; it has one id, so they are also
+                undone together. If they fail a check together, they are written one by one.
 
         Returns:
             One result per fact, in order.
@@ -176,10 +188,25 @@ class Editor:
 
         Whatever is raised later, the model holds the edits of the ledger and no others.
         """
+        whole_number(together, "together", 1)
         requests = as_requests(facts)
         with self._at_work():
             asked = [self._session.asked(request) for request in requests]
-            return [self._session.edit(fact, i / len(asked)) for i, fact in enumerate(asked)]
+            results: list[EditResult] = []
+            while len(results) < len(asked):
+                place = len(results)
+                group = _different(asked[place : place + together])
+                results += self._session.edit(group, place / len(asked))
+            return results
+
+    def check(self, fact: Fact) -> None:
+        """Checks that a fact can be edited; nothing is run or changed.
+
+        Raises:
+            DatasetError, PromptError: it cannot be read or tokenised.
+        """
+        for request in as_requests(fact):
+            self._session.asked(request)
 
     def undo(self, id: int) -> None:
         """Takes one edit back, see :mod:`hiedit_agents.editing.undo`.
@@ -228,6 +255,15 @@ class Editor:
         with self._at_work():
             encoded = [self.llm.encoder.encode_chat(t, "x") if chat else t for t in texts]
             return self.llm.generate(encoded, [max_new_tokens] * len(texts))
+
+    def measure(self, *, facts: int = ASKED) -> Measured:
+        """Asks the model for the facts in place and for control prompts.
+
+        Args:
+            facts: Number of facts that are asked at most, evenly spaced.
+        """
+        with self._at_work():
+            return measure(self._session, facts)
 
     # -- what there is ----------------------------------------------------------------------------
 
@@ -347,3 +383,10 @@ class Editor:
                 "the model's weights, dtype or device were changed outside of the editor since its "
                 "last call; make a new Editor for the model as it is now"
             )
+
+
+def _different(facts: Sequence[AskedFact]) -> Sequence[AskedFact]:
+    """The first facts, up to one whose prompt is there already."""
+    prompts = [fact.request.prompt for fact in facts]
+    end = next((i for i, prompt in enumerate(prompts) if prompt in prompts[:i]), len(facts))
+    return facts[:end]

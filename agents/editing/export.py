@@ -160,9 +160,9 @@ def save_delta(session: Session, path: Path) -> None:
     write_delta(path, session.ledger.base, edited, session.llm.weights_fingerprint())
 
 
-def measure(session: Session) -> Measured:
-    """Asks the model for the facts in place and for the control prompts."""
-    facts = some(session.facts, ASKED)
+def measure(session: Session, count: int = ASKED) -> Measured:
+    """Asks the model for the facts in place, so many at most, and for the control prompts."""
+    facts = some(session.facts, whole_number(count, "facts", 1))
     return Measured(
         len(session.ledger.active),
         len(facts),

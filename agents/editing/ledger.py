@@ -231,14 +231,17 @@ class Ledger:
             self._require(number)
         return tuple(fold(self._heads[:number]))
 
-    def facts(self) -> dict[str, Event]:
-        """For every prompt with an edit in place the latest one, earliest first."""
-        found: dict[str, Event] = {}
+    def facts(self) -> dict[str, tuple[int, dict[str, Any]]]:
+        """For every prompt with an edit in place the latest one: its id and the request.
+
+        Earliest first.
+        """
+        found: dict[str, tuple[int, dict[str, Any]]] = {}
         for number in self._active:
-            event = self[number]
-            prompt = event.record["request"]["prompt"]
-            found.pop(prompt, None)
-            found[prompt] = event
+            for fact in self[number].record["facts"]:
+                request = fact["request"]
+                found.pop(request["prompt"], None)
+                found[request["prompt"]] = number, request
         return found
 
     def steps(self, number: int, device: torch.device | None = None) -> list[Updates]:

@@ -9,10 +9,14 @@ Format 1 (``PRAGMA user_version``; ``PRAGMA application_id`` is 0x68694564, "hiE
 ========== ====================================== ===========================================
 ``kind``   ``target``                             ``record``
 ========== ====================================== ===========================================
-``edit``   the earlier edit that it replaces, or  the request, what was said before and after,
-           NULL                                   layers, steps, checks, agent, fingerprints, time
-``revoke`` the edit that is taken back            fingerprints, time
-``rewind`` the event whose state is taken up      fingerprints, time
+``edit``   NULL                                   ``facts`` (one, or those written together:
+                                                  ``request``, what was said ``before`` and
+                                                  ``after``, the id of the edit that it
+                                                  ``replaces``, ``problems``), ``agent``,
+                                                  ``layers``, ``steps``, losses, checks,
+                                                  fingerprints, ``time``
+``revoke`` the edit that is taken back            fingerprints, ``time``
+``rewind`` the event whose state is taken up      fingerprints, ``time``
            again; 0 for the unedited model
 ========== ====================================== ===========================================
 
@@ -142,7 +146,7 @@ def base_of(record: Mapping[str, Any]) -> Base:
 def fold(heads: Sequence[tuple[Kind, int | None]]) -> list[int]:
     """Edits in place after some events.
 
-    >>> fold([("edit", None), ("edit", None), ("revoke", 1), ("rewind", 1), ("edit", 1)])
+    >>> fold([("edit", None), ("edit", None), ("revoke", 1), ("rewind", 1), ("edit", None)])
     [1, 5]
     """
     active: list[int] = []

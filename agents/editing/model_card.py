@@ -94,10 +94,11 @@ def _table(ledger: Ledger) -> str:
     rows = ["| id | prompt | answer | before the edit | agent |", "|---|---|---|---|---|"]
     events = _edits(ledger)
     for event in events[:LISTED]:
-        record = event.record
-        before = next(iter(record["before"].values()), "")
-        cells = (record["request"]["prompt"], record["request"]["answer"], before, record["agent"])
-        rows.append(f"| {event.id} | " + " | ".join(cell(text) for text in cells) + " |")
+        for fact in event.record["facts"]:
+            before = next(iter(fact["before"].values()), "")
+            request = fact["request"]
+            cells = (request["prompt"], request["answer"], before, event.record["agent"])
+            rows.append(f"| {event.id} | " + " | ".join(cell(text) for text in cells) + " |")
     if not events:
         return "None."
     if len(events) > LISTED:

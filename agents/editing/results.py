@@ -6,6 +6,8 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from hiedit_agents.editing.checks import AskedFact
+
 
 @dataclass(frozen=True, slots=True)
 class EditResult:
@@ -14,7 +16,8 @@ class EditResult:
     Args:
         status: ``"written"``; ``"known"``: the model gives the answer already, nothing was done;
             ``"rolled back"``: a check failed, nothing was changed.
-        id: Of the edit in the ledger; None where nothing was written.
+        id: Of the edit in the ledger; None where nothing was written. Facts that were written
+            together have one id.
         prompt, answer, subject: What was asked for.
         before, after: What the model said before and says now, by form (``"plain"``, ``"chat"``):
             greedy continuations. Of an edit that was rolled back, ``after`` is what it would say.
@@ -46,3 +49,17 @@ class EditResult:
     def to_json(self) -> dict[str, Any]:
         """All of it as JSON values."""
         return asdict(self)
+
+
+def told(
+    fact: AskedFact,
+    status: str,
+    before: Mapping[str, str],
+    after: Mapping[str, str],
+    **more: Any,
+) -> EditResult:
+    """The result of a fact, not yet in the ledger."""
+    request = fact.request
+    return EditResult(
+        status, None, request.prompt, request.answer, request.subject, before, after, **more
+    )

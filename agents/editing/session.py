@@ -12,7 +12,7 @@ from hiedit_agents.editing.facts import as_requests, request_record
 from hiedit_agents.editing.ledger import Ledger
 from hiedit_agents.editing.ledger_format import Base, BaseLayer, Kind
 from hiedit_agents.editing.levels import Levels
-from hiedit_agents.editing.results import EditResult
+from hiedit_agents.editing.results import EditResult, told
 from hiedit_agents.editing.undo import replay
 from hiedit_agents.editing.writer import FactWriter, Written
 from hiedit_env.datasets.requests import Request
@@ -62,88 +62,134 @@ class Session:
         """The facts in place: for every prompt its latest answer, earliest first."""
         return [fact for _, fact in self._in_place.values()]
 
-    def edit(self, fact: AskedFact, share: float) -> EditResult:
-        """Writes one fact; all or nothing."""
-        request, examiner = fact.request, self.examiner
-        before = examiner.say(fact)
-        if fact.is_given(before):
-            return EditResult(
-                "known", None, request.prompt, request.answer, request.subject, before, before
-            )
-        replaced, _ = self._in_place.get(request.prompt, (None, None))
-        others = [other for number, other in self._in_place.values() if number != replaced]
-        held = examiner.held(others)
+    def edit(self, facts: Sequence[AskedFact], share: float) -> list[EditResult]:
+        """Writes facts together, by one option; all or nothing.
+
+        What the model gives already is left alone. Facts that fail a check together are rolled back
+        and written one by one.
+
+        Args:
+            facts: With different prompts; at least one.
+            share: Share of the stream that is done, in [0, 1].
+
+        Returns:
+            One result per fact, in order.
+        """
+        before = self.examiner.say_all(facts)
+        results: list[EditResult | None] = [
+            told(fact, "known", said, said) if fact.is_given(said) else None
+            for fact, said in zip(facts, before, strict=True)
+        ]
+        left = [i for i, result in enumerate(results) if result is None]
+        if left:
+            chosen = [facts[i] for i in left]
+            made = self._write(chosen, [before[i] for i in left], share)
+            if len(left) > 1 and made[0].status != "written":
+                made = [result for fact in chosen for result in self.edit([fact], share)]
+            for i, result in zip(left, made, strict=True):
+                results[i] = result
+        return [result for result in results if result is not None]
+
+    def _write(
+        self, facts: Sequence[AskedFact], before: Sequence[Mapping[str, str]], share: float
+    ) -> list[EditResult]:
+        """Writes facts that the model does not give, and records them, or rolls them back."""
+        prompts = [fact.request.prompt for fact in facts]
+        replaced = [self._in_place.get(prompt, (None, None))[0] for prompt in prompts]
+        others = [fact for prompt, (_, fact) in self._in_place.items() if prompt not in prompts]
+        held = self.examiner.held(others)
         state, fingerprint = self._writer.save(), self.llm.weights_fingerprint()
         try:
-            written = self._writer.write(fact.prompts, share)
-            result = self._judged(fact, before, written, held)
-            result = replace(result, replaces=replaced)
-            if result.status != "written":
+            written = self._writer.write([p for fact in facts for p in fact.prompts], share)
+            results, keep = self._judged(facts, before, replaced, written, held)
+            if not keep:
                 self._writer.restore(state)
-                return result
-            record = self._record(request, result, written, fingerprint)
-            number = self.ledger.append("edit", replaced, record, written.updates)
+                return results
+            record = self._record(facts, results, written, fingerprint)
+            number = self.ledger.append("edit", None, record, written.updates)
         except BaseException:
             self._writer.restore(state)
             raise
-        self._in_place.pop(request.prompt, None)
-        self._in_place[request.prompt] = number, fact
-        return replace(result, id=number)
+        for prompt, fact in zip(prompts, facts, strict=True):
+            self._in_place.pop(prompt, None)
+            self._in_place[prompt] = number, fact
+        return [replace(result, id=number) for result in results]
 
     def _judged(
         self,
-        fact: AskedFact,
-        before: Mapping[str, str],
+        facts: Sequence[AskedFact],
+        before: Sequence[Mapping[str, str]],
+        replaced: Sequence[int | None],
         written: Written,
         held: Sequence[AskedFact],
-    ) -> EditResult:
-        """What became of a fact, before it is in the ledger."""
-        request, examiner = fact.request, self.examiner
+    ) -> tuple[list[EditResult], bool]:
+        """What became of facts, before they are in the ledger, and whether they are kept."""
+        examiner = self.examiner
         broken = written.problem
         if broken is None and not written.steps:
             broken = "the agent chose no layers"
+        after: list[dict[str, str]] = [{} for _ in facts]  # a broken model may give no text at all
+        verdict = Verdict((broken or "",), None, len(held), 0)
         if broken is None:
-            after = examiner.say(fact)
-            verdict = examiner.judge(fact, after, held)
-        else:
-            # The model may give no text at all.
-            after, verdict = {}, Verdict((broken,), None, len(held), 0)
-        keep = not verdict.problems or (broken is None and not examiner.checks.roll_back)
-        return EditResult(
-            status="written" if keep else "rolled back",
-            id=None,
-            prompt=request.prompt,
-            answer=request.answer,
-            subject=request.subject,
-            before=before,
-            after=after,
-            layers=tuple(self.llm.names[i] for i in written.layers),
-            steps=written.steps,
-            holds=not verdict.problems,
-            problems=verdict.problems,
-            agreement=verdict.agreement,
-            earlier=verdict.earlier,
-            kept=verdict.kept,
-        )
+            after = examiner.say_all(facts)
+            verdict = examiner.judge(held)
+        shared = verdict.problems
+        own = [
+            () if broken is not None else examiner.missed(fact, said)
+            for fact, said in zip(facts, after, strict=True)
+        ]
+        holds = not shared and not any(own)
+        keep = holds or (broken is None and not examiner.checks.roll_back)
+        results = [
+            told(
+                fact,
+                "written" if keep else "rolled back",
+                was,
+                now_said,
+                layers=tuple(self.llm.names[i] for i in written.layers),
+                steps=written.steps,
+                holds=holds,
+                problems=(*missed, *shared),
+                replaces=earlier,
+                agreement=verdict.agreement,
+                earlier=verdict.earlier,
+                kept=verdict.kept,
+            )
+            for fact, was, now_said, missed, earlier in zip(
+                facts, before, after, own, replaced, strict=True
+            )
+        ]
+        return results, keep
 
     def _record(
-        self, request: Request, result: EditResult, written: Written, fingerprint: str
+        self,
+        facts: Sequence[AskedFact],
+        results: Sequence[EditResult],
+        written: Written,
+        fingerprint: str,
     ) -> dict[str, Any]:
+        first = results[0]
         return {
-            "request": request_record(request),
+            "facts": [
+                {
+                    "request": request_record(fact.request),
+                    "before": dict(result.before),
+                    "after": dict(result.after),
+                    "replaces": result.replaces,
+                    "problems": list(result.problems),
+                }
+                for fact, result in zip(facts, results, strict=True)
+            ],
             "agent": self.levels.name,
             "identity": self.levels.identity,
-            "layers": list(result.layers),
-            "steps": result.steps,
-            "before": dict(result.before),
-            "after": dict(result.after),
+            "layers": list(first.layers),
+            "steps": first.steps,
             "loss_before": written.loss_before,
             "loss_after": written.loss_after,
-            "holds": result.holds,
-            "problems": list(result.problems),
-            "agreement": result.agreement,
-            "earlier": result.earlier,
-            "kept": result.kept,
+            "holds": first.holds,
+            "agreement": first.agreement,
+            "earlier": first.earlier,
+            "kept": first.kept,
             "fingerprint_before": fingerprint,
             "fingerprint_after": self.llm.weights_fingerprint(),
             "time": now(),
@@ -168,9 +214,9 @@ class Session:
     def remember(self) -> None:
         """Takes the facts in place from the ledger; the low level begins new statistics."""
         self._in_place: dict[str, tuple[int, AskedFact]] = {}
-        for prompt, event in self.ledger.facts().items():
-            [request] = as_requests(event.record["request"])
-            self._in_place[prompt] = event.id, self.asked(request)
+        for prompt, (number, record) in self.ledger.facts().items():
+            [request] = as_requests(record)
+            self._in_place[prompt] = number, self.asked(request)
         self._writer.forget([p for _, fact in self._in_place.values() for p in fact.prompts])
 
 

@@ -26,6 +26,8 @@ from hiedit_env.resident.low_rank import Updates
 from hiedit_env.resident.resident import ResidentLLM
 from hiedit_env.resident.weights import WeightSnapshot
 
+_COLLAPSED = "the model's loss is not finite any more; a smaller step_size may help"
+
 
 @dataclass(frozen=True, slots=True)
 class Written:
@@ -130,7 +132,7 @@ class FactWriter:
             steps.append(updates)
             reading = llm.read(*prompts)
             if not math.isfinite(reading.loss):
-                problem = "the model's loss is not finite any more; a smaller step_size may help"
+                problem = _COLLAPSED
                 break
         if self.max_error and steps and problem is None:
             # What is recorded is what is written.
@@ -138,6 +140,8 @@ class FactWriter:
             recorded: list[Updates] = [compacted(steps, self.max_error)]
             llm.commit(recorded[0])
             reading = llm.read(*prompts)
+            if not math.isfinite(reading.loss):
+                problem = _COLLAPSED
         else:
             recorded = steps
         self._position += 1

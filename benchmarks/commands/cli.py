@@ -14,6 +14,7 @@ import tyro
 
 from hiedit_agents.command_line import Switch, parse, run_script
 from hiedit_agents.hierarchy.train_settings import TrainSettings
+from hiedit_benchmarks.commands.stream_settings import StreamSettings
 from hiedit_benchmarks.commands.train_settings import TrainingRun
 from hiedit_benchmarks.commands.undo_cli import Diff, Log, Revoke, Rewind, Show
 from hiedit_benchmarks.comparison.console import replace_what_cannot_be_encoded
@@ -45,8 +46,9 @@ class Edit:
     """
 
     facts: str
-    """.json or .jsonl with prompt, answer and subject per row (or zsRE, CounterFact, … rows), or a
-    built-in name: world-facts, tiny-facts"""
+    """.json or .jsonl with prompt, answer and subject per row (or zsRE, CounterFact, … rows), a
+    built-in name: world-facts, tiny-facts; or - for facts as they come, one JSON a line, each
+    answered by one JSON a line"""
     out: Path
     """folder of the edited model; must not exist or be empty"""
     agent: str | None = None
@@ -54,16 +56,31 @@ class Edit:
     are given, else all-layers"""
     ending: Ending = Ending()
     editing: EditSettings = EditSettings()
+    stream: StreamSettings = StreamSettings()
 
     def run(self) -> int:
         """Edits and saves."""
+        if self.facts == "-":
+            from hiedit_benchmarks.commands import edit_stream
+
+            chosen_end = self.ending.chosen
+            return edit_stream.main(self.editing, self.agent, chosen_end, self.out, self.stream)
+        given = [
+            f"--{field.name.replace('_', '-')}"
+            for field in fields(StreamSettings)
+            if getattr(self.stream, field.name) != field.default
+        ]
+        if given:
+            raise SettingsError(
+                f"{', '.join(given)}: for facts as they come (--facts -); leave it out"
+            )
         from hiedit_agents.registry import default_agent
         from hiedit_benchmarks.commands import edit
 
         values = {**_values(self.editing), "end_token": self.ending.chosen}
         chosen = CompareSettings(dataset=self.facts, **values)
-        given = self.editing
-        agent = self.agent or default_agent(given.model, given.layers, given.update_rule)
+        own = self.editing
+        agent = self.agent or default_agent(own.model, own.layers, own.update_rule)
         return edit.main(chosen, agent, self.out)
 
 

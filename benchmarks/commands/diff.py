@@ -62,7 +62,8 @@ def _prompts(one: str, two: str, facts: str | None) -> list[str]:
     for name in (one, two):
         if (Path(name) / FILE).is_file():
             with Ledger.open(Path(name)) as ledger:
-                found += [e.record["request"]["prompt"] for e in ledger if e.kind == "edit"]
+                edits = [event.record["facts"] for event in ledger if event.kind == "edit"]
+                found += [fact["request"]["prompt"] for facts in edits for fact in facts]
     if not found:
         raise SettingsError(
             f"neither {one!r} nor {two!r} has a ledger of edits; name the facts with --facts FILE"

@@ -76,7 +76,7 @@ def _line(event: Event, in_place: bool) -> str:
     time = str(event.record.get("time", ""))[:19].replace("T", " ")
     if event.kind != "edit":
         return f"{event.id:>5}  {event.kind:<6}  {time:<19}  {event.kind}s {event.target}"
-    request = event.record["request"]
+    requests = [fact["request"] for fact in event.record["facts"]]
+    facts = [" ".join(f"{r['prompt']} → {r['answer']}".split()) for r in requests]
     state = "" if in_place else "  (taken back)"
-    fact = " ".join(f"{request['prompt']} → {request['answer']}".split())
-    return f"{event.id:>5}  edit    {time:<19}  {fact}{state}"
+    return f"{event.id:>5}  edit    {time:<19}  {'; '.join(facts)}{state}"

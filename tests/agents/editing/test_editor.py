@@ -159,7 +159,7 @@ def test_the_same_prompt_with_another_answer_replaces_the_earlier_edit(editor: E
     [two] = editor.edit(("Belka lives in", "Istrand"))
     assert (one.replaces, two.replaces) == (None, 1)
     assert editor.ask("Belka lives in")[0].startswith(" Istrand")
-    assert editor.ledger[2].target == 1
+    assert editor.ledger[2].record["facts"][0]["replaces"] == 1
     # Undone, the earlier answer is there again.
     editor.undo(2)
     assert editor.ask("Belka lives in")[0].startswith(" Averlund")
@@ -206,7 +206,7 @@ def test_an_edit_that_fails_may_be_kept() -> None:
     with Editor.from_pretrained("tiny", checks=checks, step_size=1e-6) as editor:
         [result] = editor.edit(("Belka lives in", "Averlund"))
         assert (result.status, result.id, result.holds) == ("written", 1, False)
-        assert editor.ledger[1].record["problems"] == list(result.problems)
+        assert editor.ledger[1].record["facts"][0]["problems"] == list(result.problems)
 
 
 def test_a_model_that_collapses_is_rolled_back_even_without_checks() -> None:

@@ -95,7 +95,8 @@ def test_a_card_lists_a_bounded_number_of_edits_in_one_line_each() -> None:
         editor.edit(("Belka lives in", "Averlund"))
         ledger = editor.ledger
         record = dict(ledger[1].record)
-        record["request"] = {"prompt": "a | b\n<c>", "answer": "*d*", "subject": "s"}
+        request = {"prompt": "a | b\n<c>", "answer": "*d*", "subject": "s"}
+        record["facts"] = [{**record["facts"][0], "request": request}]
         for _ in range(LISTED + 2):
             ledger.append("edit", None, record)
         card = model_card(ledger, Measured(3, 3, 3, None), "model", "pass")

@@ -33,7 +33,8 @@ def steps(seed: int, count: int = 2) -> list[Updates]:
 
 
 def record(number: int) -> dict[str, object]:
-    return {"request": {"prompt": f"p{number}", "answer": "a", "subject": "s"}, "é": "日本"}
+    request = {"prompt": f"p{number}", "answer": "a", "subject": "s"}
+    return {"facts": [{"request": request}], "é": "日本"}
 
 
 def fill(ledger: Ledger, count: int) -> None:
@@ -87,10 +88,10 @@ def test_edits_in_place_by_hand() -> None:
 def test_the_latest_edit_of_a_prompt_is_its_fact() -> None:
     ledger = Ledger.in_memory(BASE)
     fill(ledger, 2)
-    ledger.append("edit", 1, record(1), steps(9))
-    assert {prompt: event.id for prompt, event in ledger.facts().items()} == {"p2": 2, "p1": 3}
+    ledger.append("edit", None, record(1), steps(9))
+    assert {prompt: number for prompt, (number, _) in ledger.facts().items()} == {"p2": 2, "p1": 3}
     ledger.append("revoke", 3, {})
-    assert {prompt: event.id for prompt, event in ledger.facts().items()} == {"p1": 1, "p2": 2}
+    assert {prompt: number for prompt, (number, _) in ledger.facts().items()} == {"p1": 1, "p2": 2}
 
 
 @pytest.mark.parametrize("number", [0, -1, 5, 4, "1", True, None])

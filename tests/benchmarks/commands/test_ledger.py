@@ -60,7 +60,7 @@ def test_log_and_show(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Non
     assert main(["show", str(tmp_path / "out"), "3"]) == 0
     text = capsys.readouterr().out
     record = json.loads(text[text.index("{") : text.rindex("}") + 1])
-    assert record["request"]["prompt"] == FACTS[2].prompt
+    assert record["facts"][0]["request"]["prompt"] == FACTS[2].prompt
     assert "update 0 of model.layers.1.mlp.gate_proj: rank " in text
 
 

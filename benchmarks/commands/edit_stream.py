@@ -1,0 +1,201 @@
+"""Facts as they come: ``hiedit edit --facts -`` reads one JSON a line and answers one JSON a line.
+
+Every line of standard input is a fact in any row format of a data file. The answers come in the
+order of the lines, each as soon as its fact is written:
+
+- ``{"line": 1, "status": …, …}`` with the fields of :class:`~hiedit_agents.EditResult`; ``status``
+  is ``written``, ``known`` (nothing was done) or ``rolled back`` (a check failed);
+- ``{"line": 2, "status": "refused", "problems": […]}`` for a line that is no fact;
+- ``{"health": {"edits": …, "asked": …, "given": …, "agreement": …}}`` every ``health_every`` edits
+  and at the end: a sample of the facts in place, and control prompts.
+
+At the end of the input the model is saved. With a ledger on disk nothing is lost before: started
+again with the same ledger and the same lines, the command finds the facts known that it had
+written.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import BinaryIO, TextIO
+
+from hiedit_agents.editing.checks import Checks
+from hiedit_agents.editing.editor import Editor
+from hiedit_agents.editing.export import Saved
+from hiedit_agents.editing.facts import as_requests
+from hiedit_agents.editing.out_folder import OutFolder
+from hiedit_agents.editing.results import EditResult
+from hiedit_benchmarks.commands.stream_settings import StreamSettings
+from hiedit_benchmarks.comparison.settings import EditSettings
+from hiedit_env.datasets.files import MAX_LINE_BYTES
+from hiedit_env.datasets.requests import Request
+from hiedit_env.errors import DatasetError, PromptError
+
+#: Exit status where the stream was stopped, or no fact is in the model at the end.
+STOPPED = 3
+#: Facts that are asked for a line about the health.
+SAMPLE = 32
+
+
+def main(
+    settings: EditSettings,
+    agent: str | None,
+    end_token: bool | None,
+    out: Path,
+    stream: StreamSettings,
+) -> int:
+    """Edits from standard input to standard output, then saves.
+
+    Args:
+        settings: The model and how it is edited.
+        agent: Who edits; None for the default of :class:`~hiedit_agents.Editor`.
+        end_token: As there.
+        out: A folder that does not exist or is empty.
+        stream: The rest.
+
+    Returns:
+        Exit status: 0, or :data:`STOPPED`.
+    """
+    # Refuses a folder that cannot be written before hours of editing.
+    OutFolder(out)
+    editor = Editor.from_pretrained(
+        settings.model,
+        device=settings.device,
+        dtype=settings.dtype,
+        trust_remote_code=settings.trust_remote_code,
+        agent=agent,
+        layers=settings.layers,
+        ledger=stream.ledger,
+        checks=Checks(min_agreement=stream.min_agreement, max_lost=stream.max_lost),
+        prompt_form=settings.prompt_form,
+        end_token=end_token,
+        layers_per_edit=settings.layers_per_edit,
+        max_steps_per_edit=settings.max_steps_per_edit,
+        step_size=settings.step_size,
+        update_rule=settings.update_rule,
+    )
+    with editor:
+        print(f"hiedit: agent {editor.agent}", file=sys.stderr)
+        batch = settings.edits_per_step
+        healthy = Stream(editor, stream, batch, sys.stdin.buffer, sys.stdout).run()
+        saved: Saved = editor.save(out)
+    print(f"hiedit: saved to {out}; {saved.measured.text}", file=sys.stderr)
+    return 0 if healthy and saved.measured.given else STOPPED
+
+
+class Stream:
+    """One stream of facts into one editor.
+
+    Args:
+        editor: The editor.
+        settings: See :class:`StreamSettings`.
+        batch: Facts that are written together.
+        source: Lines of JSON.
+        answers: Where the answers go, a line each.
+    """
+
+    def __init__(
+        self,
+        editor: Editor,
+        settings: StreamSettings,
+        batch: int,
+        source: BinaryIO,
+        answers: TextIO,
+    ) -> None:
+        self._editor, self._settings, self._batch = editor, settings, batch
+        self._source, self._answers = source, answers
+        self._written = 0
+
+    def run(self) -> bool:
+        """Reads to the end of the input, or until the model's health falls under the limit.
+
+        Returns:
+            Whether the input's end was reached.
+        """
+        waiting: list[tuple[int, Request]] = []
+        for number, found in self._lines():
+            if isinstance(found, str):
+                # In the order of the lines.
+                healthy = self._edit(waiting)
+                waiting = []
+                self._say({"line": number, "status": "refused", "problems": [found]})
+            else:
+                waiting.append((number, found))
+                healthy = len(waiting) < self._batch or self._edit(waiting)
+                if len(waiting) >= self._batch:
+                    waiting = []
+            if not healthy:
+                return False
+        healthy = self._edit(waiting)
+        return healthy and self._health()
+
+    def _lines(self) -> Iterator[tuple[int, Request | str]]:
+        """Number of every line, with its requests, or with what is wrong."""
+        number = 0
+        while line := self._source.readline(MAX_LINE_BYTES + 1):
+            number += 1
+            if len(line) > MAX_LINE_BYTES:
+                while line and not line.endswith(b"\n"):
+                    line = self._source.readline(MAX_LINE_BYTES + 1)
+                yield number, f"the line has more than {MAX_LINE_BYTES / 1e6:.4g} MB; shorten it"
+                continue
+            if not line.strip():
+                continue
+            try:
+                for request in as_requests(json.loads(line)):
+                    self._editor.check(request)
+                    yield number, request
+            except (DatasetError, PromptError) as error:
+                yield number, str(error)
+            except (ValueError, RecursionError) as error:  # no JSON, or no UTF-8
+                yield number, f"the line is no JSON: {error}"
+
+    def _edit(self, waiting: Sequence[tuple[int, Request]]) -> bool:
+        """Writes some facts and tells the results.
+
+        Returns:
+            False where the model's health fell under the limit.
+        """
+        if not waiting:
+            return True
+        requests = [request for _, request in waiting]
+        results = self._editor.edit(requests, together=self._batch)
+        for (number, _), result in zip(waiting, results, strict=True):
+            self._say({"line": number, **_told(result)})
+        before = self._written
+        self._written += sum(result.status == "written" for result in results)
+        every = self._settings.health_every
+        return before // every == self._written // every or self._health()
+
+    def _health(self) -> bool:
+        """Asks the model, tells the result, and says whether it is above the limit."""
+        found = self._editor.measure(facts=SAMPLE)
+        self._say({"health": asdict(found)})
+        least = self._settings.stop_below
+        shares = {
+            "of the edited facts asked are still given": found.given / max(found.asked, 1),
+            "agreement with the unedited model on control prompts": found.agreement,
+        }
+        for what, share in shares.items():
+            if share is not None and share < least and found.asked:
+                print(
+                    f"hiedit: stopped after {found.edits} edits: {share:.2f} {what}, under "
+                    f"--stop-below {least:g}; the edits so far are saved",
+                    file=sys.stderr,
+                )
+                return False
+        return True
+
+    def _say(self, answer: dict[str, object]) -> None:
+        self._answers.write(json.dumps(answer, ensure_ascii=False) + "\n")
+        self._answers.flush()
+
+
+def _told(result: EditResult) -> dict[str, object]:
+    """The fields of a result, the status first."""
+    fields = result.to_json()
+    return {"status": fields.pop("status"), **fields}

@@ -1,0 +1,193 @@
+"""``hiedit edit --facts -``: facts as they come, one JSON a line."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from hiedit_agents import Checks, Editor
+from hiedit_agents.editing.ledger import Ledger
+from hiedit_benchmarks.commands.cli import main
+from hiedit_benchmarks.commands.edit_stream import Stream
+from hiedit_benchmarks.commands.stream_settings import StreamSettings
+from tests.support.editors import FACTS, NONE
+from tests.support.killed import ROOT
+from tests.support.models import all_bits
+
+AUTO: Any = AutoModelForCausalLM
+LINES = [{"prompt": f.prompt, "answer": f.answer, "subject": f.subject} for f in FACTS[:6]]
+
+
+def streamed(
+    editor: Editor, lines: list[object], *, batch: int = 1, **settings: Any
+) -> tuple[bool, list[dict[str, Any]]]:
+    """What a stream answers, in process; texts among the lines are sent as they are."""
+    texts = [line if isinstance(line, str) else json.dumps(line) for line in lines]
+    answers = io.StringIO()
+    source = io.BytesIO("\n".join(texts).encode(errors="surrogateescape"))
+    reached = Stream(editor, StreamSettings(**settings), batch, source, answers).run()
+    return reached, [json.loads(line) for line in answers.getvalue().splitlines()]
+
+
+def test_every_line_gets_its_answer_in_order() -> None:
+    with Editor.from_pretrained("tiny", checks=NONE) as editor:
+        reached, answers = streamed(
+            editor,
+            [
+                LINES[0],
+                "no json",
+                "",
+                LINES[0],
+                {**LINES[0], "answer": "Istrand"},
+                {"prompt": "x"},
+                "\udcff",
+                ["Dasmo lives in", "Istrand"],
+                {"prompt": "long " * 5000, "answer": "x"},
+            ],
+        )
+    assert reached
+    assert [(a.get("line"), a.get("status")) for a in answers] == [
+        (1, "written"),
+        (2, "refused"),
+        (4, "known"),
+        (5, "written"),
+        (6, "refused"),
+        (7, "refused"),
+        (8, "written"),
+        (9, "refused"),
+        (None, None),
+    ]
+    assert answers[3]["replaces"] == answers[0]["id"] == 1
+    assert "no JSON" in answers[1]["problems"][0]
+    assert answers[-1]["health"]["edits"] == 3
+
+
+def test_an_edit_that_fails_is_rolled_back_and_the_stream_goes_on() -> None:
+    # One step is enough for some facts only.
+    checks = Checks(min_agreement=None, earlier=0)
+    with Editor.from_pretrained("tiny", checks=checks, max_steps_per_edit=1) as editor:
+        reached, answers = streamed(editor, list(LINES))
+        assert reached
+        found = [a["status"] for a in answers[:-1]]
+        assert set(found) == {"written", "rolled back"}
+        assert len(editor.ledger) == found.count("written")
+        assert all(a["problems"] for a in answers[:-1] if a["status"] == "rolled back")
+
+
+def test_batches_are_written_together_and_the_rest_at_the_end() -> None:
+    with Editor.from_pretrained("tiny", checks=NONE) as editor:
+        _, answers = streamed(editor, [*LINES[:3], "x", *LINES[3:6]], batch=2)
+    assert [(a.get("line"), a.get("id")) for a in answers[:-1]] == [
+        (1, 1),
+        (2, 1),
+        (3, 2),
+        (4, None),
+        (5, 3),
+        (6, 3),
+        (7, 4),
+    ]
+
+
+def test_health_every_so_many_edits_by_hand() -> None:
+    with Editor.from_pretrained("tiny", checks=NONE) as editor:
+        _, answers = streamed(editor, list(LINES[:5]), health_every=2)
+        health = [a["health"] for a in answers if "health" in a]
+        assert [h["edits"] for h in health] == [2, 4, 5]
+        texts = editor.ask([line["prompt"] for line in LINES[:5]])
+        given = [t.startswith(f" {line['answer']}") for t, line in zip(texts, LINES, strict=False)]
+        assert (health[-1]["asked"], health[-1]["given"]) == (5, sum(given))
+        assert health[-1]["agreement"] == editor.measure().agreement
+
+
+def test_it_stops_when_the_model_breaks(capsys: pytest.CaptureFixture[str]) -> None:
+    with Editor.from_pretrained("tiny", checks=NONE, step_size=0.5) as editor:
+        reached, answers = streamed(editor, list(LINES), health_every=1, stop_below=0.9)
+    assert not reached
+    assert len([a for a in answers if "line" in a]) < len(LINES)
+    error = capsys.readouterr().err
+    assert "stopped after" in error
+    assert "under --stop-below 0.9" in error
+
+
+def test_the_command_saves_and_its_folder_answers(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    text = "\n".join(json.dumps(line) for line in LINES[:3])
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(text.encode())))
+    words = ["edit", "--facts", "-", "--model", "tiny", "--out", str(tmp_path / "out")]
+    assert main([*words, "--ledger", str(tmp_path / "ledger"), "--max-lost", "1"]) == 0
+    captured = capsys.readouterr()
+    answers = [json.loads(line) for line in captured.out.splitlines()]
+    assert [a.get("status") for a in answers] == ["written"] * 3 + [None]
+    assert "saved to" in captured.err
+    model, tokens = AUTO.from_pretrained(tmp_path / "out"), None
+    tokens = AutoTokenizer.from_pretrained(tmp_path / "out")
+    ids = tokens(LINES[2]["prompt"], return_tensors="pt").input_ids
+    out = model.generate(ids, max_new_tokens=4, do_sample=False, pad_token_id=0)
+    assert tokens.decode(out[0, ids.shape[1] :]).startswith(f" {LINES[2]['answer']}")
+    with Ledger.open(tmp_path / "ledger") as ledger, Ledger.open(tmp_path / "out") as copied:
+        assert ledger.active == copied.active == (1, 2, 3)
+
+
+def test_options_of_streams_are_refused_for_files(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["edit", "--facts", "tiny-facts", "--out", str(tmp_path / "out")]
+    words += ["--health-every", "3"]
+    assert main([*words, "--stop-below", "0.5"]) == 2
+    assert (
+        "--health-every, --stop-below: for facts as they come (--facts -)"
+        in capsys.readouterr().err
+    )
+    assert main(["edit", "--facts", "-", "--out", str(tmp_path), "--stop-below", "2"]) == 2
+    assert "a number from 0 to 1" in capsys.readouterr().err
+
+
+def start(tmp_path: Path, out: str) -> subprocess.Popen[str]:
+    paths = [str(ROOT), *(path for path in sys.path if path)]
+    script = "import sys; from hiedit_benchmarks.commands.cli import main; sys.exit(main())"
+    words = ["edit", "--facts", "-", "--model", "tiny", "--max-lost", "1"]
+    places = ["--out", str(tmp_path / out), "--ledger", str(tmp_path / "ledger")]
+    return subprocess.Popen(
+        [sys.executable, "-c", script, *words, *places],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        text=True,
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(paths)},
+    )
+
+
+def test_a_killed_stream_is_gone_on_with_and_nothing_is_applied_twice(tmp_path: Path) -> None:
+    process = start(tmp_path, "never")
+    assert process.stdin is not None
+    assert process.stdout is not None
+    for line in LINES[:3]:
+        # Each answer comes before the next line is sent.
+        process.stdin.write(json.dumps(line) + "\n")
+        process.stdin.flush()
+        assert json.loads(process.stdout.readline())["status"] == "written"
+    process.stdin.write(json.dumps(LINES[3]) + "\n")
+    process.stdin.flush()
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+    assert not (tmp_path / "never").exists()
+    process = start(tmp_path, "out")
+    text, _ = process.communicate("\n".join(json.dumps(line) for line in LINES[:4]))
+    assert process.returncode == 0
+    answers = [json.loads(line) for line in text.splitlines()]
+    assert [a["status"] for a in answers[:3]] == ["known"] * 3
+    assert answers[3]["status"] in ("written", "known")  # its edit may have been on disk already
+    with Ledger.open(tmp_path / "ledger") as ledger:
+        assert ledger.active == (1, 2, 3, 4)
+    with Editor.from_pretrained("tiny", ledger=tmp_path / "ledger") as editor:
+        assert all_bits(editor.model) == all_bits(AUTO.from_pretrained(tmp_path / "out"))
