@@ -68,6 +68,23 @@ def test_an_instruct_model_is_edited_and_asked_in_both_forms(
     assert run["report"]["given"]["chat_facts"] == {"number": 2, "before": 0, "after": given[1]}
 
 
+def test_a_fact_that_is_given_in_one_form_only_is_not_given(
+    tmp_path: Path, model: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    # It ends in a space, so that the tiny model finds it hard.
+    (model / "chat_template.jinja").write_text(
+        "{% for m in messages %}{{ m['content'] }} {% endfor %}"
+    )
+    assert edit(tmp_path, model) == 3
+    (fact,) = record(tmp_path / "out")["facts"]
+    assert starts_with(fact["after"], fact["answer"])
+    assert not starts_with(fact["chat_after"], fact["answer"])
+    assert fact["given"] is fact["generated"] is False
+    last = capsys.readouterr().out.splitlines()[-1]
+    assert last.startswith("0 of 1 facts are given")
+    assert "plain and in chat (plain 1, in chat 0)" in last
+
+
 def test_in_chat_alone_the_plain_form_does_not_count(tmp_path: Path, chat: Path) -> None:
     status = edit(tmp_path, chat, prompt_form="chat", max_steps_per_edit=20)
     (fact,) = record(tmp_path / "out")["facts"]
