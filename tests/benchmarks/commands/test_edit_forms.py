@@ -155,10 +155,12 @@ def test_a_batch_is_one_step(tmp_path: Path, model: Path) -> None:
 
 @pytest.mark.filterwarnings("ignore::hiedit_env.errors.HieditWarning")
 def test_two_answers_for_one_prompt_in_a_batch_are_refused_before_anything(
-    tmp_path: Path, model: Path, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, model: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     again = FACT | {"answer": "Cindrath"}
-    assert edit(tmp_path, model, FACT, again, batch=2) == 2
+    with monkeypatch.context() as patched:
+        patched.setattr("hiedit_benchmarks.commands.edit_questions.Questions.before", forbidden)
+        assert edit(tmp_path, model, FACT, again, batch=2) == 2
     (line,) = errors(capsys)
     assert "'Averlund' and 'Cindrath'" in line
     assert not (tmp_path / "out").exists()
