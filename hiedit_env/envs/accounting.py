@@ -15,7 +15,7 @@ from hiedit_env.envs.episode import TERMS, EditingEpisode, NumericalCollapse
 from hiedit_env.envs.scheduler import Passes
 from hiedit_env.envs.state import EditRecord, History
 from hiedit_env.errors import NonFiniteUpdateError
-from hiedit_env.evaluation.info_metrics import METRICS
+from hiedit_env.evaluation.info_metrics import METRICS, column_of
 from hiedit_env.evaluation.reward_terms import Metrics, UnitMetrics, as_read, not_measured
 from hiedit_env.resident.reading import Reading
 
@@ -212,7 +212,7 @@ def _columns(facts: Sequence[Metrics], size: int) -> dict[str, NDArray[Any]]:
     """Metrics of a unit's facts as arrays of one size; NaN and False behind the last fact."""
     rest = size - len(facts)
     columns: dict[str, NDArray[Any]] = {
-        name: np.array([float(fact[name]) for fact in facts] + [np.nan] * rest) for name in METRICS
+        name: column_of([float(fact[name]) for fact in facts] + [np.nan] * rest) for name in METRICS
     }
     return {**columns, "answered": np.array([bool(f["answered"]) for f in facts] + [False] * rest)}
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from numbers import Real
+from typing import Any
 
 import numpy as np
 
@@ -29,6 +31,36 @@ class Missing(np.float64):
     def __repr__(self) -> str:
         """As a float."""
         return "nan"
+
+
+class Column(np.ndarray[Any, np.dtype[np.float64]]):
+    """Metrics of several facts, some perhaps not measured: what :class:`Missing` is for arrays.
+
+    >>> column_of([1.0, math.nan]) == column_of([1.0, math.nan])
+    array([ True,  True])
+    """
+
+    def __eq__(self, other: object) -> Any:
+        """Number by number; one that was not measured equals another."""
+        if not isinstance(other, np.ndarray | Real | Sequence):
+            return NotImplemented
+        one, two = np.asarray(self), np.asarray(other)
+        same = one == two
+        # What is computed from a column is one too, whatever its type.
+        are_floats = one.dtype.kind == two.dtype.kind == "f"
+        return same | (np.isnan(one) & np.isnan(two)) if are_floats else same
+
+    def __ne__(self, other: object) -> Any:
+        """The opposite of being equal."""
+        same = self.__eq__(other)
+        return same if same is NotImplemented else np.logical_not(same)
+
+    __hash__ = None
+
+
+def column_of(values: Sequence[float]) -> Column:
+    """Numbers as a :class:`Column`, float64."""
+    return np.array(values, np.float64).view(Column)
 
 
 #: The metric that was not measured.

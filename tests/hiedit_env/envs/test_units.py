@@ -9,6 +9,7 @@ import gymnasium as gym
 import numpy as np
 import pytest
 import torch
+from gymnasium.utils.env_checker import check_env
 from torch.nn import functional as F
 
 from hiedit_env.datasets.requests import Probe, Request
@@ -378,6 +379,12 @@ def test_a_high_level_chooses_once_for_all_facts_of_a_step() -> None:
     env.reset(seed=0)
     norms = env.capture.gradient_norms()
     assert sorted(norms.topk(2).indices.tolist()) == np.flatnonzero(env.option).tolist()
+
+
+@pytest.mark.parametrize("name", IDS)
+def test_gymnasiums_checker_has_nothing_to_say(name: str) -> None:
+    env = gym.make(name, **UNITS, disable_env_checker=True)
+    check_env(env.unwrapped, skip_render_check=True)
 
 
 def test_the_intrinsic_reward_of_all_layers_is_zero() -> None:
