@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import torch
@@ -73,6 +73,8 @@ class ResidentLLM(EditableWeights):
         #: How the model is run, see :mod:`.forward_check`.
         self._way = find_forward(model, self.layers, self.first_block)
         self._split, self._head = self._way.halves, self._way.head
+        #: Whether the ends of prompts can be run behind cached keys and values; None: not tried.
+        self.runs_ends: bool | None = None
 
     @property
     def notes(self) -> tuple[str, ...]:
@@ -133,7 +135,7 @@ class ResidentLLM(EditableWeights):
         Returns:
             N × vocabulary, in the model's dtype.
         """
-        if not self._shares(batch):
+        if not self.can_share(batch):
             forks = forks or (self,)
             each = len(batch.prompts) // len(forks)
             return torch.cat(
@@ -203,7 +205,7 @@ class ResidentLLM(EditableWeights):
             Rows of the tokens that were read, padding left out.
         """
         batch = self.batch(prompts)
-        parts = [batch] if self._shares(batch) else [self.batch([prompt]) for prompt in prompts]
+        parts = [batch] if self.can_share(batch) else [self.batch([prompt]) for prompt in prompts]
         passes = [self._record(part, (self,), updates) for part in parts]
         outputs = [output for _, _, given in passes for output in given]
         with torch.enable_grad():
@@ -232,12 +234,12 @@ class ResidentLLM(EditableWeights):
         recorder = LayerRecorder(self.layers, len(batch.prompts), batch.longest)
         fixed = updates and [None if update is None else update.detach() for update in updates]
         edited = self._edited(forks)
-        hooks = self._hooks(recorder.hooks())
+        hooks = self.hooked(recorder.hooks())
         with torch.enable_grad(), edited, self._overlay(fixed), hooks:
             logits = self._logits(self._split.suffix(hidden), batch)
         return logits, recorder.inputs(), recorder.outputs
 
-    def _shares(self, batch: PromptBatch) -> bool:
+    def can_share(self, batch: PromptBatch) -> bool:
         """Whether the prompts of a batch give their own logits beside each other."""
         return self._way.shares([prompt.length for prompt in batch.prompts])
 
@@ -289,8 +291,13 @@ class ResidentLLM(EditableWeights):
     def _logits(self, hidden: Tensor, batch: PromptBatch) -> Tensor:
         return self._head(hidden[batch.rows, batch.positions])
 
+    def project(self, hidden: Tensor) -> Tensor:
+        """Final hidden states, N × features, to logits, N × vocabulary."""
+        return self._head(hidden)
+
     @contextmanager
-    def _hooks(self, hooks: Mapping[int, Any]) -> Iterator[None]:
+    def hooked(self, hooks: Mapping[int, Any]) -> Iterator[None]:
+        """Registers forward hooks on candidate layers, by index, for the time of the body."""
         handles = []
         try:
             for i, hook in hooks.items():
@@ -299,6 +306,10 @@ class ResidentLLM(EditableWeights):
         finally:
             for handle in handles:
                 handle.remove()
+
+    def with_changes(self) -> AbstractContextManager[None]:
+        """The model as this object sees it: a fork's changes are added for the time of the body."""
+        return self._edited((self,))
 
     @contextmanager
     def _edited(self, forks: Sequence[ResidentLLM]) -> Iterator[None]:
@@ -319,7 +330,7 @@ class ResidentLLM(EditableWeights):
                 changes = [None if change is None else change.mT for change in changes]
             if any(change is not None for change in changes):
                 hooks[i] = add(changes)
-        with self._hooks(hooks):
+        with self.hooked(hooks):
             yield
 
     @contextmanager
@@ -338,7 +349,7 @@ class ResidentLLM(EditableWeights):
             return hook
 
         self._check(updates)
-        with self._hooks({i: add(i) for i, update in enumerate(updates) if update is not None}):
+        with self.hooked({i: add(i) for i, update in enumerate(updates) if update is not None}):
             yield
 
 

@@ -1,0 +1,405 @@
+"""A low level whose edits are tied to the subject: a value is sought, then written in closed form.
+
+For the facts of an edit unit, at the present weights:
+
+1. **Values.** One vector per fact and chosen layer is added to the layer's output at the subject's
+   last token, in every prompt of the fact (each form asked, and the plain one behind some opening
+   words). All vectors of a fact are sought together: steps of normalised gradient descent with
+   momentum on the mean of −log p(answer) until every prompt is below a bound. The length of a step
+   is that of all vectors of the fact together, so layers share the work as the gradient says, and
+   the vectors stay short: what is written is what was needed.
+2. **Write.** With K the inputs of layer l at these tokens, V the vectors and C_l the second moment
+   of the inputs the layer meets elsewhere, the change is the least one, in the metric of C_l, that
+   maps K to V: with A = K C_l⁻¹, it is Aᵀ (A Kᵀ + ridge)⁻¹ V. Inputs at other subjects and at other
+   tokens hardly meet it.
+3. **Protection.** What was written once counts in C_l from then on, so later edits leave it alone;
+   and some earlier facts are asked again at every step: one that is no longer answered is sought
+   and written anew together with the present one.
+
+This is ROME's and MEMIT's form (arXiv 2202.05262, eq. 2; arXiv 2210.07229, eq. 14), with the
+lifelong moments of AlphaEdit's aim (arXiv 2410.02355); ours are the joint search over layers, the
+normalised steps, the prompts of both forms and the repeated questions.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, ClassVar, Self
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from hiedit_env.errors import PromptError, SettingsError, whole_number
+from hiedit_env.model.asking import has_markers
+from hiedit_env.model.tokenization import EncodedPrompt
+from hiedit_env.resident.capture import Capture
+from hiedit_env.resident.low_rank import LowRankUpdate
+from hiedit_env.resident.nudges import Nudges
+from hiedit_env.resident.resident import ResidentLLM
+from hiedit_env.rules.base import UpdateRule, positive
+
+#: Words that a prompt is read behind, in this order: a fact is the same whatever was said before.
+OPENINGS = (
+    "Many people know this. ",
+    "It was raining that day. ",
+    "The meeting ended at noon.\n",
+    "Here is something that I read yesterday in a book. ",
+)
+
+#: Leading directions of a second moment that are kept when it is saved.
+RANK = 160
+
+#: The prompts of one fact, in every form asked.
+Unit = tuple[EncodedPrompt, ...]
+
+
+class Anchored(UpdateRule):
+    """Seeks values at the subject in several layers and writes them in closed form.
+
+    Args:
+        llm: The model, on which values are sought.
+        step_size: Length of a step of the search, of all vectors of a fact together, as a share of
+            the mean length of the hidden states that the vectors are added to.
+        momentum: Share of the last step that is taken again.
+        search_steps: Largest number of steps of the search.
+        enough: −log p per answer token, in nats, below which a prompt needs no more.
+        openings: Number of :data:`OPENINGS` behind which the plain prompt is sought as well.
+        ridge: Share of the mean diagonal of A Kᵀ that is added to it.
+        prior: Share of the mean diagonal of C_l that is added to it.
+        protect: Number of tokens that an edited fact counts for in C_l.
+        repeats: Earlier facts that are asked again at every step.
+        seed: Of which facts are asked again; and with that of an episode.
+
+    Raises:
+        SettingsError: a number out of range.
+    """
+
+    name: ClassVar[str] = "anchored"
+    default_step_size: ClassVar[float] = 0.15
+    default_tokens = "subject"
+
+    def __init__(
+        self,
+        llm: ResidentLLM,
+        *,
+        step_size: float | None = None,
+        momentum: float = 0.5,
+        search_steps: int = 20,
+        enough: float = 0.4,
+        openings: int = 1,
+        ridge: float = 0.1,
+        prior: float = 1e-3,
+        protect: float = 1000.0,
+        repeats: int = 2,
+        seed: int = 0,
+    ) -> None:
+        if not 0 <= momentum < 1:
+            raise SettingsError(f"momentum must be a number in [0, 1), got {momentum!r}")
+        if whole_number(openings, "openings", 0) > len(OPENINGS):
+            raise SettingsError(f"openings must be at most {len(OPENINGS)}, got {openings!r}")
+        self.momentum, self.openings = momentum, openings
+        self.search_steps = whole_number(search_steps, "search_steps", 1)
+        self.repeats = whole_number(repeats, "repeats", 0)
+        self.enough, self.ridge = positive(enough, "enough"), positive(ridge, "ridge")
+        self.prior, self.protect = positive(prior, "prior"), positive(protect, "protect")
+        self.llm = llm
+        self._seed, self._episode = seed, 0
+        #: Calibration: per layer the second moment's factors, see :meth:`calibrate`.
+        self._moments: dict[str, Tensor] = {}
+        self._first: list[Tensor] = []
+        self._earlier: tuple[Unit, ...] = ()
+        super().__init__(llm.shapes, llm.device, step_size=step_size)
+
+    # -- what the layers meet elsewhere ---------------------------------------------------------
+
+    @property
+    def wants_calibration(self) -> bool:
+        """Whether :meth:`calibrate` has not been called yet, now or before it was saved."""
+        return not self._moments
+
+    def calibrate(self, captures: Iterable[Capture]) -> None:
+        """Takes the second moments of the layers' inputs from prompts of all kinds.
+
+        Of each moment the leading part is kept exactly and the rest as its diagonal, in half
+        precision: what is saved is small, and equal to what is used.
+
+        Args:
+            captures: At the unedited weights, plain and in chat form.
+
+        Raises:
+            SettingsError: no captures.
+        """
+        sums = [torch.zeros(d_in, d_in, device=self.device) for d_in, _ in self.shapes]
+        count = 0
+        for capture in captures:
+            count += len(capture.keys[0])
+            for total, rows in zip(sums, capture.keys, strict=True):
+                total += rows.float().mT @ rows.float()
+        if not count:
+            raise SettingsError("a calibration needs at least one prompt")
+        moments: dict[str, Tensor] = {}
+        for i, total in enumerate(sums):
+            mean = total.diagonal().mean()
+            leading, rest = _compress(total / mean, RANK)
+            moments |= {f"total.{i}": mean, f"leading.{i}": leading, f"diagonal.{i}": rest}
+        self._set_moments(moments)
+
+    def _set_moments(self, moments: Mapping[str, Tensor]) -> None:
+        self._moments = dict(moments)
+        self._first = []
+        for i in range(len(self.shapes)):
+            leading, rest = (
+                moments[f"{name}.{i}"].to(self.device).float() for name in ("leading", "diagonal")
+            )
+            # In units of its mean diagonal, so that half precision has room for it.
+            whole = leading.mT @ leading + (rest + self.prior).diag()
+            inverse = torch.linalg.inv(whole.double()).float()
+            self._first.append(_symmetric(inverse) / float(moments[f"total.{i}"]))
+        self.reset()
+
+    def parameters(self) -> list[torch.nn.Parameter]:
+        """Nothing of it is learned by gradients."""
+        return []
+
+    def state_dict(self) -> dict[str, Any]:
+        """The calibration by name."""
+        return dict(self._moments)
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Puts a saved :meth:`state_dict` back."""
+        if state:
+            self._set_moments({name: torch.as_tensor(value) for name, value in state.items()})
+
+    # -- the episode ------------------------------------------------------------------------------
+
+    def seed(self, seed: int) -> None:
+        """Of which facts are asked again, in the episodes that begin from now on."""
+        self._episode = seed
+
+    def remember(self, facts: Sequence[EncodedPrompt]) -> None:
+        """Facts that were edited into the model before; asked again from the next reset on.
+
+        Args:
+            facts: Earliest first; prompts of one fact stand side by side.
+        """
+        self._earlier = tuple(self._units(facts))
+
+    def reset(self) -> None:
+        """Forgets what was written in this episode."""
+        self._past: tuple[Unit, ...] = self._earlier
+        self._inverses: tuple[Tensor, ...] = tuple(self._first)
+        self._rng = np.random.default_rng([self._seed, 5, self._episode])
+
+    def observe(self, capture: Capture) -> None:
+        """Takes the facts of a capture into the memory; of two answers to a prompt, the later."""
+        new = self._units(capture.prompts)
+        asked = {prompt.prompt_ids for unit in new for prompt in unit}
+        kept = (unit for unit in self._past if not asked & {p.prompt_ids for p in unit})
+        self._past = (*kept, *new)
+
+    def statistics(self) -> dict[str, Any]:
+        """Memory, inverse second moments and random state of this episode."""
+        return {
+            "past": self._past,
+            "inverses": self._inverses,
+            "random": self._rng.bit_generator.state,
+        }
+
+    def load_statistics(self, statistics: Mapping[str, Any]) -> None:
+        """Puts saved statistics back, bit for bit."""
+        self._past, self._inverses = statistics["past"], statistics["inverses"]
+        self._rng.bit_generator.state = statistics["random"]
+
+    def clone_for(self, llm: ResidentLLM) -> Self:
+        """As in the base class; the copy seeks on ``llm``."""
+        own, self.llm = self.llm, None  # type: ignore[assignment]
+        try:
+            twin = super().clone_for(llm)
+        finally:
+            self.llm = own
+        twin.llm = llm
+        return twin
+
+    # -- the update -------------------------------------------------------------------------------
+
+    def compute(
+        self,
+        capture: Capture,
+        layers: NDArray[np.bool_],
+        multipliers: NDArray[np.float32] | Tensor | None = None,
+    ) -> tuple[LowRankUpdate | None, ...]:
+        """The update that answers the facts of the capture, and earlier ones that need it.
+
+        Args:
+            capture: Its prompts are what is edited; its gradients are not used.
+            layers: L bool, the layers to update.
+            multipliers: L factors on what is written (1 where None).
+
+        Returns:
+            L entries, None for a layer not chosen. Float32, without gradients.
+
+        Raises:
+            SettingsError: the second moments were never taken.
+        """
+        if not self._inverses:
+            raise SettingsError(
+                "the low level 'anchored' needs second moments: call calibrate(captures) first, or "
+                "use a trained agent's folder"
+            )
+        updates: list[LowRankUpdate | None] = [None] * len(self.shapes)
+        chosen = np.flatnonzero(layers).tolist()
+        if not chosen:
+            return tuple(updates)
+        present = self._units(capture.prompts)
+        facts = [*present, *self._lost(present)]
+        prompts, owners = self._sought(facts)
+        with torch.inference_mode(False), torch.enable_grad():
+            keys, values = self._search(prompts, owners, len(facts), chosen)
+        inverses = list(self._inverses)
+        for layer, rows, wanted in zip(chosen, keys, values, strict=True):
+            inverse = inverses[layer]
+            addresses = rows @ inverse
+            gram = _symmetric(addresses @ rows.mT)
+            ridged = _plus(gram, self.ridge * gram.diagonal().mean())
+            right = torch.linalg.solve(ridged.double(), wanted.double()).float()
+            factor = 1.0 if multipliers is None else float(multipliers[layer])
+            updates[layer] = LowRankUpdate(addresses, right * factor)
+            # The rows of a fact count together, like `protect` tokens (Woodbury's identity).
+            weights = self.protect / torch.bincount(owners).float()[owners]
+            inner = _plus(gram, 1 / weights)
+            fall = addresses.mT @ torch.linalg.solve(inner.double(), addresses.double()).float()
+            inverses[layer] = inverse - _symmetric(fall)
+        self._inverses = tuple(inverses)
+        return tuple(updates)
+
+    def _factors(
+        self, group: int, places: list[int], keys: Tensor, gradients: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        raise NotImplementedError  # `compute` is written anew
+
+    def _units(self, prompts: Sequence[EncodedPrompt]) -> list[Unit]:
+        """Prompts by fact: side by side, of one subject and with one answer."""
+
+        def fact(prompt: EncodedPrompt) -> tuple[str, str]:
+            start, stop = prompt.subject_spans[-1] if prompt.subject_spans else (0, 0)
+            ids = () if prompt.subject_missing else prompt.prompt_ids[start:stop]
+            return self.llm.encoder.decode(ids).strip().casefold(), prompt.answer
+
+        return [tuple(group) for _, group in itertools.groupby(prompts, fact)]
+
+    def _lost(self, present: Sequence[Unit]) -> list[Unit]:
+        """Some earlier facts, those of them that the model no longer gives."""
+        asked = {prompt.prompt_ids for unit in present for prompt in unit}
+        past = [u for u in self._past if not asked & {p.prompt_ids for p in u}]
+        count = min(self.repeats * len(present), len(past))
+        drawn = [past[i] for i in self._rng.choice(len(past), count, replace=False)]
+        if not drawn:
+            return []
+        prompts = [prompt for unit in drawn for prompt in unit]
+        right: dict[EncodedPrompt, bool] = {}
+        with torch.inference_mode():
+            for bucket in self.llm.buckets(prompts):
+                batch = self.llm.batch([prompts[i] for i in bucket])
+                hits = self.llm.answer_logits(batch).argmax(-1) == batch.labels
+                sizes = [len(prompt.answer_ids) for prompt in batch.prompts]
+                found = torch.stack([part.all() for part in torch.split(hits, sizes)]).tolist()
+                right |= dict(zip(batch.prompts, found, strict=True))
+        return [unit for unit in drawn if not all(right[prompt] for prompt in unit)]
+
+    def _sought(self, facts: Sequence[Unit]) -> tuple[list[tuple[EncodedPrompt, int]], Tensor]:
+        """All prompts of the facts with the position of the subject, and whose each is."""
+        found: list[tuple[EncodedPrompt, int]] = []
+        owners: list[int] = []
+        for number, unit in enumerate(facts):
+            for prompt in unit:
+                at = prompt.positions("subject")[0]
+                found.append((prompt, at))
+                for opening in OPENINGS[: self.openings]:
+                    behind = self._behind(opening, prompt, at)
+                    found += behind
+                owners += [number] * (len(found) - len(owners))
+        return found, torch.tensor(owners, device=self.device)
+
+    def _behind(
+        self, opening: str, prompt: EncodedPrompt, at: int
+    ) -> list[tuple[EncodedPrompt, int]]:
+        """A plain prompt behind other words; nothing where its tokens would change."""
+        if has_markers(self.llm.tokenizer, prompt.prompt):
+            return []
+        try:
+            longer = self.llm.encode(opening + prompt.prompt, prompt.answer)
+        except PromptError:  # too long
+            return []
+        place = at + len(longer.prompt_ids) - len(prompt.prompt_ids)
+        same = longer.prompt_ids[place:] == prompt.prompt_ids[at:]
+        return [(longer, place)] if same and longer.answer_ids == prompt.answer_ids else []
+
+    def _search(
+        self,
+        prompts: Sequence[tuple[EncodedPrompt, int]],
+        owners: Tensor,
+        facts: int,
+        chosen: Sequence[int],
+    ) -> tuple[list[Tensor], list[Tensor]]:
+        """Inputs of the layers at the subject, and the values to write there.
+
+        Returns:
+            Per chosen layer P × d_in and P × d_out, float32.
+        """
+        nudges = Nudges(self.llm, [p for p, _ in prompts], [at for _, at in prompts], chosen)
+        vectors = [
+            torch.zeros(facts, self.shapes[layer][1], device=self.device, requires_grad=True)
+            for layer in chosen
+        ]
+        speed: list[Tensor] | None = None
+        counts = torch.bincount(owners, minlength=facts).float()
+        length = 0.0
+        for step in range(self.search_steps + 1):
+            losses = nudges.losses([vector[owners] for vector in vectors])
+            open_ = losses.detach() >= self.enough
+            busy = torch.zeros(facts, device=self.device).index_add(0, owners, open_.float()) > 0
+            if step == self.search_steps or not bool(busy.any()):
+                break
+            means = torch.zeros(facts, device=self.device).index_add(0, owners, losses) / counts
+            gradients = torch.autograd.grad(means.sum(), vectors)
+            if not step:
+                length = self.step_size * nudges.scale
+            sizes = torch.stack([g.square().sum(1) for g in gradients]).sum(0).sqrt()
+            steps = [g / sizes.clamp_min(1e-30)[:, None] for g in gradients]
+            if speed is None:
+                speed = steps
+            else:
+                speed = [self.momentum * v + s for v, s in zip(speed, steps, strict=True)]
+            with torch.no_grad():
+                # A fact all of whose prompts are answered well enough rests.
+                for vector, v in zip(vectors, speed, strict=True):
+                    vector -= length * v * busy[:, None]
+        keys = [rows.float() for rows in nudges.keys]
+        return keys, [vector.detach()[owners] for vector in vectors]
+
+
+def _compress(moment: Tensor, rank: int) -> tuple[Tensor, Tensor]:
+    """A symmetric d × d moment as its leading part and a diagonal, in half precision.
+
+    Returns:
+        F, at most ``rank`` × d, and g, d, with FᵀF + diag(g) about the moment: equal in its
+        leading directions and on its diagonal.
+    """
+    values, directions = torch.linalg.eigh(moment.double())
+    kept = values[-rank:].clamp_min(0).sqrt()[:, None] * directions[:, -rank:].mT
+    leading = kept.half()
+    rest = moment.diagonal() - leading.float().square().sum(0)
+    return leading, rest.clamp_min(0).half()
+
+
+def _plus(matrix: Tensor, diagonal: Tensor) -> Tensor:
+    """A matrix with numbers, or one number, added to its diagonal."""
+    return matrix + torch.diag(diagonal.expand(len(matrix)))
+
+
+def _symmetric(matrix: Tensor) -> Tensor:
+    """A matrix that is symmetric but for rounding, without the rounding."""
+    return (matrix + matrix.mT) / 2
