@@ -71,6 +71,7 @@ class Anchored(UpdateRule):
         prior: Share of the mean diagonal of C_l that is added to it.
         protect: Number of tokens that an edited fact counts for in C_l.
         repeats: Earlier facts that are asked again at every step.
+        metric: 1 for steps that are steepest in the metric of the damage they do, 0 for plain ones.
         seed: Of which facts are asked again; and with that of an episode.
 
     Raises:
@@ -80,6 +81,8 @@ class Anchored(UpdateRule):
     name: ClassVar[str] = "anchored"
     default_step_size: ClassVar[float] = 0.15
     default_tokens = "subject"
+    #: What a training shows it: all prompts, in every form.
+    calibrates_on: ClassVar[str] = "all"
 
     def __init__(
         self,
@@ -94,6 +97,7 @@ class Anchored(UpdateRule):
         prior: float = 1e-3,
         protect: float = 1000.0,
         repeats: int = 2,
+        metric: float = 0.0,
         seed: int = 0,
     ) -> None:
         if not 0 <= momentum < 1:
@@ -105,6 +109,7 @@ class Anchored(UpdateRule):
         self.repeats = whole_number(repeats, "repeats", 0)
         self.enough, self.ridge = positive(enough, "enough"), positive(ridge, "ridge")
         self.prior, self.protect = positive(prior, "prior"), positive(protect, "protect")
+        self.metric = metric
         self.llm = llm
         self._seed, self._episode = seed, 0
         #: Calibration: per layer the second moment's factors, see :meth:`calibrate`.
@@ -133,14 +138,18 @@ class Anchored(UpdateRule):
             SettingsError: no captures.
         """
         sums = [torch.zeros(d_in, d_in, device=self.device) for d_in, _ in self.shapes]
+        pulls = torch.zeros(len(self.shapes), device=self.device)
         count = 0
         for capture in captures:
             count += len(capture.keys[0])
             for total, rows in zip(sums, capture.keys, strict=True):
                 total += rows.float().mT @ rows.float()
+            gradients = capture.value_gradients
+            pulls += torch.stack([v.float().square().sum() for v in gradients])
         if not count:
             raise SettingsError("a calibration needs at least one prompt")
-        moments: dict[str, Tensor] = {}
+        # Means of squares are tiny; their ratios count.
+        moments: dict[str, Tensor] = {"sensitivity": pulls / pulls.mean().clamp_min(1e-30)}
         for i, total in enumerate(sums):
             mean = total.diagonal().mean()
             leading, rest = _compress(total / mean, RANK)
@@ -149,6 +158,7 @@ class Anchored(UpdateRule):
 
     def _set_moments(self, moments: Mapping[str, Tensor]) -> None:
         self._moments = dict(moments)
+        self._sensitivity = moments["sensitivity"].to(self.device).float().clamp_min(1e-6)
         self._first = []
         for i in range(len(self.shapes)):
             leading, rest = (
@@ -356,7 +366,7 @@ class Anchored(UpdateRule):
         ]
         speed: list[Tensor] | None = None
         counts = torch.bincount(owners, minlength=facts).float()
-        length = 0.0
+        length = torch.zeros(facts, device=self.device)
         for step in range(self.search_steps + 1):
             losses = nudges.losses([vector[owners] for vector in vectors])
             open_ = losses.detach() >= self.enough
@@ -366,9 +376,11 @@ class Anchored(UpdateRule):
             means = torch.zeros(facts, device=self.device).index_add(0, owners, losses) / counts
             gradients = torch.autograd.grad(means.sum(), vectors)
             if not step:
-                length = self.step_size * nudges.scale
-            sizes = torch.stack([g.square().sum(1) for g in gradients]).sum(0).sqrt()
-            steps = [g / sizes.clamp_min(1e-30)[:, None] for g in gradients]
+                length = length.index_add(0, owners, nudges.lengths) / counts * self.step_size
+                shares = self._shares(nudges.keys, owners, counts, chosen)
+            sizes = sum(w * g.square().sum(1) for w, g in zip(shares, gradients, strict=True))
+            speeds = shares / sizes.clamp_min(1e-30).sqrt()
+            steps = [w[:, None] * g for w, g in zip(speeds, gradients, strict=True)]
             if speed is None:
                 speed = steps
             else:
@@ -376,9 +388,26 @@ class Anchored(UpdateRule):
             with torch.no_grad():
                 # A fact all of whose prompts are answered well enough rests.
                 for vector, v in zip(vectors, speed, strict=True):
-                    vector -= length * v * busy[:, None]
+                    vector -= (length * busy)[:, None] * v
         keys = [rows.float() for rows in nudges.keys]
         return keys, [vector.detach()[owners] for vector in vectors]
+
+    def _shares(
+        self, keys: Sequence[Tensor], owners: Tensor, counts: Tensor, chosen: Sequence[int]
+    ) -> Tensor:
+        """How cheap it is to write a vector into each layer, layers × facts, with mean 1.
+
+        A vector x, written at keys whose mean is k, disturbs other tokens by ‖x‖² / (k C⁻¹ kᵀ) in
+        the mean square, and what that does to answers goes with the layer's sensitivity.
+        """
+        rows = []
+        for layer, found in zip(chosen, keys, strict=True):
+            mean = torch.zeros(len(counts), found.shape[1], device=self.device)
+            mean = mean.index_add(0, owners, found.float()) / counts[:, None]
+            room = ((mean @ self._inverses[layer]) * mean).sum(1)
+            rows.append(room / self._sensitivity[layer])
+        table = torch.stack(rows) ** self.metric
+        return table / table.mean(0)
 
 
 def _compress(moment: Tensor, rank: int) -> tuple[Tensor, Tensor]:
@@ -388,7 +417,16 @@ def _compress(moment: Tensor, rank: int) -> tuple[Tensor, Tensor]:
         F, at most ``rank`` × d, and g, d, with FᵀF + diag(g) about the moment: equal in its
         leading directions and on its diagonal.
     """
-    values, directions = torch.linalg.eigh(moment.double())
+    # Randomised subspace iteration (Halko, Martinsson and Tropp 2011), with draws of its own: a
+    # full decomposition takes seconds a layer.
+    rank = min(rank, len(moment))
+    generator = torch.Generator().manual_seed(0)
+    draws = torch.randn(len(moment), min(len(moment), rank + 32), generator=generator)
+    basis = torch.linalg.qr(moment @ draws.to(moment)).Q
+    for _ in range(2):
+        basis = torch.linalg.qr(moment @ basis).Q
+    values, inner = torch.linalg.eigh(_symmetric(basis.mT @ moment @ basis))
+    directions = basis @ inner
     kept = values[-rank:].clamp_min(0).sqrt()[:, None] * directions[:, -rank:].mT
     leading = kept.half()
     rest = moment.diagonal() - leading.float().square().sum(0)

@@ -36,7 +36,6 @@ import torch
 from torch import Tensor, nn
 
 from hiedit_agents.hierarchy.future_damage import FutureDamage
-from hiedit_agents.hierarchy.hypernetwork import Hypernetwork
 from hiedit_agents.hierarchy.lesson import Lesson, make_lesson
 from hiedit_agents.hierarchy.option_runner import Outcome, run_option
 from hiedit_agents.hierarchy.options import Choice, HierarchicalAgent, Option
@@ -48,6 +47,7 @@ from hiedit_env.datasets.streams import stream
 from hiedit_env.envs.accounting import Judging
 from hiedit_env.envs.base import EditingEnv
 from hiedit_env.errors import SettingsError
+from hiedit_env.model.tokenization import EncodedPrompt
 from hiedit_env.resident.capture import Capture
 from hiedit_env.resident.low_rank import Updates
 
@@ -86,7 +86,7 @@ class Trainer:
         self.high = agent.high
         self.low = agent.low if isinstance(agent.low, Trainable) else None
         self.optimizers: dict[str, torch.optim.Adam] = {}
-        if settings.train_low and self.low is not None:
+        if settings.train_low and self.low is not None and list(self.low.parameters()):
             self.optimizers["low"] = _adam(self.low, settings.low_learning_rate, VECTOR_FACTOR)
         if settings.train_high and isinstance(self.high, Trainable):
             self.optimizers["high"] = _adam(self.high, settings.high_learning_rate, 1.0)
@@ -108,32 +108,42 @@ class Trainer:
         penalised = settings.future_damage and "low" in self.optimizers
         self._future_damage = FutureDamage(env, self.requests, settings) if penalised else None
 
-    def calibration_prompts(self) -> list[Probe]:
-        """Unrelated prompts of training facts that the low level is to be shown.
+    def calibration_prompts(self) -> list[EncodedPrompt]:
+        """Prompts of training facts that the low level is to be shown, each in one form.
 
-        Empty for a low level that takes none (all but the decorrelated form) or had them already.
+        Unrelated prompts; for a low level whose ``calibrates_on`` is ``"all"`` also the facts' own,
+        and every fourth in chat form where the tokenizer has one. Empty for a low level that takes
+        none (all but the anchored one and the decorrelated form) or had them already.
         """
-        if not (isinstance(self.low, Hypernetwork) and self.low.wants_calibration):
+        if not getattr(self.low, "wants_calibration", False):
             return []
-        rng = np.random.default_rng([self.settings.seed, 2])
+        rng, encoder = np.random.default_rng([self.settings.seed, 2]), self.env.llm.encoder
         probes = list(dict.fromkeys(p for request in self.requests for p in request.locality))
-        return [probes[i] for i in rng.permutation(len(probes))[: self.settings.calibration]]
+        every = getattr(self.low, "calibrates_on", "unrelated") == "all"
+        if every:
+            own = (Probe(r.prompt, r.answer) for r in self.requests)
+            probes = list(dict.fromkeys((*probes, *own)))
+        chosen = [probes[i] for i in rng.permutation(len(probes))[: self.settings.calibration]]
+        chat = every and getattr(encoder.tokenizer, "chat_template", None)
+        return [
+            encoder.encode_forms(p.prompt, p.answer, "chat" if chat and not i % 4 else "plain")[0]
+            for i, p in enumerate(chosen)
+        ]
 
     def calibrate(self, on_prompt: Callable[[], None] | None = None) -> None:
         """Shows the low level its :meth:`calibration_prompts` at the unedited weights, once."""
-        low, llm = self.low, self.env.llm
-        chosen = self.calibration_prompts()
-        if not chosen or not isinstance(low, Hypernetwork):
+        llm, chosen = self.env.llm, self.calibration_prompts()
+        if not chosen:
             return
         llm.restore_unedited()
 
         def captures() -> Iterator[Capture]:
-            for probe in chosen:
-                yield llm.read(llm.encode(probe.prompt, probe.answer)).capture()
+            for prompt in chosen:
+                yield llm.read(prompt).capture()
                 if on_prompt is not None:
                     on_prompt()
 
-        low.calibrate(captures())
+        cast(Any, self.low).calibrate(captures())
 
     # -- one episode ------------------------------------------------------------------------------
 

@@ -9,6 +9,7 @@ from typing import Any
 
 from pydantic import TypeAdapter, ValidationError
 
+from hiedit_agents.hierarchy.anchored import Anchored
 from hiedit_agents.hierarchy.hypernetwork import RULE_OF_FORM, Hypernetwork
 from hiedit_agents.hierarchy.options import HighLevel, UntrainedChoice
 from hiedit_agents.hierarchy.rehearsal import Rehearsal
@@ -33,7 +34,9 @@ from hiedit_env.rules.names import RULES, check_rule, make_rule
 #: Learned high levels; the simple choices of the environment are high levels too.
 ROUTERS: Mapping[str, type] = {k.name: k for k in (StraightThroughRouter, PolicyRouter)}
 #: Low levels besides the closed-form update rules. ``fine-tuning`` is the rule ``gradient``.
-LEARNED_LOW: Mapping[str, type] = {k.name: k for k in (Hypernetwork, Rehearsal, StepSizePolicy)}
+LEARNED_LOW: Mapping[str, type] = {
+    k.name: k for k in (Anchored, Hypernetwork, Rehearsal, StepSizePolicy)
+}
 FINE_TUNING = "fine-tuning"
 
 #: Above all wrong settings, and sizes for which there is no memory; torch says so by RuntimeError.
@@ -199,6 +202,8 @@ class AgentSpec:
                 return Hypernetwork(llm.shapes, llm.device, **settings)
             if self.low == Rehearsal.name:
                 return Rehearsal(llm, **settings)
+            if self.low == Anchored.name:
+                return Anchored(llm, **settings)
             if self.low == StepSizePolicy.name:
                 return StepSizePolicy(llm.shapes, llm.device, **settings)
         except HieditError:
@@ -216,6 +221,8 @@ class AgentSpec:
             return RULE_OF_FORM["decorrelated"]
         if self.low == StepSizePolicy.name:
             return str(self.low_settings.get("rule", "decorrelated"))
+        if self.low == Anchored.name:
+            return ""  # its steps are not those of any rule
         return "gradient" if self.low == FINE_TUNING else str(self.low)
 
     def to_json(self) -> dict[str, Any]:

@@ -14,7 +14,6 @@ from typing import Any
 import gymnasium as gym
 
 import hiedit_env  # noqa: F401 - registers the environments
-from hiedit_agents.hierarchy.hypernetwork import Hypernetwork
 from hiedit_agents.hierarchy.options import HierarchicalAgent
 from hiedit_agents.hierarchy.train_settings import TrainSettings
 from hiedit_agents.hierarchy.trainer import Trainer
@@ -224,7 +223,7 @@ def _calibrate(trainer: Trainer, progress: bool) -> None:
         with bar("calibrating", len(wanted), progress) as shown:
             trainer.calibrate(shown.update)
     low = trainer.agent.low
-    if isinstance(low, Hypernetwork) and low.wants_calibration:
+    if getattr(low, "wants_calibration", False):
         print(
             "hiedit: warning: the training facts have no unrelated prompts that the evaluation "
             "does not ask; nothing will protect unrelated answers",

@@ -101,14 +101,15 @@ class Nudges:
         return self._batch.column_means(losses[:, None])[:, 0]
 
     @property
-    def scale(self) -> float:
-        """Mean length of the hidden states at the positions behind the layers' blocks.
+    def lengths(self) -> Tensor:
+        """P float32, how long the hidden states at the positions are behind the layers' blocks.
 
-        As they were in the first run: what lengths of vectors are compared with.
+        As they were in the first run, mean over the blocks: what lengths of vectors are compared
+        with.
         """
         if self._alone:
-            return sum(one.scale for one in self._alone) / len(self._alone)
-        return float(torch.stack(self._sizes).mean())
+            return torch.cat([one.lengths for one in self._alone])
+        return torch.stack(self._sizes).mean(0)
 
     @contextmanager
     def _measured(self) -> Iterator[None]:
@@ -119,7 +120,7 @@ class Nudges:
 
         def note(_module: Any, _args: Any, output: Any) -> None:
             hidden = output[0] if isinstance(output, tuple) else output
-            self._sizes.append(hidden[rows, at].detach().float().norm(dim=-1).mean())
+            self._sizes.append(hidden[rows, at].detach().float().norm(dim=-1))
 
         used = sorted({self.llm.layers[layer].block for layer in self.layers})
         handles = [blocks[block].register_forward_hook(note) for block in used]

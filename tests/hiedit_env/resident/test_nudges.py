@@ -1,0 +1,141 @@
+"""Nudges: losses under added vectors, against the model's own forward with the vectors put in."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from hiedit_env.errors import SettingsError
+from hiedit_env.model.tokenization import EncodedPrompt
+from hiedit_env.resident.nudges import Nudges
+from hiedit_env.resident.resident import ResidentLLM
+from tests.support.models import normal, prompt, random_updates, resident
+
+PROMPTS = [prompt((5, 6, 7, 8, 9), (3, 4)), prompt((2, 9), (6,)), prompt((4, 4, 7), (5, 8, 2))]
+POSITIONS = (2, 1, 0)
+LAYERS = (0, 2)
+
+
+def own_loss(llm: ResidentLLM, one: EncodedPrompt, at: int, vectors: list[Tensor]) -> Tensor:
+    """By the whole model, one prompt at a time, with the vectors added by plain hooks."""
+
+    def hook(vector: Tensor) -> Any:
+        def add(_module: Any, _args: Any, output: Tensor) -> Tensor:
+            added = torch.zeros_like(output)
+            added[0, at] = vector
+            return output + added
+
+        return add
+
+    handles = [
+        llm.layers[layer].module.register_forward_hook(hook(vector))
+        for layer, vector in zip(LAYERS, vectors, strict=True)
+    ]
+    try:
+        ids = torch.tensor([[*one.prompt_ids, *one.answer_ids]])
+        logits = llm.model(ids).logits[0, one.first_position : -1]
+    finally:
+        for handle in handles:
+            handle.remove()
+    return F.cross_entropy(logits, torch.tensor(one.answer_ids))
+
+
+@pytest.mark.parametrize("model_type", ["llama", "gpt2"])
+@pytest.mark.parametrize("whole", [False, True])
+def test_losses_and_gradients_are_those_of_the_model(model_type: str, whole: bool) -> None:
+    llm = resident(model_type)
+    if whole:
+        llm.runs_ends = False
+    nudges = Nudges(llm, PROMPTS, POSITIONS, LAYERS)
+    vectors = [
+        normal(i, 3, llm.shapes[layer][1]).requires_grad_() for i, layer in enumerate(LAYERS)
+    ]
+    found = nudges.losses(vectors)
+    wanted = torch.stack(
+        [
+            own_loss(llm, one, at, [v[i] for v in vectors])
+            for i, (one, at) in enumerate(zip(PROMPTS, POSITIONS, strict=True))
+        ]
+    )
+    assert llm.runs_ends is (not whole)
+    torch.testing.assert_close(found, wanted, atol=1e-5, rtol=1e-5)
+    for one, two in zip(
+        torch.autograd.grad(found.sum(), vectors),
+        torch.autograd.grad(wanted.sum(), vectors),
+        strict=True,
+    ):
+        torch.testing.assert_close(one, two, atol=1e-5, rtol=1e-4)
+
+
+def test_keys_are_what_the_layers_were_given() -> None:
+    llm = resident("llama")
+    nudges = Nudges(llm, PROMPTS, POSITIONS, LAYERS)
+    nudges.losses([torch.zeros(1, llm.shapes[layer][1]) for layer in LAYERS])
+    for i, (one, at) in enumerate(zip(PROMPTS, POSITIONS, strict=True)):
+        capture = llm.read(one).capture()
+        for place, layer in enumerate(LAYERS):
+            torch.testing.assert_close(
+                nudges.keys[place][i], capture.keys[layer][at], atol=1e-5, rtol=1e-5
+            )
+
+
+def test_a_fork_is_run_with_its_changes() -> None:
+    llm = resident("llama")
+    fork = llm.fork()
+    fork.commit(random_updates(fork))
+    before = Nudges(llm, PROMPTS, POSITIONS, LAYERS).losses(zeros(llm))
+    after = Nudges(fork, PROMPTS, POSITIONS, LAYERS).losses(zeros(llm))
+    assert not torch.allclose(before, after)
+    llm.commit(random_updates(llm))
+    torch.testing.assert_close(
+        after, Nudges(llm, PROMPTS, POSITIONS, LAYERS).losses(zeros(llm)), atol=1e-5, rtol=1e-5
+    )
+
+
+def zeros(llm: ResidentLLM) -> list[Tensor]:
+    return [torch.zeros(1, llm.shapes[layer][1]) for layer in LAYERS]
+
+
+def test_prompts_that_cannot_share_a_batch_run_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    llm = resident("llama")
+    wanted = Nudges(llm, PROMPTS, POSITIONS, LAYERS).losses(zeros(llm))
+    monkeypatch.setattr(ResidentLLM, "can_share", lambda self, batch: len(batch.prompts) == 1)
+    alone = Nudges(llm, PROMPTS, POSITIONS, LAYERS)
+    torch.testing.assert_close(alone.losses(zeros(llm)), wanted, atol=1e-5, rtol=1e-5)
+    assert [len(rows) for rows in alone.keys] == [3, 3]
+    assert alone.lengths.shape == (3,)
+
+
+def test_lengths_are_those_of_the_hidden_states_behind_the_blocks() -> None:
+    llm = resident("llama")
+    nudges = Nudges(llm, PROMPTS, POSITIONS, LAYERS)
+    nudges.losses([normal(i, 3, llm.shapes[layer][1]) * 0 for i, layer in enumerate(LAYERS)])
+    blocks = sorted({llm.layers[layer].block for layer in LAYERS})
+    for i, (one, at) in enumerate(zip(PROMPTS, POSITIONS, strict=True)):
+        output = llm.model(torch.tensor([one.input_ids]), output_hidden_states=True)
+        own = [output.hidden_states[block + 1][0, at].norm() for block in blocks]
+        torch.testing.assert_close(nudges.lengths[i], torch.stack(own).mean(), atol=1e-5, rtol=1e-5)
+
+
+def test_a_model_without_such_a_cache_is_run_whole(monkeypatch: pytest.MonkeyPatch) -> None:
+    llm = resident("llama")
+    wanted = Nudges(llm, PROMPTS, POSITIONS, LAYERS).losses(zeros(llm))
+    other = resident("llama")
+
+    def refuse(*args: Any, **named: Any) -> None:
+        raise TypeError("no cache here")
+
+    monkeypatch.setattr("hiedit_env.resident.nudges._Ends._pass", refuse)
+    found = Nudges(other, PROMPTS, POSITIONS, LAYERS).losses(zeros(other))
+    assert other.runs_ends is False
+    torch.testing.assert_close(found, wanted, atol=1e-5, rtol=1e-5)
+
+
+def test_a_position_outside_the_prompt_is_refused() -> None:
+    llm = resident("llama")
+    with pytest.raises(SettingsError, match="position 5 is not in the prompt"):
+        Nudges(llm, PROMPTS[:1], (5,), LAYERS)
