@@ -32,6 +32,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from hiedit_agents.hierarchy.key_moments import inverses, key_moments, symmetric
 from hiedit_env.errors import PromptError, SettingsError, whole_number
 from hiedit_env.model.asking import has_markers
 from hiedit_env.model.tokenization import EncodedPrompt
@@ -48,9 +49,6 @@ OPENINGS = (
     "The meeting ended at noon.\n",
     "Here is something that I read yesterday in a book. ",
 )
-
-#: Leading directions of a second moment that are kept when it is saved.
-RANK = 160
 
 #: The prompts of one fact, in every form asked.
 Unit = tuple[EncodedPrompt, ...]
@@ -79,7 +77,7 @@ class Anchored(UpdateRule):
     """
 
     name: ClassVar[str] = "anchored"
-    default_step_size: ClassVar[float] = 0.15
+    default_step_size: ClassVar[float] = 0.08
     default_tokens = "subject"
     #: What a training shows it: all prompts, in every form.
     calibrates_on: ClassVar[str] = "all"
@@ -94,7 +92,7 @@ class Anchored(UpdateRule):
         enough: float = 0.4,
         openings: int = 1,
         ridge: float = 0.1,
-        prior: float = 1e-3,
+        prior: float = 0.1,
         protect: float = 1000.0,
         repeats: int = 2,
         metric: float = 0.0,
@@ -112,7 +110,7 @@ class Anchored(UpdateRule):
         self.metric = metric
         self.llm = llm
         self._seed, self._episode = seed, 0
-        #: Calibration: per layer the second moment's factors, see :meth:`calibrate`.
+        #: Calibration, see :mod:`.key_moments`.
         self._moments: dict[str, Tensor] = {}
         self._first: list[Tensor] = []
         self._earlier: tuple[Unit, ...] = ()
@@ -128,46 +126,18 @@ class Anchored(UpdateRule):
     def calibrate(self, captures: Iterable[Capture]) -> None:
         """Takes the second moments of the layers' inputs from prompts of all kinds.
 
-        Of each moment the leading part is kept exactly and the rest as its diagonal, in half
-        precision: what is saved is small, and equal to what is used.
-
         Args:
             captures: At the unedited weights, plain and in chat form.
 
         Raises:
             SettingsError: no captures.
         """
-        sums = [torch.zeros(d_in, d_in, device=self.device) for d_in, _ in self.shapes]
-        pulls = torch.zeros(len(self.shapes), device=self.device)
-        count = 0
-        for capture in captures:
-            count += len(capture.keys[0])
-            for total, rows in zip(sums, capture.keys, strict=True):
-                total += rows.float().mT @ rows.float()
-            gradients = capture.value_gradients
-            pulls += torch.stack([v.float().square().sum() for v in gradients])
-        if not count:
-            raise SettingsError("a calibration needs at least one prompt")
-        # Means of squares are tiny; their ratios count.
-        moments: dict[str, Tensor] = {"sensitivity": pulls / pulls.mean().clamp_min(1e-30)}
-        for i, total in enumerate(sums):
-            mean = total.diagonal().mean()
-            leading, rest = _compress(total / mean, RANK)
-            moments |= {f"total.{i}": mean, f"leading.{i}": leading, f"diagonal.{i}": rest}
-        self._set_moments(moments)
+        self._set_moments(key_moments(captures, self.shapes, self.device))
 
     def _set_moments(self, moments: Mapping[str, Tensor]) -> None:
         self._moments = dict(moments)
         self._sensitivity = moments["sensitivity"].to(self.device).float().clamp_min(1e-6)
-        self._first = []
-        for i in range(len(self.shapes)):
-            leading, rest = (
-                moments[f"{name}.{i}"].to(self.device).float() for name in ("leading", "diagonal")
-            )
-            # In units of its mean diagonal, so that half precision has room for it.
-            whole = leading.mT @ leading + (rest + self.prior).diag()
-            inverse = torch.linalg.inv(whole.double()).float()
-            self._first.append(_symmetric(inverse) / float(moments[f"total.{i}"]))
+        self._first = inverses(moments, len(self.shapes), self.prior, self.device)
         self.reset()
 
     def parameters(self) -> list[torch.nn.Parameter]:
@@ -272,7 +242,7 @@ class Anchored(UpdateRule):
         for layer, rows, wanted in zip(chosen, keys, values, strict=True):
             inverse = inverses[layer]
             addresses = rows @ inverse
-            gram = _symmetric(addresses @ rows.mT)
+            gram = symmetric(addresses @ rows.mT)
             ridged = _plus(gram, self.ridge * gram.diagonal().mean())
             right = torch.linalg.solve(ridged.double(), wanted.double()).float()
             factor = 1.0 if multipliers is None else float(multipliers[layer])
@@ -281,7 +251,7 @@ class Anchored(UpdateRule):
             weights = self.protect / torch.bincount(owners).float()[owners]
             inner = _plus(gram, 1 / weights)
             fall = addresses.mT @ torch.linalg.solve(inner.double(), addresses.double()).float()
-            inverses[layer] = inverse - _symmetric(fall)
+            inverses[layer] = inverse - symmetric(fall)
         self._inverses = tuple(inverses)
         return tuple(updates)
 
@@ -410,34 +380,6 @@ class Anchored(UpdateRule):
         return table / table.mean(0)
 
 
-def _compress(moment: Tensor, rank: int) -> tuple[Tensor, Tensor]:
-    """A symmetric d × d moment as its leading part and a diagonal, in half precision.
-
-    Returns:
-        F, at most ``rank`` × d, and g, d, with FᵀF + diag(g) about the moment: equal in its
-        leading directions and on its diagonal.
-    """
-    # Randomised subspace iteration (Halko, Martinsson and Tropp 2011), with draws of its own: a
-    # full decomposition takes seconds a layer.
-    rank = min(rank, len(moment))
-    generator = torch.Generator().manual_seed(0)
-    draws = torch.randn(len(moment), min(len(moment), rank + 32), generator=generator)
-    basis = torch.linalg.qr(moment @ draws.to(moment)).Q
-    for _ in range(2):
-        basis = torch.linalg.qr(moment @ basis).Q
-    values, inner = torch.linalg.eigh(_symmetric(basis.mT @ moment @ basis))
-    directions = basis @ inner
-    kept = values[-rank:].clamp_min(0).sqrt()[:, None] * directions[:, -rank:].mT
-    leading = kept.half()
-    rest = moment.diagonal() - leading.float().square().sum(0)
-    return leading, rest.clamp_min(0).half()
-
-
 def _plus(matrix: Tensor, diagonal: Tensor) -> Tensor:
     """A matrix with numbers, or one number, added to its diagonal."""
     return matrix + torch.diag(diagonal.expand(len(matrix)))
-
-
-def _symmetric(matrix: Tensor) -> Tensor:
-    """A matrix that is symmetric but for rounding, without the rounding."""
-    return (matrix + matrix.mT) / 2

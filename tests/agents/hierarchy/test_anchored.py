@@ -215,7 +215,9 @@ def test_both_forms_of_a_fact_share_their_vectors() -> None:
     llm = model()
     low = anchored(llm)
     one = unit(llm, 0).prompt
-    two = EncodedPrompt("other form", one.answer, (8, 9, 4), one.answer_ids, ((1, 2),))
+    two = EncodedPrompt(
+        "other form", one.answer, (8, 9, 4), one.answer_ids, subject_spans=((1, 2),)
+    )
     assert low._units([one, two]) == [(one, two)]
     assert len(low._units(unit(llm, 0, 1).prompts)) == 2
     capture = llm.read(one, two).capture()
