@@ -51,9 +51,9 @@ _GIVEN: Mapping[str, str] = {
 }
 AGREEMENT: Mapping[str, str] = {
     "unrelated": "unrelated prompts of the file",
-    "neighbours": "of them that ask the same about other subjects",
+    "neighbours": "prompts of the file that ask the same about other subjects",
     "chat_unrelated": "unrelated prompts of the file in a chat",
-    "chat_neighbours": "of them that ask the same about other subjects",
+    "chat_neighbours": "prompts of the file that ask the same about other subjects in a chat",
     "control": "control prompts",
     "control_chat": "control prompts in a chat",
 }
@@ -105,8 +105,14 @@ class Report:
         lines += [
             f"agreement with the unedited model, {number} {AGREEMENT[kind]}: {100 * share:.0f} %"
             for kind, (number, share) in self.agreement.items()
+            if not self._all_near(kind)
         ]
         return "\n".join(lines)
+
+    def _all_near(self, kind: str) -> bool:
+        """Whether these unrelated prompts are all neighbours, and need no line of their own."""
+        near = self.agreement.get(kind.replace("unrelated", "neighbours"))
+        return "unrelated" in kind and near is not None and near[0] == self.agreement[kind][0]
 
     def to_json(self) -> dict[str, Any]:
         """For ``edits.json``."""

@@ -134,6 +134,9 @@ def test_the_report_asks_everything_there_is(
     text = capsys.readouterr().out
     assert "facts given: 0 of 1 before, 1 of 1 after" in text
     assert "8 control prompts in a chat" in text
+    # All unrelated prompts are neighbours, so there is one line for both.
+    assert "1 prompts of the file that ask the same about other subjects: " in text
+    assert "unrelated prompts of the file" not in text
 
 
 def test_editing_again_goes_on_with_the_history(

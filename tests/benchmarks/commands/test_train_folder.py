@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 from filelock import FileLock
@@ -13,6 +15,7 @@ from hiedit_benchmarks.commands.cli import main
 from hiedit_benchmarks.commands.train import TRAINING_COLLAPSED, collapse
 from hiedit_benchmarks.commands.train_folder import TrainingFolder
 from hiedit_env.errors import OutputError, ResultsExistError
+from hiedit_env.model.saving import find_folder
 
 TRAIN = [
     *("train", "all-layers+hypernetwork", "--model", "tiny", "--dataset", "tiny-facts"),
@@ -90,3 +93,29 @@ def test_what_collapsed(tmp_path: Path) -> None:
     found = collapse(tmp_path)
     assert found == "2 of 2 episodes, the last one among them, ended early"
     assert command.TRAINING_COLLAPSED != 0
+
+
+def test_the_form_and_the_end_token_reach_the_environment(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = find_folder("tiny")
+    assert source is not None
+    model = Path(shutil.copytree(source, tmp_path / "model"))
+    asked = [*TRAIN, "--model", str(model), "--prompt-form", "both", "--end-token"]
+    assert main([*asked, "--out", str(tmp_path / "out")]) == 2
+    assert "--prompt-form both needs a chat template" in capsys.readouterr().err
+    template = "It is black. {% for m in messages %}{{ m.content }}{% endfor %}"
+    (model / "chat_template.jinja").write_text(template)
+    seen = []
+    inner = command.unwrapped
+
+    def noted(env: Any) -> Any:
+        found = inner(env)
+        seen.append((found.episode.evaluator.prompt_form, found.llm.encoder.end_id))
+        return found
+
+    monkeypatch.setattr(command, "unwrapped", noted)
+    assert main([*asked, "--out", str(tmp_path / "out")]) == 0
+    assert set(seen) == {("both", 2)}  # the id of <eos>
+    metrics = json.loads((tmp_path / "out" / "evaluation.json").read_text())["metrics"]
+    assert {"efficacy", "chat_efficacy"} <= set(metrics)
