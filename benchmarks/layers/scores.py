@@ -116,7 +116,7 @@ def score_of(effects: Sequence[float], damages: Sequence[float]) -> tuple[float,
         damages: Per fact, nats per token.
 
     >>> score_of([2.0, 4.0], [0.5, 1.4])
-    (3.0, 0.12125748502994005)
+    (3.0, 0.4388714733542318)
     """
     effect, damage = np.array(effects, float), np.array(damages, float)
     count = len(effect)

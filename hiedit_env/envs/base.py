@@ -23,10 +23,10 @@ from hiedit_env.envs.access import EpisodeAccess
 from hiedit_env.envs.accounting import Accounting, Judging, Outcome, Write
 from hiedit_env.envs.actions import Choice
 from hiedit_env.envs.episode import EditingEpisode
-from hiedit_env.envs.loading import load_resident
+from hiedit_env.envs.loading import draw_stream, load_resident
 from hiedit_env.envs.observations import Observer, View
 from hiedit_env.envs.scheduler import Passes, run
-from hiedit_env.envs.settings import RENDER_MODES, EnvSettings, draw_stream, reward_weights
+from hiedit_env.envs.settings import RENDER_MODES, EnvSettings, reward_weights
 from hiedit_env.envs.state import EnvState, copy_model
 from hiedit_env.errors import HieditError, SettingsError
 from hiedit_env.evaluation.reward import Evaluator

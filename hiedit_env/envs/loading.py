@@ -1,11 +1,15 @@
-"""The resident model that an environment's settings ask for."""
+"""The resident model and the stream of facts that an environment's settings ask for."""
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
 
 from hiedit_env.datasets.requests import Request, longest_prompt
+from hiedit_env.datasets.streams import stream
 from hiedit_env.envs.settings import EnvSettings
 from hiedit_env.errors import SettingsError
 from hiedit_env.model.architectures import find_candidates
@@ -55,3 +59,33 @@ def load_resident(settings: EnvSettings, requests: Sequence[Request]) -> Residen
     for note in llm.notes:
         print(f"hiedit: {note}", file=sys.stderr)
     return llm
+
+
+def draw_stream(
+    options: Mapping[str, Any] | None,
+    requests: Sequence[Request],
+    num_edits: int | None,
+    generator: np.random.Generator | None,
+) -> Sequence[Request]:
+    """The facts of a new episode.
+
+    Args:
+        options: Options of ``reset``; ``requests`` replaces everything else.
+        requests: The data set.
+        num_edits: How many of them; None for all.
+        generator: Draws them; None for the first ones in their order.
+
+    Raises:
+        SettingsError: another option than ``requests``, or one that is no list of Requests.
+    """
+    if not isinstance(options or {}, Mapping):
+        raise SettingsError(f"reset options must be a dict or None, got {options!r:.200}")
+    unknown = sorted(map(str, set(options or {}) - {"requests"}))
+    if unknown:
+        raise SettingsError(f"unknown reset options {unknown}; known is 'requests'")
+    if options:
+        given = options["requests"]
+        if not isinstance(given, list | tuple) or not all(isinstance(r, Request) for r in given):
+            raise SettingsError(f"requests must be a list of hiedit Requests, got {given!r:.200}")
+        return given
+    return requests[:num_edits] if generator is None else stream(requests, num_edits, generator)

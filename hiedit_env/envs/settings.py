@@ -29,8 +29,6 @@ import numpy as np
 import pydantic
 from pydantic import BeforeValidator, ConfigDict, Field, ValidationError
 
-from hiedit_env.datasets.requests import Request
-from hiedit_env.datasets.streams import stream
 from hiedit_env.errors import SettingsError, as_float
 from hiedit_env.evaluation.names import AskedForm, LocalityReference, RewardKind
 from hiedit_env.model.asking import PromptForm
@@ -383,33 +381,3 @@ def rule_settings(
             )
         chosen["step_size"] = step_size
     return {**belongings(model).rule_settings.get(rule, {}), **chosen}
-
-
-def draw_stream(
-    options: Mapping[str, Any] | None,
-    requests: Sequence[Request],
-    num_edits: int | None,
-    generator: np.random.Generator | None,
-) -> Sequence[Request]:
-    """The facts of a new episode.
-
-    Args:
-        options: Options of ``reset``; ``requests`` replaces everything else.
-        requests: The data set.
-        num_edits: How many of them; None for all.
-        generator: Draws them; None for the first ones in their order.
-
-    Raises:
-        SettingsError: another option than ``requests``, or one that is no list of Requests.
-    """
-    if not isinstance(options or {}, Mapping):
-        raise SettingsError(f"reset options must be a dict or None, got {options!r:.200}")
-    unknown = sorted(map(str, set(options or {}) - {"requests"}))
-    if unknown:
-        raise SettingsError(f"unknown reset options {unknown}; known is 'requests'")
-    if options:
-        given = options["requests"]
-        if not isinstance(given, list | tuple) or not all(isinstance(r, Request) for r in given):
-            raise SettingsError(f"requests must be a list of hiedit Requests, got {given!r:.200}")
-        return given
-    return requests[:num_edits] if generator is None else stream(requests, num_edits, generator)
