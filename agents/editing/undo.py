@@ -42,6 +42,6 @@ def replay(weights: EditableWeights, ledger: Ledger, edits: Sequence[int]) -> No
                 for i, update in enumerate(updates):
                     if update is not None:
                         changes[i] = accumulated(
-                            changes[i], update, weights.layers[i].is_transposed
+                            changes[i], update, weights.layers[i].is_transposed, in_place=True
                         )
     weights.restore(WeightSnapshot(dict(enumerate(changes))))

@@ -202,22 +202,26 @@ class EditableWeights:
             weight.copy_(base + change)
 
 
-def accumulated(change: Tensor | None, update: LowRankUpdate, is_transposed: bool) -> Tensor:
+def accumulated(
+    change: Tensor | None, update: LowRankUpdate, is_transposed: bool, *, in_place: bool = False
+) -> Tensor:
     """A layer's accumulated change with one more update: the sum that every commit computes.
 
     Args:
-        change: The change so far, float32 in the weight's own layout; None for none. It is not
-            written.
+        change: The change so far, float32 in the weight's own layout; None for none.
         update: What is added.
         is_transposed: Whether the weight is stored as d_out × d_in.
+        in_place: Whether ``change`` itself is written; the same bits, without a new tensor.
 
     Returns:
-        A new tensor, float32 in the weight's own layout, without gradient.
+        Float32 in the weight's own layout, without gradient.
     """
     left, right = update.left.detach().float(), update.right.detach().float()
     if is_transposed:
         left, right = right, left
-    return left.mT @ right if change is None else torch.addmm(change, left.mT, right)
+    if change is None:
+        return left.mT @ right
+    return change.addmm_(left.mT, right) if in_place else torch.addmm(change, left.mT, right)
 
 
 _BITS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
