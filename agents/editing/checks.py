@@ -84,11 +84,17 @@ class AskedFact:
 def as_asked(llm: ResidentLLM, request: Request, form: PromptForm) -> AskedFact:
     """A fact in every form it is asked.
 
+    Args:
+        llm: Whose tokenizer is used.
+        request: The fact; a form of its own goes before ``form``.
+        form: The form of facts that have none.
+
     Raises:
         PromptError: a text that is too long or cannot be tokenised; names the request's source.
     """
+    form = request.prompt_form or form
     try:
-        found = llm.encoder.encode_forms(request.prompt, request.answer, form)
+        found = llm.encoder.encode_forms(request.prompt, request.answer, form, request.system)
         prompts = [llm.encoder.with_subject(p, request.prompt, request.subject) for p in found]
     except PromptError as error:
         raise PromptError(f"{request.source}: {error}") from error

@@ -91,5 +91,7 @@ def request_record(request: Request) -> dict[str, Any]:
         "paraphrases": list(request.paraphrases),
         "locality": [{"prompt": p.prompt, "answer": p.answer} for p in request.locality],
         "relation": request.relation,
+        "prompt_form": request.prompt_form,
+        "system": request.system,
     }
     return {name: value for name, value in record.items() if value}

@@ -27,8 +27,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from hiedit_agents.editing.ledger import Ledger
+from hiedit_agents.editing.ledger_format import FILE as LEDGER
 from hiedit_env.datasets.requests import Request
-from hiedit_env.errors import HieditError, ModelError
+from hiedit_env.errors import HieditError, LedgerError, ModelError
 
 FORMAT = 3
 FILE = "edits.json"
@@ -61,24 +63,28 @@ class History:
 
 
 def read_history(folder: Path) -> History:
-    """What ``edits.json`` in a model's folder says; nothing where there is none.
+    """What ``edits.json`` in a model's folder says, and its ledger; nothing where there is none.
 
     Raises:
-        ModelError: it cannot be read; names the file, what is wrong and the remedy.
+        ModelError: ``edits.json`` cannot be read; names the file, what is wrong and the remedy.
+        LedgerError: the ledger cannot be read.
     """
     file = folder / FILE
-    if not file.is_file():
-        return History()
+    runs: list[dict[str, Any]] = []
+    facts: list[dict[str, Any]] = []
     try:
-        record = json.loads(file.read_text(encoding="utf-8"))
-        version = record.get("format", 1)
-        if version not in (1, 2, FORMAT):
-            raise ValueError(f"format {version!r}; this version reads {FORMAT}")
-        if version == 1:
-            runs = [{key: record[key] for key in _OF_A_RUN}]
-        else:
-            runs = [dict(run) for run in record["runs"]]
-        facts = [{"run": 0, **fact} for fact in record["facts"]]
+        if file.is_file():
+            record = json.loads(file.read_text(encoding="utf-8"))
+            version = record.get("format", 1)
+            if version not in (1, 2, FORMAT):
+                raise ValueError(f"format {version!r}; this version reads {FORMAT}")
+            if version == 1:
+                runs = [{key: record[key] for key in _OF_A_RUN}]
+            else:
+                runs = [dict(run) for run in record["runs"]]
+            facts = [{"run": 0, **fact} for fact in record["facts"]]
+        run, more = _of_ledger(folder, len(runs))
+        runs, facts = [*runs, *run], [*facts, *more]
         latest: dict[str, Request] = {}
         for fact in facts:
             latest.pop(fact["prompt"], None)
@@ -89,9 +95,40 @@ def read_history(folder: Path) -> History:
                 prompt_form=fact.get("prompt_form", "plain"),
                 system=fact.get("system"),
             )
+    except LedgerError:
+        raise
     except (OSError, ValueError, KeyError, TypeError, AttributeError, HieditError) as error:
         raise ModelError(
             f"{file} cannot be read: {type(error).__name__}: {error}; copy the file again, or "
             "remove it to begin a new history"
         ) from error
     return History(tuple(runs), tuple(facts), tuple(latest.values()))
+
+
+def _of_ledger(folder: Path, run: int) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """The edits in place of a folder that an Editor has saved, as one run and its facts."""
+    if not (folder / LEDGER).is_file():
+        return [], []
+    with Ledger.open(folder) as ledger:
+        events = [ledger[number] for number in ledger.active]
+    if not events:
+        return [], []
+    last = events[-1].record
+    facts = [
+        {
+            "prompt": fact["request"]["prompt"],
+            "answer": fact["request"]["answer"],
+            "subject": fact["request"]["subject"],
+            "prompt_form": "both" if len(fact["before"]) > 1 else next(iter(fact["before"])),
+            "system": fact["request"].get("system"),
+            "run": run,
+            "before": next(iter(fact["before"].values())),
+            "after": next(iter(fact["after"].values())),
+            "steps": event.record["steps"],
+            "layers": event.record["layers"],
+        }
+        for event in events
+        for fact in event.record["facts"]
+    ]
+    made = {"agent": last["agent"], "identity": last["identity"], "settings": {}, "versions": {}}
+    return [made], facts

@@ -23,7 +23,7 @@ from hiedit_env.errors import (
     SettingsError,
 )
 from hiedit_env.resident.resident import ResidentLLM
-from tests.support.editors import FACTS, NONE, bits, dense, gap
+from tests.support.editors import FACTS, NONE, bits, dense, gap, live
 from tests.support.models import all_bits
 
 
@@ -163,6 +163,61 @@ def test_the_same_prompt_with_another_answer_replaces_the_earlier_edit(editor: E
     # Undone, the earlier answer is there again.
     editor.undo(2)
     assert editor.ask("Belka lives in")[0].startswith(" Averlund")
+
+
+def test_facts_written_together_have_one_id_and_are_undone_together(editor: Editor) -> None:
+    states = [bits(editor)]
+    results = editor.edit(FACTS[:5], together=2)
+    assert [r.id for r in results] == [1, 1, 2, 2, 3]
+    assert [r.status for r in results] == ["written"] * 5
+    recorded = [fact["request"]["prompt"] for fact in editor.ledger[2].record["facts"]]
+    assert recorded == [FACTS[2].prompt, FACTS[3].prompt]
+    editor.undo(2)
+    assert gap(editor, dense(editor, (1, 3))) < 1e-6
+    assert list(editor.ledger.facts()) == [FACTS[i].prompt for i in (0, 1, 4)]
+    editor.rewind(0)
+    assert bits(editor) == states[0]
+    # A prompt that comes twice is in two edits, so that the later answer counts.
+    twice = [FACTS[0], (FACTS[0].prompt, "Istrand"), FACTS[1]]
+    assert [r.id for r in editor.edit(twice, together=3)] == [6, 7, 7]
+
+
+def test_facts_that_fail_together_are_written_one_by_one() -> None:
+    checks = Checks(min_agreement=None, earlier=0)
+    with Editor.from_pretrained("tiny", checks=checks, max_steps_per_edit=1) as editor:
+        results = editor.edit(FACTS[:6], together=6)
+        alone = [editor.ledger[n].record["facts"] for n in editor.ledger.active]
+    assert {r.status for r in results} == {"written", "rolled back"}
+    assert all(len(facts) == 1 for facts in alone)
+    assert [r.id for r in results if r.id is not None] == list(range(1, len(alone) + 1))
+
+
+def chat_editor() -> Editor:
+    """The tiny model with a chat template of plain words."""
+    model, tokens = live()
+    tokens.chat_template = (
+        "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }} {% endfor %}"
+        "{% if add_generation_prompt %}answer:{% endif %}"
+    )
+    return Editor(model, tokens, name="tiny", checks=NONE)
+
+
+def test_facts_are_edited_plain_and_in_chat_where_there_is_a_template() -> None:
+    with chat_editor() as editor:
+        [both] = editor.edit(("Belka lives in", "Averlund"))
+        assert list(both.before) == list(both.after) == ["plain", "chat"]
+        said = editor.ask("Belka lives in") + editor.ask("Belka lives in", chat=True)
+        assert [text.startswith(" Averlund") for text in said] == [True, True]
+        [plain] = editor.edit(Request("Dasmo lives in", "Istrand", "Dasmo", prompt_form="plain"))
+        assert list(plain.after) == ["plain"]
+        recorded = editor.ledger[2].record["facts"][0]["request"]
+        assert recorded["prompt_form"] == "plain"
+        # Taken from the ledger again, it has its own form still.
+        editor.undo(1)
+        [fact] = editor._session.facts
+        assert list(fact.forms) == ["plain"]
+    with pytest.raises(SettingsError, match="needs a chat template"):
+        Editor.from_pretrained("tiny", prompt_form="both")
 
 
 @pytest.mark.parametrize(

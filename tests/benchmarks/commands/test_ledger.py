@@ -232,3 +232,20 @@ def test_diff_tells_the_answers_that_differ(
     assert FACTS[2].prompt in capsys.readouterr().out
     assert main(["diff", "tiny", "tiny"]) == 2
     assert "name the facts with --facts FILE" in capsys.readouterr().err
+
+
+def test_a_saved_model_is_edited_again_with_its_facts_known(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    saved(tmp_path / "out", 3)
+    assert main(["revoke", str(tmp_path / "out"), "2"]) == 0
+    facts = tmp_path / "facts.json"
+    facts.write_text(json.dumps([{"prompt": FACTS[4].prompt, "answer": FACTS[4].answer}]))
+    words = ["--facts", str(facts), "--out", str(tmp_path / "again"), "--agent", "all-layers"]
+    assert main(["edit", "--model", str(tmp_path / "out"), *words]) == 0
+    assert "names 2 edited prompts of one earlier run" in capsys.readouterr().err
+    record = json.loads((tmp_path / "again" / "edits.json").read_text())
+    prompts = [(fact["prompt"], fact["run"]) for fact in record["facts"]]
+    assert prompts == [(FACTS[0].prompt, 0), (FACTS[2].prompt, 0), (FACTS[4].prompt, 1)]
+    # The ledger is of other weights, so it stays behind.
+    assert not (tmp_path / "again" / "ledger.sqlite").exists()
