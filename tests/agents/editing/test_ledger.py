@@ -284,6 +284,22 @@ def test_a_changed_or_missing_row_is_noticed(tmp_path: Path, change: str) -> Non
         Ledger.open(tmp_path)
 
 
+def test_changed_factors_are_noticed_when_they_are_read(tmp_path: Path) -> None:
+    with Ledger.create(tmp_path, BASE) as ledger:
+        fill(ledger, 2)
+    connection = sqlite3.connect(tmp_path / FILE)
+    [(data,)] = connection.execute("SELECT factors FROM events WHERE id = 2").fetchall()
+    damaged = bytearray(data)
+    damaged[-1] ^= 1  # the sign of a number
+    with connection:
+        connection.execute("UPDATE events SET factors = ? WHERE id = 2", (bytes(damaged),))
+    connection.close()
+    with Ledger.open(tmp_path) as ledger:
+        assert ledger.steps(1)
+        with pytest.raises(LedgerError, match="the factors of edit 2 are not those"):
+            ledger.steps(2)
+
+
 def test_what_an_append_writes_does_not_grow(tmp_path: Path) -> None:
     with Ledger.create(tmp_path, BASE) as ledger:
         wal = tmp_path / f"{FILE}-wal"
