@@ -6,8 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import torch
-
+from hiedit_agents.editing.controls import CONTROL, CONTROL_CHAT, agreement_with
 from hiedit_benchmarks.commands.edit_report import AGREEMENT, Report, Said
 from hiedit_benchmarks.comparison.episode import bar
 from hiedit_env.datasets.requests import Probe, PromptForm, Request
@@ -21,32 +20,6 @@ from hiedit_env.resident.resident import ResidentLLM
 
 #: Prompts of a kind that are asked at most, evenly spaced in the file; all facts are asked.
 LIMIT = 200
-#: Prompts that no file of facts is about.
-CONTROL = (
-    "The capital of France is",
-    "Water is made of hydrogen and",
-    "The opposite of hot is",
-    "Two plus two equals",
-    "The sun rises in the",
-    "A week has seven",
-    "Once upon a time, there was a",
-    "In order to bake bread, you need",
-    "The first month of the year is",
-    "Dogs and cats are kept as",
-    "She opened the door and",
-    "The largest planet of the solar system is",
-)
-#: The same as messages of a user.
-CONTROL_CHAT = (
-    "What is the capital of France?",
-    "What is water made of?",
-    "What is the opposite of hot?",
-    "What is two plus two?",
-    "Name three animals.",
-    "How do I bake bread?",
-    "Write a short sentence about the sea.",
-    "What is the first month of the year?",
-)
 
 
 @dataclass(frozen=True, slots=True)
@@ -236,18 +209,6 @@ def ask(
             texts.update(zip(group, llm.generate(encoded, budgets), strict=True))
             shown.update(len(group))
     return texts
-
-
-@torch.inference_mode()
-def agreement_with(llm: ResidentLLM, references: Sequence[EncodedPrompt]) -> float:
-    """Share of given answer tokens that are the argmax, mean over prompts."""
-    shares: list[float] = []
-    for bucket in llm.buckets(references):
-        batch = llm.batch([references[i] for i in bucket])
-        right = (llm.answer_logits(batch, remember=False).argmax(-1) == batch.labels).cpu()
-        sizes = [len(references[i].answer_ids) for i in bucket]
-        shares += [float(part.float().mean()) for part in torch.split(right, sizes)]
-    return sum(shares) / len(shares)
 
 
 def _some(items: Sequence[Any]) -> list[Any]:
