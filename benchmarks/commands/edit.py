@@ -117,7 +117,7 @@ def edit_model(
     form = settings.prompt_form or "plain"
     with candidates_for([editor], settings.model, settings.layers) as layers:
         settings = replace(settings, layers=layers)
-        env = make_env(settings, progress, num_edits=None, shuffle=False)
+        env = make_env(settings, progress, num_edits=None, shuffle=False, retention_window=0)
     inner = unwrapped(env)
     source = source_folder(inner.llm.model)
     check_source(source, out)
@@ -136,7 +136,11 @@ def edit_model(
     questions = Questions(inner.llm, inner.requests, history.requests, form)
     before = questions.before(progress)
 
-    episode = play(env, editor, 0, progress=progress)
+    # Of each fact only itself is judged while it is edited; the rest is asked at the end.
+    bare = [
+        replace(request, paraphrases=(), locality=(), portability=()) for request in inner.requests
+    ]
+    episode = play(env, editor, 0, options={"requests": bare}, progress=progress)
     if episode.error_type is not None:
         raise ModelError(
             f"the model collapsed at fact {len(episode.edits)} ({episode.error_type}), nothing was "
