@@ -166,6 +166,6 @@ def _in_one_line(text: str, program: str) -> str:
         if right and values:
             return f"{found[1]} must be {right}, got {', '.join(map(repr, values))}; {more}"
     if found := re.match(r"[Ii]nvalid choice (.+) for argument '([^']+)'.*\((.+)\)", message):
-        return f"{found[2]} must be one of {found[3].rstrip(',')}, got {found[1]}; {more}"
+        return f"{found[2]} must be one of {found[3].removesuffix(',')}, got {found[1]}; {more}"
     message = re.sub(r"^Error parsing (?=[^-])\S+: ", "", message)
     return message[0].lower() + message[1:]

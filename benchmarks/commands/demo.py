@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from hiedit_agents.registry import default_agent
-from hiedit_benchmarks.commands.edit_report import before_and_after
+from hiedit_benchmarks.commands.edit_report import one_line, verdict
+from hiedit_benchmarks.comparison.asking import settle_asking
 from hiedit_benchmarks.comparison.compare import compare
 from hiedit_benchmarks.comparison.results import UNEDITED
 from hiedit_benchmarks.comparison.settings import CompareSettings
@@ -48,8 +49,7 @@ def main(model: str, agents: Sequence[str] | None, num_edits: int, out: Path) ->
         # The half that no shipped agent was trained on.
         dataset=None if known_as(model) == "tiny" else "world-facts-test",
         num_edits=num_edits,
-        # Generating for the requests only saves time.
-        generation=("efficacy",),
+        generation=("efficacy", "generalization", "specificity"),
     )
     print(
         f"Stage 1 of 3: load {model}, then give it {num_edits} facts that contradict what it "
@@ -58,7 +58,8 @@ def main(model: str, agents: Sequence[str] | None, num_edits: int, out: Path) ->
         flush=True,
     )
     try:
-        result = compare(settings, agents, [0], out)
+        # An instruct model is edited and asked both plainly and in chat.
+        result = compare(settle_asking(settings, both=True), agents, [0], out)
     except ModelError as error:
         raise ModelError(
             f"{error}\nThe demo also runs offline on a toy model: hiedit demo --model tiny"
@@ -78,17 +79,28 @@ def main(model: str, agents: Sequence[str] | None, num_edits: int, out: Path) ->
 
 
 def _answers(unedited: Mapping[str, Any], edited: Mapping[str, Any]) -> str:
-    """Every n-th fact, so that early and late ones are shown."""
+    """Every n-th fact, so that early and late ones are shown; each asked in all ways."""
     count = len(edited["prompts"])
     chosen = sorted({round(i * (count - 1) / max(SHOWN - 1, 1)) for i in range(SHOWN)})
-    return before_and_after(
-        [
-            {
-                "prompt": f"{i + 1}. {edited['prompts'][i]}",
-                "answer": edited["wanted"][i],
-                "before": unedited["answers"][i],
-                "after": edited["answers"][i],
-            }
-            for i in chosen
-        ]
-    )
+    return "\n".join(line for i in chosen for line in _fact(unedited, edited, i))
+
+
+def _fact(unedited: Mapping[str, Any], edited: Mapping[str, Any], i: int) -> list[str]:
+    """One fact: as it was edited, in other words, in chat; and a question of another subject."""
+    wanted = edited["wanted"][i]
+    lines = [f"{i + 1}. {edited['prompts'][i]}   (wanted: {wanted})"]
+    for what, key, asked in (
+        ("as it is", "efficacy", ""),
+        ("in chat", "chat_efficacy", ""),
+        ("in other words", "generalization", edited["paraphrases"][i]),
+        ("unrelated", "specificity", edited["unrelated"][i]),
+    ):
+        before, after = (found["first_texts"].get(key) for found in (unedited, edited))
+        if before is None or after is None or not before[i] + after[i] + asked:
+            continue
+        if asked:
+            lines.append(f"   {what}: {one_line(asked)}")
+        said = "" if key == "specificity" else f"   ({verdict(after[i], wanted)})"
+        lines.append(f"      {what + ', ' if not asked else ''}before: {one_line(before[i])}")
+        lines.append(f"      {what + ', ' if not asked else ''}after:  {one_line(after[i])}{said}")
+    return lines

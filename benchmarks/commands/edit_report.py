@@ -145,10 +145,10 @@ def before_and_after(facts: Sequence[Mapping[str, Any]]) -> str:
         lines.append(fact["prompt"])
         told = [("", "before", "after"), ("in chat ", "chat_before", "chat_after")]
         told = [names for names in told if fact.get(names[2]) is not None]
-        lines += [f"    {form}before: {_one_line(fact[was])}" for form, was, _ in told]
-        lines.append(f"    wanted: {_one_line(fact['answer'])}")
+        lines += [f"    {form}before: {one_line(fact[was])}" for form, was, _ in told]
+        lines.append(f"    wanted: {one_line(fact['answer'])}")
         lines += [
-            f"    {form}after:  {_one_line(fact[now])}   ({verdict(fact[now], fact['answer'])})"
+            f"    {form}after:  {one_line(fact[now])}   ({verdict(fact[now], fact['answer'])})"
             for form, _, now in told
         ]
     if len(facts) > SHOWN:
@@ -169,7 +169,12 @@ def verdict(generated: str, answer: str) -> str:
     return "answered, but runs on" if starts_with(generated, answer) else "NOT answered"
 
 
-def _one_line(text: str) -> str:
+def one_line(text: str) -> str:
+    """A text without line breaks, for print.
+
+    >>> one_line(" Lyon  is "), one_line("")
+    ('Lyon is', '(nothing)')
+    """
     return " ".join(text.split()) or "(nothing)"
 
 

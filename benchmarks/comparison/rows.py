@@ -111,6 +111,9 @@ def details_of(
         "wanted": [request.answer for request in requests],
         "answers": evaluation.answers,
         **({"chat_answers": evaluation.chat_answers} if evaluation.chat_answers else {}),
+        "first_texts": dict(evaluation.first_texts),
+        "paraphrases": [r.paraphrases[0] if r.paraphrases else "" for r in episode.requests],
+        "unrelated": [r.locality[0].prompt if r.locality else "" for r in episode.requests],
         "per_fact": evaluation.per_fact,
         "edits": [
             {

@@ -10,7 +10,7 @@ facts), each asked in one or two forms and read in four ways: with the answer gi
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
@@ -55,11 +55,14 @@ class Evaluation:
             were asked for.
         chat_answers: The same in the chat form; an empty text for a prompt that a template has
             written already.
+        first_texts: Metric that answers were generated for → F texts, the greedy continuation of
+            each fact's first prompt of that kind; an empty text where a fact has none.
     """
 
     per_fact: Mapping[str, Scores]
     answers: tuple[str, ...]
     chat_answers: tuple[str, ...] = ()
+    first_texts: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
 
     @property
     def metrics(self) -> dict[str, dict[str, float]]:
@@ -161,7 +164,11 @@ def evaluate(
         if efficacy in wanted:
             facts = groups[efficacy].facts
             answers[form] = tuple(texts[fact[0]] if fact else "" for fact in facts)
-    return Evaluation(per_fact, answers["plain"], answers["chat"])
+    first = {
+        name: tuple(texts[fact[0]] if fact else "" for fact in groups[name].facts)
+        for name in wanted
+    }
+    return Evaluation(per_fact, answers["plain"], answers["chat"], first)
 
 
 # -- inside ---------------------------------------------------------------------------------------

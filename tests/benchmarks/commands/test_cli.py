@@ -165,7 +165,10 @@ def test_demo_shows_answers_table_and_picture(
     out = tmp_path / "demo"
     assert main(["demo", "--model", "tiny", "--num-edits", "3", "--out", str(out)]) == 0
     text = capsys.readouterr().out
-    assert text.count("    before:") == text.count("    after:") == 3
+    # Three facts: as they are, in other words, and a question about another subject each.
+    assert text.count("as it is, before:") == text.count("as it is, after:") == 3
+    assert text.count("in other words:") == text.count("unrelated:") == 3
+    assert text.count("before:") == text.count("after:") == 9
     assert "\nno-edit " in text
     assert "\ngradient-norm " in text
     assert str(out / "compare.png") in text
