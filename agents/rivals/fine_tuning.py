@@ -97,7 +97,7 @@ class BreadthFirst(_FineTuning):
         """L int8: the layer until it is written, nothing afterwards."""
         env = self._running()
         if not self._low.changes:
-            self._low.changes = self._train([fact.prompt for fact in env.episode.facts])
+            self._low.changes = self._train([p for fact in env.episode.facts for p in fact.prompts])
         return self._action(env.llm.change(self._index) is None)
 
     def _train(self, prompts: list[EncodedPrompt]) -> dict[int, Any]:
@@ -170,7 +170,7 @@ class PenalisedFineTuning(_FineTuning):
             return self._action(written=False)
         descent = Descent(env.llm, [self._index], self.learning_rate)
         for _ in range(self.steps):
-            _, right = descent.step([env.fact.prompt], self._others(), self.weight)
+            _, right = descent.step(list(env.fact.prompts), self._others(), self.weight)
             if right:
                 break
         self._low.changes = descent.result()

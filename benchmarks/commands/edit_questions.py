@@ -20,6 +20,8 @@ from hiedit_env.resident.resident import ResidentLLM
 
 #: Prompts of a kind that are asked at most, evenly spaced in the file; all facts are asked.
 LIMIT = 200
+#: The same of prompts whose answers must not change; they take longest, token after token.
+AGREEMENT_LIMIT = 60
 
 
 @dataclass(frozen=True, slots=True)
@@ -144,20 +146,26 @@ class Questions:
             "neighbours": near,
         }
         prompts = {
-            **{kind: [Question(t, ("x",)) for t in _some(found)] for kind, found in texts.items()},
+            **{
+                kind: [Question(t, ("x",)) for t in _some(found, AGREEMENT_LIMIT)]
+                for kind, found in texts.items()
+            },
             "control": [Question(text, ("x",)) for text in CONTROL],
         }
         if in_chat:
             for kind, found in texts.items():
                 chat = [t for t in found if not has_markers(self._llm.tokenizer, t)]
-                prompts[f"chat_{kind}"] = [Question(t, ("x",), "chat") for t in _some(chat)]
+                prompts[f"chat_{kind}"] = [
+                    Question(t, ("x",), "chat") for t in _some(chat, AGREEMENT_LIMIT)
+                ]
             prompts["control_chat"] = [Question(text, ("x",), "chat") for text in CONTROL_CHAT]
         references: dict[str, list[EncodedPrompt]] = {}
+        unedited = UneditedModel(self._llm)
         for kind in AGREEMENT:
             asked = [q for q in dict.fromkeys(prompts.get(kind, [])) if _fits(self._llm, q)]
             if asked:
                 encoded = [question.encode(self._llm) for question in asked]
-                references[kind] = UneditedModel(self._llm).answers(encoded)
+                references[kind] = unedited.answers(encoded)
         return references
 
     def _ask(self, llm: ResidentLLM, label: str, progress: bool) -> Said:
@@ -211,15 +219,15 @@ def ask(
     return texts
 
 
-def _some(items: Sequence[Any]) -> list[Any]:
-    """At most ``LIMIT`` of them, evenly spaced.
+def _some(items: Sequence[Any], limit: int = LIMIT) -> list[Any]:
+    """At most ``limit`` of them, evenly spaced.
 
-    >>> len(_some(range(1000))), _some([1, 2])
-    (200, [1, 2])
+    >>> len(_some(range(1000))), _some([1, 2]), _some(range(10), 2)
+    (200, [1, 2], [0, 5])
     """
-    if len(items) <= LIMIT:
+    if len(items) <= limit:
         return list(items)
-    return [items[i * len(items) // LIMIT] for i in range(LIMIT)]
+    return [items[i * len(items) // limit] for i in range(limit)]
 
 
 def _fits(llm: ResidentLLM, question: Question) -> bool:
