@@ -90,7 +90,7 @@ def read_record(folder: Path, kind: str | None = LEVELS) -> dict[str, Any]:
             the wrong type; names the file and the field.
     """
     file = folder / JSON_FILE
-    refuse_folder(folder)
+    refuse_folder(folder, "policy" if kind == POLICY else "trained agent")
     try:
         record = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
@@ -111,8 +111,12 @@ def read_record(folder: Path, kind: str | None = LEVELS) -> dict[str, Any]:
     return record
 
 
-def refuse_folder(folder: Path) -> None:
+def refuse_folder(folder: Path, what: str = "trained agent") -> None:
     """Says what a folder holds in the place of a trained agent; nothing where there is no folder.
+
+    Args:
+        folder: The folder.
+        what: What was looked for, in words.
 
     Raises:
         CheckpointError: a folder without ``agent.json``; names the remedy.
@@ -132,8 +136,8 @@ def refuse_folder(folder: Path) -> None:
             f"and --resume, or name {unfinished[-1].parent}, the agent so far"
         )
     raise CheckpointError(
-        f"{folder} is a folder without {JSON_FILE}, so it holds no trained agent; give the --out "
-        "of hiedit train, or the name of an agent"
+        f"{folder} is a folder without {JSON_FILE}, so it holds no {what}; give the --out of "
+        "hiedit train, or the name of an agent"
     )
 
 
