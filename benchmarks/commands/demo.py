@@ -50,6 +50,8 @@ def main(model: str, agents: Sequence[str] | None, num_edits: int, out: Path) ->
         dataset=None if known_as(model) == "tiny" else "world-facts-test",
         num_edits=num_edits,
         generation=("efficacy", "generalization", "specificity"),
+        # Earlier facts are asked at the end; while they are edited it would take most of the time.
+        retention_window=0,
     )
     print(
         f"Stage 1 of 3: load {model}, then give it {num_edits} facts that contradict what it "
