@@ -179,7 +179,7 @@ class Demo:
 
     out: Path = Path("demo")
     """folder of the results"""
-    num_edits: AtLeast1 = 10
+    num_edits: AtLeast1 = 8
     """facts per agent"""
     agents: tuple[str, ...] | None = None
     """agents to compare, besides the unedited model; by default the trained hiedit where one ships
