@@ -23,6 +23,8 @@ Step = tuple[NDArray[np.float32], float, bool, bool, dict[str, Any]]
 POLICIES = ("best", "all-layers", "no-edit", "random", "one-random-layer")
 _TERMS = ("edit", "locality", "sparsity", "recent_retention", "collapse")
 _SPARSITY = 0.1
+#: Most facts × layers: a stream takes 9 bytes for each, drawn at once.
+_MOST_SQUARES = 10_000_000
 #: Colours of a written layer in the picture: the fact's own, and another.
 _RIGHT, _WRONG = (0, 158, 115), (213, 94, 0)
 
@@ -97,7 +99,7 @@ class ToyEditing(gym.Env[NDArray[np.float32], NDArray[np.int8]]):
 
     ## Arguments
     - ``num_layers``: L, at least 2.
-    - ``num_edits``: length of the stream.
+    - ``num_edits``: length of the stream; times ``num_layers`` at most ten million.
     - ``noise``: standard deviation of the noise on the observation. At 0.1 the largest number is
       practically always the group's; at 1 it often is not, and ``best`` becomes out of reach.
     - ``render_mode``: ``"ansi"`` (a line about the last step), ``"rgb_array"`` (H × W × 3 uint8, a
@@ -126,6 +128,12 @@ class ToyEditing(gym.Env[NDArray[np.float32], NDArray[np.int8]]):
     ) -> None:
         self.num_layers = whole_number(num_layers, "num_layers", 2)
         self.num_edits = whole_number(num_edits, "num_edits", 1)
+        if self.num_edits * self.num_layers > _MOST_SQUARES:
+            raise SettingsError(
+                f"num_edits × num_layers must be at most {_MOST_SQUARES}, got "
+                f"{as_float(self.num_edits):.3g} × {as_float(self.num_layers):.3g}; "
+                "make shorter episodes"
+            )
         if not 0 <= as_float(noise) < np.inf:
             raise SettingsError(f"noise must be a finite number ≥ 0, got {noise!r:.200}")
         if render_mode not in (None, "ansi", "rgb_array"):

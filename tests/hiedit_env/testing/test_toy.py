@@ -199,6 +199,11 @@ def test_what_is_refused() -> None:
     [
         ({"num_layers": 1}, "num_layers.*≥ 2.*1"),
         ({"num_edits": 0}, "num_edits.*≥ 1.*0"),
+        ({"num_edits": 10**14}, r"^num_edits × num_layers.*at most 10000000.*1e\+14 × 6; make"),
+        ({"num_edits": 10**22}, r"num_edits.*1e\+22"),
+        ({"num_layers": 10**22}, r"num_layers.*1e\+22"),
+        ({"num_edits": 10**5000}, "num_edits.*got inf × 6"),
+        ({"num_edits": 5_000_001, "num_layers": 2}, "num_edits"),
         ({"noise": -0.1}, "noise.*-0.1"),
         ({"noise": float("nan")}, "noise.*nan"),
         ({"noise": "a"}, "noise.*'a'"),
