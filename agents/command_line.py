@@ -149,7 +149,7 @@ def _in_one_line(text: str, program: str) -> str:
         wanted = _NAME.findall(text)
         return f"{', '.join(wanted) or 'an argument'} must be given; {more}"
     if message.startswith("Unrecognized options"):
-        names = re.findall(r"--?[\w-]+", message.partition(":")[2])
+        names = re.findall(r"(?<!\S)--?[a-zA-Z][\w-]*", message.partition(":")[2])
         if not names:
             word = message.partition(":")[2].strip().partition(",")[0]
             return f"{word!r} belongs to no option; {more}"

@@ -238,6 +238,7 @@ def test_help_imports_nothing_heavy(command: str) -> None:
         (["data"], "FILE must be given; see hiedit data --help"),
         (["edit", "--facts", "--out", "x"], "--facts must be followed by a value"),
         (["edit", "a", "--facts", "b", "--out", "x"], "'a' belongs to no option"),
+        (["compare", "random-layers", "--out", "x"], "'random-layers' belongs to no option"),
         (
             ["compare", "--out", "x", "--step-size", "abc"],
             "--step-size must be a number, got 'abc'; see hiedit compare --help",
