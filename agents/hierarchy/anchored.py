@@ -23,6 +23,7 @@ normalised steps, the prompts of both forms and the repeated questions.
 
 from __future__ import annotations
 
+import copy
 import itertools
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, ClassVar, Self
@@ -33,7 +34,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from hiedit_agents.hierarchy.key_moments import inverses, key_moments, symmetric
-from hiedit_env.errors import PromptError, SettingsError, whole_number
+from hiedit_env.errors import PromptError, SettingsError, as_float, whole_number
 from hiedit_env.model.asking import has_markers
 from hiedit_env.model.tokenization import EncodedPrompt
 from hiedit_env.resident.capture import Capture
@@ -98,8 +99,10 @@ class Anchored(UpdateRule):
         metric: float = 0.0,
         seed: int = 0,
     ) -> None:
-        if not 0 <= momentum < 1:
+        if not 0 <= as_float(momentum) < 1:
             raise SettingsError(f"momentum must be a number in [0, 1), got {momentum!r}")
+        if not 0 <= as_float(metric) <= 1:
+            raise SettingsError(f"metric must be a number in [0, 1], got {metric!r}")
         if whole_number(openings, "openings", 0) > len(OPENINGS):
             raise SettingsError(f"openings must be at most {len(OPENINGS)}, got {openings!r}")
         self.momentum, self.openings = momentum, openings
@@ -110,7 +113,6 @@ class Anchored(UpdateRule):
         self.metric = metric
         self.llm = llm
         self._seed, self._episode = seed, 0
-        #: Calibration, see :mod:`.key_moments`.
         self._moments: dict[str, Tensor] = {}
         self._first: list[Tensor] = []
         self._earlier: tuple[Unit, ...] = ()
@@ -141,16 +143,25 @@ class Anchored(UpdateRule):
         self.reset()
 
     def parameters(self) -> list[torch.nn.Parameter]:
-        """Nothing of it is learned by gradients."""
-        return []
+        return []  # nothing of it is learned by gradients
 
     def state_dict(self) -> dict[str, Any]:
         """The calibration by name."""
         return dict(self._moments)
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Puts a saved :meth:`state_dict` back."""
-        if state:
+        """Puts a saved :meth:`state_dict` back.
+
+        Raises:
+            SettingsError: a calibration of another number of layers; nothing has changed.
+        """
+        saved = sum(name.startswith("total.") for name in state)
+        if state and saved != len(self.shapes):
+            raise SettingsError(
+                f"the saved calibration is of {saved} layers, the model has {len(self.shapes)} "
+                "candidates; calibrate again"
+            )
+        if saved:
             self._set_moments({name: torch.as_tensor(value) for name, value in state.items()})
 
     # -- the episode ------------------------------------------------------------------------------
@@ -194,14 +205,10 @@ class Anchored(UpdateRule):
         self._rng.bit_generator.state = statistics["random"]
 
     def clone_for(self, llm: ResidentLLM) -> Self:
-        """As in the base class; the copy seeks on ``llm``."""
-        own, self.llm = self.llm, None  # type: ignore[assignment]
-        try:
-            twin = super().clone_for(llm)
-        finally:
-            self.llm = own
-        twin.llm = llm
-        return twin
+        """As in the base class; the copy seeks on ``llm`` and shares the second moments."""
+        # They are large and never written in place.
+        shared = (*self._moments.values(), *self._first, *self._inverses)
+        return copy.deepcopy(self, {id(self.llm): llm, **{id(one): one for one in shared}})
 
     # -- the update -------------------------------------------------------------------------------
 
@@ -216,10 +223,10 @@ class Anchored(UpdateRule):
         Args:
             capture: Its prompts are what is edited; its gradients are not used.
             layers: L bool, the layers to update.
-            multipliers: L factors on what is written (1 where None).
+            multipliers: L factors on what is written (1 where None); gradients flow into a tensor.
 
         Returns:
-            L entries, None for a layer not chosen. Float32, without gradients.
+            L entries, None for a layer not chosen. Float32.
 
         Raises:
             SettingsError: the second moments were never taken.
@@ -227,7 +234,7 @@ class Anchored(UpdateRule):
         if not self._inverses:
             raise SettingsError(
                 "the low level 'anchored' needs second moments: call calibrate(captures) first, or "
-                "use a trained agent's folder"
+                "use a folder made by 'hiedit train HIGH+anchored --episodes 0 --out DIR'"
             )
         updates: list[LowRankUpdate | None] = [None] * len(self.shapes)
         chosen = np.flatnonzero(layers).tolist()
@@ -237,7 +244,7 @@ class Anchored(UpdateRule):
         facts = [*present, *self._lost(present)]
         prompts, owners = self._sought(facts)
         with torch.inference_mode(False), torch.enable_grad():
-            keys, values = self._search(prompts, owners, len(facts), chosen)
+            keys, values = self._search(prompts, owners, int(owners.max()) + 1, chosen)
         inverses = list(self._inverses)
         for layer, rows, wanted in zip(chosen, keys, values, strict=True):
             inverse = inverses[layer]
@@ -245,7 +252,7 @@ class Anchored(UpdateRule):
             gram = symmetric(addresses @ rows.mT)
             ridged = _plus(gram, self.ridge * gram.diagonal().mean())
             right = torch.linalg.solve(ridged.double(), wanted.double()).float()
-            factor = 1.0 if multipliers is None else float(multipliers[layer])
+            factor = 1.0 if multipliers is None else torch.as_tensor(multipliers[layer])
             updates[layer] = LowRankUpdate(addresses, right * factor)
             # The rows of a fact count together, like `protect` tokens (Woodbury's identity).
             weights = self.protect / torch.bincount(owners).float()[owners]
@@ -290,16 +297,24 @@ class Anchored(UpdateRule):
         return [unit for unit in drawn if not all(right[prompt] for prompt in unit)]
 
     def _sought(self, facts: Sequence[Unit]) -> tuple[list[tuple[EncodedPrompt, int]], Tensor]:
-        """All prompts of the facts with the position of the subject, and whose each is."""
+        """All prompts of the facts with the position of the subject, and whose vectors each has.
+
+        Facts that read the same up to the subject give the layers the same inputs, so only one
+        value can be written for them: they share their vectors.
+        """
         found: list[tuple[EncodedPrompt, int]] = []
         owners: list[int] = []
-        for number, unit in enumerate(facts):
-            for prompt in unit:
-                at = prompt.positions("subject")[0]
+        known: dict[tuple[int, ...], int] = {}
+        for unit in facts:
+            places = [prompt.positions("subject")[0] for prompt in unit]
+            starts = [p.prompt_ids[: at + 1] for p, at in zip(unit, places, strict=True)]
+            new = max(owners, default=-1) + 1
+            number = next((known[start] for start in starts if start in known), new)
+            known |= dict.fromkeys(starts, number)
+            for prompt, at in zip(unit, places, strict=True):
                 found.append((prompt, at))
                 for opening in OPENINGS[: self.openings]:
-                    behind = self._behind(opening, prompt, at)
-                    found += behind
+                    found += self._behind(opening, prompt, at)
                 owners += [number] * (len(found) - len(owners))
         return found, torch.tensor(owners, device=self.device)
 

@@ -49,7 +49,8 @@ def key_moments(
     # Means of squares are tiny; their ratios count.
     moments = {"sensitivity": pulls / pulls.mean().clamp_min(1e-30)}
     for i, total in enumerate(sums):
-        mean = total.diagonal().mean()
+        # A layer that was given nothing but zeros has no scale of its own.
+        mean = total.diagonal().mean().clamp_min(1e-30)
         leading, rest = _compress(total / mean, RANK)
         moments |= {f"total.{i}": mean, f"leading.{i}": leading, f"diagonal.{i}": rest}
     return moments

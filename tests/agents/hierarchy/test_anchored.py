@@ -237,6 +237,26 @@ def test_openings_stand_before_the_prompt_and_leave_the_subject_where_it_is() ->
         assert prompt.prompt_ids[-3:] == capture.prompt.prompt_ids
 
 
+def test_facts_that_read_the_same_up_to_the_subject_share_one_value() -> None:
+    """Their inputs are equal, so two values would be averaged and neither fact answered."""
+    llm = model()
+    low = anchored(llm)
+    first = unit(llm, 0).prompt
+    text = "w5 w9 w14 w22"
+    second = llm.encoder.with_subject(llm.encode(text, "w18"), text, "w9")
+    facts = low._units([first, unit(llm, 1).prompt, second])
+    prompts, owners = low._sought(facts)
+    assert owners.tolist() == [0, 1, 0]
+    keys, values = low._search(prompts, owners, 2, [0, 1])
+    for layer in range(2):
+        torch.testing.assert_close(keys[layer][0], keys[layer][2], atol=1e-5, rtol=1e-4)
+        assert torch.equal(values[layer][0], values[layer][2])
+    updates = low.propose(llm.read(first, unit(llm, 1).prompt, second).capture(), ALL)
+    for update in updates:
+        assert update is not None
+        assert torch.isfinite(update.dense()).all()
+
+
 # -- earlier facts --------------------------------------------------------------------------------
 
 
@@ -317,9 +337,42 @@ def test_a_clone_runs_the_fork_and_shares_nothing_that_changes() -> None:
     assert low.llm is llm
 
 
+def test_clones_hold_no_copies_of_the_second_moments() -> None:
+    llm = model()
+    low = anchored(llm)
+    twin = low.clone_for(llm.fork())
+    assert all(a is b for a, b in zip(low._inverses, twin._inverses, strict=True))
+    assert twin._rng is not low._rng
+
+
+def test_gates_receive_gradients() -> None:
+    llm = model()
+    gates = torch.ones(2, requires_grad=True)
+    updates = anchored(llm).compute(unit(llm, 0), ALL, gates)
+    assert all(update is not None for update in updates)
+    sum(u.right.sum() for u in updates if u is not None).backward()  # type: ignore[union-attr]
+    wanted = [u.right.detach().sum() for u in anchored(llm).propose(unit(llm, 0), ALL) if u]
+    assert gates.grad is not None
+    torch.testing.assert_close(gates.grad, torch.stack(wanted))
+
+
+def test_a_calibration_of_other_layers_is_refused() -> None:
+    low = anchored(model())
+    state = {name: value for name, value in low.state_dict().items() if not name.endswith(".1")}
+    with pytest.raises(SettingsError, match="is of 1 layers, the model has 2"):
+        low.load_state_dict(state)
+
+
 @pytest.mark.parametrize(
     ("name", "value"),
-    [("momentum", 1.0), ("search_steps", 0), ("enough", 0.0), ("openings", 9), ("repeats", -1)],
+    [
+        ("momentum", 1.0),
+        ("metric", -1.0),
+        ("search_steps", 0),
+        ("enough", 0.0),
+        ("openings", 9),
+        ("repeats", -1),
+    ],
 )
 def test_numbers_out_of_range_are_refused(name: str, value: Any) -> None:
     with pytest.raises(SettingsError, match=name):
