@@ -143,7 +143,8 @@ class Anchored(UpdateRule):
         self.reset()
 
     def parameters(self) -> list[torch.nn.Parameter]:
-        return []  # nothing of it is learned by gradients
+        """Nothing of it is learned by gradients."""
+        return []
 
     def state_dict(self) -> dict[str, Any]:
         """The calibration by name."""
@@ -285,8 +286,7 @@ class Anchored(UpdateRule):
         drawn = [past[i] for i in self._rng.choice(len(past), count, replace=False)]
         if not drawn:
             return []
-        prompts = [prompt for unit in drawn for prompt in unit]
-        right: dict[EncodedPrompt, bool] = {}
+        prompts, right = [prompt for unit in drawn for prompt in unit], dict[EncodedPrompt, bool]()
         with torch.inference_mode():
             for bucket in self.llm.buckets(prompts):
                 batch = self.llm.batch([prompts[i] for i in bucket])
