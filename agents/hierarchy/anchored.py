@@ -12,8 +12,8 @@ For the facts of an edit unit, at the present weights:
    of the inputs the layer meets elsewhere, the change is the least one, in the metric of C_l, that
    maps K to V: with A = K C_l⁻¹, it is Aᵀ (A Kᵀ + ridge)⁻¹ V. Inputs at other subjects and at other
    tokens hardly meet it.
-3. **Protection.** What was written once counts in C_l from then on, so later edits leave it alone;
-   and some earlier facts are asked again at every step: one that is no longer answered is sought
+3. **Protection.** What was written once counts in C_l from then on, so later edits leave it alone.
+   With ``repeats``, some earlier facts are asked again at every step: one that is lost is sought
    and written anew together with the present one.
 
 This is ROME's and MEMIT's form (arXiv 2202.05262, eq. 2; arXiv 2210.07229, eq. 14), with the

@@ -31,7 +31,7 @@ class Nudges:
     """Losses of prompts under vectors that are added to layers' outputs.
 
     Only tokens from the nudged one on are run, behind the keys and values of those before it, where
-    that gives this model's own losses (compared once for every object); else whole prompts.
+    that gives this model's own losses (compared once for every model); else whole prompts.
 
     Args:
         llm: The model, at its present weights; they must not change while this object is used.
