@@ -69,7 +69,7 @@ class Anchored(UpdateRule):
         ridge: Share of the mean diagonal of A Kᵀ that is added to it.
         prior: Share of the mean diagonal of C_l that is added to it.
         protect: Number of tokens that an edited fact counts for in C_l.
-        repeats: Earlier facts asked again at every step. To write one anew disturbs others more.
+        repeats: Earlier facts that are asked again at every step.
         metric: 1 for steps that are steepest in the metric of the damage they do, 0 for plain ones.
         seed: Of which facts are asked again; and with that of an episode.
 
