@@ -15,7 +15,7 @@
 Settings follow the part they belong to, after commas: those of the level itself after a HIGH or a
 LOW, of the low level after a named agent or a DIR, where ``high.name=value`` reaches the high one;
 after a part of HIGH+LOW only that level's.
-``hiedit,facts=0`` does not rehearse facts, ``policy,size=learned+ridge`` learns how many layers,
+``rledit,ridge=2`` has another ridge, ``policy,size=learned+ridge`` learns how many layers,
 ``hiedit,max_steps_per_edit=1`` has another horizon. ``DIR,allow_code=true`` allows a DIR whose
 levels are a ``module:Class`` to import them; without it no folder runs code. A spec file (YAML or
 JSON) stands for a name, see :mod:`hiedit_agents.named.grammar`.

@@ -18,7 +18,7 @@ from hiedit_agents.named.checkpoints import (
     trained_facts,
     weights_of,
 )
-from hiedit_agents.named.fitting import find_shipped
+from hiedit_agents.named.fitting import SHIPPED, find_shipped
 from hiedit_agents.named.presets import PRESETS
 from hiedit_agents.named.spec import AgentSpec
 from hiedit_agents.protocol import FixedAgent, Observation, Trainable
@@ -49,6 +49,35 @@ def shipped(name: str, model: str) -> Path | None:
     return None if found is None else found.folder
 
 
+def _check(spec: AgentSpec, folder: Path | None, **levels: bool) -> None:
+    """Refuses settings that neither the spec's levels take nor those of an agent that ships.
+
+    What ships under the name of a preset may have other levels than the preset, which is how such
+    an agent is trained.
+    """
+    try:
+        spec.check(**levels)
+    except SettingsError:
+        if folder is not None or spec.name not in PRESETS:
+            raise
+        given = _given(spec)
+        for place in sorted(SHIPPED.glob(f"{spec.name}-*")):
+            own = AgentSpec.from_json(read_record(place))
+            try:
+                replace(own, high_settings=given[0], low_settings=given[1]).check(**levels)
+            except SettingsError:
+                continue
+            return
+        raise
+
+
+def _given(spec: AgentSpec) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The settings of the high and of the low level that were given by name."""
+    high = {k: v for k, v in spec.high_settings.items() if f"high.{k}" in spec.given}
+    low = {k: v for k, v in spec.low_settings.items() if f"low.{k}" in spec.given}
+    return high, low
+
+
 class SpecAgent(FixedAgent):
     """An agent that is built from its parts when it meets a model.
 
@@ -75,8 +104,8 @@ class SpecAgent(FixedAgent):
         self._high = spec if self._high_folder else spec.with_layers_per_edit(layers_per_edit)
         self._low, self._low_folder = low
         # Of each part only one level is taken.
-        self._high.check(low=False)
-        self._low.check(high=False)
+        _check(self._high, self._high_folder, low=False)
+        _check(self._low, self._low_folder, high=False)
         self._built: tuple[ResidentLLM, HierarchicalAgent] | None = None
 
     @property
@@ -251,6 +280,9 @@ class SpecAgent(FixedAgent):
         """
         high_spec, high_folder = self._resolved(self._high, self._high_folder, model, trained)
         low_spec, low_folder = self._resolved(self._low, self._low_folder, model, trained)
+        # Only now is it known which levels ship for the model.
+        high_spec.check(low=False)
+        low_spec.check(high=False)
         high, low = high_spec.make_high(llm), low_spec.make_low(llm, model)
         for level, kind, spec, found in (
             (high, "high", self._high, high_folder),
@@ -295,8 +327,7 @@ class SpecAgent(FixedAgent):
                 f"{', '.join(fixed)} of the agent {spec.name!r} that ships for {model} was fixed "
                 "when it was trained; train one of your own, or give its folder"
             )
-        high = {k: v for k, v in spec.high_settings.items() if f"high.{k}" in spec.given}
-        low = {k: v for k, v in spec.low_settings.items() if f"low.{k}" in spec.given}
+        high, low = _given(spec)
         horizon = (spec if HORIZON in spec.given else own).max_steps_per_edit
         return replace(
             own,

@@ -120,7 +120,7 @@ def main(name: str = "", console: Console | None = None) -> None:
         out.print(
             "Also an agent: HIGH+LOW for any two levels below; the folder of a trained one; "
             f"LIBRARY:DIR ({', '.join(LOADERS)}); module:Class; a spec file (.yaml, .json).\n"
-            "Settings follow the part they belong to: hiedit,facts=0,high.history=false; "
+            "Settings follow the part they belong to: rledit,ridge=2; "
             "policy,size=learned+rehearsal,facts=4; after a whole agent they reach its low level, "
             "and high.NAME its high level. max_steps_per_edit=N is the horizon.",
             highlight=False,

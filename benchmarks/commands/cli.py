@@ -95,7 +95,7 @@ class Compare:
     """folder of the results"""
     agents: tuple[str, ...] = ("all-layers", "random-layers", "gradient-norm")
     """names, such as no-edit, all-layers, hiedit or policy+ridge, folders of trained agents, spec
-    files, module:Class, or LIBRARY:DIR; settings follow a comma, as in hiedit,facts=0; LABEL=NAME
+    files, module:Class, or LIBRARY:DIR; settings follow a comma, as in rledit,ridge=2; LABEL=NAME
     gives a row another name; 'hiedit agents' lists them"""
     seeds: tuple[int, ...] = (0,)
     """one stream each, the same for every agent"""

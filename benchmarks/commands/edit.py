@@ -30,6 +30,7 @@ from hiedit_env.envs.episode import check_units
 from hiedit_env.errors import ModelError
 from hiedit_env.evaluation.matching import is_match, starts_with
 from hiedit_env.evaluation.metrics import evaluate
+from hiedit_env.model.encoded import EncodedFact
 from hiedit_env.model.memory_budget import auto_class
 from hiedit_env.model.saving import EditedMatrix, check_source, find_folder, locate, source_folder
 from hiedit_env.resident.resident import ResidentLLM
@@ -129,6 +130,8 @@ def edit_model(
     check_units(encoded, settings.edits_per_step)
     # Builds the agent for this model, which shows whether it fits.
     editor.reset(env, 0)
+    if inner.rule.tokens == "subject":
+        _warn_of_subjects(encoded)
     rehearsed = _remember(inner, history)
     print(f"hiedit: agent {label}: {explain(editor, settings.model)}", file=sys.stderr)
     if history.facts:
@@ -211,6 +214,19 @@ def edit_model(
 
 def _weight(env: EditingEnv, name: str) -> Any:
     return env.llm.model.get_submodule(name).weight
+
+
+def _warn_of_subjects(facts: Sequence[EncodedFact]) -> None:
+    """Says which facts cannot be edited at their subject, since their prompt does not name it."""
+    found = [fact.request for fact in facts if any(p.subject_missing for p in fact.prompts)]
+    if found:
+        print(
+            f"hiedit: warning: {len(found)} of {len(facts)} facts name a subject that is not in "
+            f"their prompt, such as {found[0].source} ({found[0].subject!r:.60}); they are edited "
+            "at the prompt's last token, which does not carry over to other words: write the "
+            "subject as it stands in the prompt",
+            file=sys.stderr,
+        )
 
 
 def _remember(env: EditingEnv, history: History) -> bool:

@@ -50,7 +50,7 @@ def check_units(facts: Sequence[EncodedFact], edits_per_step: int) -> None:
                         f"{other.request.source} and {fact.request.source} are edited in one step "
                         f"and give {fact.request.prompt[:60]!r} two answers, "
                         f"{other.request.answer[:40]!r} and {fact.request.answer[:40]!r}; leave "
-                        "one out or set edits_per_step=1"
+                        "one out or set edits_per_step=1 (--batch 1)"
                     )
 
 

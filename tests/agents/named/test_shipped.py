@@ -21,6 +21,7 @@ from hiedit_agents.registry import SHIPPED, default_agent, make_agent, spec_agen
 from hiedit_benchmarks.commands.demo import default_agents
 from hiedit_env.datasets.load import load_requests
 from hiedit_env.envs.planted import Planted
+from hiedit_env.errors import SettingsError
 
 FOLDERS = sorted(SHIPPED.iterdir())
 
@@ -86,3 +87,16 @@ def test_at_most_half_of_its_candidates_are_edited() -> None:
     chosen = record["high"]["settings"]["layers_per_edit"]
     assert len(set(chosen)) == len(chosen) <= len(layers) / 2
     assert max(chosen) < len(layers)
+
+
+def test_settings_of_a_named_agent_are_those_of_the_levels_that_ship() -> None:
+    agent = spec_agent("hiedit,openings=2")
+    spec, folder = agent._resolved(*agent.low_part, "smollm2-135m", True)
+    assert folder == SHIPPED / "hiedit-smollm2-135m"
+    assert (spec.low, spec.low_settings["openings"]) == ("anchored", 2)
+    # Nowhere is there such a setting; and not in the preset, which other models are trained with.
+    with pytest.raises(SettingsError, match="has no argument 'opnings'"):
+        spec_agent("hiedit,opnings=2")
+    env = gym.make("hiedit/LayerSelection-v1", num_edits=2)
+    with pytest.raises(SettingsError, match="'rehearsal' has no argument 'openings'"):
+        agent.reset(env, seed=0)

@@ -235,3 +235,18 @@ def test_the_memory_check_is_an_option(
     assert flags(tmp_path, model, "--memory-check", "off") == 0
     assert "memory_check" not in record(tmp_path / "out")["runs"][0]["settings"]
     assert flags(tmp_path, model, "--memory-check", "maybe") == 2
+
+
+def test_a_subject_that_is_not_in_its_prompt_is_said_where_it_matters(
+    tmp_path: Path, model: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    absent = {**FACT, "subject": "nobody"}
+    for number, (agent, told) in enumerate(
+        [("all-layers+decorrelated,tokens=subject", True), ("all-layers+decorrelated", False)]
+    ):
+        place = tmp_path / str(number)
+        place.mkdir()
+        edit(place, model, absent, OTHER, agent=agent)
+        said = capsys.readouterr().err
+        assert ("1 of 2 facts name a subject that is not in their prompt" in said) is told
+        assert ("row 0 ('nobody')" in said) is told
