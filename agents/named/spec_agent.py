@@ -280,9 +280,11 @@ class SpecAgent(FixedAgent):
         """
         high_spec, high_folder = self._resolved(self._high, self._high_folder, model, trained)
         low_spec, low_folder = self._resolved(self._low, self._low_folder, model, trained)
-        # Only now is it known which levels ship for the model.
-        high_spec.check(low=False)
-        low_spec.check(high=False)
+        # Only now is it known which levels ship for the model under the name of a preset.
+        if self._high.name in PRESETS:
+            high_spec.check(low=False)
+        if self._low.name in PRESETS:
+            low_spec.check(high=False)
         high, low = high_spec.make_high(llm), low_spec.make_low(llm, model)
         for level, kind, spec, found in (
             (high, "high", self._high, high_folder),
