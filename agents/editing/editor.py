@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from os import PathLike
 from pathlib import Path
@@ -15,15 +15,16 @@ from hiedit_agents.editing.adapter import AdapterReport
 from hiedit_agents.editing.checks import AskedFact, Checks, share
 from hiedit_agents.editing.controls import end_id, has_template
 from hiedit_agents.editing.export import ASKED, Saved, measure, save_adapter, save_delta, save_model
-from hiedit_agents.editing.facts import Fact, Facts, as_requests
+from hiedit_agents.editing.facts import Fact, Facts, as_requests, warn_of_subjects
 from hiedit_agents.editing.held import for_editing
 from hiedit_agents.editing.ledger import Ledger
-from hiedit_agents.editing.ledger_format import FILE
 from hiedit_agents.editing.levels import HowToEdit, make_levels
 from hiedit_agents.editing.model_card import Measured
 from hiedit_agents.editing.results import EditResult
-from hiedit_agents.editing.session import Session, base_of_model
+from hiedit_agents.editing.session import Session
+from hiedit_agents.editing.taken_up import open_ledger
 from hiedit_agents.registry import default_agent
+from hiedit_env.datasets.requests import Request
 from hiedit_env.errors import LedgerError, SettingsError, whole_number
 from hiedit_env.model.architectures import find_candidates
 from hiedit_env.model.asking import PromptForm
@@ -31,6 +32,8 @@ from hiedit_env.model.loading import load_model
 from hiedit_env.model.relatives import known_as
 from hiedit_env.model.saving import source_folder
 from hiedit_env.resident.resident import ResidentLLM
+from hiedit_env.resident.weights import WeightSnapshot
+from hiedit_env.rules.base import UpdateRule
 
 
 class Editor:
@@ -49,7 +52,8 @@ class Editor:
         layers: Patterns of candidate layers; by default those the agent was trained for, else those
             of published work on the model, else by its structure.
         ledger: Folder of a ledger that is kept on disk. One that is there is gone on with: its
-            edits are written into the model first. By default the ledger is in memory.
+            edits are written into the model first. By default the ledger is in memory. In either
+            case it begins with that of a saved model that is edited again.
         checks: What must hold after an edit; see :class:`Checks`.
         prompt_form: Form in which facts are edited and asked: ``"plain"``, ``"chat"`` or
             ``"both"``; by default both where the tokenizer has a chat template, else plain.
@@ -59,6 +63,8 @@ class Editor:
             one of a smaller rank before they are checked and recorded: a ledger and an adapter are
             several times smaller then. 0 keeps them as they were computed.
         name: Name of the model, to find what belongs to it; by default where it was loaded from.
+        earlier: Facts that were edited into the model before, earliest first, for an agent that
+            rehearses; those of its ledger are known without.
         layers_per_edit, max_steps_per_edit, step_size, update_rule: As for
             :func:`hiedit_agents.make_agent`.
         seed: Of everything that is drawn.
@@ -88,6 +94,7 @@ class Editor:
         end_token: bool | None = None,
         max_error: float = 0.01,
         name: str | None = None,
+        earlier: Sequence[Request] = (),
         layers_per_edit: int | None = None,
         max_steps_per_edit: int | None = None,
         step_size: float | None = None,
@@ -120,13 +127,14 @@ class Editor:
             candidates = find_candidates(model, patterns, known_as(name))
             self.llm = ResidentLLM(model, tokenizer, candidates, end_id=end)
             levels = make_levels(self._how, made, self.llm, name)
-            opened = self._open(ledger)
+            opened = open_ledger(self.llm, name, ledger)
+            found = self.llm.snapshot()
             try:
                 self._session = Session(
-                    self.llm, levels, opened, checks or Checks(), form, max_error
+                    self.llm, levels, opened, checks or Checks(), form, max_error, found, earlier
                 )
             except BaseException:
-                self.llm.restore_unedited()
+                self.llm.restore(found)
                 opened.close()
                 raise
         self._fingerprint = self.llm.weights_fingerprint()
@@ -167,7 +175,13 @@ class Editor:
 
     # -- editing ----------------------------------------------------------------------------------
 
-    def edit(self, facts: Facts, *, together: int = 1) -> list[EditResult]:
+    def edit(
+        self,
+        facts: Facts,
+        *,
+        together: int = 1,
+        on_results: Callable[[Sequence[EditResult]], None] | None = None,
+    ) -> list[EditResult]:
         """Writes facts into the model.
 
         A fact that the model gives already is left alone. A prompt that was edited before gets its
@@ -178,6 +192,7 @@ class Editor:
             facts: One or several; see :mod:`hiedit_agents.editing.facts`.
             together: Number of facts that are written by one edit; it has one id, so they are also
                 undone together. If they fail a check together, they are written one by one.
+            on_results: Called with the results of every edit as soon as it is made.
 
         Returns:
             One result per fact, in order.
@@ -192,11 +207,15 @@ class Editor:
         requests = as_requests(facts)
         with self._at_work():
             asked = [self._session.asked(request) for request in requests]
+            warn_of_subjects(self.low_level, [(fact.request, fact.prompts) for fact in asked])
             results: list[EditResult] = []
             while len(results) < len(asked):
                 place = len(results)
                 group = _different(asked[place : place + together])
-                results += self._session.edit(group, place / len(asked))
+                made = self._session.edit(group, place / len(asked))
+                results += made
+                if on_results is not None:
+                    on_results(made)
             return results
 
     def check(self, fact: Fact) -> None:
@@ -278,6 +297,21 @@ class Editor:
         levels = self._session.levels
         return f"{levels.name}: {levels.explained}"
 
+    @property
+    def found(self) -> WeightSnapshot:
+        """The weights as the model was found, which :meth:`close` puts back."""
+        return self._session.found
+
+    @property
+    def low_level(self) -> UpdateRule:
+        """What computes the updates."""
+        return self._session.levels.low
+
+    @property
+    def max_steps_per_edit(self) -> int:
+        """Maximum number of primitive steps per fact."""
+        return self._session.levels.max_steps
+
     # -- saving -----------------------------------------------------------------------------------
 
     def save(self, out: str | PathLike[str]) -> Saved:
@@ -337,7 +371,7 @@ class Editor:
             if not self._closed:
                 self._closed = True
                 with for_editing(self.model):
-                    self.llm.restore_unedited()
+                    self.llm.restore(self._session.found)
                 self.ledger.close()
 
     def __enter__(self) -> Self:
@@ -347,20 +381,6 @@ class Editor:
         self.close()
 
     # -- inside -----------------------------------------------------------------------------------
-
-    def _open(self, folder: str | PathLike[str] | None) -> Ledger:
-        base = base_of_model(self.llm, self.name)
-        if folder is None:
-            return Ledger.in_memory(base)
-        if not (Path(folder) / FILE).exists():
-            return Ledger.create(Path(folder), base)
-        ledger = Ledger.open(Path(folder), write=True)
-        try:
-            ledger.base.refuse_other(base)
-        except BaseException:
-            ledger.close()
-            raise
-        return ledger
 
     @contextmanager
     def _at_work(self) -> Iterator[None]:

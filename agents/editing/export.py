@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
+import torch
 from torch import Tensor
 
 from hiedit_agents.editing.adapter import (
@@ -19,16 +20,19 @@ from hiedit_agents.editing.adapter import (
 from hiedit_agents.editing.checks import AskedFact
 from hiedit_agents.editing.delta import write_delta
 from hiedit_agents.editing.low_rank_sum import sum_of
-from hiedit_agents.editing.model_card import Measured, model_card
+from hiedit_agents.editing.model_card import CARD, Measured, is_card, model_card
 from hiedit_agents.editing.out_folder import OutFolder
 from hiedit_agents.editing.session import Session
 from hiedit_env.errors import LedgerError, SettingsError, whole_number
 from hiedit_env.files import write_bytes
+from hiedit_env.model.folders import StoredTensor
 from hiedit_env.model.saving import EditedMatrix, check_source, locate, save_edited
+from hiedit_env.resident.resident import ResidentLLM
+from hiedit_env.resident.weights import WeightSnapshot
 
 #: Facts that are asked when something is saved, evenly spaced.
 ASKED = 200
-_CARD, _BASE_CARD = "README.md", "README.base.md"
+_BASE_CARD = "README.base.md"
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,7 +75,10 @@ def save_model(session: Session, out: Path, source: Path | None) -> Saved:
         f"tokenizer = AutoTokenizer.from_pretrained({out.name!r})"
     )
     card = model_card(session.ledger, measured, "model", use, _HOW_TO_UNDO)
-    matrices = [] if source is None else _matrices(session, source)
+    matrices = []
+    if source is not None:
+        places = locate_layers(session.llm, session.found, source)
+        matrices = edited_matrices(session.llm, session.found, places)
 
     def write(folder: Path) -> list[str]:
         left_out: list[str] = []
@@ -81,9 +88,9 @@ def save_model(session: Session, out: Path, source: Path | None) -> Saved:
             session.llm.tokenizer.save_pretrained(folder)
         else:
             left_out = save_edited(source, folder, matrices)
-        if (folder / _CARD).exists() and not (folder / _BASE_CARD).exists():
-            os.replace(folder / _CARD, folder / _BASE_CARD)
-        write_bytes(folder / _CARD, card.encode())
+        if (folder / CARD).exists() and not is_card(folder / CARD):
+            os.replace(folder / CARD, folder / _BASE_CARD)
+        write_bytes(folder / CARD, card.encode())
         session.ledger.copy_to(folder)
         return left_out
 
@@ -156,8 +163,8 @@ def save_delta(session: Session, path: Path) -> None:
     Raises:
         OutputError: it cannot be written.
     """
-    edited = {name: new for name, (_, new) in _edited(session).items()}
-    write_delta(path, session.ledger.base, edited, session.llm.weights_fingerprint())
+    llm = session.llm
+    write_delta(path, session.ledger.base, _edited(llm), llm.weights_fingerprint())
 
 
 def measure(session: Session, count: int = ASKED) -> Measured:
@@ -186,23 +193,54 @@ def some(facts: Sequence[AskedFact], count: int) -> list[AskedFact]:
     return [facts[i * len(facts) // count] for i in range(count)]
 
 
-def _edited(session: Session) -> Mapping[str, tuple[Tensor, Tensor]]:
-    """Layer name → unedited and edited weight, of the layers that differ."""
-    llm = session.llm
-    with llm.unedited():
-        old = {name: _weight(session, name).detach().clone() for name in llm.names}
-    found = {name: (old[name], _weight(session, name).detach()) for name in llm.names}
-    return {name: pair for name, pair in found.items() if not bool((pair[0] == pair[1]).all())}
+def edited_matrices(
+    llm: ResidentLLM, found: WeightSnapshot, places: Mapping[str, tuple[StoredTensor, ...]]
+) -> list[EditedMatrix]:
+    """The matrices that differ from those that the model was found with.
 
-
-def _weight(session: Session, name: str) -> Tensor:
-    return cast(Tensor, session.llm.model.get_submodule(name).weight)
-
-
-def _matrices(session: Session, source: Path) -> list[EditedMatrix]:
-    edited = _edited(session)
-    places = locate({f"{name}.weight": old for name, (old, _) in edited.items()}, source)
+    Args:
+        llm: The edited model.
+        found: Its weights as it was loaded.
+        places: Where each of them is stored, by parameter.
+    """
+    old, new = _as_found(llm, found), _weights(llm)
     return [
-        EditedMatrix(f"{name}.weight", old, new, places[f"{name}.weight"])
-        for name, (old, new) in edited.items()
+        EditedMatrix(name, old[name], new[name], places[name])
+        for name in old
+        if not torch.equal(old[name], new[name])
     ]
+
+
+def locate_layers(
+    llm: ResidentLLM, found: WeightSnapshot, source: Path
+) -> dict[str, tuple[StoredTensor, ...]]:
+    """Where the candidate weights of a model are stored in the folder it was loaded from.
+
+    Raises:
+        ModelError: in another layout, or not at all.
+    """
+    return locate(_as_found(llm, found), source)
+
+
+def _weights(llm: ResidentLLM) -> dict[str, Tensor]:
+    return {
+        f"{name}.weight": cast(Tensor, llm.model.get_submodule(name).weight).detach()
+        for name in llm.names
+    }
+
+
+def _as_found(llm: ResidentLLM, found: WeightSnapshot) -> dict[str, Tensor]:
+    present = llm.snapshot()
+    llm.restore(found)
+    try:
+        return {name: weight.clone() for name, weight in _weights(llm).items()}
+    finally:
+        llm.restore(present)
+
+
+def _edited(llm: ResidentLLM) -> dict[str, Tensor]:
+    """Layer name → edited weight, of the layers that differ from the unedited ones."""
+    with llm.unedited():
+        old = {name: weight.clone() for name, weight in _weights(llm).items()}
+    found = _weights(llm).items()
+    return {name[: -len(".weight")]: new for name, new in found if not torch.equal(old[name], new)}

@@ -7,13 +7,16 @@ may be added. Without a subject the whole prompt counts as the subject, as in da
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+import warnings
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from hiedit_env.datasets.formats import FORMATS, recognise
 from hiedit_env.datasets.requests import Request
 from hiedit_env.datasets.rows import Row
-from hiedit_env.errors import DatasetError
+from hiedit_env.errors import DatasetError, HieditWarning
+from hiedit_env.model.tokenization import EncodedPrompt
+from hiedit_env.rules.base import UpdateRule
 
 #: One fact.
 Fact = Request | Mapping[str, Any] | tuple[str, ...]
@@ -44,6 +47,27 @@ def as_requests(facts: Facts) -> list[Request]:
             "read a file with hiedit_env.load_requests"
         )
     return [request for place, fact in enumerate(facts) for request in _requests(fact, place)]
+
+
+def warn_of_subjects(
+    low: UpdateRule, facts: Sequence[tuple[Request, Sequence[EncodedPrompt]]]
+) -> None:
+    """Warns of facts that are edited at their subject though their prompt does not name it.
+
+    Args:
+        low: Says where it edits.
+        facts: Requests with their prompts as tokens.
+    """
+    found = [r for r, prompts in facts if any(p.subject_missing for p in prompts)]
+    if found and low.tokens == "subject":
+        warnings.warn(
+            f"{len(found)} of {len(facts)} facts name a subject that is not in their prompt, such "
+            f"as {found[0].source} ({found[0].subject!r:.60}); they are edited at the prompt's "
+            "last token, which does not carry over to other words: write the subject as it stands "
+            "in the prompt",
+            HieditWarning,
+            stacklevel=3,
+        )
 
 
 def _requests(fact: Any, place: int) -> list[Request]:

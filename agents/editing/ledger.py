@@ -25,6 +25,8 @@ from safetensors.torch import load
 from hiedit_agents.editing.ledger_file import (
     connect,
     connect_to_read,
+    copy_to_file,
+    is_blank,
     make_tables,
     reading,
     transaction,
@@ -41,6 +43,7 @@ from hiedit_agents.editing.ledger_format import (
     digest_of,
     factors_file,
     fold,
+    ids_text,
     steps_of,
 )
 from hiedit_env.errors import LedgerError, OutputError
@@ -73,6 +76,12 @@ class Ledger:
             self._digest = hashlib.sha256(text.encode()).digest()
             self._read_events()
 
+    @staticmethod
+    def is_in(folder: Path) -> bool:
+        """Whether a folder holds a ledger; a file whose making was interrupted is none."""
+        path = folder / FILE
+        return path.is_file() and not is_blank(path)
+
     # -- opening ----------------------------------------------------------------------------------
 
     @classmethod
@@ -83,13 +92,9 @@ class Ledger:
             LedgerError: there is a ledger already.
             OutputError: it cannot be written, or another process has locked the folder.
         """
-        if (folder / FILE).exists():
+        if cls.is_in(folder):
             raise LedgerError(f"{folder / FILE} exists; open it, or give another folder")
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise OutputError(f"{folder} cannot be made: {error}") from error
-        lock = lock_folder(folder)
+        lock = lock_folder(_made(folder))
         try:
             connection = connect(folder / FILE, new=True)
             make_tables(connection, base)
@@ -100,6 +105,35 @@ class Ledger:
         except BaseException:
             lock.release()
             raise
+
+    @classmethod
+    def open_or_create(cls, folder: Path, base: Base, begin: Ledger | None = None) -> Ledger:
+        """The ledger of a folder, open for appending, or a new one.
+
+        Args:
+            folder: Where it is kept.
+            base: The model that it must be of.
+            begin: Events that it must begin with, and a new one does.
+
+        Raises:
+            LedgerError: it is of another model, begins otherwise, or is damaged.
+            OutputError: it cannot be written.
+        """
+        if not cls.is_in(folder):
+            if begin is None:
+                return cls.create(folder, base)
+            begin.copy_to(_made(folder))
+        ledger = cls.open(folder, write=True)
+        try:
+            ledger.base.refuse_other(base)
+            if begin is not None and not ledger._begins_with(begin):
+                raise LedgerError(
+                    f"the ledger in {folder} lacks edits that the model has; give another folder"
+                )
+        except BaseException:
+            ledger.close()
+            raise
+        return ledger
 
     @classmethod
     def open(cls, folder: Path, *, write: bool = False) -> Self:
@@ -161,23 +195,26 @@ class Ledger:
         Raises:
             OutputError: it cannot be written.
         """
-        path = folder / FILE
-        try:
-            target = sqlite3.connect(path, isolation_level=None)
-            try:
-                self._connection.backup(target)
-                # One file, which opens from a medium that cannot be written, too.
-                target.execute("PRAGMA journal_mode=DELETE")
-            finally:
-                target.close()
-        except sqlite3.Error as error:
-            raise OutputError(f"{path} cannot be written: {error}") from error
+        copy_to_file(self._connection, folder / FILE)
 
     def copy_in_memory(self) -> Ledger:
         """A copy that is gone when it is closed."""
         connection = sqlite3.connect(":memory:", isolation_level=None, check_same_thread=False)
         self._connection.backup(connection)
         return Ledger(connection, "the ledger", None, True)
+
+    def _begins_with(self, other: Ledger) -> bool:
+        """Whether the first events of this ledger are all those of another one."""
+        if len(other) > len(self):
+            return False
+        if not len(other):
+            return True
+        with self._reading():
+            [(digest,)] = self._connection.execute(
+                "SELECT digest FROM events WHERE id = ?", (len(other),)
+            ).fetchall()
+        # A digest is one of all events before it and of the base.
+        return bool(digest == other._digest)
 
     def close(self) -> None:
         """Closes the file; nothing can be read or appended afterwards."""
@@ -281,11 +318,10 @@ class Ledger:
             or self._heads[number - 1][0] != "edit"  # type: ignore[operator]
         ):
             known = [i + 1 for i, (kind, _) in enumerate(self._heads) if kind == "edit"]
-            raise LedgerError(f"there is no edit {number!r}; {_ids('edits', known)}")
+            raise LedgerError(f"there is no edit {number!r}; {ids_text('edits', known)}")
         if in_place and number not in self._active:
-            raise LedgerError(
-                f"edit {number} is not in place any more; {_ids('edits in place', self._active)}"
-            )
+            left = ids_text("edits in place", self._active)
+            raise LedgerError(f"edit {number} is not in place any more; {left}")
         return int(number)  # type: ignore[call-overload, no-any-return]
 
     # -- appending --------------------------------------------------------------------------------
@@ -361,13 +397,10 @@ class Ledger:
         return reading(self._place)
 
 
-def _ids(what: str, ids: Sequence[int]) -> str:
-    """What there is, for a message.
-
-    >>> _ids("edits", [1, 2, 4]), _ids("edits", [])
-    ('the edits are 1, 2, 4', 'there are no edits')
-    """
-    if not ids:
-        return f"there are no {what}"
-    shown = ", ".join(map(str, ids[-20:]))
-    return f"the {what} are {'…, ' if len(ids) > 20 else ''}{shown}"
+def _made(folder: Path) -> Path:
+    """A folder, made if it does not exist."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise OutputError(f"{folder} cannot be made: {error}") from error
+    return folder

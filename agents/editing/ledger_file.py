@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sqlite3
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -10,7 +11,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 from hiedit_agents.editing.ledger_format import APPLICATION, FORMAT, TABLES, Base
-from hiedit_env.errors import LedgerError
+from hiedit_env.errors import LedgerError, OutputError
 
 
 @contextmanager
@@ -70,6 +71,20 @@ def connect_to_read(path: Path) -> sqlite3.Connection:
     return connection
 
 
+def is_blank(path: Path) -> bool:
+    """Whether a file is a database without anything in it, as a killed process leaves it."""
+    try:
+        connection = connect_to_read(path)
+        try:
+            [(tables,)] = connection.execute("SELECT COUNT(*) FROM sqlite_schema").fetchall()
+            [(version,)] = connection.execute("PRAGMA user_version").fetchall()
+        finally:
+            connection.close()
+    except sqlite3.Error:  # damaged, which is said where it is opened
+        return False
+    return bool(tables == 0 and version == 0)
+
+
 def make_tables(connection: sqlite3.Connection, base: Base) -> None:
     """The tables of an empty ledger, all or none."""
     with transaction(connection):
@@ -78,3 +93,24 @@ def make_tables(connection: sqlite3.Connection, base: Base) -> None:
         connection.execute("INSERT INTO base VALUES (?)", (json.dumps(asdict(base)),))
         connection.execute(f"PRAGMA application_id = {APPLICATION}")
         connection.execute(f"PRAGMA user_version = {FORMAT}")
+
+
+def copy_to_file(connection: sqlite3.Connection, path: Path) -> None:
+    """Writes a copy of a database as one file, which appears whole or not at all.
+
+    Raises:
+        OutputError: it cannot be written.
+    """
+    work = path.with_name(f".{path.name}.hiedit-new")
+    try:
+        work.unlink(missing_ok=True)
+        target = sqlite3.connect(work, isolation_level=None)
+        try:
+            connection.backup(target)
+            # One file, which opens from a medium that cannot be written, too.
+            target.execute("PRAGMA journal_mode=DELETE")
+        finally:
+            target.close()
+        os.replace(work, path)
+    except (sqlite3.Error, OSError) as error:
+        raise OutputError(f"{path} cannot be written: {error}") from error

@@ -37,6 +37,7 @@ import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -48,6 +49,8 @@ from hiedit_env.resident.low_rank import LowRankUpdate, Updates
 
 #: Name of the ledger's file in its folder.
 FILE = "ledger.sqlite"
+#: There while the weight files beside a ledger are being replaced.
+MARKER = ".hiedit-rewriting"
 FORMAT = 1
 APPLICATION = 0x68694564
 Kind = Literal["edit", "revoke", "rewind"]
@@ -137,6 +140,19 @@ class Event:
     record: Mapping[str, Any]
 
 
+def require_finished(folder: Path) -> None:
+    """Checks that no undo in a saved model's folder was interrupted.
+
+    Raises:
+        LedgerError: one was, so that the weights are not those of the ledger.
+    """
+    if (folder / MARKER).exists():
+        raise LedgerError(
+            f"taking edits back in {folder} was interrupted; finish it with 'hiedit rewind "
+            f"{folder} ID' and the id of the last event of 'hiedit log {folder}'"
+        )
+
+
 def base_of(record: Mapping[str, Any]) -> Base:
     """A base from its JSON."""
     layers = tuple(BaseLayer(**layer) for layer in record["layers"])
@@ -198,3 +214,15 @@ def steps_of(
                 raise ValueError(f"tensor {name!r} is of a layer that the base does not have")
             made[int(layer)] = LowRankUpdate(*(x if device is None else x.to(device) for x in pair))
     return [tuple(found[number]) for number in sorted(found)]
+
+
+def ids_text(what: str, ids: Sequence[int]) -> str:
+    """What there is, for a message.
+
+    >>> ids_text("edits", [1, 2, 4]), ids_text("edits", [])
+    ('the edits are 1, 2, 4', 'there are no edits')
+    """
+    if not ids:
+        return f"there are no {what}"
+    shown = ", ".join(map(str, ids[-20:]))
+    return f"the {what} are {'…, ' if len(ids) > 20 else ''}{shown}"

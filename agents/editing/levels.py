@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeGuard
 
 from hiedit_agents.hierarchy.options import HierarchicalAgent, HighLevel, UntrainedChoice
 from hiedit_agents.hierarchy.simple import LayerChoiceAgent
@@ -50,12 +50,17 @@ class HowToEdit:
             step_size=self.step_size,
             update_rule=self.update_rule,
         )
-        if not isinstance(made, SpecAgent | LayerChoiceAgent):
+        if not has_levels(made):
             raise SettingsError(
                 f"agent {self.agent!r} acts in an environment only; give one that is made of a "
                 "high and a low level, such as hiedit, all-layers, or HIGH+LOW"
             )
         return made
+
+
+def has_levels(agent: Agent) -> TypeGuard[SpecAgent | LayerChoiceAgent]:
+    """Whether an agent is made of a high and a low level, so that it can edit by itself."""
+    return isinstance(agent, SpecAgent | LayerChoiceAgent)
 
 
 @dataclass(frozen=True, slots=True)

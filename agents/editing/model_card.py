@@ -10,6 +10,9 @@ from pathlib import Path
 from hiedit_agents.editing.ledger import Ledger
 from hiedit_agents.editing.ledger_format import Event
 
+#: Name of a card's file.
+CARD = "README.md"
+_TAGS = "tags: [model-editing, hiedit]"
 #: Edits that a card lists; the ledger holds all.
 LISTED = 100
 
@@ -66,7 +69,7 @@ def model_card(
     front = ["library_name: " + ("peft" if what == "adapter" else "transformers")]
     if name and not os.path.exists(base.model):
         front.insert(0, f"base_model: {json.dumps(name)}")
-    front.append("tags: [model-editing, hiedit]")
+    front.append(_TAGS)
     layers = sorted({layer for event in _edits(ledger) for layer in event.record["layers"]})
     parts = [
         "---\n" + "\n".join(front) + "\n---",
@@ -84,6 +87,14 @@ def model_card(
         f"{base.dtype}.",
     ]
     return "\n\n".join(parts) + "\n"
+
+
+def is_card(file: Path) -> bool:
+    """Whether a file is a card that :func:`model_card` has made."""
+    if not file.is_file():
+        return False
+    front = file.read_text(encoding="utf-8", errors="replace").partition("\n---\n")[0]
+    return _TAGS in front.splitlines()
 
 
 def _edits(ledger: Ledger) -> list[Event]:

@@ -23,6 +23,8 @@ class EditResult:
             greedy continuations. Of an edit that was rolled back, ``after`` is what it would say.
         layers: Names of the layers written.
         steps: Number of primitive steps.
+        answered: Whether right after it every answer token is the argmax, given those before it, in
+            every form.
         holds: Whether all checks hold.
         problems: One line per check that failed.
         replaces: Id of the earlier edit of the same prompt, whose answer this one replaces.
@@ -39,6 +41,7 @@ class EditResult:
     after: Mapping[str, str]
     layers: tuple[str, ...] = ()
     steps: int = 0
+    answered: bool = True
     holds: bool = True
     problems: tuple[str, ...] = ()
     replaces: int | None = None

@@ -16,30 +16,19 @@ from pathlib import Path
 from typing import Any, Self
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from hiedit_agents.editing.ledger import Ledger
-from hiedit_agents.editing.ledger_format import Kind
-from hiedit_agents.editing.model_card import model_card
+from hiedit_agents.editing.ledger_format import MARKER, Kind
+from hiedit_agents.editing.model_card import CARD, is_card, model_card
 from hiedit_agents.editing.session import now
+from hiedit_agents.editing.stored import base_folder, editable, places
 from hiedit_agents.editing.undo import replay
-from hiedit_env.errors import HieditError, LedgerError, OutputError
+from hiedit_env.errors import LedgerError, OutputError
 from hiedit_env.files import write_bytes
 from hiedit_env.model.architectures import CandidateLayer
-from hiedit_env.model.folders import DTYPES, StoredTensor, stored_tensors, weight_files
-from hiedit_env.model.saving import EditedMatrix, find_folder
-from hiedit_env.resident.weights import EditableWeights
-
-#: There while weight files are being replaced.
-MARKER = ".hiedit-rewriting"
-
-
-class _Matrix(nn.Module):
-    """A weight by itself, where a layer is wanted."""
-
-    def __init__(self, weight: Tensor) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(weight, requires_grad=False)
+from hiedit_env.model.folders import DTYPES, StoredTensor
+from hiedit_env.model.saving import EditedMatrix
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,12 +65,12 @@ class SavedFolder:
         self.folder = folder
         self.ledger = Ledger.open(folder, write=True)
         try:
-            self._source = self._base_folder() if base is None else base
+            self._source = base_folder(self.ledger.base, folder) if base is None else base
             self._layers = self.ledger.base.layers
             self._dtype: torch.dtype = getattr(torch, self.ledger.base.dtype)
-            self._base_places = self._places(self._source)
-            self._places_here = self._places(folder)
-            self._weights = self._editable(self._base_places)
+            self._base_places = places(self._source, self._layers)
+            self._places_here = places(folder, self._layers)
+            self._weights = editable(self._layers, self._base_places, self._dtype)
             found = self._weights.weights_fingerprint()
             if found != self.ledger.base.fingerprint:
                 raise LedgerError(
@@ -130,56 +119,6 @@ class SavedFolder:
 
     # -- inside -----------------------------------------------------------------------------------
 
-    def _base_folder(self) -> Path:
-        base = self.ledger.base
-        for name in (base.source, base.model):
-            try:
-                found = find_folder(name) if name else None
-            except HieditError:
-                continue
-            if found is not None and found.resolve() != self.folder.resolve():
-                return found
-        raise LedgerError(
-            f"the unedited model {base.model or base.source!r} is not on this machine; give its "
-            "folder with --base"
-        )
-
-    def _places(self, folder: Path) -> list[StoredTensor]:
-        """Where each candidate weight is stored, by its name or the only one that ends like it."""
-        stored = {t.name: t for file in weight_files(folder) for t in stored_tensors(file)}
-        places = []
-        for layer in self._layers:
-            name = f"{layer.name}.weight"
-            shape = (layer.d_out, layer.d_in) if layer.is_transposed else (layer.d_in, layer.d_out)
-            found = [stored[name]] if name in stored else []
-            found = found or [
-                t
-                for key, t in stored.items()
-                if key.endswith(f".{name}") or name.endswith(f".{key}")
-            ]
-            if len(found) != 1 or found[0].shape != shape or found[0].dtype not in DTYPES:
-                raise LedgerError(
-                    f"{folder} holds no matrix {name!r} of shape {shape} that can be edited; give "
-                    "the folder of the unedited model with --base"
-                )
-            places.append(found[0])
-        return places
-
-    def _editable(self, places: Sequence[StoredTensor]) -> EditableWeights:
-        return EditableWeights(
-            [
-                CandidateLayer(
-                    layer.name,
-                    _Matrix(place.read().to(self._dtype)),
-                    0,
-                    layer.d_in,
-                    layer.d_out,
-                    layer.is_transposed,
-                )
-                for layer, place in zip(self._layers, places, strict=True)
-            ]
-        )
-
     def _stored(self) -> list[Tensor]:
         """The present weights as this folder stores them."""
         made: list[Tensor] = []
@@ -198,7 +137,8 @@ class SavedFolder:
         same_dtype = all(DTYPES[p.dtype] == self._dtype for p in self._places_here)
         if same_dtype:
             wanted = self.ledger[count].record["fingerprint_after"] if count else base.fingerprint
-            right = self._editable(self._places_here).weights_fingerprint() == wanted
+            here = editable(self._layers, self._places_here, self._dtype)
+            right = here.weights_fingerprint() == wanted
         else:
             replay(self._weights, self.ledger, self.ledger.active)
             pairs = zip(self._stored(), self._places_here, strict=True)
@@ -252,8 +192,10 @@ class SavedFolder:
                     opened.flush()
                     os.fsync(opened.fileno())
                 os.replace(work, file)
-            card = model_card(self.ledger, None, "model", _USE)
-            write_bytes(self.folder / "README.md", card.encode())
+            # A README that is not a card of edits is somebody else's.
+            if is_card(self.folder / CARD):
+                card = model_card(self.ledger, None, "model", _USE)
+                write_bytes(self.folder / CARD, card.encode())
             (self.folder / MARKER).unlink()
         except OSError as error:
             raise OutputError(

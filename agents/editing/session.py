@@ -18,6 +18,10 @@ from hiedit_agents.editing.writer import FactWriter, Written
 from hiedit_env.datasets.requests import Request
 from hiedit_env.model.asking import PromptForm
 from hiedit_env.resident.resident import ResidentLLM
+from hiedit_env.resident.weights import WeightSnapshot
+
+#: The problem of a fact for which nothing was to be written.
+NO_LAYERS = "the agent chose no layers"
 
 
 class Session:
@@ -32,6 +36,9 @@ class Session:
         checks: What must hold after an edit.
         form: Form in which facts are edited and asked.
         max_error: As for :class:`.writer.FactWriter`.
+        found: The weights as the model was found, before edits of the ledger were written.
+        earlier: Facts that were edited into the model before and are in no ledger, for a low level
+            that rehearses; earliest first.
 
     Raises:
         LedgerError: the recorded updates cannot be read; the weights are as they were.
@@ -45,8 +52,11 @@ class Session:
         checks: Checks,
         form: PromptForm,
         max_error: float,
+        found: WeightSnapshot,
+        earlier: Sequence[Request] = (),
     ) -> None:
         self.llm, self.levels, self.ledger, self.form = llm, levels, ledger, form
+        self.found, self._earlier = found, [self.asked(request) for request in earlier]
         self.examiner = Examiner(llm, checks)
         self._writer = FactWriter(llm, levels, max_error)
         if len(ledger):
@@ -127,11 +137,13 @@ class Session:
         examiner = self.examiner
         broken = written.problem
         if broken is None and not written.steps:
-            broken = "the agent chose no layers"
+            broken = NO_LAYERS
         after: list[dict[str, str]] = [{} for _ in facts]  # a broken model may give no text at all
+        answered = [False] * len(facts)
         verdict = Verdict((broken or "",), None, len(held), 0)
         if broken is None:
             after = examiner.say_all(facts)
+            answered = examiner.answered(facts)
             verdict = examiner.judge(held)
         shared = verdict.problems
         own = [
@@ -148,6 +160,7 @@ class Session:
                 now_said,
                 layers=tuple(self.llm.names[i] for i in written.layers),
                 steps=written.steps,
+                answered=right,
                 holds=holds,
                 problems=(*missed, *shared),
                 replaces=earlier,
@@ -155,8 +168,8 @@ class Session:
                 earlier=verdict.earlier,
                 kept=verdict.kept,
             )
-            for fact, was, now_said, missed, earlier in zip(
-                facts, before, after, own, replaced, strict=True
+            for fact, was, now_said, right, missed, earlier in zip(
+                facts, before, after, answered, own, replaced, strict=True
             )
         ]
         return results, keep
@@ -217,7 +230,8 @@ class Session:
         for prompt, (number, record) in self.ledger.facts().items():
             [request] = as_requests(record)
             self._in_place[prompt] = number, self.asked(request)
-        self._writer.forget([p for _, fact in self._in_place.values() for p in fact.prompts])
+        facts = [fact for fact in self._earlier if fact.request.prompt not in self._in_place]
+        self._writer.forget([p for fact in (*facts, *self.facts) for p in fact.prompts])
 
 
 def base_of_model(llm: ResidentLLM, name: str) -> Base:

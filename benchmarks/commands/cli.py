@@ -68,7 +68,7 @@ class Edit:
         given = [
             f"--{field.name.replace('_', '-')}"
             for field in fields(StreamSettings)
-            if getattr(self.stream, field.name) != field.default
+            if field.name != "ledger" and getattr(self.stream, field.name) != field.default
         ]
         if given:
             raise SettingsError(
@@ -81,7 +81,7 @@ class Edit:
         chosen = CompareSettings(dataset=self.facts, **values)
         own = self.editing
         agent = self.agent or default_agent(own.model, own.layers, own.update_rule)
-        return edit.main(chosen, agent, self.out)
+        return edit.main(chosen, agent, self.out, self.stream.ledger)
 
 
 @settings

@@ -1,7 +1,8 @@
 """Facts from a file into a model, saved as an ordinary Hugging Face folder: ``hiedit edit``.
 
-The parts: what was edited before is in :mod:`.edit_history`, what the model says before and after
-in :mod:`.edit_report`, the folder in :mod:`.edit_folder`.
+The parts: what was edited before is in :mod:`.edit_history`, the editing itself in
+:mod:`.edit_work`, what the model says before and after in :mod:`.edit_report`, the folder in
+:mod:`.edit_folder`.
 """
 
 from __future__ import annotations
@@ -12,27 +13,27 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from hiedit_agents.named.candidates import candidates_for
+from hiedit_agents.editing.checks import as_asked
+from hiedit_agents.editing.export import edited_matrices, locate_layers
+from hiedit_agents.protocol import Agent
 from hiedit_agents.registry import explain, labelled, make_agent, refuse_unused_size
 from hiedit_benchmarks.commands.edit_folder import OutFolder, Reloaded, reload
-from hiedit_benchmarks.commands.edit_history import FORMAT, History, read_history
+from hiedit_benchmarks.commands.edit_history import FORMAT
 from hiedit_benchmarks.commands.edit_questions import Questions, forms_of
 from hiedit_benchmarks.commands.edit_report import Report, Said, before_and_after
+from hiedit_benchmarks.commands.edit_work import EditorWork, EpisodeWork, begin_work
 from hiedit_benchmarks.comparison.asking import settle_asking
-from hiedit_benchmarks.comparison.compare import make_env, recorded
-from hiedit_benchmarks.comparison.episode import play, unwrapped
+from hiedit_benchmarks.comparison.compare import recorded
 from hiedit_benchmarks.comparison.results import versions, write_json
 from hiedit_benchmarks.comparison.rows import efficacy_as_edited
 from hiedit_benchmarks.comparison.settings import CompareSettings
+from hiedit_env.datasets.load import load_requests
 from hiedit_env.datasets.requests import PromptForm, Request
-from hiedit_env.envs.base import EditingEnv
 from hiedit_env.envs.episode import check_units
-from hiedit_env.errors import ModelError
 from hiedit_env.evaluation.matching import is_match, starts_with
 from hiedit_env.evaluation.metrics import evaluate
-from hiedit_env.model.encoded import EncodedFact
 from hiedit_env.model.memory_budget import auto_class
-from hiedit_env.model.saving import EditedMatrix, check_source, find_folder, locate, source_folder
+from hiedit_env.model.saving import check_source, find_folder
 from hiedit_env.resident.resident import ResidentLLM
 
 #: Exit status of ``hiedit edit`` where the saved model gives none of the facts.
@@ -79,18 +80,26 @@ class SavedEdits:
 
 
 def edit_model(
-    settings: CompareSettings, agent: str, out: Path, *, progress: bool = True
+    settings: CompareSettings,
+    agent: str,
+    out: Path,
+    *,
+    ledger: Path | None = None,
+    progress: bool = True,
 ) -> SavedEdits:
     """Writes all facts of a data set into a model, in file order, and saves it.
 
     The folder holds everything that the unedited model's folder holds, with other bytes in the
-    edited matrices alone, and ``edits.json``. It appears when the model is complete on disk. Then
-    it is loaded again, compared and asked; whatever that shows, it is kept.
+    edited matrices alone, ``edits.json``, and the ledger of the edits (of an agent that acts in an
+    environment only, no ledger). It appears when the model is complete on disk. Then it is loaded
+    again, compared and asked; whatever that shows, it is kept.
 
     Args:
         settings: ``dataset`` is the file of facts; ``num_edits`` and ``generation`` are not used.
         agent: Name for :func:`hiedit_agents.registry.make_agent`.
         out: A folder that does not exist or is empty.
+        ledger: Folder of the ledger while it is written; a run that was interrupted goes on from
+            there. By default it is kept in memory.
         progress: Whether to show progress on standard error.
 
     Raises:
@@ -98,6 +107,7 @@ def edit_model(
         ModelError: a folder that cannot be edited, or the model collapsed; ``out`` is left as it
             was.
         CheckpointError: the agent does not fit the model; nothing has been generated.
+        LedgerError: a ledger of another model, or a damaged one.
         SettingsError: unknown agent, or ``out`` cannot be written; that is found before the model
             is loaded, so far as it can be.
     """
@@ -115,76 +125,68 @@ def edit_model(
     )
     refuse_unused_size([editor], settings.layers_per_edit)
     settings = settle_asking(settings, both=True)
+    requests = load_requests(settings.facts)
+    work = begin_work(settings, name, editor, requests, out, ledger, progress)
+    try:
+        return _edit(settings, label, name, editor, requests, place, work, progress)
+    finally:
+        work.close()
+
+
+def _edit(
+    settings: CompareSettings,
+    label: str,
+    name: str,
+    agent: Agent,
+    requests: Sequence[Request],
+    place: OutFolder,
+    work: EditorWork | EpisodeWork,
+    progress: bool,
+) -> SavedEdits:
+    llm, source, history = work.llm, work.source, work.history
     form = settings.prompt_form or "plain"
-    with candidates_for([editor], settings.model, settings.layers) as layers:
-        settings = replace(settings, layers=layers)
-        env = make_env(settings, progress, num_edits=None, shuffle=False, retention_window=0)
-    inner = unwrapped(env)
-    source = source_folder(inner.llm.model)
-    check_source(source, out)
-    history = read_history(source)
-    weights = {f"{name}.weight": _weight(inner, name) for name in inner.llm.names}
-    places = locate(weights, source)
+    places = locate_layers(llm, work.found, source)
     # All of it, before anything else: an error here names the file's row.
-    encoded = [inner.episode.evaluator.encode(request) for request in inner.requests]
-    check_units(encoded, settings.edits_per_step)
-    # Builds the agent for this model, which shows whether it fits.
-    editor.reset(env, 0)
-    if inner.rule.tokens == "subject":
-        _warn_of_subjects(encoded)
-    rehearsed = _remember(inner, history)
-    print(f"hiedit: agent {label}: {explain(editor, settings.model)}", file=sys.stderr)
+    check_units([as_asked(llm, r, form) for r in requests], settings.edits_per_step)
+    rehearsed = hasattr(work.low, "remember")
+    print(f"hiedit: agent {label}: {explain(agent, settings.model)}", file=sys.stderr)
     if history.facts:
         print(f"hiedit: {history.text(rehearsed)}", file=sys.stderr)
-    questions = Questions(inner.llm, inner.requests, history.requests, form)
+    questions = Questions(llm, requests, history.requests, form)
     before = questions.before(progress)
-
-    # Of each fact only itself is judged while it is edited; the rest is asked at the end.
-    bare = [
-        replace(request, paraphrases=(), locality=(), portability=()) for request in inner.requests
-    ]
-    episode = play(env, editor, 0, options={"requests": bare}, progress=progress)
-    if episode.error_type is not None:
-        raise ModelError(
-            f"the model collapsed at fact {len(episode.edits)} ({episode.error_type}), nothing was "
-            "saved; a smaller --step-size may help"
-        )
-    in_chat = any("chat" in forms_of(inner.llm, r, form) for r in episode.requests)
+    written = work.write(requests)
+    in_chat = any("chat" in forms_of(llm, r, form) for r in requests)
+    bare = [replace(r, paraphrases=(), locality=(), portability=()) for r in requests]
     found = evaluate(
-        inner.llm,
-        episode.requests,
+        llm,
+        bare,
         None,
         forms=("plain", "chat") if in_chat else ("plain",),
         generation=(),
     )
-    correct = efficacy_as_edited(episode.requests, found, form, "exact_match")
-    rule = inner.episode.rule
-    # What ran, which need not be what the environment was made with.
+    correct = efficacy_as_edited(bare, found, form, "exact_match")
+    # What ran, which need not be what the command was given.
     ran = {
-        "num_edits": len(episode.edits),
-        "max_steps_per_edit": inner.episode.max_steps_per_edit,
-        "update_rule": getattr(rule, "name", type(rule).__name__),
-        "step_size": rule.step_size,
+        "num_edits": len(written),
+        "max_steps_per_edit": work.max_steps,
+        "update_rule": getattr(work.low, "name", type(work.low).__name__),
+        "step_size": work.low.step_size,
     }
     facts = [
         {
-            **_asked(inner.llm, request, form),
+            **_asked(llm, request, form),
             "run": len(history.runs),
             **_said(before, i, "before"),
-            "answered_right_after": bool(edit.metrics["answered"]),
+            "answered_right_after": fact.answered,
             "answered": end == 100.0,
-            "steps": edit.steps,
-            "layers": [
-                name for name, written in zip(inner.llm.names, edit.layers, strict=True) if written
-            ],
+            "steps": fact.steps,
+            "layers": list(fact.layers),
         }
-        for i, (request, edit, end) in enumerate(
-            zip(episode.requests, episode.edits, correct, strict=True)
-        )
+        for i, (request, fact, end) in enumerate(zip(requests, written, correct, strict=True))
     ]
     run: dict[str, Any] = {
         "agent": label,
-        "identity": {"agent": name, **getattr(editor, "identity", {})},
+        "identity": {"agent": name, **getattr(agent, "identity", {})},
         "settings": {**recorded(settings), **ran},
         "versions": versions(),
     }
@@ -194,11 +196,11 @@ def edit_model(
         "runs": [*history.runs, run],
         "facts": [*history.facts, *facts],
     }
-    matrices = _edited(inner, weights, places)
-    left_out = place.save(source, matrices, record)
-    reloaded = reload(out, source, inner.llm, matrices, settings, inner.requests)
-    llm = reloaded.llm or inner.llm
-    report = questions.report(llm, before, progress)
+    matrices = edited_matrices(llm, work.found, places)
+    left_out = place.save(source, matrices, record, work.ledger)
+    out = place.given
+    reloaded = reload(out, source, llm, matrices, settings, requests)
+    report = questions.report(reloaded.llm or llm, before, progress)
     for i, fact in enumerate(facts):
         fact |= _said(report.after, i, "after")
         texts = report.after.of_fact(i).values()
@@ -207,52 +209,8 @@ def edit_model(
     run["report"] = report.to_json()
     run["saved"] = reloaded.to_json()
     write_json(out / "edits.json", record)
-    env.close()
-    opened_by = auto_class(inner.llm.model.config).__name__
+    opened_by = auto_class(llm.model.config).__name__
     return SavedEdits(out, facts, report, reloaded, left_out, opened_by)
-
-
-def _weight(env: EditingEnv, name: str) -> Any:
-    return env.llm.model.get_submodule(name).weight
-
-
-def _warn_of_subjects(facts: Sequence[EncodedFact]) -> None:
-    """Says which facts cannot be edited at their subject, since their prompt does not name it."""
-    found = [fact.request for fact in facts if any(p.subject_missing for p in fact.prompts)]
-    if found:
-        print(
-            f"hiedit: warning: {len(found)} of {len(facts)} facts name a subject that is not in "
-            f"their prompt, such as {found[0].source} ({found[0].subject!r:.60}); they are edited "
-            "at the prompt's last token, which does not carry over to other words: write the "
-            "subject as it stands in the prompt",
-            file=sys.stderr,
-        )
-
-
-def _remember(env: EditingEnv, history: History) -> bool:
-    """Tells a low level that rehearses about facts that were edited into the model before.
-
-    Returns:
-        Whether it rehearses.
-    """
-    remember = getattr(env.rule, "remember", None)
-    if remember is None:
-        return False
-    encode = env.episode.evaluator.encode
-    remember([prompt for r in history.requests for prompt in encode(r).prompts])
-    return True
-
-
-def _edited(env: EditingEnv, weights: dict[str, Any], places: dict[str, Any]) -> list[EditedMatrix]:
-    """The matrices that differ from the unedited ones."""
-    with env.llm.unedited():
-        base = {name: _weight(env, name[: -len(".weight")]).detach().clone() for name in weights}
-    made = []
-    for name, old in base.items():
-        new = _weight(env, name[: -len(".weight")]).detach()
-        if not bool((new == old).all()):
-            made.append(EditedMatrix(name, old, new, places[name]))
-    return made
 
 
 def _asked(llm: ResidentLLM, request: Request, form: PromptForm) -> dict[str, Any]:
@@ -285,13 +243,13 @@ def _by_form(facts: Sequence[dict[str, Any]]) -> str:
     return f", plain and in chat (plain {counts[0]}, in chat {counts[1]})"
 
 
-def main(settings: CompareSettings, agent: str, out: Path) -> int:
+def main(settings: CompareSettings, agent: str, out: Path, ledger: Path | None = None) -> int:
     """``hiedit edit``: edits, saves and says what happened.
 
     Returns:
         Exit status: 0, or ``NONE_GIVEN``.
     """
-    saved = edit_model(settings, agent, out)
+    saved = edit_model(settings, agent, out, ledger=ledger)
     print(saved.text)
     count = len(saved.facts)
     print(f"\n{saved.report.text}")

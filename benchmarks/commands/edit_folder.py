@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from hiedit_agents.editing.ledger import Ledger
 from hiedit_agents.editing.out_folder import OutFolder as WholeFolder
 from hiedit_benchmarks.commands.edit_history import FILE
 from hiedit_benchmarks.comparison.results import write_json
@@ -81,10 +82,25 @@ class Reloaded:
 class OutFolder(WholeFolder):
     """The folder of an edited model, which appears whole or not at all."""
 
+    def __init__(self, out: Path) -> None:
+        super().__init__(out)
+        #: The folder as it was named, which may be a link.
+        self.given = out
+
     def save(
-        self, source: Path, matrices: Sequence[EditedMatrix], record: Mapping[str, Any]
+        self,
+        source: Path,
+        matrices: Sequence[EditedMatrix],
+        record: Mapping[str, Any],
+        ledger: Ledger | None,
     ) -> list[str]:
         """Writes the model beside ``out`` and moves it there, see :meth:`fill`.
+
+        Args:
+            source: The unedited model's folder.
+            matrices: What was edited.
+            record: ``edits.json``.
+            ledger: Is copied into the folder.
 
         Returns:
             Files of the unedited model that were left out.
@@ -93,6 +109,8 @@ class OutFolder(WholeFolder):
         def write(folder: Path) -> list[str]:
             left_out = save_edited(source, folder, matrices)
             write_json(folder / FILE, record)
+            if ledger is not None:
+                ledger.copy_to(folder)
             return left_out
 
         return self.fill(write)

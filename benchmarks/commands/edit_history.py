@@ -23,7 +23,8 @@ run, are read as well.
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -83,11 +84,17 @@ def read_history(folder: Path) -> History:
             else:
                 runs = [dict(run) for run in record["runs"]]
             facts = [{"run": 0, **fact} for fact in record["facts"]]
-        run, more = _of_ledger(folder, len(runs))
-        runs, facts = [*runs, *run], [*facts, *more]
         latest: dict[str, Request] = {}
+        found = _of_ledger(folder)
+        more = [fact for fact in found.in_place if _pair(fact) not in {_pair(f) for f in facts}]
+        if more:
+            facts += [{**fact, "run": len(runs)} for fact in more]
+            runs.append(found.run)
         for fact in facts:
             latest.pop(fact["prompt"], None)
+            # What was taken back is none of the model's facts any more.
+            if _pair(fact) in found.recorded and _pair(fact) not in map(_pair, found.in_place):
+                continue
             latest[fact["prompt"]] = Request(
                 fact["prompt"],
                 fact["answer"],
@@ -105,23 +112,42 @@ def read_history(folder: Path) -> History:
     return History(tuple(runs), tuple(facts), tuple(latest.values()))
 
 
-def _of_ledger(folder: Path, run: int) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
-    """The edits in place of a folder that an Editor has saved, as one run and its facts."""
+@dataclass(frozen=True, slots=True)
+class _OfLedger:
+    """What the ledger beside a saved model says.
+
+    Args:
+        in_place: Facts in place, as in ``edits.json``, earliest first.
+        recorded: Prompt and answer of every fact that was ever recorded.
+        run: What is known of the run that wrote them.
+    """
+
+    in_place: tuple[dict[str, Any], ...] = ()
+    recorded: frozenset[tuple[str, str]] = frozenset()
+    run: dict[str, Any] = field(default_factory=dict)
+
+
+def _pair(fact: Mapping[str, Any]) -> tuple[str, str]:
+    return fact["prompt"], fact["answer"]
+
+
+def _of_ledger(folder: Path) -> _OfLedger:
     if not (folder / LEDGER).is_file():
-        return [], []
+        return _OfLedger()
     with Ledger.open(folder) as ledger:
-        events = [ledger[number] for number in ledger.active]
+        edits = [event for event in ledger if event.kind == "edit"]
+        events = [event for event in edits if event.id in set(ledger.active)]
+    recorded = frozenset(_pair(f["request"]) for event in edits for f in event.record["facts"])
     if not events:
-        return [], []
+        return _OfLedger((), recorded)
     last = events[-1].record
-    facts = [
+    facts = tuple(
         {
             "prompt": fact["request"]["prompt"],
             "answer": fact["request"]["answer"],
             "subject": fact["request"]["subject"],
             "prompt_form": "both" if len(fact["before"]) > 1 else next(iter(fact["before"])),
             "system": fact["request"].get("system"),
-            "run": run,
             "before": next(iter(fact["before"].values())),
             "after": next(iter(fact["after"].values())),
             "steps": event.record["steps"],
@@ -129,6 +155,6 @@ def _of_ledger(folder: Path, run: int) -> tuple[list[dict[str, Any]], list[dict[
         }
         for event in events
         for fact in event.record["facts"]
-    ]
+    )
     made = {"agent": last["agent"], "identity": last["identity"], "settings": {}, "versions": {}}
-    return [made], facts
+    return _OfLedger(facts, recorded, made)

@@ -17,8 +17,9 @@ class StreamSettings:
     """Facts as they come, with --facts -: what is checked, and when to stop."""
 
     ledger: Path | None = None
-    """folder of a ledger that is written as the facts come, and gone on with if it is there; by
-    default only OUT gets one, at the end"""
+    """folder of a ledger that is written fact by fact, and gone on with if it is there, so that
+    nothing is lost when the command is interrupted; by default only OUT gets one, at the end; works
+    with a file as well"""
     health_every: AtLeast1 = 100
     """edits between two lines about the health of the model"""
     stop_below: Share = 0.0

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -18,7 +18,7 @@ from hiedit_env.envs.scheduler import Judge, Passes, Prepare, Read
 from hiedit_env.errors import SettingsError, whole_number
 from hiedit_env.evaluation.reward import Evaluator, References
 from hiedit_env.evaluation.reward_terms import Quality
-from hiedit_env.model.tokenization import EncodedFact
+from hiedit_env.model.tokenization import EncodedFact, EncodedPrompt
 from hiedit_env.resident.capture import Capture
 from hiedit_env.resident.low_rank import Updates
 from hiedit_env.resident.reading import Reading
@@ -30,7 +30,19 @@ from hiedit_env.rules.base import UpdateRule
 TERMS = ("edit", "locality", "sparsity", "recent_retention")
 
 
-def check_units(facts: Sequence[EncodedFact], edits_per_step: int) -> None:
+class Asked(Protocol):
+    """A fact with its prompts as tokens."""
+
+    @property
+    def request(self) -> Request:
+        """The fact."""
+
+    @property
+    def prompts(self) -> Sequence[EncodedPrompt]:
+        """Its prompt in every form asked."""
+
+
+def check_units(facts: Sequence[Asked], edits_per_step: int) -> None:
     """Refuses facts of one step that contradict each other.
 
     Args:
@@ -41,7 +53,7 @@ def check_units(facts: Sequence[EncodedFact], edits_per_step: int) -> None:
         SettingsError: two of them give one prompt different answers.
     """
     for start in range(0, len(facts) if edits_per_step > 1 else 0, edits_per_step):
-        known: dict[tuple[int, ...], EncodedFact] = {}
+        known: dict[tuple[int, ...], Asked] = {}
         for fact in facts[start : start + edits_per_step]:
             for prompt in fact.prompts:
                 other = known.setdefault(prompt.prompt_ids, fact)

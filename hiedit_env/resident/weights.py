@@ -15,6 +15,7 @@ from typing import cast
 import torch
 from torch import Tensor
 
+from hiedit_env.errors import UpdateShapeError
 from hiedit_env.model.architectures import CandidateLayer
 from hiedit_env.resident.low_rank import LowRankUpdate, Updates, check_updates
 
@@ -107,6 +108,25 @@ class EditableWeights:
             if change is not None:
                 self._changes[i] = None
                 self._write(i)
+
+    @torch.inference_mode(False)
+    def rebase(self, weights: Sequence[Tensor]) -> None:
+        """Takes other weights for the unedited ones and writes them; nothing is edited then.
+
+        Args:
+            weights: One per layer, in its weight's own layout, dtype and device; kept.
+        """
+        for i, weight in enumerate(weights):
+            expected = self._weight(i)
+            if weight.shape != expected.shape or weight.dtype != expected.dtype:
+                raise UpdateShapeError(
+                    f"unedited weight of {self.names[i]} has shape {tuple(weight.shape)} and "
+                    f"{weight.dtype}; expected {tuple(expected.shape)} and {expected.dtype}"
+                )
+        self._base = tuple(weights)
+        self._forget()
+        for i in range(len(self.layers)):
+            self._write(i)
 
     @contextmanager
     def unedited(self) -> Iterator[None]:

@@ -18,6 +18,7 @@ from hiedit_agents.protocol import begin_episode
 from hiedit_env import Request
 from hiedit_env.errors import (
     DatasetError,
+    HieditWarning,
     NonFiniteUpdateError,
     PromptError,
     SettingsError,
@@ -333,3 +334,29 @@ def test_an_update_that_is_not_finite_is_rolled_back_and_said(
     monkeypatch.undo()
     assert (result.status, result.problems) == ("rolled back", ("update of x is not finite",))
     assert bits(editor) == before
+
+
+def test_a_subject_that_is_not_in_its_prompt_is_said_where_it_matters() -> None:
+    facts = [("Belka lives in", "Averlund", "nobody"), ("Strelka lives in", "Cindrath", "Strelka")]
+    agent = "all-layers+decorrelated,tokens=subject"
+    with Editor.from_pretrained("tiny", checks=NONE, agent=agent) as editor:
+        with pytest.warns(HieditWarning, match=r"1 of 2 facts name a subject.*fact 0 \('nobody'\)"):
+            editor.edit(facts)
+        editor.edit(facts[1])
+    with Editor.from_pretrained("tiny", checks=NONE) as editor:
+        editor.edit(facts)
+
+
+def test_earlier_facts_are_rehearsed_until_they_are_edited_again() -> None:
+    agent = "all-layers+rehearsal,facts=2,probes=0"
+    with Editor.from_pretrained(
+        "tiny", checks=NONE, agent=agent, earlier=FACTS[:2], end_token=False
+    ) as editor:
+        first = [editor.llm.encode(f.prompt, f.answer).prompt_ids for f in FACTS[:3]]
+        low: Any = editor.low_level
+        assert [p.prompt_ids for p in low._past] == first[:2]
+        editor.edit([FACTS[1], FACTS[2]])
+        editor.undo(2)
+        assert [p.prompt_ids for p in low._past] == first[:2]
+        # Of the ledger now, with the answer that was given there.
+        assert editor.ledger.active == (1,)

@@ -331,3 +331,24 @@ def test_a_full_disk_leaves_the_ledger_as_it_was(tmp_path: Path) -> None:
         fill(ledger, 1)
     with Ledger.open(tmp_path) as ledger:
         assert ledger.active == (1, 2, 3)
+
+
+@pytest.mark.parametrize("mode", ["", "PRAGMA journal_mode=WAL"])
+def test_a_ledger_whose_making_was_interrupted_is_made_anew(tmp_path: Path, mode: str) -> None:
+    if mode:
+        blank = sqlite3.connect(tmp_path / FILE)
+        blank.execute(mode)
+        blank.close()
+    else:
+        (tmp_path / FILE).touch()
+    assert not Ledger.is_in(tmp_path)
+    with Ledger.open_or_create(tmp_path, BASE) as ledger:
+        assert len(ledger) == 0
+    # What holds something is not taken for one.
+    other = sqlite3.connect(tmp_path / FILE)
+    other.execute("DELETE FROM base")
+    other.commit()
+    other.close()
+    assert Ledger.is_in(tmp_path)
+    with pytest.raises(LedgerError, match="names no model"):
+        Ledger.open_or_create(tmp_path, BASE)

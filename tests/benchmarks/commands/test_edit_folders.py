@@ -246,6 +246,7 @@ def test_parts_for_images_come_out_as_they_went_in(tmp_path: Path, kind: str) ->
     assert {file.name for file in out.iterdir()} == {
         *(file.name for file in folder.iterdir()),
         "edits.json",
+        "ledger.sqlite",
     }
     old, new = load_file(folder / "model.safetensors"), load_file(out / "model.safetensors")
     assert old.keys() == new.keys()

@@ -237,6 +237,7 @@ def test_the_memory_check_is_an_option(
     assert flags(tmp_path, model, "--memory-check", "maybe") == 2
 
 
+@pytest.mark.filterwarnings("default::hiedit_env.errors.HieditWarning")
 def test_a_subject_that_is_not_in_its_prompt_is_said_where_it_matters(
     tmp_path: Path, model: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from hiedit_agents import Editor
 from hiedit_agents.editing import saved_folder
+from hiedit_agents.editing.ledger import Ledger
 from hiedit_agents.editing.saved_folder import MARKER, SavedFolder
 from hiedit_benchmarks.commands.cli import main
 from hiedit_env.model.loading import load_model
@@ -247,5 +248,6 @@ def test_a_saved_model_is_edited_again_with_its_facts_known(
     record = json.loads((tmp_path / "again" / "edits.json").read_text())
     prompts = [(fact["prompt"], fact["run"]) for fact in record["facts"]]
     assert prompts == [(FACTS[0].prompt, 0), (FACTS[2].prompt, 0), (FACTS[4].prompt, 1)]
-    # The ledger is of other weights, so it stays behind.
-    assert not (tmp_path / "again" / "ledger.sqlite").exists()
+    # The ledger goes on: three edits, the revocation, and the new edit.
+    with Ledger.open(tmp_path / "again") as ledger:
+        assert ledger.active == (1, 3, 5)

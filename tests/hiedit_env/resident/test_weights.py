@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import cast
 
 import numpy as np
 import pytest
@@ -396,3 +397,26 @@ def test_base_norm_is_that_of_the_unedited_weight() -> None:
     llm.commit(random_updates(llm))
     for i, norm in enumerate(expected):
         assert math.isclose(llm.base_norm(i), norm, rel_tol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", DTYPES[:2])
+def test_a_weight_taken_apart_has_the_same_bits(dtype: torch.dtype) -> None:
+    def own(llm: ResidentLLM) -> list[Tensor]:
+        return [cast(Tensor, layer.module.weight).detach().clone() for layer in llm.layers]
+
+    llm = resident("llama", (1, 2), dtype=dtype)
+    base, fingerprint = own(llm), llm.weights_fingerprint()
+    llm.commit(random_updates(llm))
+    edited, change = own(llm), llm.snapshot()
+    llm.rebase([w + 1 for w in base])
+    assert all(torch.equal(w, b + 1) for w, b in zip(own(llm), base, strict=True))
+    assert llm.change(0) is None
+    llm.rebase(base)
+    assert llm.weights_fingerprint() == fingerprint
+    llm.restore(change)
+    assert all(torch.equal(w, e) for w, e in zip(own(llm), edited, strict=True))
+    with llm.unedited():
+        assert llm.weights_fingerprint() == fingerprint
+    with pytest.raises(UpdateShapeError, match="unedited weight of"):
+        llm.rebase([w[:1] for w in base])
+    assert all(torch.equal(w, e) for w, e in zip(own(llm), edited, strict=True))
