@@ -12,6 +12,7 @@ The names in ``__all__`` are imported when they are first used:
 ``hierarchy``   high levels that pick layers, low levels that compute updates, their training
 ``named``       agents as data: presets, and trained ones on disk
 ``editing``     the editor of a live model, its ledger, undo, what is exported
+``serving``     an edited model behind an OpenAI-compatible server, and a page
 ``policies``    policies that an RL library trained, as agents
 ``rl``          training scripts: PPO in one file, one script per RL library
 ``trained``     the agents that ship with hiedit

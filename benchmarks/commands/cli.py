@@ -14,6 +14,7 @@ import tyro
 
 from hiedit_agents.command_line import Switch, parse, run_script
 from hiedit_agents.hierarchy.train_settings import TrainSettings
+from hiedit_benchmarks.commands.serve_cli import Serve
 from hiedit_benchmarks.commands.stream_settings import StreamSettings
 from hiedit_benchmarks.commands.train_settings import TrainingRun
 from hiedit_benchmarks.commands.undo_cli import Diff, Log, Revoke, Rewind, Show
@@ -228,6 +229,7 @@ class Agents:
 #: Command → data class of its options.
 COMMANDS: Mapping[str, type[Any]] = {
     "edit": Edit,
+    "serve": Serve,
     "compare": Compare,
     "train": Train,
     "layers": Layers,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import unicodedata
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Literal, cast
 
 from jinja2 import TemplateError
@@ -40,15 +40,30 @@ def chat_text(tokenizer: PreTrainedTokenizerBase, prompt: str, system: str | Non
         PromptError: if the tokenizer has no chat template, or the template refuses the messages
             (some know no system message).
     """
+    messages = [] if system is None else [{"role": "system", "content": system}]
+    messages.append({"role": "user", "content": prompt})
+    return messages_text(tokenizer, messages)
+
+
+def messages_text(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Mapping[str, str]]) -> str:
+    """Write a conversation up to where the assistant's next answer begins.
+
+    Args:
+        tokenizer: A tokenizer with a chat template.
+        messages: ``role`` and ``content`` of each.
+
+    Raises:
+        PromptError: as :func:`chat_text`.
+    """
     if not getattr(tokenizer, "chat_template", None):
         raise PromptError(
             "the chat form needs a chat template and this tokenizer has none; ask in the plain "
             "form (prompt_form='plain') or use an instruct model"
         )
-    messages = [] if system is None else [{"role": "system", "content": system}]
-    messages.append({"role": "user", "content": prompt})
     try:
-        text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        text = tokenizer.apply_chat_template(
+            [dict(message) for message in messages], tokenize=False, add_generation_prompt=True
+        )
     except TemplateError as error:
         first = (str(error).splitlines() or [type(error).__name__])[0]
         raise PromptError(

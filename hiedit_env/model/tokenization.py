@@ -21,14 +21,20 @@ read. Four details are settled here:
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import lru_cache
 from typing import TYPE_CHECKING, cast
 
 from hiedit_env.datasets.writing import MAX_CHARACTERS, space_between
 from hiedit_env.errors import ModelError, PromptError, SettingsError
-from hiedit_env.model.asking import PromptForm, chat_text, has_markers, subject_spans
+from hiedit_env.model.asking import (
+    PromptForm,
+    chat_text,
+    has_markers,
+    messages_text,
+    subject_spans,
+)
 from hiedit_env.model.encoded import AskedForm, first_words, no_tokens
 from hiedit_env.model.encoded import EncodedFact as EncodedFact  # where callers look for them
 from hiedit_env.model.encoded import EncodedPrompt as EncodedPrompt
@@ -152,14 +158,36 @@ class PromptEncoder:
         """
         return self._remembered_subject(encoded, encoded.form, prompt, subject)
 
-    def encode_prompt(self, prompt: str) -> tuple[int, ...]:
+    def encode_prompt(self, prompt: str, *, remember: bool = True) -> tuple[int, ...]:
         """Encode a prompt for free generation: the ``prompt_ids`` of every ``encode(prompt, ...)``.
+
+        Args:
+            prompt: The prompt.
+            remember: Whether its tokens are remembered, for prompts that are met again.
 
         Raises:
             PromptError: as in :meth:`encode`, or if the prompt leaves no room for an answer token.
         """
         text = _checked(prompt, "prompt")
-        ids = self._remembered_prompt(text)
+        ids = self._remembered_prompt(text) if remember else self._encode_prompt(text)
+        return self._with_room(ids, text)
+
+    def encode_messages(self, messages: Sequence[Mapping[str, str]]) -> tuple[int, ...]:
+        """Encode a conversation for free generation, up to where the assistant's answer begins.
+
+        Args:
+            messages: ``role`` and ``content`` of each; the tokens are those of
+                ``apply_chat_template(..., add_generation_prompt=True)``, and not remembered.
+
+        Raises:
+            PromptError: if the tokenizer has no chat template, or the template refuses the
+                messages, or they leave no room for an answer token.
+        """
+        text = _checked(messages_text(self.tokenizer, messages), "conversation")
+        return self._with_room(_plain_ids(self.tokenizer, text), text)
+
+    def _with_room(self, ids: tuple[int, ...], text: str) -> tuple[int, ...]:
+        """Checks that an answer token fits behind a prompt."""
         if self.max_length is not None and len(ids) >= self.max_length:
             raise PromptError(
                 f"prompt {first_words(text)!r} has {len(ids)} tokens and leaves no room for an "

@@ -248,6 +248,11 @@ class ResidentLLM(EditableWeights):
         """Tokens that end a generated text, see :func:`.generation.end_ids`."""
         return end_ids(self.model, self.encoder)
 
+    @property
+    def generates_whole(self) -> bool:
+        """Whether this model's cache is wrong, so that every token is generated from all before."""
+        return self._way.generates_whole
+
     def generate(
         self, prompts: Sequence[str | EncodedPrompt], max_new_tokens: Sequence[int]
     ) -> list[str]:
@@ -265,7 +270,7 @@ class ResidentLLM(EditableWeights):
                 prompts,
                 max_new_tokens,
                 size,
-                use_cache=not self._way.generates_whole,
+                use_cache=not self.generates_whole,
             )
 
     # -- inside -------------------------------------------------------------------------------

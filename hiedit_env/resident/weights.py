@@ -150,6 +150,10 @@ class EditableWeights:
             return None
         return change.mT if self.layers[index].is_transposed else change
 
+    def unedited_weight(self, index: int) -> Tensor:
+        """One layer's unedited weight in its own layout; the tensor itself, not to be written."""
+        return self._base[index]
+
     def base_norm(self, index: int) -> float:
         """Frobenius norm of one layer's unedited weight."""
         return float(torch.linalg.vector_norm(self._base[index].float()))
