@@ -40,7 +40,9 @@ _FILES = {
 }
 _HEADERS = {
     # Nothing but the page's own files is loaded or run.
-    "Content-Security-Policy": "default-src 'self'; frame-ancestors 'none'; base-uri 'none'",
+    "Content-Security-Policy": (
+        "default-src 'self'; img-src data:; frame-ancestors 'none'; base-uri 'none'"
+    ),
     "Cache-Control": "no-cache",
     "X-Content-Type-Options": "nosniff",
     "Referrer-Policy": "no-referrer",
