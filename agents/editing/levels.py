@@ -107,6 +107,7 @@ def make_levels(how: HowToEdit, agent: Agent, llm: ResidentLLM, model: str) -> L
         rule = how.update_rule or belongings(model).rule
         settings = rule_settings(model, rule, how.step_size)
         low = make_rule(rule, llm.shapes, llm.device, settings)
+    low.require_ready()
     high.reset(how.seed)
     low.seed(how.seed)
     low.reset()

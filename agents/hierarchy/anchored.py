@@ -41,7 +41,7 @@ from hiedit_env.resident.capture import Capture
 from hiedit_env.resident.low_rank import LowRankUpdate
 from hiedit_env.resident.nudges import Nudges
 from hiedit_env.resident.resident import ResidentLLM
-from hiedit_env.rules.base import UpdateRule, positive
+from hiedit_env.rules.base import WholeRule, positive
 
 #: Words that a prompt is read behind, in this order: a fact is the same whatever was said before.
 OPENINGS = (
@@ -55,7 +55,7 @@ OPENINGS = (
 Unit = tuple[EncodedPrompt, ...]
 
 
-class Anchored(UpdateRule):
+class Anchored(WholeRule):
     """Seeks values at the subject in several layers and writes them in closed form.
 
     Args:
@@ -124,6 +124,14 @@ class Anchored(UpdateRule):
     def wants_calibration(self) -> bool:
         """Whether :meth:`calibrate` has not been called yet, now or before it was saved."""
         return not self._moments
+
+    def require_ready(self) -> None:
+        """Raises SettingsError where the second moments were never taken."""
+        if not self._inverses:
+            raise SettingsError(
+                "the low level 'anchored' needs second moments: call calibrate(captures) first, or "
+                "use a folder made by 'hiedit train HIGH+anchored --episodes 0 --out DIR'"
+            )
 
     def calibrate(self, captures: Iterable[Capture]) -> None:
         """Takes the second moments of the layers' inputs from prompts of all kinds.
@@ -232,11 +240,7 @@ class Anchored(UpdateRule):
         Raises:
             SettingsError: the second moments were never taken.
         """
-        if not self._inverses:
-            raise SettingsError(
-                "the low level 'anchored' needs second moments: call calibrate(captures) first, or "
-                "use a folder made by 'hiedit train HIGH+anchored --episodes 0 --out DIR'"
-            )
+        self.require_ready()
         updates: list[LowRankUpdate | None] = [None] * len(self.shapes)
         chosen = np.flatnonzero(layers).tolist()
         if not chosen:
@@ -262,11 +266,6 @@ class Anchored(UpdateRule):
             inverses[layer] = inverse - symmetric(fall)
         self._inverses = tuple(inverses)
         return tuple(updates)
-
-    def _factors(
-        self, group: int, places: list[int], keys: Tensor, gradients: Tensor
-    ) -> tuple[Tensor, Tensor]:
-        raise NotImplementedError  # `compute` is written anew
 
     def _units(self, prompts: Sequence[EncodedPrompt]) -> list[Unit]:
         """Prompts by fact: side by side, of one subject and with one answer."""

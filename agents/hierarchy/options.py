@@ -168,9 +168,12 @@ class HierarchicalAgent(FixedAgent):
         """Seeds both levels and hands the low one to the environment.
 
         Raises:
-            SettingsError: not a LayerSelection environment, or other layers than the low level's.
+            SettingsError: not a LayerSelection environment, other layers than the low level's, or a
+                low level that lacks something.
         """
         self._env = layer_selection(env, self.name)
+        if self.low is not None:
+            self.low.require_ready()
         self._env.use_low_level(self.low, max_steps_per_edit=self.max_steps_per_edit)
         self.high.reset(seed)
         if self.low is not None:

@@ -17,10 +17,10 @@ from hiedit_env.model.tokenization import EncodedPrompt
 from hiedit_env.resident.capture import Capture
 from hiedit_env.resident.low_rank import LowRankUpdate
 from hiedit_env.resident.resident import ResidentLLM
-from hiedit_env.rules.base import UpdateRule
+from hiedit_env.rules.base import WholeRule
 
 
-class GivenChange(UpdateRule):
+class GivenChange(WholeRule):
     """An update rule that proposes dense changes made elsewhere.
 
     Args:
@@ -57,11 +57,6 @@ class GivenChange(UpdateRule):
             dense(self.changes[i]) if layers[i] and i in self.changes else None
             for i in range(len(self.shapes))
         )
-
-    def _factors(
-        self, group: int, places: list[int], keys: Tensor, gradients: Tensor
-    ) -> tuple[Tensor, Tensor]:
-        raise NotImplementedError("the changes come from elsewhere")
 
 
 def dense(change: Tensor) -> LowRankUpdate:

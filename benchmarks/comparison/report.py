@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import TextIO
 
 from rich import box
+from rich.cells import cell_len
 from rich.console import Console, Group, RenderableType
 from rich.padding import Padding
 from rich.table import Table
@@ -187,7 +188,7 @@ def report(
     differences = {name: found for name, found in paired.items() if name != UNEDITED and found}
     if differences:
         title = f"Difference from {baseline} on the same facts, points [95 % interval]"
-        parts += ["", _title(fit(title)), _paired_table(differences, fit)]
+        parts += ["", _title(fit(title)), *_paired_tables(differences, fit)]
     for row in rows:
         if row["error_type"]:
             parts.append(
@@ -255,14 +256,20 @@ def _table(columns: Sequence[Column], summary: Summary, fit: Callable[[str], str
     return table
 
 
-def _paired_table(paired: PairedDifferences, fit: Callable[[str], str]) -> Table:
-    known = [m for m in _PAIRED_SHOWN if any(m in found for found in paired.values())]
-    measures = known[:3]  # as many as fit
-    table = _empty(measures)
-    for agent, found in paired.items():
-        cells = [_interval_cell(found.get(measure)) for measure in measures]
-        _add(table, _on_lines(agent), cells, fit)
-    return table
+def _paired_tables(paired: PairedDifferences, fit: Callable[[str], str]) -> list[Table]:
+    """One table, or several below each other where the agents' names leave no room for three."""
+    known = [m for m in _PAIRED_SHOWN if any(m in found for found in paired.values())][:3]
+    longest = max(cell_len(agent) for agent in paired)
+    # An interval and the space before it take 21 columns.
+    each = max(1, min(3, (WIDTH - longest) // 21))
+    tables = []
+    for start in range(0, len(known), each):
+        measures = known[start : start + each]
+        tables.append(_empty(measures))
+        for agent, found in paired.items():
+            cells = [_interval_cell(found.get(measure)) for measure in measures]
+            _add(tables[-1], _on_lines(agent, WIDTH - 21 * each), cells, fit)
+    return tables
 
 
 def _heading(kind: str) -> str:
@@ -274,13 +281,13 @@ def _heading(kind: str) -> str:
     return kind[:15].strip()
 
 
-def _on_lines(agent: str) -> str:
-    """A long name with line breaks where its parts end; three intervals leave it 17 columns.
+def _on_lines(agent: str, room: int) -> str:
+    """A long name with line breaks where its parts end.
 
-    >>> _on_lines("random-layers+rehearsal").splitlines()
+    >>> _on_lines("random-layers+rehearsal", 17).splitlines()
     ['random-layers+', 'rehearsal']
     """
-    return agent if len(agent) <= 17 else re.sub(r"(?<=[+,])", "\n", agent)
+    return agent if cell_len(agent) <= room else re.sub(r"(?<=[+,])", "\n", agent)
 
 
 def _empty(headings: Sequence[str]) -> Table:

@@ -70,6 +70,9 @@ class UpdateRule(ABC):
     def seed(self, seed: int) -> None:  # noqa: B027 - a rule need not draw anything
         """Seeds what the rule draws in later episodes; called before an episode."""
 
+    def require_ready(self) -> None:  # noqa: B027 - most rules need nothing
+        """Called before anything is run: raises SettingsError where something is missing."""
+
     def observe(self, capture: Capture) -> None:  # noqa: B027
         """Takes one capture into the lifelong statistics; called once before :meth:`propose`."""
 
@@ -197,6 +200,24 @@ class UpdateRule(ABC):
             keys, gradients = keys[places], gradients[places]
         rows = capture.rows(self.tokens)
         return keys[:, rows], gradients[:, rows]
+
+
+class WholeRule(UpdateRule):
+    """Base of rules that compute all updates of a capture at once, not factors of one shape."""
+
+    @abstractmethod
+    def compute(
+        self,
+        capture: Capture,
+        layers: NDArray[np.bool_],
+        multipliers: NDArray[np.float32] | Tensor | None = None,
+    ) -> tuple[LowRankUpdate | None, ...]:
+        """See :meth:`UpdateRule.compute`."""
+
+    def _factors(
+        self, group: int, places: list[int], keys: Tensor, gradients: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        raise NotImplementedError(f"the updates of {self.name!r} are computed as a whole")
 
 
 def positive(value: object, name: str) -> float:

@@ -89,6 +89,11 @@ def test_an_agent_that_needs_an_environment_is_refused_before_the_model_is_touch
     assert model.training
 
 
+def test_an_agent_that_lacks_its_calibration_is_refused_at_once() -> None:
+    with pytest.raises(SettingsError, match="'anchored' needs second moments"):
+        Editor(*live(), agent="all-layers+anchored")
+
+
 def test_a_ledger_on_disk_is_gone_on_with(tmp_path: Path) -> None:
     with Editor.from_pretrained("tiny", ledger=tmp_path, checks=NONE) as editor:
         edited_states(editor, 3)

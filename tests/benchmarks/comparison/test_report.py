@@ -137,6 +137,21 @@ def test_text_fits_80_columns(agent: str) -> None:
     assert text.count("-100.0 [-100.0, -99.9]") == 3
 
 
+@pytest.mark.parametrize(
+    ("agent", "tables"),
+    [("rledit", 1), ("random-layers+rehearsal", 2), ("fixed-layers,layers_per_edit=4:5+ridge", 3)],
+)
+def test_a_long_name_stays_on_one_line_of_the_differences(agent: str, tables: int) -> None:
+    rows = [row(name, 0, 50.0) for name in ("all-layers", agent)]
+    interval = {"difference": -100.0, "low": -100.0, "high": -99.9}
+    paired = {agent: dict.fromkeys(("generated", "average", "agreement", "efficacy"), interval)}
+    text = as_text(report(summarise(rows), paired, "all-layers", rows))
+    lines = text[text.index("Difference from") :].splitlines()
+    assert sum(line.startswith(f"{agent} ") for line in lines) == tables
+    assert max(map(len, lines)) <= WIDTH
+    assert text.count("-100.0 [-100.0, -99.9]") == 3
+
+
 def test_a_column_that_the_encoding_lacks_is_replaced_before_it_is_aligned() -> None:
     rows = [row("a", 0, 50.0), row("a", 1, 52.0), row("b", 0, 7.0), row("b", 1, 7.0)]
     lines = as_text(report(summarise(rows), {}, None, rows, encoding="ascii")).splitlines()
