@@ -259,16 +259,19 @@ def _table(columns: Sequence[Column], summary: Summary, fit: Callable[[str], str
 def _paired_tables(paired: PairedDifferences, fit: Callable[[str], str]) -> list[Table]:
     """One table, or several below each other where the agents' names leave no room for three."""
     known = [m for m in _PAIRED_SHOWN if any(m in found for found in paired.values())][:3]
+    cells = {
+        agent: [_interval_cell(found.get(m)) for m in known] for agent, found in paired.items()
+    }
+    # With the space before it.
+    wide = 1 + max(cell_len(cell) for row in (known, *cells.values()) for cell in row)
     longest = max(cell_len(agent) for agent in paired)
-    # An interval and the space before it take 21 columns.
-    each = max(1, min(3, (WIDTH - longest) // 21))
+    each = max(1, min(3, (WIDTH - longest) // wide))
     tables = []
     for start in range(0, len(known), each):
-        measures = known[start : start + each]
-        tables.append(_empty(measures))
-        for agent, found in paired.items():
-            cells = [_interval_cell(found.get(measure)) for measure in measures]
-            _add(tables[-1], _on_lines(agent, WIDTH - 21 * each), cells, fit)
+        tables.append(_empty(known[start : start + each]))
+        for agent, row in cells.items():
+            name = _on_lines(agent, WIDTH - wide * each)
+            _add(tables[-1], name, row[start : start + each], fit)
     return tables
 
 
