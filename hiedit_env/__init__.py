@@ -48,6 +48,7 @@ if TYPE_CHECKING:
     from hiedit_env.envs.planted import Planted
     from hiedit_env.envs.state import EditRecord, EnvState, History
     from hiedit_env.envs.step_size import StepSize
+    from hiedit_env.envs.tried_options import TriedOptions
     from hiedit_env.envs.vector import VectorEditing
     from hiedit_env.errors import (
         ActionError,
@@ -112,6 +113,7 @@ __all__ = [
     "ResultsExistError",
     "SettingsError",
     "StepSize",
+    "TriedOptions",
     "UpdateRule",
     "UpdateShapeError",
     "VectorEditing",
@@ -150,6 +152,7 @@ _EXPORTS = {
         "History",
     ),
     "hiedit_env.envs.step_size": ("StepSize",),
+    "hiedit_env.envs.tried_options": ("TriedOptions",),
     "hiedit_env.envs.vector": ("VectorEditing",),
     "hiedit_env.errors": (
         "ActionError",

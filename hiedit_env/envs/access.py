@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING, Any, cast
+
 from gymnasium.error import ResetNeeded
 
 from hiedit_env.datasets.requests import Request
 from hiedit_env.envs.accounting import Accounting
 from hiedit_env.envs.episode import EditingEpisode
 from hiedit_env.envs.state import History
+from hiedit_env.envs.tried_options import TriedOptions, check_masks, try_options
 from hiedit_env.model.tokenization import EncodedFact
 from hiedit_env.rules.base import UpdateRule
+
+if TYPE_CHECKING:
+    from hiedit_env.envs.base import EditingEnv
 
 
 class EpisodeAccess:
@@ -79,6 +85,39 @@ class EpisodeAccess:
     @intrinsic.setter
     def intrinsic(self, intrinsic: bool) -> None:
         self.accounting.intrinsic = intrinsic
+
+    def try_options(self, masks: Any, *, chunk: int | None = None) -> TriedOptions:
+        """What ``step`` would give for many choices of layers, each from the present state.
+
+        Options run side by side in shared passes. No trace is left: weights, statistics, random
+        state and episode are as before. Rewards, terms and metrics are those of ``save_state``,
+        ``step`` and ``restore_state`` one after another, up to rounding (1e-4 in float32).
+
+        An option is what one step is: with ``hiedit/LayerSelection-v1`` all primitive steps of the
+        fact, elsewhere one primitive step with these layers at the nominal step size.
+
+        Args:
+            masks: N × L zeros and ones, one row per option.
+            chunk: Options at a time; None for as many as fit into half of the free memory, at most
+                32.
+
+        Raises:
+            ResetNeeded: there is no present fact.
+            ActionError: masks of another shape, or with other numbers.
+            NotEnoughMemoryError: ``chunk`` options do not fit; the message names what they need
+                and the chunk that fits.
+
+        >>> import gymnasium, hiedit_env, numpy as np
+        >>> env = gymnasium.make("hiedit/LayerSelection-v1", num_edits=2)
+        >>> observation, info = env.reset(seed=0)
+        >>> tried = env.unwrapped.try_options(np.eye(6, dtype=np.int8))
+        >>> best = tried.masks[tried.best].astype(np.int8)
+        >>> bool(abs(env.step(best)[1] - tried.rewards.max()) < 1e-4)
+        True
+        """
+        env = cast("EditingEnv", self)
+        own = check_masks(masks, len(env.llm.layers))
+        return try_options([env], [own], chunk)[0]
 
     def _require_started(self) -> None:
         if not self.episode.facts:

@@ -40,7 +40,7 @@ class StepError(IntEnum):
 
 
 @dataclass(slots=True)
-class _Attempt:
+class Attempt:
     """Reward terms, metrics, layers written and the error of one try."""
 
     terms: dict[str, Any]
@@ -79,7 +79,7 @@ class Accounting:
         """The information of ``reset``."""
         none = np.zeros(len(self.episode.llm.layers), bool)
         nothing = dict.fromkeys((*TERMS, "collapse"), 0.0)
-        return self._info(_Attempt(nothing, self._as_read(self.episode.reading), none), 0, 0)
+        return self._info(Attempt(nothing, self._as_read(self.episode.reading), none), 0, 0)
 
     def step(
         self, write: Write, *, rule_made: bool = True, judge: Judging = "step"
@@ -114,32 +114,22 @@ class Accounting:
             yield from episode.advance()
         return reward, episode.ended, info
 
-    def worth(self, write: Write) -> Passes[float]:
-        """The reward of an action, without book-keeping; the episode stays where the action ends.
+    def attempt(
+        self,
+        write: Write,
+        *,
+        everything: bool = False,
+        rule_made: bool = True,
+        judge: Judging = "step",
+    ) -> Passes[Attempt]:
+        """Runs and judges primitive steps, without book-keeping; if they fail, all is as before.
 
         Args:
-            write: The action.
+            write: The action; the episode stays where it ends.
+            everything: Whether with all layers.
+            rule_made: As for :meth:`step`.
+            judge: As for :meth:`step`.
         """
-        done = yield from self._weigh(write, True, "step")
-        return float(sum(done.terms.values()))
-
-    # -- inside -----------------------------------------------------------------------------------
-
-    def _weigh(self, write: Write, rule_made: bool, judge: Judging) -> Passes[_Attempt]:
-        """An attempt, relative to all layers where the reward is intrinsic."""
-        if not self.intrinsic:
-            return (yield from self._attempt(write, False, rule_made, judge))
-        before = self.episode.save()
-        every = yield from self._attempt(write, True, True, "step")
-        self.episode.restore(before)
-        done = yield from self._attempt(write, False, rule_made, "step")
-        done.terms = {term: value - every.terms[term] for term, value in done.terms.items()}
-        return done
-
-    def _attempt(
-        self, write: Write, everything: bool, rule_made: bool, judge: Judging
-    ) -> Passes[_Attempt]:
-        """Runs and judges primitive steps; after a failure everything is as before."""
         episode, weights = self.episode, self.weights
         nothing = dict.fromkeys((*TERMS, "collapse"), 0.0)
         try:
@@ -150,7 +140,7 @@ class Accounting:
                     reading = yield from episode.read()
                     if not np.isfinite(reading.loss):
                         raise NumericalCollapse
-                    return _Attempt(nothing, self._as_read(reading), layers)
+                    return Attempt(nothing, self._as_read(reading), layers)
                 increase, quality = yield from episode.judge()
         except NumericalCollapse:
             error = StepError.NUMERICAL_COLLAPSE
@@ -161,12 +151,25 @@ class Accounting:
             error = StepError.NON_FINITE_UPDATE
         else:
             terms = {term: weights[term] * increase[term] for term in TERMS}
-            return _Attempt({**terms, "collapse": 0.0}, quality.measured, layers)
+            return Attempt({**terms, "collapse": 0.0}, quality.measured, layers)
         none = np.zeros(len(episode.llm.layers), bool)
         unknown = not_measured(len(episode.unit), self._by_form)
-        return _Attempt({**nothing, "collapse": -weights["collapse"]}, unknown, none, error)
+        return Attempt({**nothing, "collapse": -weights["collapse"]}, unknown, none, error)
 
-    def _info(self, done: _Attempt, index: int, steps: int, over: bool = False) -> dict[str, Any]:
+    # -- inside -----------------------------------------------------------------------------------
+
+    def _weigh(self, write: Write, rule_made: bool, judge: Judging) -> Passes[Attempt]:
+        """An attempt, relative to all layers where the reward is intrinsic."""
+        if not self.intrinsic:
+            return (yield from self.attempt(write, rule_made=rule_made, judge=judge))
+        before = self.episode.save()
+        every = yield from self.attempt(write, everything=True)
+        self.episode.restore(before)
+        done = yield from self.attempt(write, rule_made=rule_made)
+        done.terms = {term: value - every.terms[term] for term, value in done.terms.items()}
+        return done
+
+    def _info(self, done: Attempt, index: int, steps: int, over: bool = False) -> dict[str, Any]:
         info = {
             "reward_terms": done.terms,
             "metrics": done.measured.unit,

@@ -5,6 +5,7 @@ No Gymnasium here. The environments add spaces, checks and information to it.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -333,6 +334,19 @@ class EditingEpisode:
         # Not read again: it would be another capture to the rule, to be taken in once more.
         self._reading, self._observed = state.reading, state.observed
         self.evaluator.references = state.references
+
+    def branch(self, state: EpisodeState) -> EditingEpisode:
+        """An episode that goes on from a state, on a branch of the model with a rule of its own.
+
+        Args:
+            state: Of this episode, at the present weights.
+        """
+        twin = copy.copy(self)
+        twin.llm = self.llm.branch()
+        twin.rule = self.rule.clone_for(twin.llm)
+        twin.evaluator = self.evaluator.clone_for(twin.llm)
+        twin.restore(state)
+        return twin
 
     @contextmanager
     def transaction(self) -> Iterator[None]:

@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import partial
 from itertools import combinations
 from typing import Any, Self
 
 import numpy as np
 from numpy.typing import NDArray
 
-from hiedit_env.envs.actions import Choice
 from hiedit_env.envs.layer_selection import LayerSelection
-from hiedit_env.envs.scheduler import run_together
 from hiedit_env.envs.settings import PlantedSettings
 from hiedit_env.errors import SettingsError
 from hiedit_env.evaluation.unedited import UneditedModel
@@ -22,8 +19,6 @@ from hiedit_env.resident.resident import ResidentLLM
 
 #: Most layers whose subsets are enumerated.
 MOST_LAYERS = 12
-#: Options tried at a time.
-TWINS = 32
 #: Rewards this close are equal: what is computed side by side differs by rounding.
 TIE = 1e-5
 
@@ -70,9 +65,8 @@ class Planted(LayerSelection):
 
     ## Oracle
     ``env.unwrapped.oracle()`` gives the reward that each of the 2^L options would have on the
-    present fact, from the present state and with the low level in use, and the best option; 32
-    options are tried at a time, so rewards are those of ``step`` up to rounding. It leaves no
-    trace.
+    present fact, from the present state and with the low level in use, and the best option, by
+    ``try_options``: rewards are those of ``step`` up to rounding. It leaves no trace.
     The *one-step regret* of an action is ``oracle().reward`` minus its reward: never below 0, up to
     rounding. The best option looks one fact ahead: it is the best for this fact, not for
     those that follow, and the best with the low level in use, however bad that is. So
@@ -117,7 +111,6 @@ class Planted(LayerSelection):
                     "is known about it; take dataset='planted-facts' or hiedit/LayerSelection-v1"
                 )
         self._last: tuple[Reading, Oracle] | None = None
-        self._twins: tuple[Planted, ...] = ()
 
     def oracle(self) -> Oracle:
         """The reward of every option on the present fact; takes 2^L options' time.
@@ -139,50 +132,18 @@ class Planted(LayerSelection):
         reading = self.episode.reading
         if self._last is None or self._last[0] is not reading:
             options = list(_subsets(count))
-            worths = self._worths([_mask(layers, count) for layers in options])
+            masks = np.stack([_mask(layers, count) for layers in options])
+            worths = self.try_options(masks).rewards.tolist()
             best = int(np.argmax(np.array(worths) >= max(worths) - TIE))
             rewards = np.empty(2**count)
             rewards[[_number(layers) for layers in options]] = worths
             self._last = reading, Oracle(_mask(options[best], count), worths[best], rewards)
         return self._last[1]
 
-    def _worths(self, options: Sequence[NDArray[np.bool_]]) -> list[float]:
-        """The reward of :meth:`step` for each option; tried by twins that share the model."""
-        before = self.save_state()
-        try:
-            # Every option begins with the same capture, which is taken in once.
-            self.episode.observe()
-            start = self.episode.save()
-            if not self._twins:
-                self.llm.restore_unedited()
-                self._twins = tuple(self.fork() for _ in range(min(TWINS, len(options))))
-        finally:
-            self.restore_state(before)
-        worths: list[float] = []
-        for first in range(0, len(options), len(self._twins)):
-            chosen = options[first : first + len(self._twins)]
-            twins = self._twins[: len(chosen)]
-            for twin in twins:
-                rule = self.episode.rule.clone_for(twin.llm)
-                twin.episode.use(rule, self.episode.max_steps_per_edit)
-                twin.episode.restore(start)
-            with self.llm.unedited():
-                found = run_together(
-                    [
-                        twin.accounting.worth(partial(twin._write, Choice(layers)))
-                        for twin, layers in zip(twins, chosen, strict=True)
-                    ]
-                )
-            for worth in found:
-                if isinstance(worth, BaseException):
-                    raise worth
-                worths.append(worth)
-        return worths
-
     def fork(self) -> Self:
         """As in :class:`.base.EditingEnv`."""
         twin = super().fork()
-        twin._last, twin._twins = None, ()
+        twin._last = None
         return twin
 
     def _copy_on(
@@ -190,7 +151,7 @@ class Planted(LayerSelection):
     ) -> Self:
         """As in :class:`.base.EditingEnv`."""
         twin = super()._copy_on(llm, memo, unedited)
-        twin._last, twin._twins = None, ()
+        twin._last = None
         return twin
 
     def _tell(self, info: dict[str, Any]) -> dict[str, Any]:

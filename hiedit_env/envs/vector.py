@@ -22,6 +22,12 @@ from hiedit_env.envs.planted import Planted
 from hiedit_env.envs.scheduler import Passes, run_together
 from hiedit_env.envs.state import copy_model
 from hiedit_env.envs.step_size import StepSize
+from hiedit_env.envs.tried_options import (
+    TriedOptions,
+    check_masks_of_several,
+    stacked,
+    try_options,
+)
 from hiedit_env.errors import ActionError, SettingsError, whole_number
 from hiedit_env.evaluation.unedited import UneditedModel
 
@@ -225,6 +231,24 @@ class VectorEditing(VectorEnv[Observations, Any, NDArray[Any]], EzPickle, Generi
         gained = torch.stack([torch.as_tensor(r, dtype=torch.float32).to(device) for r in rewards])
         over_now, cut_now = (torch.from_numpy(x).to(device) for x in (ended, truncated))
         return self._shown(), gained, over_now, cut_now, rest
+
+    def try_options(self, masks: Any, *, chunk: int | None = None) -> TriedOptions:
+        """The same for all environments; see ``env.unwrapped.try_options``.
+
+        Args:
+            masks: N_envs × M × L zeros and ones, or M × L for the same in every environment.
+            chunk: Options at a time, over all environments.
+
+        Returns:
+            Arrays of N_envs × M.
+
+        Raises:
+            ResetNeeded: an environment has no present fact.
+            ActionError: masks of another shape, or with other numbers.
+            NotEnoughMemoryError: ``chunk`` options do not fit.
+        """
+        own = check_masks_of_several(masks, self.num_envs, len(self.envs[0].llm.layers))
+        return stacked(try_options(self.envs, own, chunk))
 
     def render(self) -> tuple[Any, ...] | None:
         """The pictures or texts of all environments; see the single environment."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -108,6 +109,12 @@ class Evaluator:
         self.on_device = False
         self.unedited = UneditedModel(llm) if unedited is None else unedited
         self.forget_references()
+
+    def clone_for(self, llm: ResidentLLM) -> Evaluator:
+        """The same for a fork of the model; what the unedited model says is shared."""
+        twin = copy.copy(self)
+        twin.llm, twin.unedited = llm, self.unedited.clone_for(llm)
+        return twin
 
     def encode(self, request: Request) -> EncodedFact:
         """Tokens of a request and its probes, in the forms asked.

@@ -100,6 +100,22 @@ class ResidentLLM(EditableWeights):
         twin._forget()
         return twin
 
+    def branch(self) -> ResidentLLM:
+        """A fork that begins with the present changes, for as long as these stay as they are.
+
+        Of a resident model only what a branch commits is added as it runs: what was edited before
+        is in the weights. The branch must not be run once this model has been written to.
+        """
+        twin = copy.copy(self)
+        twin._forget()
+        twin.is_resident = False
+        twin._changes = list(self._changes)
+        if self.is_resident:
+            twin._origin, twin._trunk = list(self._changes), self
+        else:
+            twin._origin, twin._trunk = list(self._origin), self._trunk
+        return twin
+
     # -- running ------------------------------------------------------------------------------
 
     def encode(self, prompt: str, answer: str) -> EncodedPrompt:

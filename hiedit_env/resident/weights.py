@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import cast
 
@@ -55,6 +55,10 @@ class EditableWeights:
     def _forget(self) -> None:
         """Begins with no change, without writing anything."""
         self._changes: list[Tensor | None] = [None] * len(self.layers)
+        #: The changes that are in the weights it runs on already; not None for a branch only.
+        self._origin: list[Tensor | None] = [None] * len(self.layers)
+        self._trunk: EditableWeights | None = None
+        self._grown: dict[int, tuple[Tensor | None, Tensor]] = {}
         self._digests: dict[int, tuple[tuple[object, ...], bytes]] = {}
         self._is_suspended = False
 
@@ -131,6 +135,10 @@ class EditableWeights:
     @contextmanager
     def unedited(self) -> Iterator[None]:
         """Runs the body with the unedited weights; copies nothing, switches back, may be nested."""
+        with nullcontext() if self._trunk is None else self._trunk.unedited():
+            yield from self._suspended()
+
+    def _suspended(self) -> Iterator[None]:
         edited = {i: self._weight(i).data for i in self._written()}
         outside = self._is_suspended
         self._is_suspended = True
@@ -187,7 +195,7 @@ class EditableWeights:
     def _version(self, index: int) -> tuple[object, ...]:
         """Differs whenever a weight differs; what it holds is compared by identity."""
         if not self.is_resident:
-            return (self._added(index),)
+            return (self._held(index),)
         weight = self._weight(index)
         # The version alone does not tell the unedited weights of :meth:`unedited` apart.
         return weight.data_ptr(), weight._version
@@ -196,12 +204,27 @@ class EditableWeights:
         """One layer's weight as the model runs with it, in its own layout."""
         if self.is_resident:
             return self._weight(index)
-        change, base = self._added(index), self._base[index]
+        change, base = self._held(index), self._base[index]
         return base if change is None else (base + change).to(base.dtype)
+
+    def _held(self, index: int) -> Tensor | None:
+        """The change of one layer that counts at present."""
+        return None if self._is_suspended else self._changes[index]
 
     def _added(self, index: int) -> Tensor | None:
         """The change that has to be added to one layer's output as it runs."""
-        return None if self.is_resident or self._is_suspended else self._changes[index]
+        if self.is_resident or self._is_suspended:
+            return None
+        change, origin = self._changes[index], self._origin[index]
+        if origin is None:
+            return change
+        if change is origin:
+            return None
+        known = self._grown.get(index)
+        if known is None or known[0] is not change:
+            known = change, -origin if change is None else change - origin
+            self._grown[index] = known
+        return known[1]
 
     def _check(self, updates: Updates) -> None:
         check_updates(updates, self.shapes, self.names, self.device, torch.finfo(self.dtype).max)

@@ -202,3 +202,31 @@ def test_large_changes_are_not_stacked(kind: str, monkeypatch: pytest.MonkeyPatc
 def _no_weights(llm: ResidentLLM, parts: Sequence[Tensor]) -> Sequence[Tensor]:
     assert not {tuple(part.shape) for part in parts} & set(llm.shapes)
     return parts
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_branch_goes_on_from_the_present_changes(kind: str) -> None:
+    trunk, written = resident(kind), resident(kind)
+    first, second = (random_updates(trunk, seed) for seed in (1, 2))
+    request = PROMPTS[0]
+    plain = written.read(request).loss
+    for llm in (trunk, written):
+        llm.commit(first)
+    branch, bits = trunk.branch(), trunk.weights_fingerprint()
+    assert branch.weights_fingerprint() == bits
+    before = written.read(request).loss
+    assert branch.read(request).loss == pytest.approx(before, abs=1e-5)
+    branch.commit(second)
+    written.commit(second)
+    # Both counts: what was there, and what came; and the trunk knows nothing of it.
+    one, two = branch.read(request), written.read(request)
+    assert one.loss == pytest.approx(two.loss, abs=1e-4)
+    close(one.capture().value_gradients[0], two.capture().value_gradients[0])
+    for i in range(len(trunk.layers)):
+        close(branch.change(i), written.change(i))
+    assert trunk.weights_fingerprint() == bits
+    with branch.unedited():
+        assert branch.read(request).loss == pytest.approx(plain, abs=1e-5)
+    branch.restore_unedited()
+    assert branch.read(request).loss == pytest.approx(plain, abs=1e-4)
+    assert trunk.weights_fingerprint() == bits
