@@ -52,7 +52,7 @@ class TriedOptions:
 
     def __len__(self) -> int:
         """Number of options (of every environment)."""
-        return self.masks.shape[-2]
+        return int(self.masks.shape[-2])
 
     @property
     def best(self) -> NDArray[np.int64]:

@@ -110,8 +110,14 @@ def test_a_copied_oracle_asks_its_own_model() -> None:
     env.oracle()
     twin = copy.deepcopy(env)
     assert isinstance(twin, Planted)
-    assert twin._twins == ()
+    assert twin._last is None
     env.step(np.ones(6, np.int8))
     twin.step(np.ones(6, np.int8))
     np.testing.assert_allclose(twin.oracle().rewards, env.oracle().rewards, atol=1e-5)
-    assert twin._twins[0].llm.model is twin.llm.model
+    # The copy asks its own model: what is written into the other one is not in its answers.
+    told = twin.oracle().rewards
+    twin._last = None
+    for i, layer in enumerate(env.llm.layers):
+        env.llm._weight(i).zero_()
+        assert layer.module is not twin.llm.layers[i].module
+    np.testing.assert_allclose(twin.oracle().rewards, told, atol=1e-5)
