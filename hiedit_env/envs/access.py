@@ -2,27 +2,34 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, cast
+from abc import abstractmethod
+from typing import Any
 
+import numpy as np
 from gymnasium.error import ResetNeeded
+from numpy.typing import NDArray
 
 from hiedit_env.datasets.requests import Request
 from hiedit_env.envs.accounting import Accounting
+from hiedit_env.envs.actions import Choice
 from hiedit_env.envs.episode import EditingEpisode
+from hiedit_env.envs.scheduler import Passes
 from hiedit_env.envs.state import History
 from hiedit_env.envs.tried_options import TriedOptions, check_masks, try_options
 from hiedit_env.model.tokenization import EncodedFact
+from hiedit_env.resident.resident import ResidentLLM
 from hiedit_env.rules.base import UpdateRule
-
-if TYPE_CHECKING:
-    from hiedit_env.envs.base import EditingEnv
 
 
 class EpisodeAccess:
     """Read access to the episode, and to the settings of the reward."""
 
+    llm: ResidentLLM
     episode: EditingEpisode
     accounting: Accounting
+
+    @abstractmethod
+    def _write(self, choice: Choice, everything: bool) -> Passes[NDArray[np.bool_]]: ...
 
     @property
     def rule(self) -> UpdateRule:
@@ -115,9 +122,8 @@ class EpisodeAccess:
         >>> bool(abs(env.step(best)[1] - tried.rewards.max()) < 1e-4)
         True
         """
-        env = cast("EditingEnv", self)
-        own = check_masks(masks, len(env.llm.layers))
-        return try_options([env], [own], chunk)[0]
+        own = check_masks(masks, len(self.llm.layers))
+        return try_options([self], [own], chunk)[0]
 
     def _require_started(self) -> None:
         if not self.episode.facts:

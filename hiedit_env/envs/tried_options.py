@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -13,18 +13,35 @@ from torch import Tensor, nn
 
 from hiedit_env.envs.accounting import Accounting, Attempt
 from hiedit_env.envs.actions import Choice, as_array
-from hiedit_env.envs.episode import EpisodeState
+from hiedit_env.envs.episode import EditingEpisode, EpisodeState
 from hiedit_env.envs.scheduler import Passes, run_together
 from hiedit_env.errors import ActionError, NotEnoughMemoryError, whole_number
 from hiedit_env.model.memory_budget import available_memory
-
-if TYPE_CHECKING:
-    from hiedit_env.envs.base import EditingEnv
+from hiedit_env.resident.resident import ResidentLLM
 
 #: Most options at a time where the caller does not say; more are hardly faster.
 AT_A_TIME = 32
 #: Share of the free memory that options may take where the caller does not say how many.
 SHARE = 0.5
+
+
+class Triable(Protocol):
+    """An environment as it is used here."""
+
+    llm: ResidentLLM
+    episode: EditingEpisode
+
+    @property
+    def intrinsic(self) -> bool:
+        """Whether the reward is the advantage over editing all layers."""
+
+    @property
+    def weights_of_terms(self) -> dict[str, float]:
+        """Weight of every reward term."""
+
+    def _require_running(self) -> None: ...
+
+    def _write(self, choice: Choice, everything: bool) -> Passes[NDArray[np.bool_]]: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,7 +79,7 @@ class TriedOptions:
 
 
 def try_options(
-    envs: Sequence[EditingEnv], masks: Sequence[NDArray[np.bool_]], chunk: int | None
+    envs: Sequence[Triable], masks: Sequence[NDArray[np.bool_]], chunk: int | None
 ) -> list[TriedOptions]:
     """Tries options in environments of one model.
 
@@ -147,7 +164,7 @@ def check_masks_of_several(masks: Any, num_envs: int, num_layers: int) -> list[N
     return [check_masks(rows, num_layers) for rows in array]
 
 
-def memory_of_option(env: EditingEnv, layers: int | None = None) -> int:
+def memory_of_option(env: Triable, layers: int | None = None) -> int:
     """About how many bytes one option takes while it is tried beside others.
 
     The sum of: the change of every chosen layer twice (float32), the rule's statistics twice, the
@@ -183,7 +200,7 @@ class _Tried:
 
 
 def _chunk(
-    envs: Sequence[EditingEnv],
+    envs: Sequence[Triable],
     masks: Sequence[NDArray[np.bool_]],
     chunk: int | None,
     total: int,
@@ -211,7 +228,7 @@ def _chunk(
     return wanted if chunk is not None else max(1, min(wanted, int(SHARE * free) // each))
 
 
-def _start(env: EditingEnv) -> EpisodeState:
+def _start(env: Triable) -> EpisodeState:
     """The present state, after the rule took in the capture that every option begins with."""
     before = env.episode.save()
     try:
@@ -222,15 +239,14 @@ def _start(env: EditingEnv) -> EpisodeState:
         env.episode.restore(before)
 
 
-def _attempt(env: EditingEnv, start: EpisodeState, mask: NDArray[np.bool_]) -> Passes[_Tried]:
+def _attempt(env: Triable, start: EpisodeState, mask: NDArray[np.bool_]) -> Passes[_Tried]:
     """One option, in an environment of its own that is thrown away."""
     twin = type(env).__new__(type(env))
     twin.__dict__.update(env.__dict__)
     twin.llm, twin.episode = (branch := env.episode.branch(start)).llm, branch
     branch.evaluator.on_device = False
-    twin.accounting = Accounting(branch, env.weights_of_terms, intrinsic=False)
-    write: Callable[[bool], Any] = partial(twin._write, Choice(mask))
-    attempt = yield from twin.accounting.attempt(write)
+    accounting = Accounting(branch, env.weights_of_terms, intrinsic=False)
+    attempt = yield from accounting.attempt(partial(twin._write, Choice(mask)))
     return _Tried(attempt, branch.steps)
 
 
