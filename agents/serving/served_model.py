@@ -34,9 +34,10 @@ class ServedModel:
     Args:
         editor: Nobody else uses it or its model from now on.
         name: By which it is asked for.
+        ends: Tokens that end an answer; by default those of the model and its tokenizer.
     """
 
-    def __init__(self, editor: Editor, name: str) -> None:
+    def __init__(self, editor: Editor, name: str, *, ends: frozenset[int] | None = None) -> None:
         self.name = name
         self._editor = editor
         llm = editor.llm
@@ -45,7 +46,7 @@ class ServedModel:
             copy.deepcopy(editor.tokenizer), llm.encoder.max_length, llm.encoder.end_id
         )
         self._tokenizing = threading.Lock()
-        ends = end_ids(editor.model, llm.encoder)
+        ends = end_ids(editor.model, llm.encoder) if ends is None else ends
         pad = editor.tokenizer.pad_token_id or 0
         self._speaker = Speaker(self._decode, ends, cast(int, pad), not llm.generates_whole)
         self._writing = threading.Lock()

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
+#: Tokens that are decoded again with every new one.
+_WINDOW = 12
 _HALF = "\N{REPLACEMENT CHARACTER}"
 
 
@@ -26,10 +28,10 @@ class TextOut:
     def __init__(self, decode: Callable[[Sequence[int]], str], stops: Sequence[str] = ()) -> None:
         self._decode, self._stops = decode, tuple(stops)
         self._ids: list[int] = []
-        # A few tokens before those that are new are decoded with them: a token's text may depend on
-        # its neighbours.
+        # New tokens are decoded together with some before them, since a token's text may depend on
+        # its neighbours: those from _window on, whose text _known was sent up to token _read.
         self._window = self._read = 0
-        self._held = ""
+        self._known = self._held = ""
         #: Whether a stop text was found; nothing more comes.
         self.stopped = False
 
@@ -47,12 +49,15 @@ class TextOut:
 
     def _new(self, *, whole: bool) -> str:
         """Text of the tokens that were not read yet, if it is whole or need not be."""
-        known = self._decode(self._ids[self._window : self._read])
         text = self._decode(self._ids[self._window :])
-        if len(text) <= len(known) or (whole and text.endswith(_HALF)):
+        if len(text) <= len(self._known) or (whole and text.endswith(_HALF)):
             return ""
-        self._window, self._read = self._read, len(self._ids)
-        return text[len(known) :]
+        new = text[len(self._known) :]
+        if len(self._ids) - self._window > _WINDOW:
+            self._window = self._read
+            text = self._decode(self._ids[self._window :])
+        self._known, self._read = text, len(self._ids)
+        return new
 
     def _sent(self, text: str) -> str:
         if self.stopped:

@@ -18,7 +18,7 @@ def marked(ids: list[int]) -> str:
     return "".join([" a", " b", "c", "", " "][i] for i in ids).removeprefix(" ")
 
 
-@given(st.text("aé€\U0001f600\ufffd ", max_size=12), st.integers(0, 3))
+@given(st.text("aé€\U0001f600\ufffd ", max_size=40), st.integers(0, 3))
 def test_the_pieces_are_the_text_and_whole_characters(text: str, cut: int) -> None:
     ids = list(text.encode())[: len(text.encode()) - cut]
     out = TextOut(utf8)
@@ -29,7 +29,7 @@ def test_the_pieces_are_the_text_and_whole_characters(text: str, cut: int) -> No
     assert all("\ufffd" not in piece for piece in pieces) or "\ufffd" in text
 
 
-@given(st.lists(st.integers(0, 4), max_size=12))
+@given(st.lists(st.integers(0, 4), max_size=40))
 def test_a_text_that_depends_on_its_neighbours(ids: list[int]) -> None:
     out = TextOut(marked)
     assert "".join([*map(out.push, ids), out.finish()]) == marked(ids)
