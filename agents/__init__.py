@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from hiedit_agents.editing.checks import Checks
     from hiedit_agents.editing.delta import apply_delta
     from hiedit_agents.editing.editor import Editor
+    from hiedit_agents.editing.gguf_file import write_gguf
     from hiedit_agents.editing.ledger import Ledger
     from hiedit_agents.editing.results import EditResult
     from hiedit_agents.hierarchy.hypernetwork import Hypernetwork
@@ -67,6 +68,7 @@ __all__ = [
     "Trainer",
     "apply_delta",
     "make_agent",
+    "write_gguf",
 ]
 
 #: Module → names that it holds; the imports above tell type checkers the same.
@@ -74,6 +76,7 @@ _EXPORTS = {
     "hiedit_agents.editing.checks": ("Checks",),
     "hiedit_agents.editing.delta": ("apply_delta",),
     "hiedit_agents.editing.editor": ("Editor",),
+    "hiedit_agents.editing.gguf_file": ("write_gguf",),
     "hiedit_agents.editing.ledger": ("Ledger",),
     "hiedit_agents.editing.results": ("EditResult",),
     "hiedit_agents.hierarchy.hypernetwork": ("Hypernetwork",),

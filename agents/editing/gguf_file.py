@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
+from contextlib import suppress
 from os import PathLike
 from pathlib import Path
 from typing import Any, Literal, cast
@@ -85,7 +86,8 @@ def write_gguf(
     except OSError as error:
         raise OutputError(f"{path} cannot be written: {error}") from error
     finally:
-        work.unlink(missing_ok=True)
+        with suppress(OSError):
+            work.unlink()
     return size
 
 
