@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 from hiedit_agents.editing.ledger_format import APPLICATION, FORMAT, TABLES, Base
 from hiedit_env.errors import LedgerError, OutputError
@@ -59,13 +60,15 @@ def connect(path: Path, *, new: bool) -> sqlite3.Connection:
 def connect_to_read(path: Path) -> sqlite3.Connection:
     """Open for reading, beside a process that writes and in folders that cannot be written."""
     where = path.resolve().as_uri()
-    connection = sqlite3.connect(f"{where}?mode=ro", uri=True, isolation_level=None)
+    # No thread is checked: undo reads in one and adds in another.
+    options: Any = {"uri": True, "isolation_level": None, "check_same_thread": False}
+    connection: sqlite3.Connection = sqlite3.connect(f"{where}?mode=ro", **options)
     try:
         connection.execute("PRAGMA user_version").fetchall()
     except sqlite3.OperationalError:
         # In a folder that cannot be written, WAL mode has nowhere to put its shared memory.
         connection.close()
-        connection = sqlite3.connect(f"{where}?immutable=1", uri=True, isolation_level=None)
+        connection = sqlite3.connect(f"{where}?immutable=1", **options)
     except sqlite3.DatabaseError:
         pass  # refused where it is read
     return connection

@@ -15,13 +15,20 @@ fingerprint recorded with every event shows it.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import itertools
+from collections import deque
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 
 import torch
 from torch import Tensor
 
 from hiedit_agents.editing.ledger import Ledger
+from hiedit_env.resident.low_rank import Updates
 from hiedit_env.resident.weights import EditableWeights, WeightSnapshot, accumulated
+
+#: Edits that are read before they are added.
+_AHEAD = 4
 
 
 def replay(weights: EditableWeights, ledger: Ledger, edits: Sequence[int]) -> None:
@@ -37,11 +44,25 @@ def replay(weights: EditableWeights, ledger: Ledger, edits: Sequence[int]) -> No
     """
     changes: list[Tensor | None] = [None] * len(weights.layers)
     with torch.inference_mode(False), torch.no_grad():
-        for number in edits:
-            for updates in ledger.steps(number, weights.device):
+        for steps in _read_ahead(ledger, edits, weights.device):
+            for updates in steps:
                 for i, update in enumerate(updates):
                     if update is not None:
                         changes[i] = accumulated(
                             changes[i], update, weights.layers[i].is_transposed, in_place=True
                         )
     weights.restore(WeightSnapshot(dict(enumerate(changes))))
+
+
+def _read_ahead(
+    ledger: Ledger, edits: Sequence[int], device: torch.device
+) -> Iterator[list[Updates]]:
+    """The recorded updates of each edit; the next ones are read while one is added."""
+    left, coming = iter(edits), deque[Future[list[Updates]]]()
+    with ThreadPoolExecutor(1) as reader:
+        for number in itertools.islice(left, _AHEAD):
+            coming.append(reader.submit(ledger.steps, number, device))
+        while coming:
+            steps = coming.popleft().result()
+            coming.extend(reader.submit(ledger.steps, n, device) for n in itertools.islice(left, 1))
+            yield steps

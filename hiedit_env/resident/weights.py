@@ -49,7 +49,9 @@ class EditableWeights:
         self.device, self.dtype = weight.device, weight.dtype
         #: Whether changes are written into the model; if not, whoever runs it adds them.
         self.is_resident = True
-        self._base = tuple(self._weight(i).detach().clone() for i in range(len(self.layers)))
+        #: Unedited weights of the layers that are edited; the others have their own still. Shared
+        #: with forks, which write nothing.
+        self._kept: dict[int, Tensor] = {}
         self._forget()
 
     def _forget(self) -> None:
@@ -115,7 +117,7 @@ class EditableWeights:
 
     @torch.inference_mode(False)
     def rebase(self, weights: Sequence[Tensor]) -> None:
-        """Takes other weights for the unedited ones and writes them; nothing is edited then.
+        """Takes other weights for the unedited ones; the model has them, and nothing is edited.
 
         Args:
             weights: One per layer, in its weight's own layout, dtype and device; kept.
@@ -127,10 +129,10 @@ class EditableWeights:
                     f"unedited weight of {self.names[i]} has shape {tuple(weight.shape)} and "
                     f"{weight.dtype}; expected {tuple(expected.shape)} and {expected.dtype}"
                 )
-        self._base = tuple(weights)
         self._forget()
-        for i in range(len(self.layers)):
-            self._write(i)
+        self._kept.clear()
+        for i, weight in enumerate(weights):
+            self._weight(i).data = weight
 
     @contextmanager
     def unedited(self) -> Iterator[None]:
@@ -144,7 +146,7 @@ class EditableWeights:
         self._is_suspended = True
         try:
             for i in edited:
-                self._weight(i).data = self._base[i]
+                self._weight(i).data = self._kept[i]
             yield
         finally:
             for i, weight in edited.items():
@@ -159,12 +161,15 @@ class EditableWeights:
         return change.mT if self.layers[index].is_transposed else change
 
     def unedited_weight(self, index: int) -> Tensor:
-        """One layer's unedited weight in its own layout; the tensor itself, not to be written."""
-        return self._base[index]
+        """One layer's unedited weight in its own layout: the tensor itself, not to be written.
+
+        It keeps these values whatever is committed later.
+        """
+        return self._kept.get(index, self._weight(index).detach())
 
     def base_norm(self, index: int) -> float:
         """Frobenius norm of one layer's unedited weight."""
-        return float(torch.linalg.vector_norm(self._base[index].float()))
+        return float(torch.linalg.vector_norm(self.unedited_weight(index).float()))
 
     def weights_fingerprint(self) -> str:
         """16 hexadecimal digits that change when any single bit of a candidate weight changes.
@@ -204,7 +209,7 @@ class EditableWeights:
         """One layer's weight as the model runs with it, in its own layout."""
         if self.is_resident:
             return self._weight(index)
-        change, base = self._held(index), self._base[index]
+        change, base = self._held(index), self.unedited_weight(index)
         return base if change is None else (base + change).to(base.dtype)
 
     def _held(self, index: int) -> Tensor | None:
@@ -238,11 +243,19 @@ class EditableWeights:
             raise RuntimeError("weights cannot be written inside ResidentLLM.unedited()")
         if not self.is_resident:
             return
-        weight, base, change = self._weight(index), self._base[index], self._changes[index]
-        # The weights need no gradient, so that none is recorded in any mode of the caller's.
+        weight, change = self._weight(index), self._changes[index]
         if change is None:
-            weight.copy_(base)
-        elif weight.dtype == torch.float32:
+            # The very tensor that was there; nothing is written.
+            if index in self._kept:
+                weight.data = self._kept.pop(index)
+            return
+        if index not in self._kept:
+            # Whoever holds the unedited tensor goes on holding the unedited values.
+            self._kept[index] = weight.data
+            weight.data = torch.empty_like(weight.data)
+        base = self._kept[index]
+        # The weights need no gradient, so that none is recorded in any mode of the caller's.
+        if weight.dtype == torch.float32:
             torch.add(base, change, out=weight)
         else:
             # In float32, or in float64 for float64 weights.

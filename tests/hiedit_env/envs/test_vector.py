@@ -130,7 +130,7 @@ def test_environments_share_one_model_that_is_never_written() -> None:
     envs.reset(seed=0)
     info = envs.step(np.ones((3, L), np.int8))[-1]
     assert all(env.llm.model is model for env in envs.envs)
-    assert all(env.llm._base is envs.envs[0].llm._base for env in envs.envs)
+    assert all(env.llm._kept is envs.envs[0].llm._kept for env in envs.envs)
     assert len(set(info["weights_fingerprint"])) == 3
     after = model.state_dict()
     assert all(torch.equal(after[name], value) for name, value in before.items())

@@ -420,3 +420,21 @@ def test_a_weight_taken_apart_has_the_same_bits(dtype: torch.dtype) -> None:
     with pytest.raises(UpdateShapeError, match="unedited weight of"):
         llm.rebase([w[:1] for w in base])
     assert all(torch.equal(w, e) for w, e in zip(own(llm), edited, strict=True))
+
+
+def test_only_layers_that_are_written_have_a_second_copy() -> None:
+    llm = resident("llama", (1, 2))
+    before = weights(llm)
+    assert not llm._kept
+    held = [llm.unedited_weight(i) for i in range(len(llm.layers))]
+    own = [tensor.clone() for tensor in held]
+    updates = random_updates(llm)
+    llm.commit(only(llm, 1, cast(LowRankUpdate, updates[1])))
+    assert set(llm._kept) == {1}
+    with llm.unedited():
+        assert all(torch.equal(w, b) for w, b in zip(weights(llm), before, strict=True))
+    assert all(torch.equal(h, o) for h, o in zip(held, own, strict=True))
+    assert llm.base_norm(0) == pytest.approx(float(before[0].norm()))
+    assert llm.base_norm(1) == pytest.approx(float(before[1].norm()))
+    llm.restore_unedited()
+    assert all(torch.equal(w, b) for w, b in zip(weights(llm), before, strict=True))
