@@ -33,6 +33,7 @@ Sub-packages, each of which imports only those above it:
 from __future__ import annotations
 
 import importlib
+import warnings
 from typing import TYPE_CHECKING, Any
 
 from gymnasium.envs.registration import register
@@ -208,16 +209,22 @@ def __dir__() -> list[str]:
     return sorted({*globals(), *__all__})
 
 
+# Trained agents and published tables are of version 1, which stays: nobody needs to leave it.
+warnings.filterwarnings(
+    "ignore", r".*The environment hiedit/\w+-v1 is out of date", category=DeprecationWarning
+)
 for _name, _module in (
     ("LifelongEdit", "lifelong_edit"),
     ("LayerSelection", "layer_selection"),
     ("Planted", "planted"),
     ("StepSize", "step_size"),
 ):
-    register(
-        f"hiedit/{_name}-v1",
-        entry_point=f"hiedit_env.envs.{_module}:{_name}",
-        vector_entry_point=f"hiedit_env.envs.vector:Vector{_name}",
-    )
+    for _version in (1, 2):
+        register(
+            f"hiedit/{_name}-v{_version}",
+            entry_point=f"hiedit_env.envs.{_module}:{_name}",
+            vector_entry_point=f"hiedit_env.envs.vector:Vector{_name}",
+            kwargs={} if _version == 1 else {"version": _version},
+        )
 # The best policy is rewarded 32 (1 + 0.1 · 5/6) = 34.67; nothing of the kind is known elsewhere.
 register("hiedit/Toy-v1", entry_point="hiedit_env.testing.toy:ToyEditing", reward_threshold=34.0)

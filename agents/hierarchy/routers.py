@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from hiedit_agents.hierarchy.options import Choice
 from hiedit_agents.protocol import Observation
-from hiedit_env.envs.observations import GLOBAL_FEATURES, LAYER_FEATURES
+from hiedit_env.envs.observations import GLOBAL_FEATURES, LAYER_FEATURES, size_of
 from hiedit_env.errors import SettingsError
 from hiedit_env.resident.capture import Capture
 from hiedit_env.resident.low_rank import layer_groups
@@ -241,8 +241,12 @@ class PolicyRouter(nn.Module):
         self._generator.manual_seed(int(bits >> np.uint64(1)))
 
     def features(self, observation: Observation) -> Tensor:
-        """L × (features of the layer, then those of fact and stream) float32, not normalised."""
+        """L × (features of the layer, then those of fact and stream) float32, not normalised.
+
+        What an observation of version 2 holds beside that of version 1 is not read.
+        """
         table = torch.from_numpy(np.asarray(observation, np.float32)).to(self.bias.device)
+        table = table[: size_of(len(self.bias))]
         layers = table[:-GLOBAL_FEATURES].view(len(self.bias), LAYER_FEATURES)
         if not self.history:
             layers = layers.clone()

@@ -29,7 +29,7 @@ from hiedit_benchmarks.comparison.rows import efficacy_as_edited
 from hiedit_benchmarks.comparison.settings import CompareSettings
 from hiedit_env.datasets.load import load_requests
 from hiedit_env.datasets.requests import PromptForm, Request
-from hiedit_env.envs.episode import check_units
+from hiedit_env.envs.units import check_units
 from hiedit_env.evaluation.matching import is_match, starts_with
 from hiedit_env.evaluation.metrics import evaluate
 from hiedit_env.model.memory_budget import auto_class

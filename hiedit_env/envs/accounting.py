@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
-from hiedit_env.envs.episode import TERMS, EditingEpisode, NumericalCollapse
+from hiedit_env.envs.episode import EditingEpisode, NumericalCollapse
 from hiedit_env.envs.scheduler import Passes
 from hiedit_env.envs.state import EditRecord, History
 from hiedit_env.errors import NonFiniteUpdateError
@@ -78,8 +78,10 @@ class Accounting:
     def first(self) -> dict[str, Any]:
         """The information of ``reset``."""
         none = np.zeros(len(self.episode.llm.layers), bool)
-        nothing = dict.fromkeys((*TERMS, "collapse"), 0.0)
-        return self._info(Attempt(nothing, self._as_read(self.episode.reading), none), 0, 0)
+        nothing = dict.fromkeys((*self.episode.terms, "collapse"), 0.0)
+        standing = self.episode.standing
+        known = self._as_read(self.episode.reading) if standing is None else standing.measured
+        return self._info(Attempt(nothing, known, none), 0, 0)
 
     def step(
         self, write: Write, *, rule_made: bool = True, judge: Judging = "step"
@@ -131,7 +133,7 @@ class Accounting:
             judge: As for :meth:`step`.
         """
         episode, weights = self.episode, self.weights
-        nothing = dict.fromkeys((*TERMS, "collapse"), 0.0)
+        nothing = dict.fromkeys((*episode.terms, "collapse"), 0.0)
         try:
             with episode.transaction():
                 # Called in here: proposing updates already changes the rule's statistics.
@@ -150,11 +152,13 @@ class Accounting:
                 raise
             error = StepError.NON_FINITE_UPDATE
         else:
-            terms = {term: weights[term] * increase[term] for term in TERMS}
+            terms = {term: weights[term] * increase[term] for term in episode.terms}
             return Attempt({**terms, "collapse": 0.0}, quality.measured, layers)
         none = np.zeros(len(episode.llm.layers), bool)
         unknown = not_measured(len(episode.unit), self._by_form)
-        return Attempt({**nothing, "collapse": -weights["collapse"]}, unknown, none, error)
+        # Every fact that is lost with the episode, so that an early end never pays.
+        lost = 1 if episode.version == 1 else episode.units_left
+        return Attempt({**nothing, "collapse": -lost * weights["collapse"]}, unknown, none, error)
 
     # -- inside -----------------------------------------------------------------------------------
 

@@ -25,8 +25,9 @@ from hiedit_env.envs.actions import Choice
 from hiedit_env.envs.episode import EditingEpisode
 from hiedit_env.envs.loading import draw_stream, load_resident
 from hiedit_env.envs.observations import Observer, View
+from hiedit_env.envs.reward_weights import reward_weights
 from hiedit_env.envs.scheduler import Passes, run
-from hiedit_env.envs.settings import RENDER_MODES, EnvSettings, reward_weights
+from hiedit_env.envs.settings import RENDER_MODES, EnvSettings
 from hiedit_env.envs.state import EnvState, copy_model
 from hiedit_env.errors import HieditError, SettingsError
 from hiedit_env.evaluation.reward import Evaluator
@@ -98,11 +99,11 @@ class EditingEnv(EpisodeAccess, gym.Env[NDArray[np.float32], Any], gym.utils.EzP
             stop_when_answered=settings.stop_when_answered,
             retention_window=settings.retention_window,
             edits_per_step=settings.edits_per_step,
+            version=settings.version,
         )
-        self.accounting = Accounting(
-            self.episode, reward_weights(settings.reward_weights), settings.intrinsic
-        )
-        self.observer = Observer(llm)
+        weights = reward_weights(settings.reward_weights, settings.version, settings.reward)
+        self.accounting = Accounting(self.episode, weights, settings.intrinsic)
+        self.observer = Observer(llm, version=settings.version)
         self.observation_space = spaces.Box(-1.0, 1.0, (self.observer.size,), np.float32)
         self.action_space = self._make_action_space(len(llm.layers))
 
@@ -217,6 +218,7 @@ class EditingEnv(EpisodeAccess, gym.Env[NDArray[np.float32], Any], gym.utils.EzP
             steps_share=min(episode.steps / episode.max_steps_per_edit, 1.0),
             stream_share=episode.position / len(episode.facts),
             counts=tuple(len(fact.prompts) for fact in episode.unit),
+            standing=None if episode.standing is None else episode.standing.metrics,
         )
 
     # -- for torch agents -------------------------------------------------------------------------

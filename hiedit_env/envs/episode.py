@@ -9,17 +9,19 @@ import copy
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from hiedit_env.datasets.requests import Request
+from hiedit_env.envs.reward_weights import Version
 from hiedit_env.envs.scheduler import Judge, Passes, Prepare, Read
+from hiedit_env.envs.units import check_units
 from hiedit_env.errors import SettingsError, whole_number
 from hiedit_env.evaluation.reward import Evaluator, References
 from hiedit_env.evaluation.reward_terms import Quality
-from hiedit_env.model.tokenization import EncodedFact, EncodedPrompt
+from hiedit_env.model.tokenization import EncodedFact
 from hiedit_env.resident.capture import Capture
 from hiedit_env.resident.low_rank import Updates
 from hiedit_env.resident.reading import Reading
@@ -29,42 +31,8 @@ from hiedit_env.rules.base import UpdateRule
 
 #: Terms of the reward that measure a state; the reward is their increase within a fact.
 TERMS = ("edit", "locality", "sparsity", "recent_retention")
-
-
-class Asked(Protocol):
-    """A fact with its prompts as tokens."""
-
-    @property
-    def request(self) -> Request:
-        """The fact."""
-
-    @property
-    def prompts(self) -> Sequence[EncodedPrompt]:
-        """Its prompt in every form asked."""
-
-
-def check_units(facts: Sequence[Asked], edits_per_step: int) -> None:
-    """Refuses facts of one step that contradict each other.
-
-    Args:
-        facts: The stream.
-        edits_per_step: How many are edited together.
-
-    Raises:
-        SettingsError: two of them give one prompt different answers.
-    """
-    for start in range(0, len(facts) if edits_per_step > 1 else 0, edits_per_step):
-        known: dict[tuple[int, ...], Asked] = {}
-        for fact in facts[start : start + edits_per_step]:
-            for prompt in fact.prompts:
-                other = known.setdefault(prompt.prompt_ids, fact)
-                if other.request.answer.strip() != fact.request.answer.strip():
-                    raise SettingsError(
-                        f"{other.request.source} and {fact.request.source} are edited in one step "
-                        f"and give {fact.request.prompt[:60]!r} two answers, "
-                        f"{other.request.answer[:40]!r} and {fact.request.answer[:40]!r}; leave "
-                        "one out or set edits_per_step=1 (--batch 1)"
-                    )
+#: Those of version 2, where steps have a price.
+TERMS_2 = (*TERMS, "steps")
 
 
 class NumericalCollapse(Exception):
@@ -79,6 +47,7 @@ class EpisodeState:
         facts: The whole stream.
         position: Index of the present unit's first fact; the length of the stream when it is over.
         steps: Primitive steps taken on the present unit.
+        writes: Those of them that wrote a layer.
         written: L bool, layers written for the present unit.
         counted: Terms that the rewards of the present unit sum up to so far.
         written_counts: L int64, number of finished facts that wrote each layer.
@@ -88,6 +57,7 @@ class EpisodeState:
         references: What unrelated prompts are compared with.
         reading: The present unit at the present weights, if it was read already.
         observed: The capture the rule's statistics have taken in last, if of the present unit.
+        standing: The quality of the model as it was last judged on the present unit.
 
     Tensors are shared with the episode, which never writes them in place, so saving is cheap.
     """
@@ -104,6 +74,8 @@ class EpisodeState:
     references: References
     reading: Reading | None
     observed: Capture | None
+    writes: int = 0
+    standing: Quality | None = None
 
 
 class EditingEpisode:
@@ -126,11 +98,15 @@ class EditingEpisode:
             exactly ``max_steps_per_edit`` steps.
         retention_window: k, how many past edits are remembered.
         edits_per_step: n, the facts of a unit.
+        version: Of the ids. In 1 the terms of a fact count from 0 and ``sparsity`` is the share of
+            layers left alone; in 2 they count from the model before the fact, ``sparsity`` is minus
+            the number of layers written, and ``steps`` minus that of primitive steps that wrote.
     """
 
     counted: dict[str, float]
     _reading: Reading | None
     _observed: Capture | None
+    standing: Quality | None
 
     def __init__(
         self,
@@ -142,7 +118,11 @@ class EditingEpisode:
         stop_when_answered: bool,
         retention_window: int,
         edits_per_step: int = 1,
+        version: Version = 1,
     ) -> None:
+        self.version = version
+        #: Names of the terms.
+        self.terms = TERMS if version == 1 else TERMS_2
         self.llm, self.evaluator = llm, evaluator
         self.edits_per_step = whole_number(edits_per_step, "edits_per_step", 1)
         self.stop_when_answered = stop_when_answered
@@ -250,6 +230,7 @@ class EditingEpisode:
         layers = np.array([update is not None for update in updates])
         self.written |= layers
         self.steps += 1
+        self.writes += bool(layers.any())
         # After the last step nothing needs the fact alone: it is judged with the other prompts,
         # always, so that what it is judged with never depends on an earlier save or restore.
         last = self.steps >= self.max_steps_per_edit
@@ -272,7 +253,7 @@ class EditingEpisode:
 
         Returns:
             ``(differences by term, quality)``. Summed over a fact, the differences are its final
-            terms, however many primitive steps it took.
+            terms (less those before it in version 2), however many primitive steps it took.
 
         Raises:
             NumericalCollapse: the quality is not finite; the caller rolls back.
@@ -280,10 +261,22 @@ class EditingEpisode:
         quality: Quality = yield Judge(self.evaluator, self.unit, self.remembered, self._reading)
         if not quality.finite:
             raise NumericalCollapse
-        terms = {**quality.terms, "sparsity": self.sparsity}
-        increase = {term: terms[term] - self.counted[term] for term in TERMS}
-        self.counted = terms
+        terms = {**quality.terms, **self.prices}
+        increase = {term: terms[term] - self.counted[term] for term in self.terms}
+        self.counted, self.standing = terms, quality
         return increase, quality
+
+    @property
+    def prices(self) -> dict[str, float]:
+        """Terms that need no forward pass."""
+        if self.version == 1:
+            return {"sparsity": self.sparsity}
+        return {"sparsity": -float(self.written.sum()), "steps": -float(self.writes)}
+
+    @property
+    def units_left(self) -> int:
+        """Units of the stream that are not finished, the present one included."""
+        return -(-(len(self.facts) - self.position) // self.edits_per_step)
 
     @property
     def sparsity(self) -> float:
@@ -319,6 +312,8 @@ class EditingEpisode:
             references=self.evaluator.references,
             reading=self._reading,
             observed=self._observed,
+            writes=self.writes,
+            standing=self.standing,
         )
 
     def restore(self, state: EpisodeState) -> None:
@@ -334,6 +329,7 @@ class EditingEpisode:
         # Not read again: it would be another capture to the rule, to be taken in once more.
         self._reading, self._observed = state.reading, state.observed
         self.evaluator.references = state.references
+        self.writes, self.standing = state.writes, state.standing
 
     def branch(self, state: EpisodeState) -> EditingEpisode:
         """An episode that goes on from a state, on a branch of the model with a rule of its own.
@@ -362,18 +358,25 @@ class EditingEpisode:
 
     def _reset_fact(self) -> None:
         self.position = 0
-        self.steps = 0
-        self.written = np.zeros(len(self.llm.layers), bool)
         self.written_counts = np.zeros(len(self.llm.layers), np.int64)
-        self.counted = dict.fromkeys(TERMS, 0.0)
+        self._reset_unit()
+
+    def _reset_unit(self) -> None:
+        self.steps = self.writes = 0
+        self.written = np.zeros(len(self.llm.layers), bool)
+        self.counted = dict.fromkeys(self.terms, 0.0)
+        self.standing = None
         self._reading = None
         self._observed = None
 
     def _begin_fact(self) -> Passes[None]:
-        self.steps = 0
-        self.written = np.zeros(len(self.llm.layers), bool)
-        self.counted = dict.fromkeys(TERMS, 0.0)
-        self._reading = None
-        self._observed = None
+        self._reset_unit()
         yield Prepare(self.evaluator, self.unit, self.remembered)
-        yield from self.read()
+        reading = yield from self.read()
+        if self.version == 1:
+            return
+        quality: Quality = yield Judge(self.evaluator, self.unit, self.remembered, reading)
+        self.standing = quality
+        # A loss that is infinite before the fact cannot be counted from.
+        if quality.finite:
+            self.counted |= quality.terms

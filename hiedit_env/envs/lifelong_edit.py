@@ -37,8 +37,9 @@ class LifelongEdit(EditingEnv):
     ``Box(-1, 1, (22 L + 5,), float32)``: pooled activations of every layer on the present fact and
     the state of its weight, then five numbers about fact and stream; see
     :class:`hiedit_env.envs.observations.Observer`. Of several facts it is the mean of the facts'
-    own observations. Torch agents find the full keys and value gradients in
-    ``env.unwrapped.capture``.
+    own observations. Ids that end in ``-v2`` add L + 2 numbers: overlap of the keys with what each
+    layer has stored, recent retention and agreement. Torch agents find the full keys and value
+    gradients in ``env.unwrapped.capture``.
 
     ## Rewards
     ``reward = sum(info["reward_terms"].values())``. After every step the edited model is judged by
@@ -57,6 +58,12 @@ class LifelongEdit(EditingEnv):
     reward is −L_t, the low-level reward of HiEdit (arXiv 2604.11214), up to averaging. With
     ``intrinsic=True`` each term is the advantage over the same step with all layers (HiEdit's
     high-level reward). ``collapse`` is minus its weight when the model collapses, else 0.
+
+    Ids that end in ``-v2`` count the terms of a fact from the model before its first step, so that
+    a fact that is left alone earns 0. ``sparsity`` is minus the number of layers written for the
+    fact, and a further term ``steps`` minus the number of its primitive steps that wrote one;
+    their weights, 0.1 and 0.3 nats, are prices. ``collapse`` counts for every fact that is not
+    finished.
 
     ## Starting State
     The unedited model, a stream drawn with ``np_random``, the first fact.
@@ -109,6 +116,7 @@ class LifelongEdit(EditingEnv):
       ``"module:Class"``; see :mod:`hiedit_env.rules.base`.
     - ``reward_weights``: overrides of
       ``{edit: 1, locality: 1, sparsity: 0.1, recent_retention: 1, collapse: 10}``.
+    - ``version``: 1 or 2, set by the id.
     - ``device``, ``dtype``: where the model lives; ``"cpu"``, ``"cuda"``, …; ``"float32"``, ….
     - ``render_mode``: ``"ansi"``, ``"rgb_array"`` or None.
     - ``reward``: unit of the terms: ``"loss"`` (nats), ``"token_accuracy"``, ``"generation"``.
@@ -132,6 +140,9 @@ class LifelongEdit(EditingEnv):
     - ``trust_remote_code``, ``progress``: as for ``load_model``.
 
     ## Version History
+    - v2: a fact is rewarded what the agent changed, steps and layers have prices, an early end
+      costs every fact that is lost, and the observation holds L + 2 numbers more; see
+      ``docs/decisions/reward-of-changes.md``. v1 stays.
     - v1: ``agreement`` and ``recent_retention`` have one meaning each; the keys of ``info`` never
       vary, and its fingerprint and error are numbers.
       A step may edit several facts, in several forms, with an end token.

@@ -11,9 +11,11 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional as F
 
+from hiedit_env.envs.reward_weights import Version
+from hiedit_env.evaluation.reward_terms import Metrics
 from hiedit_env.resident.capture import Capture
-from hiedit_env.resident.low_rank import layer_groups
-from hiedit_env.resident.resident import ResidentLLM, products
+from hiedit_env.resident.low_rank import layer_groups, products
+from hiedit_env.resident.resident import ResidentLLM
 
 #: Random projections of the pooled key and of the pooled value gradient, this many each.
 PROJECTIONS = 8
@@ -22,9 +24,12 @@ LAYER_FEATURES = 6 + 2 * PROJECTIONS
 #: Numbers about the fact and the stream, see :class:`Observer`.
 GLOBAL_FEATURES = 5
 
+#: Numbers about the model as it was last judged, in version 2.
+STANDING_FEATURES = 2
+
 _TINY = 1e-30
 #: Widths of the columns of :meth:`Observer._measure`.
-_COLUMNS = [2, 1, 1, 1, 2, 2 * PROJECTIONS]
+_COLUMNS = [2, 1, 1, 1, 2, 2 * PROJECTIONS, 1]
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,6 +43,7 @@ class View:
         steps_share: In [0, 1], share of the fact's primitive steps used.
         stream_share: In [0, 1], share of the stream done.
         counts: How many of the capture's prompts each fact of the unit has; None for one fact.
+        standing: Metrics of the model as it was last judged on the unit; version 2 only.
     """
 
     llm: ResidentLLM
@@ -46,6 +52,7 @@ class View:
     steps_share: float
     stream_share: float
     counts: tuple[int, ...] | None = None
+    standing: Metrics | None = None
 
     def facts(self) -> list[View]:
         """A view of every fact of the unit, with its own capture."""
@@ -53,6 +60,16 @@ class View:
             return [self]
         parts = self.capture.parts(self.counts)
         return [replace(self, capture=part, counts=None) for part in parts]
+
+
+def size_of(num_layers: int, version: Version = 1) -> int:
+    """Numbers of an observation.
+
+    >>> size_of(6), size_of(6, 2)
+    (137, 145)
+    """
+    size = num_layers * LAYER_FEATURES + GLOBAL_FEATURES
+    return size if version == 1 else size + num_layers + STANDING_FEATURES
 
 
 class Observer:
@@ -83,14 +100,21 @@ class Observer:
     each that of a step that edits this fact alone, from the same weights and place in the stream.
     So it has one shape for every number of facts, and features mean what they meant in training.
 
+    In version 2 there follow, at the end, L + 2 numbers more: per layer the overlap of this fact's
+    keys with what the layer has stored, ‖u Δ‖ / (‖u‖ ‖Δ‖) with Δ the accumulated change (1 if all
+    that is stored lies along one key, and it is this one; 0 if no stored key has a part in common
+    with it, or nothing is stored), then recent retention and agreement of the model as it was last
+    judged on this fact, 1 where there is nothing to measure.
+
     Args:
         llm: The model whose layers are observed.
         seed: Seed of the ±1 projection, which depends on nothing but it and the layer's size.
+        version: Of the ids.
     """
 
-    def __init__(self, llm: ResidentLLM, seed: int = 0) -> None:
-        self.llm = llm
-        self.size = len(llm.layers) * LAYER_FEATURES + GLOBAL_FEATURES
+    def __init__(self, llm: ResidentLLM, seed: int = 0, version: Version = 1) -> None:
+        self.llm, self.version = llm, version
+        self.size = size_of(len(llm.layers), version)
         norms = [max(llm.base_norm(i), _TINY) for i in range(len(llm.layers))]
         self._base_norms = torch.tensor(norms, device=llm.device)[:, None]
         self._sizes = torch.tensor(llm.shapes, device=llm.device)
@@ -122,7 +146,9 @@ class Observer:
         with torch.no_grad():
             parts = [self._measure(group, views, max(lengths)) for group in self._groups]
             rows = parts[0] if len(parts) == 1 else torch.cat(parts, 1)[:, self._order]
-            keys, norms, inner, changes, totals, projections = torch.split(rows, _COLUMNS, 2)
+            keys, norms, inner, changes, totals, projections, answers = torch.split(
+                rows, _COLUMNS, 2
+            )
             tokens = torch.tensor(lengths, device=rows.device)[:, None, None]
             written = torch.from_numpy(np.stack([v.written_share for v in views])).to(rows)
             # What is projected has unit length: over 3, hardly any number leaves [−1, 1].
@@ -140,7 +166,12 @@ class Observer:
             facts = torch.stack([v.capture.numbers() for v in views])
             answered = (facts[:, 1:] == 1).float()
             shares = torch.tensor([(v.steps_share, v.stream_share) for v in views]).to(rows)
-            last = (facts[:, :1] / 10, facts[:, 1:], answered, shares)
+            last: tuple[Tensor, ...] = (facts[:, :1] / 10, facts[:, 1:], answered, shares)
+            if self.version == 2:
+                last += (
+                    (answers / (keys[..., :1] * changes + _TINY)).flatten(1),
+                    torch.tensor([_known(v.standing) for v in views]).to(rows),
+                )
             flat = torch.cat((torch.cat(columns, 2).flatten(1), *last), 1)
             # What is not finite, after numerical collapse, becomes 0 or a bound.
             return flat.nan_to_num().clamp(-1.0, 1.0)
@@ -150,7 +181,8 @@ class Observer:
 
         Norms of keys and of value gradients, norm of the gradient, its inner product with the
         accumulated change, norm of that change, norms of the summed key and of the summed value
-        gradient, and the projections of these two sums.
+        gradient, the projections of these two sums, and the norm of the change's answer to the
+        keys.
         """
         stacks = [view.capture.stacked(group) for view in views]
         # (N G) × T × size. Zeros in the place of missing tokens add nothing to any sum.
@@ -174,8 +206,15 @@ class Observer:
             *(torch.linalg.vector_norm(total, dim=1) for total in sums),
         )
         projections = (total @ self._signs[total.shape[1]] for total in sums)
-        table = torch.cat((torch.stack(columns, 1), *projections), 1)
+        answers = torch.linalg.vector_norm(moved, dim=(1, 2))[:, None]
+        table = torch.cat((torch.stack(columns, 1), *projections, answers), 1)
         return table.view(len(views), len(group), -1)
+
+
+def _known(standing: Metrics | None) -> tuple[float, float]:
+    """Recent retention and agreement, 1 where there is nothing to measure."""
+    found = [1.0 if standing is None else standing[n] for n in ("recent_retention", "agreement")]
+    return found[0] if np.isfinite(found[0]) else 1.0, found[1] if np.isfinite(found[1]) else 1.0
 
 
 def _padded(blocks: Sequence[Tensor], longest: int) -> Tensor:

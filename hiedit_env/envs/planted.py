@@ -83,6 +83,9 @@ class Planted(LayerSelection):
     relations but no subjects.
 
     ## Version History
+    - v2: a fact is rewarded what the agent changed, steps and layers have prices, an early end
+      costs every fact that is lost, and the observation holds L + 2 numbers more; see
+      ``docs/decisions/reward-of-changes.md``. v1 stays.
     - v1: ``agreement`` and ``recent_retention`` have one meaning each; the keys of ``info`` never
       vary, and its fingerprint and error are numbers.
       ``true_layers`` belongs to the fact that the observation shows.

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import difflib
 import functools
-import math
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
@@ -29,21 +28,14 @@ import numpy as np
 import pydantic
 from pydantic import BeforeValidator, ConfigDict, Field, ValidationError
 
-from hiedit_env.errors import SettingsError, as_float
+from hiedit_env.envs.reward_weights import Version, checked_weights, reward_weights
+from hiedit_env.errors import SettingsError
 from hiedit_env.evaluation.names import AskedForm, LocalityReference, RewardKind
 from hiedit_env.model.asking import PromptForm
 from hiedit_env.model.relatives import belongings
 
 T = TypeVar("T")
 
-#: Weight of every term of the reward; a mapping given by the user overrides single entries.
-DEFAULT_WEIGHTS: Mapping[str, float] = {
-    "edit": 1.0,
-    "locality": 1.0,
-    "sparsity": 0.1,
-    "recent_retention": 1.0,
-    "collapse": 10.0,
-}
 LayerChoiceName = Literal["no-edit", "all-layers", "random-layers", "fixed-layers", "gradient-norm"]
 RenderMode = Literal["ansi", "rgb_array"]
 MemoryCheck = Literal["refuse", "warn", "off"]
@@ -169,38 +161,6 @@ def _patterns(value: Any) -> Any:
     return tuple(value) if isinstance(value, list) else value
 
 
-def reward_weights(given: Mapping[str, float] | None) -> dict[str, float]:
-    """Default weights with the given ones in place.
-
-    Raises:
-        SettingsError: unknown term or a weight that is not a finite number ≥ 0.
-
-    >>> reward_weights({"sparsity": 0.0})["sparsity"], reward_weights(None)["edit"]
-    (0.0, 1.0)
-    """
-    if not (given is None or isinstance(given, Mapping)):
-        raise SettingsError(
-            f"reward_weights must be a dict such as {{'sparsity': 0}}, got {given!r}"
-        )
-    weights = dict(DEFAULT_WEIGHTS)
-    for term, weight in (given or {}).items():
-        if term not in weights:
-            raise SettingsError(
-                f"unknown reward term {term!r}; the terms are {', '.join(DEFAULT_WEIGHTS)}"
-            )
-        weights[term] = as_float(weight)
-        if not 0 <= weights[term] < math.inf:
-            raise SettingsError(
-                f"reward weight of {term!r} must be a finite number ≥ 0, got {weight!r:.200}"
-            )
-    return weights
-
-
-def _checked_weights(given: Any) -> Any:
-    weights = reward_weights(given)
-    return None if given is None else {term: weights[term] for term in given}
-
-
 # -- the environments' -----------------------------------------------------------------------------
 
 Name = Annotated[
@@ -306,7 +266,7 @@ class EnvSettings(EditingSettings):
     both"""
     end_token: bool = False
     """put the token that ends the model's turn behind every answer"""
-    reward_weights: Annotated[Mapping[str, float] | None, BeforeValidator(_checked_weights)] = None
+    reward_weights: Annotated[Mapping[str, float] | None, BeforeValidator(checked_weights)] = None
     """weights of the reward's terms that differ from the default"""
     render_mode: RenderMode | None = None
     """ansi, rgb_array or None"""
@@ -324,8 +284,11 @@ class EnvSettings(EditingSettings):
     """draw the stream at random; if not, take the first facts in their order"""
     progress: bool = False
     """show progress while the model is loaded"""
+    version: Version = 1
+    """version of the id: what the reward pays for and what the observation holds; the ids set it"""
 
     def __post_init__(self) -> None:
+        reward_weights(self.reward_weights, self.version, self.reward)
         rule_settings(self.model, self.rule, self.step_size, self.update_rule_settings)
 
     @property

@@ -36,6 +36,9 @@ class StepSize(EditingEnv):
     - ``layers_per_edit``: K of those that have a size; half of the layers where None.
 
     ## Version History
+    - v2: a fact is rewarded what the agent changed, steps and layers have prices, an early end
+      costs every fact that is lost, and the observation holds L + 2 numbers more; see
+      ``docs/decisions/reward-of-changes.md``. v1 stays.
     - v1: ``agreement`` and ``recent_retention`` have one meaning each; the keys of ``info`` never
       vary, and its fingerprint and error are numbers.
       A step may edit several facts, in several forms, with an end token.

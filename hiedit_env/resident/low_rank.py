@@ -16,6 +16,10 @@ from hiedit_env.errors import NonFiniteUpdateError, UpdateShapeError
 _LARGEST_ENTRY = 1e30
 
 
+#: Numbers in several changes up to which they are stacked and multiplied as one.
+STACKED_NUMBERS = 2**18
+
+
 @dataclass(frozen=True, slots=True)
 class LowRankUpdate:
     """A change ``leftᵀ right`` of one layer's weight, read as d_in × d_out.
@@ -169,3 +173,30 @@ def layer_groups(shapes: Sequence[tuple[int, int]]) -> list[list[int]]:
     for index, shape in enumerate(shapes):
         groups.setdefault(shape, []).append(index)
     return list(groups.values())
+
+
+def products(rows: Tensor, changes: Sequence[Tensor | None], d_out: int) -> Tensor:
+    """Several blocks of rows, each through a change of its own.
+
+    Args:
+        rows: N × T × d_in.
+        changes: N dense changes, d_in × d_out; None for one that is zero.
+        d_out: Columns of the result.
+
+    Returns:
+        N × T × d_out in the rows' dtype, differentiable in the rows.
+    """
+    if all(change is None for change in changes):
+        return rows.new_zeros(*rows.shape[:2], d_out)
+    if rows.shape[2] * d_out * len(changes) <= STACKED_NUMBERS:
+        empty = rows.new_zeros(rows.shape[2], d_out)
+        whole = torch.stack([empty if change is None else change for change in changes])
+        return rows @ whole.to(rows.dtype)
+    # What is stacked is a copy, and a backward pass would keep those of all layers.
+    none = rows.new_zeros(rows.shape[1], d_out)
+    return torch.stack(
+        [
+            none if change is None else block @ change.to(rows.dtype)
+            for block, change in zip(rows, changes, strict=True)
+        ]
+    )

@@ -23,13 +23,10 @@ from hiedit_env.model.structure import text_config
 from hiedit_env.model.tokenization import EncodedPrompt, PromptEncoder
 from hiedit_env.resident.capture import GradientRows, LayerRecorder, as_rows
 from hiedit_env.resident.forward_check import find_forward
-from hiedit_env.resident.low_rank import Updates
+from hiedit_env.resident.low_rank import Updates, products
 from hiedit_env.resident.prefix_cache import TensorCache
 from hiedit_env.resident.reading import PromptReading, Reading, read_batch, reading_buckets
 from hiedit_env.resident.weights import EditableWeights
-
-#: Numbers in several changes up to which they are stacked and multiplied as one.
-STACKED_NUMBERS = 2**18
 
 
 class ResidentLLM(EditableWeights):
@@ -372,30 +369,3 @@ class ResidentLLM(EditableWeights):
         self._check(updates)
         with self.hooked({i: add(i) for i, update in enumerate(updates) if update is not None}):
             yield
-
-
-def products(rows: Tensor, changes: Sequence[Tensor | None], d_out: int) -> Tensor:
-    """Several blocks of rows, each through a change of its own.
-
-    Args:
-        rows: N × T × d_in.
-        changes: N dense changes, d_in × d_out; None for one that is zero.
-        d_out: Columns of the result.
-
-    Returns:
-        N × T × d_out in the rows' dtype, differentiable in the rows.
-    """
-    if all(change is None for change in changes):
-        return rows.new_zeros(*rows.shape[:2], d_out)
-    if rows.shape[2] * d_out * len(changes) <= STACKED_NUMBERS:
-        empty = rows.new_zeros(rows.shape[2], d_out)
-        whole = torch.stack([empty if change is None else change for change in changes])
-        return rows @ whole.to(rows.dtype)
-    # What is stacked is a copy, and a backward pass would keep those of all layers.
-    none = rows.new_zeros(rows.shape[1], d_out)
-    return torch.stack(
-        [
-            none if change is None else block @ change.to(rows.dtype)
-            for block, change in zip(rows, changes, strict=True)
-        ]
-    )

@@ -11,7 +11,7 @@ from gymnasium.error import ResetNeeded
 
 from hiedit_env.datasets.requests import Request
 from hiedit_env.envs.lifelong_edit import LifelongEdit
-from hiedit_env.envs.settings import DEFAULT_WEIGHTS, reward_weights
+from hiedit_env.envs.reward_weights import DEFAULT_WEIGHTS, reward_weights
 from hiedit_env.errors import ActionError, DatasetError, HieditError, PromptError, SettingsError
 from tests.support.episodes import IDS, LIFELONG, SELECTION, STEP_SIZE, L, act, make, roll, shown
 

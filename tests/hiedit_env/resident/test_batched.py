@@ -190,7 +190,7 @@ def test_large_changes_are_not_stacked(kind: str, monkeypatch: pytest.MonkeyPatc
     forks = [edited(llm, 0), edited(llm, 1), llm.fork()]
     asked = [(fork, [request]) for fork, request in zip(forks, PROMPTS, strict=True)]
     stacked = read_together(asked)
-    monkeypatch.setattr("hiedit_env.resident.resident.STACKED_NUMBERS", 0)
+    monkeypatch.setattr("hiedit_env.resident.low_rank.STACKED_NUMBERS", 0)
     real = torch.stack
     monkeypatch.setattr(torch, "stack", lambda parts, *dim: real(_no_weights(llm, parts), *dim))
     for one, two in zip(stacked, read_together(asked), strict=True):
