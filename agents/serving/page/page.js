@@ -234,7 +234,6 @@ function row(edit) {
   for (const text of cells) {
     const cell = made.insertCell();
     cell.textContent = text;
-    cell.style.whiteSpace = "pre-line";
   }
   made.cells[4].className = "layers";
   made.cells[4].title = edit.layers.join("\n");
