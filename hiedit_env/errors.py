@@ -12,6 +12,7 @@ import importlib
 import importlib.util
 import inspect
 import math
+import unicodedata
 from collections.abc import Iterable
 from numbers import Real
 from typing import Any, get_type_hints
@@ -19,11 +20,18 @@ from typing import Any, get_type_hints
 import numpy as np
 
 
-class HieditError(Exception):
+class _InOneLine:
+    """An exception whose text is one line, whatever the names and values in it hold."""
+
+    def __init__(self, *arguments: Any) -> None:
+        super().__init__(*(one_line(a) if isinstance(a, str) else a for a in arguments))
+
+
+class HieditError(_InOneLine, Exception):
     """Base class of every error raised on purpose by hiedit."""
 
 
-class HieditWarning(UserWarning):
+class HieditWarning(_InOneLine, UserWarning):
     """Something to know that stops nothing, such as a field of a file that is not read."""
 
 
@@ -119,6 +127,27 @@ class CheckpointError(HieditError, ValueError):
 
 class LedgerError(HieditError, ValueError):
     """A ledger of edits that cannot be read, belongs to another model, or lacks what is asked."""
+
+
+def one_line(text: str) -> str:
+    r"""A text with escapes for what breaks a line of a terminal, or turns its direction.
+
+    Line breaks and other control characters, halves of surrogate pairs, and bidirectional controls.
+
+    >>> one_line("a\nb\u202e") == r"a\nb\u202e", one_line("東京 👩\u200d👧") == "東京 👩\u200d👧"
+    (True, True)
+    """
+    if text.isprintable():
+        return text
+    return "".join(c.encode("unicode_escape").decode() if _breaks(c) else c for c in text)
+
+
+_TURNS = frozenset(("LRE", "RLE", "LRO", "RLO", "PDF", "LRI", "RLI", "FSI", "PDI"))
+
+
+def _breaks(sign: str) -> bool:
+    controls = unicodedata.category(sign) in ("Cc", "Cs", "Zl", "Zp")
+    return controls or unicodedata.bidirectional(sign) in _TURNS
 
 
 def whole_number(value: object, name: str, least: int) -> int:

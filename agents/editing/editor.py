@@ -12,7 +12,7 @@ from typing import Any, Self
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from hiedit_agents.editing.adapter import AdapterReport
-from hiedit_agents.editing.checks import AskedFact, Checks, share
+from hiedit_agents.editing.checks import Checks, share
 from hiedit_agents.editing.controls import end_id, has_template
 from hiedit_agents.editing.export import ASKED, Saved, measure, save_adapter, save_delta, save_model
 from hiedit_agents.editing.facts import Fact, Facts, as_requests, warn_of_subjects
@@ -21,7 +21,7 @@ from hiedit_agents.editing.ledger import Ledger
 from hiedit_agents.editing.levels import HowToEdit, make_levels
 from hiedit_agents.editing.model_card import Measured
 from hiedit_agents.editing.results import EditResult
-from hiedit_agents.editing.session import Session
+from hiedit_agents.editing.session import Session, different
 from hiedit_agents.editing.taken_up import open_ledger
 from hiedit_agents.registry import default_agent
 from hiedit_env.datasets.requests import Request
@@ -211,7 +211,7 @@ class Editor:
             results: list[EditResult] = []
             while len(results) < len(asked):
                 place = len(results)
-                group = _different(asked[place : place + together])
+                group = different(asked[place : place + together])
                 made = self._session.edit(group, place / len(asked))
                 results += made
                 if on_results is not None:
@@ -283,8 +283,6 @@ class Editor:
         """
         with self._at_work():
             return measure(self._session, facts)
-
-    # -- what there is ----------------------------------------------------------------------------
 
     @property
     def ledger(self) -> Ledger:
@@ -363,8 +361,6 @@ class Editor:
         with self._at_work():
             save_delta(self._session, Path(path))
 
-    # -- the end ----------------------------------------------------------------------------------
-
     def close(self) -> None:
         """Puts the model back bit for bit as it was found, and closes the ledger."""
         with self._lock:
@@ -379,8 +375,6 @@ class Editor:
 
     def __exit__(self, *error: object) -> None:
         self.close()
-
-    # -- inside -----------------------------------------------------------------------------------
 
     @contextmanager
     def _at_work(self) -> Iterator[None]:
@@ -403,10 +397,3 @@ class Editor:
                 "the model's weights, dtype or device were changed outside of the editor since its "
                 "last call; make a new Editor for the model as it is now"
             )
-
-
-def _different(facts: Sequence[AskedFact]) -> Sequence[AskedFact]:
-    """The first facts, up to one whose prompt is there already."""
-    prompts = [fact.request.prompt for fact in facts]
-    end = next((i for i, prompt in enumerate(prompts) if prompt in prompts[:i]), len(facts))
-    return facts[:end]

@@ -14,6 +14,7 @@ from __future__ import annotations
 import hashlib
 import json
 import sqlite3
+import weakref
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
@@ -27,6 +28,7 @@ from hiedit_agents.editing.ledger_file import (
     connect_to_read,
     copy_to_file,
     is_blank,
+    make_folder,
     make_tables,
     reading,
     transaction,
@@ -64,6 +66,7 @@ class Ledger:
         self, connection: sqlite3.Connection, place: str, lock: FileLock | None, writable: bool
     ) -> None:
         self._connection, self._place, self._lock = connection, place, lock
+        weakref.finalize(self, connection.close)  # of an editor that nobody closed
         self._writable = writable
         self._digest = b""
         self._heads: list[tuple[Kind, int | None]] = []
@@ -94,7 +97,7 @@ class Ledger:
         """
         if cls.is_in(folder):
             raise LedgerError(f"{folder / FILE} exists; open it, or give another folder")
-        lock = lock_folder(_made(folder))
+        lock = lock_folder(make_folder(folder))
         try:
             connection = connect(folder / FILE, new=True)
             make_tables(connection, base)
@@ -122,7 +125,7 @@ class Ledger:
         if not cls.is_in(folder):
             if begin is None:
                 return cls.create(folder, base)
-            begin.copy_to(_made(folder))
+            begin.copy_to(make_folder(folder))
         ledger = cls.open(folder, write=True)
         try:
             ledger.base.refuse_other(base)
@@ -296,7 +299,7 @@ class Ledger:
             data, digest = self._connection.execute(
                 "SELECT factors, factors_digest FROM events WHERE id = ?", (number,)
             ).fetchone()
-        if hashlib.sha256(data or b"").digest() != digest:
+        if not isinstance(data, bytes | None) or hashlib.sha256(data or b"").digest() != digest:
             raise self._damaged(f"the factors of edit {number} are not those that were written")
         if data is None:
             return []
@@ -395,12 +398,3 @@ class Ledger:
 
     def _reading(self) -> Any:
         return reading(self._place)
-
-
-def _made(folder: Path) -> Path:
-    """A folder, made if it does not exist."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise OutputError(f"{folder} cannot be made: {error}") from error
-    return folder

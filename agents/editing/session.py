@@ -234,6 +234,13 @@ class Session:
         self._writer.forget([p for fact in (*facts, *self.facts) for p in fact.prompts])
 
 
+def different(facts: Sequence[AskedFact]) -> Sequence[AskedFact]:
+    """The first facts, up to one whose prompt is there already."""
+    prompts = [fact.request.prompt for fact in facts]
+    end = next((i for i, prompt in enumerate(prompts) if prompt in prompts[:i]), len(facts))
+    return facts[:end]
+
+
 def base_of_model(llm: ResidentLLM, name: str) -> Base:
     """What a ledger says of an unedited model.
 

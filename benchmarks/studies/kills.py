@@ -73,7 +73,7 @@ class Work:
     """
 
     name: str
-    prepare: Callable[[Path], None]
+    prepare: Callable[[Path], object]
     run: Callable[[Path], int]
     check: Callable[[Path, Path], list[str]]
 
@@ -355,17 +355,13 @@ def _timeless(value: Any) -> Any:
     return [_timeless(v) for v in value] if isinstance(value, list) else value
 
 
-def _nothing(folder: Path) -> None:
-    """Needs nothing."""
-
-
 #: What is killed.
 WORKS: Sequence[Work] = (
     Work("edit a stream", _write_facts, _edit_stream, _check_ledger),
     Work("edit a file", _write_facts, _edit_file, _check_file),
     Work("take edits back", _save_edited, _undo, _check_undone),
-    Work("train", _nothing, _train, _check_trained),
-    Work("compare", _nothing, _compare, _check_compared),
+    Work("train", Path.iterdir, _train, _check_trained),
+    Work("compare", Path.iterdir, _compare, _check_compared),
 )
 
 
