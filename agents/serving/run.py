@@ -14,6 +14,8 @@ from hiedit_agents.serving.guards import LOOPBACK
 from hiedit_env.errors import SettingsError
 
 _BACKLOG = 128
+#: Seconds that answers in progress have at the end; an edit in progress is finished in any case.
+_PATIENCE = 10
 
 
 def take_port(host: str, port: int) -> socket.socket:
@@ -67,6 +69,12 @@ def address_of(host: str, taken: socket.socket) -> str:
 def serve(app: FastAPI, taken: socket.socket) -> None:
     """Answers until the process is interrupted or told to end."""
     logging.getLogger("uvicorn.error").setLevel(logging.WARNING)
-    config = uvicorn.Config(app, log_level="warning", access_log=False, lifespan="on")
+    config = uvicorn.Config(
+        app,
+        log_level="warning",
+        access_log=False,
+        lifespan="on",
+        timeout_graceful_shutdown=_PATIENCE,
+    )
     with suppress(KeyboardInterrupt):
         uvicorn.Server(config).run(sockets=[taken])

@@ -121,3 +121,17 @@ def test_what_cannot_be_written_is_refused_before_anything_is(tmp_path: Path) ->
     with pytest.raises(OutputError, match="cannot be written"):
         write_gguf(model, tokens, out / "below")
     assert out.read_text() == "mine"
+
+
+def test_llama_cpp_gives_the_same_answers(tmp_path: Path) -> None:
+    cyllama = pytest.importorskip("cyllama")  # a wheel of llama.cpp
+    with Editor.from_pretrained("tiny", checks=NONE) as editor:
+        editor.edit(FACTS[:5])
+        write_gguf(editor.model, editor.tokenizer, tmp_path / "m.gguf", "f32")
+        wanted = editor.ask(PROMPTS, max_new_tokens=6)
+    settings = cyllama.GenerationConfig(
+        max_tokens=6, temperature=0.0, top_k=1, n_gpu_layers=0, n_ctx=64
+    )
+    llama = cyllama.LLM(str(tmp_path / "m.gguf"), config=settings, verbose=False)
+    found = [str(llama(prompt, config=settings)) for prompt in PROMPTS]
+    assert [text.strip() for text in found] == [text.strip() for text in wanted]
