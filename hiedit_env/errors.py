@@ -150,6 +150,27 @@ def _breaks(sign: str) -> bool:
     return controls or unicodedata.bidirectional(sign) in _TURNS
 
 
+def shown(value: object, most: int = 60) -> str:
+    """A value for a message: as Python writes it, and no longer than a line.
+
+    >>> shown("a"), shown(10**400)
+    ("'a'", '10000000000000000000… (401 digits)')
+    >>> shown([0] * 99, most=9)
+    '[0, 0, 0…'
+    """
+    if isinstance(value, int) and not isinstance(value, bool) and abs(value) >= 10**most:
+        # Python refuses to write numbers of more than 4300 digits.
+        digits = int(math.log10(2) * (abs(value).bit_length() - 1)) + 1
+        digits += abs(value) >= 10**digits
+        first = abs(value) // 10 ** (digits - 20)
+        return f"{'-' if value < 0 else ''}{first}… ({digits} digits)"
+    try:
+        text = repr(value)
+    except ValueError:  # a container of such numbers
+        text = f"a {type(value).__name__}"
+    return text if len(text) <= most else f"{text[: most - 1]}…"
+
+
 def whole_number(value: object, name: str, least: int) -> int:
     """A setting that counts something.
 
@@ -160,7 +181,7 @@ def whole_number(value: object, name: str, least: int) -> int:
     3
     """
     if isinstance(value, bool) or not isinstance(value, int | np.integer) or value < least:
-        raise SettingsError(f"{name} must be ≥ {least} and a whole number, got {value!r}")
+        raise SettingsError(f"{name} must be ≥ {least} and a whole number, got {shown(value)}")
     return int(value)
 
 

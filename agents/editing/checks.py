@@ -8,7 +8,7 @@ from itertools import accumulate
 
 from hiedit_agents.editing.controls import Controls, right_tokens
 from hiedit_env.datasets.requests import Request
-from hiedit_env.errors import PromptError, SettingsError, whole_number
+from hiedit_env.errors import PromptError, SettingsError, shown, whole_number
 from hiedit_env.evaluation.matching import EXTRA_TOKENS, starts_with
 from hiedit_env.model.asking import PromptForm, has_markers
 from hiedit_env.model.tokenization import EncodedPrompt
@@ -55,7 +55,7 @@ def share(value: object, name: str) -> float:
         SettingsError: another value.
     """
     if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value <= 1:
-        raise SettingsError(f"{name} must be a number from 0 to 1, got {value!r}")
+        raise SettingsError(f"{name} must be a number from 0 to 1, got {shown(value)}")
     return float(value)
 
 

@@ -44,7 +44,7 @@ from hiedit_agents.policies.networks import ChainPolicy, describe
 from hiedit_agents.policies.task import Sizes
 from hiedit_agents.rl.command import Pairs, pairs_of, run_script
 from hiedit_env.envs.settings import settings
-from hiedit_env.errors import SettingsError, as_float
+from hiedit_env.errors import SettingsError, as_float, shown
 from hiedit_env.files import write_bytes
 
 LOG_FILE = "train.jsonl"
@@ -111,7 +111,7 @@ class Args:
         for name in ("learning_rate", "clip", "max_grad_norm"):
             value = getattr(self, name)
             if not 0 < as_float(value) < math.inf:
-                raise SettingsError(f"{name} must be a number > 0, got {value!r:.200}")
+                raise SettingsError(f"{name} must be a number > 0, got {shown(value)}")
         if self.num_envs * self.num_steps < self.minibatches:
             raise SettingsError("there are more minibatches than facts collected per update")
 

@@ -11,7 +11,7 @@ from typing import TypeVar
 import numpy as np
 
 from hiedit_env.datasets.requests import Request
-from hiedit_env.errors import DatasetError, SettingsError
+from hiedit_env.errors import DatasetError, SettingsError, shown
 
 T = TypeVar("T")
 
@@ -150,7 +150,7 @@ def stream(
     if num_edits is not None and num_edits > len(facts):
         dropped = len(requests) - len(facts)
         raise DatasetError(
-            f"asked for {num_edits} edits, but there are only {len(facts)} facts"
+            f"asked for {shown(num_edits)} edits, but there are only {len(facts)} facts"
             + (f" ({dropped} more repeat a prompt)" if dropped else "")
         )
     return [facts[i] for i in generator.permutation(len(facts))[:num_edits]]

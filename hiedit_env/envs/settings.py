@@ -29,7 +29,7 @@ import pydantic
 from pydantic import BeforeValidator, ConfigDict, Field, ValidationError
 
 from hiedit_env.envs.reward_weights import Version, checked_weights, reward_weights
-from hiedit_env.errors import SettingsError
+from hiedit_env.errors import SettingsError, shown
 from hiedit_env.evaluation.names import AskedForm, LocalityReference, RewardKind
 from hiedit_env.model.asking import PromptForm
 from hiedit_env.model.relatives import belongings
@@ -123,7 +123,7 @@ def _in_one_line(cls: Any, error: ValidationError) -> str:
     if first["type"] == "value_error":
         return str(first.get("ctx", {}).get("error", first["msg"]))
     right = _right(get_type_hints(cls, include_extras=True).get(name, Any))
-    text = f"{value!r:.200}" if isinstance(value, _PLAIN) else type(value).__name__
+    text = shown(value) if isinstance(value, _PLAIN) else type(value).__name__
     remedy = f"; {right.remedy}" if right.remedy else ""
     return f"{name} must be {right.be or first['msg']}, got {text}{remedy}"
 

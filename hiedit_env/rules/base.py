@@ -18,7 +18,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from hiedit_env.errors import SettingsError, as_float
+from hiedit_env.errors import SettingsError, as_float, shown
 from hiedit_env.model.asking import Tokens as Tokens
 from hiedit_env.resident.capture import Capture
 from hiedit_env.resident.low_rank import LowRankUpdate, layer_groups
@@ -225,6 +225,6 @@ def positive(value: object, name: str) -> float:
     number = as_float(value)
     if not 0 < number < math.inf:
         raise SettingsError(
-            f"{name} must be a positive number, got {value!r:.200}; give a finite one"
+            f"{name} must be a positive number, got {shown(value)}; give a finite one"
         )
     return number

@@ -14,7 +14,7 @@ from gymnasium import spaces
 from numpy.typing import NDArray
 from safetensors.numpy import load, save
 
-from hiedit_env.errors import CheckpointError, SettingsError, as_float
+from hiedit_env.errors import CheckpointError, SettingsError, as_float, shown
 from hiedit_env.files import write_bytes
 
 _NAMES = ("mean", "var", "count")
@@ -88,7 +88,7 @@ class NormalizeObservation(
             )
         for name, value in (("epsilon", epsilon), ("clip", clip)):
             if not 0 < as_float(value) < np.inf:
-                raise SettingsError(f"{name} must be a finite number above 0, got {value!r:.200}")
+                raise SettingsError(f"{name} must be a finite number above 0, got {shown(value)}")
         super().__init__(env, epsilon)
         shape = env.observation_space.shape
         self.clip = clip

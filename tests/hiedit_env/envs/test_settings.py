@@ -9,6 +9,7 @@ import sys
 from dataclasses import fields
 from typing import Any, get_args
 
+import gymnasium
 import pytest
 
 from hiedit_agents.registry import default_agent
@@ -21,7 +22,7 @@ from hiedit_env.envs.settings import (
     StepSizeSettings,
 )
 from hiedit_env.envs.step_size import StepSize
-from hiedit_env.errors import SettingsError
+from hiedit_env.errors import HieditError, SettingsError
 from hiedit_env.model.architectures import PRESETS
 from hiedit_env.model.built_in import BUILT_IN, built_in
 from hiedit_env.model.relatives import environment_for
@@ -104,3 +105,17 @@ def test_settings_are_read_without_torch() -> None:
         "assert not {'torch', 'transformers', 'matplotlib'} & set(sys.modules)"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+@pytest.mark.parametrize("digits", [400, 5000])
+@pytest.mark.parametrize(
+    "name", ["num_edits", "step_size", "max_steps_per_edit", "retention_window", "edits_per_step"]
+)
+def test_numbers_of_many_digits_are_shown_in_short(name: str, digits: int) -> None:
+    """Python refuses to write a number of more than 4300 digits."""
+    for value in (10**digits, -(10**digits)):
+        if value > 0 and name not in ("num_edits", "step_size"):
+            continue  # it is a number, and nothing is made of it
+        with pytest.raises(HieditError, match=rf"10000.*\({digits + 1} digits\)") as caught:
+            gymnasium.make("hiedit/LayerSelection-v1", model="tiny", **{name: value})
+        assert len(str(caught.value)) < 200
