@@ -13,7 +13,7 @@ LIBRARIES := .venv-libraries
 LIBRARIES_PYTHON := $(LIBRARIES)/bin/python
 LIBRARIES_STAMP := $(LIBRARIES)/.setup-done
 # A comma would end an argument of "call".
-LIBRARIES_EXTRAS := test,demo,plots,sb3-contrib,libraries
+LIBRARIES_EXTRAS := test,demo,offline,plots,sb3-contrib,libraries
 # Twice quiet: pip still prints errors, but no warnings.
 PIP := -m pip -q -q --disable-pip-version-check
 # One thread per worker: small matrices are slower on several threads than on one.
@@ -79,7 +79,7 @@ test: lint types ## everything that must pass: lint, types, doctests and tests
 test-libraries: setup $(LIBRARIES_STAMP) ## train agents of the RL libraries until they beat random
 	@$(PYTEST) --dist load -m libraries tests/agents/rl/test_sb3.py
 	@OMP_NUM_THREADS=1 $(LIBRARIES_PYTHON) -m pytest -n $(WORKERS) $(PYTEST_ARGS) \
-		-m libraries tests/agents/rl/test_library_scripts.py
+		-m libraries tests/agents/rl/test_library_scripts.py tests/agents/bandits
 
 ifneq ($(shell cat $(LIBRARIES_STAMP) 2>/dev/null),$(CURDIR))
 .PHONY: $(LIBRARIES_STAMP)

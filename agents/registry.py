@@ -30,6 +30,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
+from hiedit_agents.bandits.agent import FixedBest, LinearBanditAgent
 from hiedit_agents.hierarchy.simple import LayerChoiceAgent, OracleAgent
 from hiedit_agents.named.checkpoints import (
     POLICY,
@@ -64,9 +65,13 @@ from hiedit_agents.rivals.in_context import InContext
 from hiedit_env.errors import CheckpointError, SettingsError, import_named
 from hiedit_env.rules.layer_choice import CHOICES, SIZELESS
 
-#: Agents without levels that comparisons need: what else one could do with the same facts.
+#: Agents without levels that comparisons need: what else one could do with the same facts, and
+#: what one could learn from recorded options.
 RIVALS: Mapping[str, type] = MappingProxyType(
-    {kind.name: kind for kind in (BreadthFirst, PenalisedFineTuning, InContext)}
+    {
+        kind.name: kind
+        for kind in (BreadthFirst, PenalisedFineTuning, InContext, FixedBest, LinearBanditAgent)
+    }
 )
 #: Names of the agents that come with hiedit, in the order they are listed.
 AGENTS: Mapping[str, str] = MappingProxyType(

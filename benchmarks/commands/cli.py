@@ -15,6 +15,7 @@ import tyro
 from hiedit_agents.command_line import Switch, parse, run_script
 from hiedit_agents.hierarchy.train_settings import TrainSettings
 from hiedit_benchmarks.commands.export_cli import Export
+from hiedit_benchmarks.commands.record_cli import Record
 from hiedit_benchmarks.commands.serve_cli import Serve
 from hiedit_benchmarks.commands.stream_settings import StreamSettings
 from hiedit_benchmarks.commands.train_settings import TrainingRun
@@ -234,6 +235,7 @@ COMMANDS: Mapping[str, type[Any]] = {
     "compare": Compare,
     "train": Train,
     "layers": Layers,
+    "record": Record,
     "demo": Demo,
     "data": Data,
     "agents": Agents,

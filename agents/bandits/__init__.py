@@ -1,0 +1,1 @@
+"""Layer selection as a contextual bandit: recorded outcomes, the best fixed set, regression."""
