@@ -276,15 +276,30 @@ class ResidentLLM(EditableWeights):
             max_new_tokens: Budget of each.
         """
         size = 1 if self._way.generates_alone else max(1, self.max_batch_tokens // 64)
+        encoded = [
+            self.encoder.encode_prompt(p) if isinstance(p, str) else p.prompt_ids for p in prompts
+        ]
+        # What grows past this length while it is continued would change the others of its batch.
+        limit = self._way.alone_beyond or 0
+        alone = [
+            0 < limit < len(ids) + budget
+            for ids, budget in zip(encoded, max_new_tokens, strict=True)
+        ]
+        texts = [""] * len(prompts)
         with self._edited((self,)):
-            return generate(
-                self.model,
-                self.encoder,
-                prompts,
-                max_new_tokens,
-                size,
-                use_cache=not self.generates_whole,
-            )
+            for most, kind in ((size, False), (1, True)):
+                chosen = [i for i, by_itself in enumerate(alone) if by_itself is kind]
+                found = generate(
+                    self.model,
+                    self.encoder,
+                    [prompts[i] for i in chosen],
+                    [max_new_tokens[i] for i in chosen],
+                    most,
+                    use_cache=not self.generates_whole,
+                )
+                for i, text in zip(chosen, found, strict=True):
+                    texts[i] = text
+        return texts
 
     # -- inside -------------------------------------------------------------------------------
 

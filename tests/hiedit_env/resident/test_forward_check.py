@@ -91,6 +91,34 @@ def test_positions_that_depend_on_the_batch(
     torch.testing.assert_close(torch.cat([swapped[2:], swapped[:2]]), expected, **TOLERANCE)
 
 
+def test_texts_that_grow_past_a_limit_are_generated_alone() -> None:
+    """Against whole passes of the model over each text by itself, token after token."""
+    model = build_random(
+        "phi3",
+        rope_parameters=LONG_ROPE,
+        original_max_position_embeddings=8,
+        max_position_embeddings=64,
+    )
+    llm = resident(model)
+    asked = [
+        prompt([(5 * i + length) % 29 + 3 for i in range(length)], [5]) for length in (2, 3, 7, 12)
+    ]
+
+    def greedy(start: EncodedPrompt, count: int) -> str:
+        ids = list(start.prompt_ids)
+        for _ in range(count):
+            with torch.no_grad():
+                ids.append(int(model(input_ids=torch.tensor([ids])).logits[0, -1].argmax()))
+            if ids[-1] in llm.end_ids:
+                ids.pop()
+                break
+        return llm.encoder.decode(ids[len(start.prompt_ids) :])
+
+    for budget in (3, 6):
+        expected = [greedy(p, budget) for p in asked]
+        assert llm.generate(asked, [budget] * len(asked)) == expected
+
+
 def test_positions_do_not_remember_a_longer_prompt() -> None:
     """Dynamic positions keep the scale of the longest prompt so far, until one fits the window."""
     make = partial(build_random, "llama", rope_parameters=DYNAMIC, max_position_embeddings=12)
