@@ -21,9 +21,9 @@ from hiedit_agents.serving.run import take_port
 from hiedit_benchmarks.commands.cli import main
 from hiedit_benchmarks.commands.serve import model_name
 from tests.support.editors import FACTS, NONE
-from tests.support.killed import ROOT
 from tests.support.models import build_random, tokenizer
 
+ROOT = Path(__file__).parents[3]
 FACT = {"prompt": FACTS[0].prompt, "answer": FACTS[0].answer}
 
 
