@@ -9,14 +9,11 @@ Linux only. Prints JSON::
 
 from __future__ import annotations
 
-import ctypes
 import gc
 import json
-import os
 import sys
 import time
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import gymnasium
@@ -27,6 +24,7 @@ from torch import nn
 import hiedit_env  # noqa: F401 - registers the environments
 from hiedit_agents.command_line import parse, run_script
 from hiedit_benchmarks.comparison.results import versions
+from hiedit_benchmarks.studies.vector_memory import resident_mb
 from hiedit_env.envs.base import EditingEnv
 from hiedit_env.envs.settings import AtLeast0, AtLeast1, settings
 
@@ -53,22 +51,12 @@ def make(**more: Any) -> tuple[gymnasium.Env[Any, Any], EditingEnv]:
     return env, inner
 
 
-def memory_mb() -> float:
-    """Resident memory of this process in 10⁶ bytes, without what the C library holds for later."""
-    gc.collect()
-    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
-    if trim is not None:
-        trim(0)
-    pages = int(Path("/proc/self/statm").read_text().split()[1])
-    return pages * os.sysconf("SC_PAGE_SIZE") / 1e6
-
-
 def watch_memory(episodes: int, seed: int) -> dict[str, Any]:
     """Plays episodes of three facts with random layers.
 
     Returns:
-        ``memory_mb``: resident memory after every tenth of the episodes; ``growth_mb``, the last
-        of them minus the second, and ``seconds``.
+        ``memory_mb``: resident memory in MiB after every tenth of the episodes; ``growth_mb``, the
+        last of them minus the second, and ``seconds``.
     """
     env, _ = make(num_edits=3)
     env.action_space.seed(seed)
@@ -81,7 +69,8 @@ def watch_memory(episodes: int, seed: int) -> dict[str, Any]:
             _, _, terminated, truncated, _ = env.step(env.action_space.sample())
             ended = terminated or truncated
         if (number + 1) * 10 // episodes > number * 10 // episodes:
-            found.append(round(memory_mb(), 2))
+            gc.collect()
+            found.append(round(resident_mb(), 2))
     env.close()
     return {
         "episodes": episodes,

@@ -62,13 +62,13 @@ def measure(
     assert envs.action_space.shape is not None
     envs.reset(seed=0)
     envs.step(np.zeros(envs.action_space.shape, np.int8))
-    unedited = _resident_mb()
+    unedited = resident_mb()
     edited, seconds = [], []
     for _ in range(steps):
         start = time.perf_counter()
         envs.step(np.ones(envs.action_space.shape, np.int8))
         seconds.append(time.perf_counter() - start)
-        edited.append(_resident_mb())
+        edited.append(resident_mb())
     changes = [env.llm.change(i) for env in envs.envs for i in range(len(env.llm.layers))]
     size = sum(change.nbytes for change in changes if change is not None)
     return {
@@ -80,7 +80,8 @@ def measure(
     }
 
 
-def _resident_mb() -> float:
+def resident_mb() -> float:
+    """Resident memory of this process in MiB, without what the C library holds for later."""
     # What is free in the heap is given back first, where the C library can: it is nobody's.
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
     if trim is not None:
