@@ -98,7 +98,7 @@ class EpisodeAccess:
 
         Options run side by side in shared passes. No trace is left: weights, statistics, random
         state and episode are as before. Rewards, terms and metrics are those of ``save_state``,
-        ``step`` and ``restore_state`` one after another, up to rounding (1e-4 in float32).
+        ``step`` and ``restore_state`` one after another, up to rounding (2e-4 in float32).
 
         An option is what one step is: with ``hiedit/LayerSelection-v1`` all primitive steps of the
         fact, elsewhere one primitive step with these layers at the nominal step size.
