@@ -11,6 +11,7 @@ from pydantic import TypeAdapter, ValidationError
 
 from hiedit_agents.hierarchy.anchored import Anchored
 from hiedit_agents.hierarchy.hypernetwork import RULE_OF_FORM, Hypernetwork
+from hiedit_agents.hierarchy.neuron import Neuron
 from hiedit_agents.hierarchy.options import HighLevel, UntrainedChoice
 from hiedit_agents.hierarchy.rehearsal import Rehearsal
 from hiedit_agents.hierarchy.routers import PolicyRouter, StraightThroughRouter
@@ -35,7 +36,7 @@ from hiedit_env.rules.names import RULES, check_rule, make_rule
 ROUTERS: Mapping[str, type] = {k.name: k for k in (StraightThroughRouter, PolicyRouter)}
 #: Low levels besides the closed-form update rules. ``fine-tuning`` is the rule ``gradient``.
 LEARNED_LOW: Mapping[str, type] = {
-    k.name: k for k in (Anchored, Hypernetwork, Rehearsal, StepSizePolicy)
+    k.name: k for k in (Anchored, Hypernetwork, Neuron, Rehearsal, StepSizePolicy)
 }
 FINE_TUNING = "fine-tuning"
 
@@ -204,6 +205,8 @@ class AgentSpec:
                 return Rehearsal(llm, **settings)
             if self.low == Anchored.name:
                 return Anchored(llm, **settings)
+            if self.low == Neuron.name:
+                return Neuron(llm, **settings)
             if self.low == StepSizePolicy.name:
                 return StepSizePolicy(llm.shapes, llm.device, **settings)
         except HieditError:
@@ -221,7 +224,7 @@ class AgentSpec:
             return RULE_OF_FORM["decorrelated"]
         if self.low == StepSizePolicy.name:
             return str(self.low_settings.get("rule", "decorrelated"))
-        if self.low == Anchored.name:
+        if self.low in (Anchored.name, Neuron.name):
             return ""  # its steps are not those of any rule
         return "gradient" if self.low == FINE_TUNING else str(self.low)
 

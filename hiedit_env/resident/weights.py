@@ -167,6 +167,12 @@ class EditableWeights:
         """
         return self._kept.get(index, self._weight(index).detach())
 
+    def weight(self, index: int) -> Tensor:
+        """Present weight of one layer, d_in × d_out float32, before it is rounded; a new tensor."""
+        own, change = self.unedited_weight(index).float(), self._changes[index]
+        whole = own.clone() if change is None else own + change
+        return whole.mT if self.layers[index].is_transposed else whole
+
     def base_norm(self, index: int) -> float:
         """Frobenius norm of one layer's unedited weight."""
         return float(torch.linalg.vector_norm(self.unedited_weight(index).float()))

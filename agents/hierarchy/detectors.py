@@ -1,0 +1,172 @@
+"""What MLPs read everywhere, and directions that tell one token's reading from all others.
+
+With mean μ and covariance C of what an MLP reads, the direction C⁻¹ (k − μ) separates a reading k
+from the others best (Fisher's discriminant). Scaled, it gives 1 at k, 0 on average, and elsewhere
+numbers of a spread of about 1/√d. A constant is read from x itself: behind a norm the mean
+direction C₂⁻¹ μ, with C₂ the second moment, gives nearly 1 for every x.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hiedit_env.errors import SettingsError
+from hiedit_env.model.batches import PromptBatch
+from hiedit_env.model.mlps import CandidateMLP
+from hiedit_env.model.tokenization import EncodedPrompt
+from hiedit_env.resident.resident import ResidentLLM
+
+
+@dataclass(frozen=True, slots=True)
+class Detector:
+    """A linear score of what an MLP reads: ``x @ row`` is 1 at one reading and 0 on average.
+
+    Args:
+        row: d float32.
+        constant: d float32, whose product with x is nearly 1 for all x.
+    """
+
+    row: Tensor
+    constant: Tensor
+
+    def scores(self, readings: Tensor) -> Tensor:
+        """Scores of … × d readings."""
+        return readings @ self.row
+
+
+class Readings:
+    """Mean and inverse covariance of what one MLP reads.
+
+    Args:
+        mean: d float32.
+        covariance: d × d float32.
+        ridge: Share of the mean diagonal that is added to the covariance.
+    """
+
+    def __init__(self, mean: Tensor, covariance: Tensor, ridge: float) -> None:
+        noise = ridge * covariance.diagonal().mean().clamp_min(1e-30)
+        whole = covariance.double() + noise.double() * torch.eye(len(mean)).to(mean.device).double()
+        self.mean = mean
+        self.inverse = torch.linalg.inv(whole).float()
+        # C₂⁻¹ μ is along C⁻¹ μ (Sherman and Morrison).
+        along = self.inverse @ mean
+        self.constant = along / (along @ mean).clamp_min(1e-30)
+
+    def detector(self, readings: Tensor, others: Tensor) -> Detector:
+        """The detector of the mean of some readings, which is nearly 0 at some others.
+
+        Args:
+            readings: P × d float32.
+            others: T × d float32; each counts in the covariance like all tokens elsewhere together.
+        """
+        away = readings.mean(0) - self.mean
+        row = self.inverse @ away
+        if len(others):
+            # Woodbury's identity, with the covariance of all.
+            apart = others - self.mean
+            met = apart @ self.inverse
+            gram = met @ apart.mT
+            inner = gram + torch.eye(len(others), device=gram.device)
+            row = row - met.mT @ torch.linalg.solve(inner, met @ away)
+        row = row / (row @ away).clamp_min(1e-30)
+        return Detector(row - (row @ self.mean) * self.constant, self.constant)
+
+
+def reading_statistics(
+    llm: ResidentLLM,
+    mlps: Sequence[CandidateMLP],
+    prompts: Sequence[EncodedPrompt],
+    on_prompts: Callable[[int], None] | None = None,
+) -> dict[str, Tensor]:
+    """What MLPs read at all tokens of some prompts, and which of their neurons matter least.
+
+    Args:
+        llm: The model, at the unedited weights.
+        mlps: Its MLPs.
+        prompts: Of all kinds, plain and in chat form.
+        on_prompts: Called with the number of prompts after every few of them.
+
+    Returns:
+        Per MLP i ``mean.i`` (d) and ``covariance.i`` (the upper triangle, d (d + 1) / 2), float32;
+        ``order.i`` (I int32), neurons by the mean square of what they write, smallest first; and
+        ``norms.i`` (I float32), lengths of the neurons' rows in the gate matrix.
+
+    Raises:
+        SettingsError: no prompts.
+    """
+    if not prompts:
+        raise SettingsError("a calibration needs at least one prompt")
+    sums = [torch.zeros(m.hidden, device=llm.device) for m in mlps]
+    squares = [torch.zeros(m.hidden, m.hidden, device=llm.device) for m in mlps]
+    firings = [torch.zeros(m.neurons, device=llm.device) for m in mlps]
+    count = 0
+    with torch.inference_mode():
+        for part, inputs in _inputs(
+            llm, [x for m in mlps for x in (m.gate.layer, m.back)], prompts
+        ):
+            # The first token of a text reads like no other, and is never a subject's last.
+            places = torch.arange(part.longest, device=llm.device)
+            real = (places < part.lengths[:, None]) & (places > 0)
+            count += int(real.sum())
+            for i, (given, inner) in enumerate(zip(inputs[::2], inputs[1::2], strict=True)):
+                rows = given[real].float()
+                sums[i] += rows.sum(0)
+                squares[i] += rows.mT @ rows
+                firings[i] += inner[real].float().square().sum(0)
+            if on_prompts is not None:
+                on_prompts(len(part.prompts))
+    found: dict[str, Tensor] = {}
+    for i, mlp in enumerate(mlps):
+        mean = sums[i] / max(count, 1)
+        covariance = squares[i] / max(count, 1) - torch.outer(mean, mean)
+        written = firings[i] * llm.weight(mlp.back).square().sum(1)
+        upper = torch.triu_indices(mlp.hidden, mlp.hidden, device=llm.device)
+        found |= {
+            f"mean.{i}": mean,
+            f"covariance.{i}": covariance[upper[0], upper[1]],
+            f"order.{i}": written.argsort(stable=True).int(),
+            f"norms.{i}": rows_of_gate(llm, mlp).norm(dim=1),
+        }
+    return found
+
+
+def _inputs(
+    llm: ResidentLLM, layers: Sequence[int], prompts: Sequence[EncodedPrompt]
+) -> Iterator[tuple[PromptBatch, list[Tensor]]]:
+    """Batches of prompts, and what each layer is given in them: prompts × tokens × d_in."""
+    for bucket in llm.buckets(prompts):
+        together = llm.batch([prompts[i] for i in bucket])
+        shared = llm.can_share(together)
+        for part in [together] if shared else [llm.batch([prompts[i]]) for i in bucket]:
+            found: dict[int, Tensor] = {}
+
+            def hook(layer: int, found: dict[int, Tensor] = found, part: PromptBatch = part) -> Any:
+                def note(_module: Any, args: tuple[Tensor, ...], _output: Tensor) -> None:
+                    found[layer] = args[0].reshape(len(part.prompts), part.longest, -1)
+
+                return note
+
+            with llm.hooked({layer: hook(layer) for layer in layers}):
+                llm.answer_logits(part, remember=False)
+            yield part, [found[layer] for layer in layers]
+
+
+def readings(statistics: Mapping[str, Tensor], index: int, ridge: float) -> Readings:
+    """The :class:`Readings` of one MLP from what :func:`reading_statistics` gave."""
+    mean = statistics[f"mean.{index}"].float()
+    upper = torch.triu_indices(len(mean), len(mean), device=mean.device)
+    covariance = mean.new_zeros(len(mean), len(mean))
+    covariance[upper[0], upper[1]] = statistics[f"covariance.{index}"].float()
+    covariance = covariance + covariance.triu(1).mT
+    return Readings(mean, covariance, ridge)
+
+
+def rows_of_gate(llm: ResidentLLM, mlp: CandidateMLP) -> Tensor:
+    """The neurons' rows in the gate matrix, I × d float32."""
+    first = mlp.gate.first
+    return llm.weight(mlp.gate.layer)[:, first : first + mlp.neurons].mT

@@ -1,0 +1,411 @@
+"""A low level that gives every fact a neuron of its own, which fires at the fact's subject only.
+
+For the facts of an edit unit, at the present weights, each in one of the chosen MLPs, the one that
+holds the fewest facts:
+
+1. **Value.** A vector is added to what the MLP gives at the subject's last token, in every prompt
+   of the fact. It is sought by steps of normalised gradient descent with momentum on the mean of
+   −log p(answer), until every prompt is below a bound.
+2. **Detector.** From what the MLP reads at these tokens and what it reads elsewhere comes a
+   direction whose product s with the reading is 1 at the subject and about 0 at other tokens,
+   whatever the form and the words before it (:mod:`.detectors`).
+3. **Neuron.** The neuron that matters least and holds no fact yet is written anew: its gate gives
+   β (s − θ), its other row a number that falls as s rises, so that their product hardly changes for
+   s from 0.6 to 1.1 and is 0 below θ; its column is the vector. Below θ nothing is added, however
+   many facts are written: what a linear memory adds up over edits, the activation cuts off.
+
+A change of one neuron is of rank 1 in each of its matrices, and taking it back takes back one fact
+alone. Neurons as key and value memories: Geva et al., arXiv 2012.14913; a neuron added per fact:
+T-Patcher, arXiv 2301.09785, eq. 5; the value: ROME, arXiv 2202.05262, section 3.1. Ours are
+rewriting the least used neurons of the middle of the model, so that the model keeps its shape, the
+detector in closed form, and its flat top.
+"""
+
+from __future__ import annotations
+
+import copy
+import itertools
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar, Self
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from hiedit_agents.hierarchy.detectors import Readings, reading_statistics, readings
+from hiedit_agents.hierarchy.neuron_shape import NeuronChanges, NeuronShape
+from hiedit_env.errors import SettingsError, as_float, whole_number
+from hiedit_env.model.mlps import candidate_mlps
+from hiedit_env.model.tokenization import EncodedPrompt
+from hiedit_env.resident.capture import Capture
+from hiedit_env.resident.low_rank import LowRankUpdate
+from hiedit_env.resident.nudges import Nudges
+from hiedit_env.resident.resident import ResidentLLM
+from hiedit_env.rules.base import UpdateRule, positive
+
+#: The prompts of one fact, in every form asked.
+Unit = tuple[EncodedPrompt, ...]
+
+#: Relative difference of a gate row's length above which its neuron was written before.
+_WRITTEN = 0.02
+
+
+@dataclass(frozen=True, slots=True)
+class _Sought:
+    """Prompts whose vectors are sought together.
+
+    Args:
+        prompts: P prompts, those of the present facts first.
+        places: Where the subject ends in each.
+        owners: P int64, whose vector each prompt has: facts about one subject share it.
+        own: Number of prompts of the present facts.
+        facts: By owner, the first prompt of its facts.
+        homes: By owner, the index of the MLP that its neuron is in.
+    """
+
+    prompts: list[EncodedPrompt]
+    places: list[int]
+    owners: Tensor
+    own: int
+    facts: list[tuple[int, ...]]
+    homes: list[int]
+
+
+class Neuron(UpdateRule):
+    """Writes each fact into one neuron of one of the chosen MLPs.
+
+    An MLP is chosen when all of its matrices are (``gate_proj``, ``up_proj`` and ``down_proj``, or
+    what they are called); what is chosen of other MLPs is left alone.
+
+    Args:
+        llm: The model, on which values are sought.
+        step_size: Length of a step of the search, as a share of the mean length of the hidden
+            states that the vector is added to.
+        momentum: Share of the last step that is taken again.
+        search_steps: Largest number of steps of the search.
+        enough: −log p per answer token, in nats, below which a prompt needs no more.
+        threshold: θ, the score above which a neuron fires; lower where a prompt of the fact itself
+            scores less than twice as much.
+        sharpness: β, how steeply the gate rises with the score.
+        ridge: Share of the mean diagonal that is added to the covariance of what MLPs read.
+        companions: Earlier facts about the same subject that are sought again with a new one.
+
+    Raises:
+        SettingsError: a number out of range, or candidate layers among which no MLP is whole.
+    """
+
+    name: ClassVar[str] = "neuron"
+    default_step_size: ClassVar[float] = 0.3
+    default_tokens = "subject"
+    #: What a training shows it: all prompts, in every form.
+    calibrates_on: ClassVar[str] = "all"
+
+    def __init__(
+        self,
+        llm: ResidentLLM,
+        *,
+        step_size: float | None = None,
+        momentum: float = 0.5,
+        search_steps: int = 20,
+        enough: float = 0.3,
+        threshold: float = 0.4,
+        sharpness: float = 20.0,
+        ridge: float = 0.01,
+        companions: int = 2,
+    ) -> None:
+        if not 0 <= as_float(momentum) < 1:
+            raise SettingsError(f"momentum must be a number in [0, 1), got {momentum!r}")
+        if not 0 < as_float(threshold) < 0.7:
+            raise SettingsError(f"threshold must be a number in (0, 0.7), got {threshold!r}")
+        self.momentum, self.threshold = momentum, threshold
+        self.search_steps = whole_number(search_steps, "search_steps", 1)
+        self.companions = whole_number(companions, "companions", 0)
+        self.enough, self.ridge = positive(enough, "enough"), positive(ridge, "ridge")
+        self.sharpness = positive(sharpness, "sharpness")
+        self.llm = llm
+        self.mlps = candidate_mlps(llm.model, llm.layers)
+        if not self.mlps:
+            raise SettingsError(
+                "the low level 'neuron' needs candidate layers that hold all matrices of an MLP, "
+                f"and there is none among {', '.join(llm.names[:4])}{', …' * (len(llm.names) > 4)};"
+                " give for example --layers 'model.layers.{4,8}.mlp.*_proj', or the low level "
+                "'anchored'"
+            )
+        self._statistics: dict[str, Tensor] = {}
+        self._readings: list[Readings] = []
+        self._earlier: tuple[Unit, ...] = ()
+        super().__init__(llm.shapes, llm.device, step_size=step_size)
+
+    # -- what the MLPs read elsewhere -----------------------------------------------------------
+
+    @property
+    def wants_calibration(self) -> bool:
+        """Whether :meth:`calibrate_on` has not been called yet, now or before it was saved."""
+        return not self._statistics
+
+    def calibrate_on(
+        self, prompts: Sequence[EncodedPrompt], on_prompts: Callable[[int], None] | None = None
+    ) -> None:
+        """Takes what the MLPs read in prompts of all kinds, plain and in chat form.
+
+        Args:
+            prompts: Some hundreds of them; more make detectors sharper.
+            on_prompts: Called with the number of prompts after every few of them.
+
+        Raises:
+            SettingsError: no prompts.
+        """
+        with self.llm.unedited():
+            self._set(reading_statistics(self.llm, self.mlps, prompts, on_prompts))
+
+    def _set(self, statistics: Mapping[str, Tensor]) -> None:
+        self._statistics = {name: value.to(self.device) for name, value in statistics.items()}
+        indices = range(len(self.mlps))
+        self._readings = [readings(self._statistics, i, self.ridge) for i in indices]
+        self.reset()
+
+    def parameters(self) -> list[torch.nn.Parameter]:
+        """Nothing of it is learned by gradients."""
+        return []
+
+    def state_dict(self) -> dict[str, Any]:
+        """The calibration by name."""
+        return dict(self._statistics)
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Puts a saved :meth:`state_dict` back.
+
+        Raises:
+            SettingsError: a calibration of other MLPs; nothing has changed.
+        """
+        if not state:
+            return
+        saved = [len(state[f"order.{i}"]) for i in range(len(state)) if f"order.{i}" in state]
+        if saved != [mlp.neurons for mlp in self.mlps]:
+            raise SettingsError(
+                f"the saved calibration is of {len(saved)} MLPs, the model has {len(self.mlps)} "
+                "among its candidates, or they have other sizes; calibrate again"
+            )
+        self._set({name: torch.as_tensor(value) for name, value in state.items()})
+
+    # -- the episode ------------------------------------------------------------------------------
+
+    def remember(self, facts: Sequence[EncodedPrompt]) -> None:
+        """Facts that were edited into the model before.
+
+        Args:
+            facts: Earliest first; prompts of one fact stand side by side.
+        """
+        self._earlier = tuple(self._units(facts))
+
+    def reset(self) -> None:
+        """Forgets what was written in this episode."""
+        self._past: tuple[Unit, ...] = self._earlier
+        #: By a fact's first prompt, the MLP and the neuron that hold it.
+        self._held: dict[tuple[int, ...], tuple[int, int]] = {}
+        #: By MLP, how many of the neurons in order were looked at.
+        self._next: tuple[int, ...] = (0,) * len(self.mlps)
+
+    def observe(self, capture: Capture) -> None:
+        """Takes the facts of a capture into the memory; of two answers to a prompt, the later."""
+        new = self._units(capture.prompts)
+        asked = {prompt.prompt_ids for unit in new for prompt in unit}
+        kept = (unit for unit in self._past if not asked & {p.prompt_ids for p in unit})
+        self._past = (*kept, *new)
+
+    def statistics(self) -> dict[str, Any]:
+        """Which facts were seen in this episode, and which neurons hold them."""
+        return {"past": self._past, "held": self._held, "next": self._next}
+
+    def load_statistics(self, statistics: Mapping[str, Any]) -> None:
+        """Puts saved statistics back, bit for bit."""
+        self._past, self._held = statistics["past"], statistics["held"]
+        self._next = statistics["next"]
+
+    def clone_for(self, llm: ResidentLLM) -> Self:
+        """As in the base class; the copy seeks on ``llm`` and shares the calibration."""
+        shared = (*self._statistics.values(), *self._readings, *self.mlps)
+        return copy.deepcopy(self, {id(self.llm): llm, **{id(one): one for one in shared}})
+
+    # -- the update -------------------------------------------------------------------------------
+
+    def compute(
+        self,
+        capture: Capture,
+        layers: NDArray[np.bool_],
+        multipliers: NDArray[np.float32] | Tensor | None = None,
+    ) -> tuple[LowRankUpdate | None, ...]:
+        """The update that answers the facts of the capture.
+
+        Args:
+            capture: Its prompts are what is edited; its gradients are not used.
+            layers: L bool, the layers to update.
+            multipliers: L factors (1 where None): the one of the matrix that writes to the residual
+                stream scales the vector, the others are not used; gradients flow into a tensor.
+
+        Returns:
+            L entries, None for a layer that nothing is written into. Float32.
+
+        Raises:
+            SettingsError: never calibrated, or all neurons of the chosen MLP hold facts.
+        """
+        if not self._readings:
+            raise SettingsError(
+                "the low level 'neuron' has to see what the model reads: call calibrate_on(prompts)"
+                " first, or use a folder made by 'hiedit train HIGH+neuron --episodes 0'"
+            )
+        updates: list[LowRankUpdate | None] = [None] * len(self.shapes)
+        chosen = [i for i, mlp in enumerate(self.mlps) if all(layers[j] for j in mlp.layers)]
+        if not chosen:
+            return tuple(updates)
+        sought = self._gather(self._units(capture.prompts), chosen)
+        with torch.inference_mode(False), torch.enable_grad():
+            shapes, vectors = self._search(sought, capture)
+        changes = {i: NeuronChanges(self.llm, self.mlps[i]) for i in set(sought.homes)}
+        held, following = dict(self._held), list(self._next)
+        for fact, i, shape, vector in zip(sought.facts, sought.homes, shapes, vectors, strict=True):
+            if fact not in held:
+                neuron, following[i] = self._free(i, following[i], changes[i])
+                held[fact] = (i, neuron)
+            # What the neuron gives as it is was there while the vector was sought.
+            before = changes[i].gives(held[fact][1], shape.reading)
+            back = self.mlps[i].back
+            factor = 1.0 if multipliers is None else torch.as_tensor(multipliers[back])
+            changes[i].write(held[fact][1], shape, vector * factor + before)
+        for one in changes.values():
+            for layer, update in one.updates().items():
+                updates[layer] = update
+        self._held, self._next = held, tuple(following)
+        return tuple(updates)
+
+    def _factors(
+        self, group: int, places: list[int], keys: Tensor, gradients: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        raise NotImplementedError  # `compute` is written anew
+
+    def _free(self, index: int, start: int, changes: NeuronChanges) -> tuple[int, int]:
+        """The neuron of an MLP that matters least and holds no fact, and where to look next."""
+        order, norms = (self._statistics[f"{name}.{index}"] for name in ("order", "norms"))
+        for place, neuron in enumerate(order[start:].tolist(), start):
+            own = float(norms[neuron])
+            # Whatever wrote it, in this episode or before the model was saved.
+            if abs(changes.gate_length(neuron) - own) <= _WRITTEN * own:
+                return neuron, place + 1
+        raise SettingsError(
+            f"all {len(order)} neurons of the MLP of block {self.mlps[index].block} hold facts; "
+            "choose other layers"
+        )
+
+    # -- what is sought ---------------------------------------------------------------------------
+
+    def _subject(self, prompt: EncodedPrompt) -> str:
+        """The subject as it is written in the prompt; empty where it is not in it."""
+        if prompt.subject_missing or not prompt.subject_spans:
+            return ""
+        start, stop = prompt.subject_spans[-1]
+        return self.llm.encoder.decode(prompt.prompt_ids[start:stop]).strip().casefold()
+
+    def _units(self, prompts: Sequence[EncodedPrompt]) -> list[Unit]:
+        """Prompts by fact: side by side, of one subject and with one answer."""
+
+        def fact(prompt: EncodedPrompt) -> tuple[str, str]:
+            return self._subject(prompt), prompt.answer
+
+        return [tuple(group) for _, group in itertools.groupby(prompts, fact)]
+
+    def _gather(self, units: Sequence[Unit], chosen: Sequence[int]) -> _Sought:
+        """The prompts of some facts, and of earlier facts about the same subjects; and homes."""
+        numbers: dict[Any, int] = {}
+        facts: list[tuple[int, ...]] = []
+        prompts: list[EncodedPrompt] = []
+        owners: list[int] = []
+        for unit in units:
+            # One reading can only be given one vector, so facts about one subject share it.
+            name = self._subject(unit[0]) or unit[0].prompt_ids
+            if name not in numbers:
+                numbers[name] = len(facts)
+                facts.append(unit[0].prompt_ids)
+            prompts += unit
+            owners += [numbers[name]] * len(unit)
+        own, asked = len(prompts), {prompt.prompt_ids for prompt in prompts}
+        for name, owner in numbers.items():
+            past = [u for u in self._past if self._subject(u[0]) == name]
+            past = [u for u in past if not asked & {p.prompt_ids for p in u}]
+            for unit in past[len(past) - min(len(past), self.companions) :]:
+                prompts += unit
+                owners += [owner] * len(unit)
+        places = [prompt.positions("subject")[0] for prompt in prompts]
+        homes: list[int] = []
+        load = [self._next[i] / self.mlps[i].neurons for i in chosen]
+        for fact in facts:
+            known = self._held.get(fact, (-1, -1))[0]
+            least = int(np.argmin(load))
+            homes.append(known if known in chosen else chosen[least])
+            load[chosen.index(homes[-1])] += 1 / self.mlps[homes[-1]].neurons
+        return _Sought(prompts, places, torch.tensor(owners, device=self.device), own, facts, homes)
+
+    def _search(self, sought: _Sought, capture: Capture) -> tuple[list[NeuronShape], Tensor]:
+        """The neurons of F facts, and the F × d_out float32 vectors that they are to write."""
+        owners, count = sought.owners, len(sought.facts)
+        used = sorted(set(sought.homes))
+        mlps = [self.mlps[i] for i in used]
+        layers = [layer for mlp in mlps for layer in (mlp.gate.layer, mlp.back)]
+        nudges = Nudges(self.llm, sought.prompts, sought.places, layers)
+        idle = [torch.zeros(1, self.shapes[mlp.gate.layer][1], device=self.device) for mlp in mlps]
+        homes = torch.tensor(sought.homes, device=self.device)[owners]
+        here = [(homes == i).float() for i in used]
+        vectors = torch.zeros(count, mlps[0].hidden, device=self.device, requires_grad=True)
+        shapes: list[NeuronShape] = []
+        fires = torch.ones(len(owners), device=self.device)
+        prompts_of = torch.bincount(owners, minlength=count).float()
+        length, speed = torch.zeros(count, device=self.device), torch.zeros_like(vectors)
+        for step in range(self.search_steps + 1):
+            added = vectors[owners] * fires[:, None]
+            losses = nudges.losses(
+                [
+                    x
+                    for zero, own in zip(idle, here, strict=True)
+                    for x in (zero, added * own[:, None])
+                ]
+            )
+            if not step:
+                read = dict(zip(used, (keys.float() for keys in nudges.keys[::2]), strict=True))
+                shapes = self._shapes(read, sought, capture)
+                firing = torch.stack(
+                    [s.firing(read[i]) for s, i in zip(shapes, sought.homes, strict=True)]
+                )
+                fires = firing[owners, torch.arange(len(owners), device=self.device)].detach()
+                length = length.index_add(0, owners, nudges.lengths) / prompts_of * self.step_size
+            open_ = (losses.detach() >= self.enough).float()
+            busy = torch.zeros(count, device=self.device).index_add(0, owners, open_) > 0
+            if step == self.search_steps or not bool(busy.any()):
+                break
+            means = torch.zeros(count, device=self.device).index_add(0, owners, losses) / prompts_of
+            (gradient,) = torch.autograd.grad(means.sum(), vectors)
+            size = gradient.norm(dim=1, keepdim=True).clamp_min(1e-30)
+            speed = self.momentum * speed + gradient / size
+            with torch.no_grad():
+                # A fact all of whose prompts are answered well enough rests.
+                vectors -= (length * busy)[:, None] * speed
+        return shapes, vectors.detach()
+
+    def _shapes(
+        self, read: Mapping[int, Tensor], sought: _Sought, capture: Capture
+    ) -> list[NeuronShape]:
+        """For each fact the neuron that fires at what its MLP reads in the fact's own prompts."""
+        found = []
+        places, lengths = sought.places[: sought.own], [p.length for p in capture.prompts]
+        starts = [0, *itertools.accumulate(lengths)]
+        for owner, home in enumerate(sought.homes):
+            mlp = self.mlps[home]
+            own = (sought.owners[: sought.own] == owner).nonzero().flatten().tolist()
+            others = [starts[i] + at for i in own for at in range(1, lengths[i]) if at != places[i]]
+            rows = read[home][own]
+            everywhere = capture.keys[mlp.gate.layer].float()
+            detector = self._readings[home].detector(rows, everywhere[others])
+            lowest = float(detector.scores(rows).min())
+            threshold = min(self.threshold, max(lowest / 2, 0.1))
+            found.append(NeuronShape(mlp, detector, rows.mean(0), threshold, self.sharpness))
+        return found
