@@ -106,14 +106,13 @@ def reading_statistics(
     firings = [torch.zeros(m.neurons, device=llm.device) for m in mlps]
     count = 0
     with torch.inference_mode():
-        for part, inputs in _inputs(
-            llm, [x for m in mlps for x in (m.gate.layer, m.back)], prompts
-        ):
+        layers = [layer for mlp in mlps for layer in (mlp.gate.layer, mlp.back)]
+        for part, found_in in inputs(llm, layers, prompts):
             # The first token of a text reads like no other, and is never a subject's last.
             places = torch.arange(part.longest, device=llm.device)
             real = (places < part.lengths[:, None]) & (places > 0)
             count += int(real.sum())
-            for i, (given, inner) in enumerate(zip(inputs[::2], inputs[1::2], strict=True)):
+            for i, (given, inner) in enumerate(zip(found_in[::2], found_in[1::2], strict=True)):
                 rows = given[real].float()
                 sums[i] += rows.sum(0)
                 squares[i] += rows.mT @ rows
@@ -135,7 +134,7 @@ def reading_statistics(
     return found
 
 
-def _inputs(
+def inputs(
     llm: ResidentLLM, layers: Sequence[int], prompts: Sequence[EncodedPrompt]
 ) -> Iterator[tuple[PromptBatch, list[Tensor]]]:
     """Batches of prompts, and what each layer is given in them: prompts × tokens × d_in."""

@@ -26,7 +26,6 @@ from __future__ import annotations
 import copy
 import itertools
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any, ClassVar, Self
 
 import numpy as np
@@ -35,7 +34,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from hiedit_agents.hierarchy.detectors import Readings, reading_statistics, readings
-from hiedit_agents.hierarchy.neuron_shape import NeuronChanges, NeuronShape
+from hiedit_agents.hierarchy.neuron_changes import NeuronChanges
+from hiedit_agents.hierarchy.neuron_plan import NAMES, Planner, ShapeForm, Target, Unit, subject_of
 from hiedit_env.errors import SettingsError, as_float, whole_number
 from hiedit_env.model.mlps import candidate_mlps
 from hiedit_env.model.tokenization import EncodedPrompt
@@ -45,32 +45,8 @@ from hiedit_env.resident.nudges import Nudges
 from hiedit_env.resident.resident import ResidentLLM
 from hiedit_env.rules.base import UpdateRule, positive
 
-#: The prompts of one fact, in every form asked.
-Unit = tuple[EncodedPrompt, ...]
-
 #: Relative difference of a gate row's length above which its neuron was written before.
 _WRITTEN = 0.02
-
-
-@dataclass(frozen=True, slots=True)
-class _Sought:
-    """Prompts whose vectors are sought together.
-
-    Args:
-        prompts: P prompts, those of the present facts first.
-        places: Where the subject ends in each.
-        owners: P int64, whose vector each prompt has: facts about one subject share it.
-        own: Number of prompts of the present facts.
-        facts: By owner, the first prompt of its facts.
-        homes: By owner, the index of the MLP that its neuron is in.
-    """
-
-    prompts: list[EncodedPrompt]
-    places: list[int]
-    owners: Tensor
-    own: int
-    facts: list[tuple[int, ...]]
-    homes: list[int]
 
 
 class Neuron(UpdateRule):
@@ -86,11 +62,12 @@ class Neuron(UpdateRule):
         momentum: Share of the last step that is taken again.
         search_steps: Largest number of steps of the search.
         enough: −log p per answer token, in nats, below which a prompt needs no more.
-        threshold: θ, the score above which a neuron fires; lower where a prompt of the fact itself
-            scores less than twice as much.
+        threshold: θ, the score above which a neuron fires; a little lower where a prompt of the
+            fact itself scores less than twice as much.
         sharpness: β, how steeply the gate rises with the score.
         ridge: Share of the mean diagonal that is added to the covariance of what MLPs read.
         companions: Earlier facts about the same subject that are sought again with a new one.
+        swaps: Other names with the same last token that a neuron must not fire at.
 
     Raises:
         SettingsError: a number out of range, or candidate layers among which no MLP is whole.
@@ -114,6 +91,7 @@ class Neuron(UpdateRule):
         sharpness: float = 20.0,
         ridge: float = 0.01,
         companions: int = 2,
+        swaps: int = 8,
     ) -> None:
         if not 0 <= as_float(momentum) < 1:
             raise SettingsError(f"momentum must be a number in [0, 1), got {momentum!r}")
@@ -122,6 +100,9 @@ class Neuron(UpdateRule):
         self.momentum, self.threshold = momentum, threshold
         self.search_steps = whole_number(search_steps, "search_steps", 1)
         self.companions = whole_number(companions, "companions", 0)
+        if whole_number(swaps, "swaps", 0) > len(NAMES):
+            raise SettingsError(f"swaps must be at most {len(NAMES)}, got {swaps!r}")
+        self.swaps = swaps
         self.enough, self.ridge = positive(enough, "enough"), positive(ridge, "ridge")
         self.sharpness = positive(sharpness, "sharpness")
         self.llm = llm
@@ -251,7 +232,7 @@ class Neuron(UpdateRule):
         Raises:
             SettingsError: never calibrated, or all neurons of the chosen MLP hold facts.
         """
-        if not self._readings:
+        if not self._statistics:
             raise SettingsError(
                 "the low level 'neuron' has to see what the model reads: call calibrate_on(prompts)"
                 " first, or use a folder made by 'hiedit train HIGH+neuron --episodes 0'"
@@ -260,25 +241,93 @@ class Neuron(UpdateRule):
         chosen = [i for i, mlp in enumerate(self.mlps) if all(layers[j] for j in mlp.layers)]
         if not chosen:
             return tuple(updates)
-        sought = self._gather(self._units(capture.prompts), chosen)
-        with torch.inference_mode(False), torch.enable_grad():
-            shapes, vectors = self._search(sought, capture)
-        changes = {i: NeuronChanges(self.llm, self.mlps[i]) for i in set(sought.homes)}
+        units, asked = self._units(capture.prompts), set(capture.prompts)
+        past = [u for u in self._past if not any(p in asked for p in u)]
+        form = ShapeForm(self.threshold, self.sharpness, self.swaps)
+        planner = Planner(self.llm, self.mlps, self._readings, form)
+        targets = planner.targets(capture, units, self._homes(chosen), past, self.companions)
+        vectors = self._search(targets)
+        changes = {t.home: NeuronChanges(self.llm, self.mlps[t.home]) for t in targets}
         held, following = dict(self._held), list(self._next)
-        for fact, i, shape, vector in zip(sought.facts, sought.homes, shapes, vectors, strict=True):
+        for target, vector in zip(targets, vectors, strict=True):
+            i, fact = target.home, target.fact
             if fact not in held:
                 neuron, following[i] = self._free(i, following[i], changes[i])
                 held[fact] = (i, neuron)
             # What the neuron gives as it is was there while the vector was sought.
-            before = changes[i].gives(held[fact][1], shape.reading)
+            before = changes[i].gives(held[fact][1], target.shape.reading)
             back = self.mlps[i].back
             factor = 1.0 if multipliers is None else torch.as_tensor(multipliers[back])
-            changes[i].write(held[fact][1], shape, vector * factor + before)
+            changes[i].write(held[fact][1], target.shape, vector * factor + before)
         for one in changes.values():
             for layer, update in one.updates().items():
                 updates[layer] = update
         self._held, self._next = held, tuple(following)
         return tuple(updates)
+
+    def _homes(self, chosen: Sequence[int]) -> Callable[[Sequence[int]], int]:
+        """Where the neuron of a fact goes: where it is, else where the fewest facts are."""
+        load = {i: self._next[i] / self.mlps[i].neurons for i in chosen}
+
+        def home(fact: Sequence[int]) -> int:
+            found = self._held.get(tuple(fact), (-1, -1))[0]
+            if found not in load:
+                found = min(load, key=lambda i: load[i])
+                load[found] += 1 / self.mlps[found].neurons
+            return found
+
+        return home
+
+    def _units(self, prompts: Sequence[EncodedPrompt]) -> list[Unit]:
+        """Prompts by fact: side by side, of one subject and with one answer."""
+
+        def fact(prompt: EncodedPrompt) -> tuple[str, str]:
+            return subject_of(self.llm, prompt), prompt.answer
+
+        return [tuple(group) for _, group in itertools.groupby(prompts, fact)]
+
+    @torch.inference_mode(False)
+    @torch.enable_grad()
+    def _search(self, targets: Sequence[Target]) -> Tensor:
+        """What the neurons of F facts are to write: F × d_out float32."""
+        prompts = [prompt for target in targets for prompt in target.prompts]
+        owners = torch.tensor(
+            [i for i, target in enumerate(targets) for _ in target.prompts], device=self.device
+        )
+        used = sorted({target.home for target in targets})
+        mlps = [self.mlps[i] for i in used]
+        layers = [layer for mlp in mlps for layer in (mlp.gate.layer, mlp.back)]
+        nudges = Nudges(self.llm, prompts, [p.positions("subject")[0] for p in prompts], layers)
+        idle = [torch.zeros(1, self.shapes[mlp.gate.layer][1], device=self.device) for mlp in mlps]
+        homes = torch.tensor([target.home for target in targets], device=self.device)[owners]
+        here = [(homes == i).float()[:, None] for i in used]
+        vectors = torch.zeros(len(targets), mlps[0].hidden, device=self.device, requires_grad=True)
+        fires = torch.ones(len(owners), 1, device=self.device)
+        numbers = torch.bincount(owners, minlength=len(targets)).float()
+        length, speed = torch.zeros_like(numbers), torch.zeros_like(vectors)
+        for step in range(self.search_steps + 1):
+            added = vectors[owners] * fires
+            pairs = zip(idle, here, strict=True)
+            losses = nudges.losses([x for zero, own in pairs for x in (zero, added * own)])
+            if not step:
+                read = dict(zip(used, nudges.keys[::2], strict=True))
+                rows = zip(owners.tolist(), range(len(prompts)), strict=True)
+                fires = torch.stack(
+                    [targets[i].shape.firing(read[targets[i].home][row].float()) for i, row in rows]
+                )[:, None]
+                length = length.index_add(0, owners, nudges.lengths) / numbers * self.step_size
+            open_ = (losses.detach() >= self.enough).float()
+            busy = torch.zeros_like(numbers).index_add(0, owners, open_) > 0
+            if step == self.search_steps or not bool(busy.any()):
+                break
+            means = torch.zeros_like(numbers).index_add(0, owners, losses) / numbers
+            (gradient,) = torch.autograd.grad(means.sum(), vectors)
+            size = gradient.norm(dim=1, keepdim=True).clamp_min(1e-30)
+            speed = self.momentum * speed + gradient / size
+            with torch.no_grad():
+                # A fact all of whose prompts are answered well enough rests.
+                vectors -= (length * busy)[:, None] * speed
+        return vectors.detach()
 
     def _factors(
         self, group: int, places: list[int], keys: Tensor, gradients: Tensor
@@ -297,115 +346,3 @@ class Neuron(UpdateRule):
             f"all {len(order)} neurons of the MLP of block {self.mlps[index].block} hold facts; "
             "choose other layers"
         )
-
-    # -- what is sought ---------------------------------------------------------------------------
-
-    def _subject(self, prompt: EncodedPrompt) -> str:
-        """The subject as it is written in the prompt; empty where it is not in it."""
-        if prompt.subject_missing or not prompt.subject_spans:
-            return ""
-        start, stop = prompt.subject_spans[-1]
-        return self.llm.encoder.decode(prompt.prompt_ids[start:stop]).strip().casefold()
-
-    def _units(self, prompts: Sequence[EncodedPrompt]) -> list[Unit]:
-        """Prompts by fact: side by side, of one subject and with one answer."""
-
-        def fact(prompt: EncodedPrompt) -> tuple[str, str]:
-            return self._subject(prompt), prompt.answer
-
-        return [tuple(group) for _, group in itertools.groupby(prompts, fact)]
-
-    def _gather(self, units: Sequence[Unit], chosen: Sequence[int]) -> _Sought:
-        """The prompts of some facts, and of earlier facts about the same subjects; and homes."""
-        numbers: dict[Any, int] = {}
-        facts: list[tuple[int, ...]] = []
-        prompts: list[EncodedPrompt] = []
-        owners: list[int] = []
-        for unit in units:
-            # One reading can only be given one vector, so facts about one subject share it.
-            name = self._subject(unit[0]) or unit[0].prompt_ids
-            if name not in numbers:
-                numbers[name] = len(facts)
-                facts.append(unit[0].prompt_ids)
-            prompts += unit
-            owners += [numbers[name]] * len(unit)
-        own, asked = len(prompts), {prompt.prompt_ids for prompt in prompts}
-        for name, owner in numbers.items():
-            past = [u for u in self._past if self._subject(u[0]) == name]
-            past = [u for u in past if not asked & {p.prompt_ids for p in u}]
-            for unit in past[len(past) - min(len(past), self.companions) :]:
-                prompts += unit
-                owners += [owner] * len(unit)
-        places = [prompt.positions("subject")[0] for prompt in prompts]
-        homes: list[int] = []
-        load = [self._next[i] / self.mlps[i].neurons for i in chosen]
-        for fact in facts:
-            known = self._held.get(fact, (-1, -1))[0]
-            least = int(np.argmin(load))
-            homes.append(known if known in chosen else chosen[least])
-            load[chosen.index(homes[-1])] += 1 / self.mlps[homes[-1]].neurons
-        return _Sought(prompts, places, torch.tensor(owners, device=self.device), own, facts, homes)
-
-    def _search(self, sought: _Sought, capture: Capture) -> tuple[list[NeuronShape], Tensor]:
-        """The neurons of F facts, and the F × d_out float32 vectors that they are to write."""
-        owners, count = sought.owners, len(sought.facts)
-        used = sorted(set(sought.homes))
-        mlps = [self.mlps[i] for i in used]
-        layers = [layer for mlp in mlps for layer in (mlp.gate.layer, mlp.back)]
-        nudges = Nudges(self.llm, sought.prompts, sought.places, layers)
-        idle = [torch.zeros(1, self.shapes[mlp.gate.layer][1], device=self.device) for mlp in mlps]
-        homes = torch.tensor(sought.homes, device=self.device)[owners]
-        here = [(homes == i).float() for i in used]
-        vectors = torch.zeros(count, mlps[0].hidden, device=self.device, requires_grad=True)
-        shapes: list[NeuronShape] = []
-        fires = torch.ones(len(owners), device=self.device)
-        prompts_of = torch.bincount(owners, minlength=count).float()
-        length, speed = torch.zeros(count, device=self.device), torch.zeros_like(vectors)
-        for step in range(self.search_steps + 1):
-            added = vectors[owners] * fires[:, None]
-            losses = nudges.losses(
-                [
-                    x
-                    for zero, own in zip(idle, here, strict=True)
-                    for x in (zero, added * own[:, None])
-                ]
-            )
-            if not step:
-                read = dict(zip(used, (keys.float() for keys in nudges.keys[::2]), strict=True))
-                shapes = self._shapes(read, sought, capture)
-                firing = torch.stack(
-                    [s.firing(read[i]) for s, i in zip(shapes, sought.homes, strict=True)]
-                )
-                fires = firing[owners, torch.arange(len(owners), device=self.device)].detach()
-                length = length.index_add(0, owners, nudges.lengths) / prompts_of * self.step_size
-            open_ = (losses.detach() >= self.enough).float()
-            busy = torch.zeros(count, device=self.device).index_add(0, owners, open_) > 0
-            if step == self.search_steps or not bool(busy.any()):
-                break
-            means = torch.zeros(count, device=self.device).index_add(0, owners, losses) / prompts_of
-            (gradient,) = torch.autograd.grad(means.sum(), vectors)
-            size = gradient.norm(dim=1, keepdim=True).clamp_min(1e-30)
-            speed = self.momentum * speed + gradient / size
-            with torch.no_grad():
-                # A fact all of whose prompts are answered well enough rests.
-                vectors -= (length * busy)[:, None] * speed
-        return shapes, vectors.detach()
-
-    def _shapes(
-        self, read: Mapping[int, Tensor], sought: _Sought, capture: Capture
-    ) -> list[NeuronShape]:
-        """For each fact the neuron that fires at what its MLP reads in the fact's own prompts."""
-        found = []
-        places, lengths = sought.places[: sought.own], [p.length for p in capture.prompts]
-        starts = [0, *itertools.accumulate(lengths)]
-        for owner, home in enumerate(sought.homes):
-            mlp = self.mlps[home]
-            own = (sought.owners[: sought.own] == owner).nonzero().flatten().tolist()
-            others = [starts[i] + at for i in own for at in range(1, lengths[i]) if at != places[i]]
-            rows = read[home][own]
-            everywhere = capture.keys[mlp.gate.layer].float()
-            detector = self._readings[home].detector(rows, everywhere[others])
-            lowest = float(detector.scores(rows).min())
-            threshold = min(self.threshold, max(lowest / 2, 0.1))
-            found.append(NeuronShape(mlp, detector, rows.mean(0), threshold, self.sharpness))
-        return found

@@ -12,7 +12,8 @@ from torch.nn import functional as F
 
 from hiedit_agents.hierarchy.detectors import Readings
 from hiedit_agents.hierarchy.neuron import Neuron
-from hiedit_agents.hierarchy.neuron_shape import NeuronChanges, NeuronShape
+from hiedit_agents.hierarchy.neuron_changes import NeuronChanges
+from hiedit_agents.hierarchy.neuron_plan import NeuronShape, Planner, ShapeForm
 from hiedit_env.errors import SettingsError
 from hiedit_env.model.tokenization import EncodedPrompt
 from hiedit_env.resident.capture import Capture
@@ -208,9 +209,9 @@ def test_what_the_mlp_gives_changes_by_the_vector_and_by_the_neuron_that_is_gone
 
 def seek(low: Neuron, capture: Capture) -> Tensor:
     """The vector of the one fact of a capture, at the present weights."""
-    with torch.enable_grad():
-        _, vectors = low._search(low._gather(low._units(capture.prompts), [0]), capture)
-    return vectors[0]
+    planner = Planner(low.llm, low.mlps, low._readings, ShapeForm(0.4, 20.0, 8))
+    targets = planner.targets(capture, [capture.prompts], lambda _: 0, [], 0)
+    return low._search(targets)[0]
 
 
 def test_the_loss_after_the_write_is_that_of_the_vector() -> None:

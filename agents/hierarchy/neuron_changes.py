@@ -1,67 +1,14 @@
-"""A neuron that fires at one reading of an MLP, and the low-rank changes that write it."""
+"""The low-rank changes that write neurons of an MLP anew."""
 
 from __future__ import annotations
-
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from hiedit_agents.hierarchy.detectors import Detector
+from hiedit_agents.hierarchy.neuron_plan import NeuronShape
 from hiedit_env.model.mlps import CandidateMLP, Read, bias
 from hiedit_env.resident.low_rank import LowRankUpdate
 from hiedit_env.resident.resident import ResidentLLM
-
-#: The score at which a neuron with a gate fires most, between what a fact's own prompts score (1)
-#: and what other words for it score.
-PEAK = 0.85
-
-
-@dataclass(frozen=True, slots=True)
-class NeuronShape:
-    """When a neuron fires, and how strongly.
-
-    With a gate, activation(β (s − θ)) (c − s), where c puts the peak at :data:`PEAK`; without one,
-    activation(β (s − θ)). Both over their value at the reading itself.
-
-    Args:
-        mlp: Its MLP.
-        detector: Gives the score s.
-        reading: d float32, the reading it is made for, where s is 1.
-        threshold: θ.
-        sharpness: β.
-    """
-
-    mlp: CandidateMLP
-    detector: Detector
-    reading: Tensor
-    threshold: float
-    sharpness: float
-
-    def _raw(self, readings: Tensor) -> Tensor:
-        fires = self.mlp.activation(readings @ self.gate_row())
-        return fires if self.mlp.up is None else fires * (readings @ self.up_row())
-
-    @property
-    def _ceiling(self) -> float:
-        return 2 * PEAK - self.threshold
-
-    @property
-    def full(self) -> float:
-        """What the two rows give at the reading, before the second is scaled."""
-        return float(self._raw(self.reading[None]).clamp_min(1e-6))
-
-    def firing(self, readings: Tensor) -> Tensor:
-        """Strength at P × d readings, 1 at the reading itself: P float32."""
-        return self._raw(readings) / self.full
-
-    def gate_row(self) -> Tensor:
-        """D float32."""
-        return self.sharpness * (self.detector.row - self.threshold * self.detector.constant)
-
-    def up_row(self) -> Tensor:
-        """As long as :meth:`gate_row`; its scale is free, since the column is divided by it."""
-        return self._ceiling * self.detector.constant - self.detector.row
 
 
 class NeuronChanges:
