@@ -29,10 +29,12 @@ class Detector:
     Args:
         row: d float32.
         constant: d float32, whose product with x is nearly 1 for all x.
+        spread: Root mean square of the score over everything that is read.
     """
 
     row: Tensor
     constant: Tensor
+    spread: float
 
     def scores(self, readings: Tensor) -> Tensor:
         """Scores of … × d readings."""
@@ -73,8 +75,10 @@ class Readings:
             gram = met @ apart.mT
             inner = gram + torch.eye(len(others), device=gram.device)
             row = row - met.mT @ torch.linalg.solve(inner, met @ away)
-        row = row / (row @ away).clamp_min(1e-30)
-        return Detector(row - (row @ self.mean) * self.constant, self.constant)
+        apart_by = (row @ away).clamp_min(1e-30)
+        row = row / apart_by
+        spread = float(apart_by) ** -0.5
+        return Detector(row - (row @ self.mean) * self.constant, self.constant, spread)
 
 
 def reading_statistics(

@@ -265,16 +265,16 @@ class Neuron(UpdateRule):
         self._held, self._next = held, tuple(following)
         return tuple(updates)
 
-    def _homes(self, chosen: Sequence[int]) -> Callable[[Sequence[int]], int]:
+    def _homes(self, chosen: Sequence[int]) -> Callable[[tuple[int, ...]], int]:
         """Where the neuron of a fact goes: where it is, else where the fewest facts are."""
         load = {i: self._next[i] / self.mlps[i].neurons for i in chosen}
+        known = {fact: i for fact, (i, _) in self._held.items() if i in load}
 
-        def home(fact: Sequence[int]) -> int:
-            found = self._held.get(tuple(fact), (-1, -1))[0]
-            if found not in load:
-                found = min(load, key=lambda i: load[i])
-                load[found] += 1 / self.mlps[found].neurons
-            return found
+        def home(fact: tuple[int, ...]) -> int:
+            if fact not in known:
+                known[fact] = min(load, key=lambda i: load[i])
+                load[known[fact]] += 1 / self.mlps[known[fact]].neurons
+            return known[fact]
 
         return home
 

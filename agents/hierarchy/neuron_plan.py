@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from hiedit_agents.hierarchy.detectors import Detector, Readings, inputs
+from hiedit_env.model.asking import Tokens
 from hiedit_env.model.mlps import CandidateMLP
 from hiedit_env.model.tokenization import EncodedPrompt
 from hiedit_env.resident.capture import Capture
@@ -75,6 +76,13 @@ NAMES = (
 
 #: Smallest threshold, in order not to fire where nothing was asked.
 LOWEST = 0.3
+
+#: Largest spread of a score, over the 1/√d of an ordinary reading; what is read at the beginning of
+#: a text may lie near everything else.
+WIDEST = 2.5
+
+#: Where the rows of each prompt of a capture begin.
+Starts = Mapping[EncodedPrompt, int]
 
 #: The prompts of one fact, in every form asked.
 Unit = tuple[EncodedPrompt, ...]
@@ -142,7 +150,7 @@ class Planner:
         self,
         capture: Capture,
         units: Sequence[Unit],
-        home: Callable[[Sequence[int]], int],
+        home: Callable[[tuple[int, ...]], int],
         past: Sequence[Unit],
         companions: int,
     ) -> list[Target]:
@@ -155,7 +163,8 @@ class Planner:
             past: Earlier facts.
             companions: How many of those about the same subject are sought again.
         """
-        rows = dict(zip(capture.prompts, _rows(capture), strict=True))
+        lengths = itertools.accumulate((p.length for p in capture.prompts), initial=0)
+        starts = dict(zip(capture.prompts, lengths, strict=False))
         # One reading can only be given one vector, so facts about one subject share it.
         subjects: dict[object, list[EncodedPrompt]] = {}
         for unit in units:
@@ -165,42 +174,60 @@ class Planner:
         for name, prompts in subjects.items():
             same = [u for u in past if subject_of(self._llm, u[0]) == name]
             earlier = [p for unit in same[max(0, len(same) - companions) :] for p in unit]
-            place = home(prompts[0].prompt_ids)
-            shape = self._shape(capture, place, prompts, rows)
-            scores = shape.detector.scores(self._read(capture, place, prompts, rows))
-            if len(prompts) == 1 or float(scores.min()) > 1.5 * LOWEST:
-                own = (*prompts, *earlier)
-                found.append(Target(prompts[0].prompt_ids, place, own, shape))
-                continue
-            for prompt in prompts:
-                place = home(prompt.prompt_ids)
-                shape = self._shape(capture, place, [prompt], rows)
-                found.append(Target(prompt.prompt_ids, place, (prompt,), shape))
+            # What a text begins with reads like every text's beginning.
+            inside = [p for p in prompts if p.positions("subject")[0] > 0]
+            groups = [inside] if inside else []
+            if inside:
+                place = home(inside[0].prompt_ids)
+                shape = self._shape(capture, place, inside, starts)
+                read = self._read(capture, place, inside, starts)
+                if float(shape.detector.scores(read).min()) > 1.5 * LOWEST and _is_apart(shape):
+                    own = (*inside, *earlier)
+                    found.append(Target(inside[0].prompt_ids, place, own, shape))
+                    groups = []
+            alone = [p for p in prompts if p not in inside or groups]
+            for prompt in alone:
+                found.append(self._alone(capture, prompt, home(prompt.prompt_ids), starts))
         return found
+
+    def _alone(self, capture: Capture, prompt: EncodedPrompt, home: int, starts: Starts) -> Target:
+        """A neuron for one prompt: at its subject, or at its end where the subject says little."""
+        if prompt.positions("subject")[0] > 0:
+            shape = self._shape(capture, home, [prompt], starts)
+            if _is_apart(shape):
+                return Target(prompt.prompt_ids, home, (prompt,), shape)
+        # Its spans stay known, for other names in their place.
+        shape = self._shape(capture, home, [prompt], starts, at_end=True)
+        end = len(prompt.prompt_ids)
+        moved = replace(prompt, subject_spans=((end - 1, end),), subject_missing=True)
+        return Target(prompt.prompt_ids, home, (moved,), shape)
 
     def _read(
         self,
         capture: Capture,
         home: int,
         prompts: Sequence[EncodedPrompt],
-        rows: dict[EncodedPrompt, tuple[int, list[int]]],
+        starts: Starts,
+        at_end: bool = False,
     ) -> Tensor:
-        """What an MLP reads at the subjects of some prompts, P × d float32."""
+        """What an MLP reads at the subjects, or at the ends, of some prompts: P × d float32."""
         keys = capture.keys[self._mlps[home].gate.layer]
-        return keys[[rows[prompt][0] for prompt in prompts]].float()
+        tokens: Tokens = "last" if at_end else "subject"
+        return keys[[starts[p] + p.positions(tokens)[0] for p in prompts]].float()
 
     def _shape(
         self,
         capture: Capture,
         home: int,
         prompts: Sequence[EncodedPrompt],
-        rows: dict[EncodedPrompt, tuple[int, list[int]]],
+        starts: Starts,
+        at_end: bool = False,
     ) -> NeuronShape:
         mlp, form = self._mlps[home], self._form
-        own = self._read(capture, home, prompts, rows)
-        elsewhere = [row for prompt in prompts for row in rows[prompt][1]]
+        own = self._read(capture, home, prompts, starts, at_end)
+        elsewhere = [starts[p] + i for p in prompts for i in _elsewhere(p, at_end)]
         others = [capture.keys[mlp.gate.layer][elsewhere].float()]
-        if swapped := self._swapped(prompts[0]):
+        if swapped := self._swapped(prompts[0], at_end):
             batches = inputs(self._llm, [mlp.gate.layer], swapped)
             with torch.inference_mode():
                 others += [_last(read, part.lengths).float() for part, (read,) in batches]
@@ -209,37 +236,42 @@ class Planner:
         threshold = min(form.threshold, max(lowest / 2, LOWEST))
         return NeuronShape(mlp, detector, own.mean(0), threshold, form.sharpness)
 
-    def _swapped(self, prompt: EncodedPrompt) -> list[EncodedPrompt]:
-        """The prompt up to its subject, with other names that end in the subject's last token."""
+    def _swapped(self, prompt: EncodedPrompt, at_end: bool) -> list[EncodedPrompt]:
+        """The prompt with other names, up to the token that is read.
+
+        At the subject, names that end in the subject's own last token.
+        """
         if prompt.subject_missing or not prompt.subject_spans:
             return []
         start, stop = prompt.subject_spans[-1]
-        if stop - start < 2:
+        if stop - start < 2 and not at_end:
             return []
-        before, last = prompt.prompt_ids[:start], prompt.prompt_ids[stop - 1]
+        before, subject = prompt.prompt_ids[:start], prompt.prompt_ids[start:stop]
+        after = prompt.prompt_ids[stop:] if at_end else subject[-1:]
+        if not after:
+            return []
         found = []
         for name in NAMES[: self._form.swaps]:
             text = f" {name}" if start else name
-            ids = self._llm.tokenizer(text, add_special_tokens=False)["input_ids"]
-            if ids and list(ids) != list(prompt.prompt_ids[start : stop - 1]):
-                tokens = (*before, *ids, last)
-                found.append(EncodedPrompt(name, name, tokens, (last,)))
+            ids = tuple(self._llm.tokenizer(text, add_special_tokens=False)["input_ids"])
+            if ids and ids not in (subject, subject[:-1]):
+                found.append(EncodedPrompt(name, name, (*before, *ids, *after), after[-1:]))
         return found
 
 
-def _rows(capture: Capture) -> list[tuple[int, list[int]]]:
-    """Per prompt the row of its subject in a capture, and those that are no mention of it.
+def _is_apart(shape: NeuronShape) -> bool:
+    """Whether what the neuron fires at is as far from what is read elsewhere as usual."""
+    return shape.detector.spread * shape.mlp.hidden**0.5 < WIDEST
 
-    A text's first token reads like no other, and is left out.
+
+def _elsewhere(prompt: EncodedPrompt, at_end: bool) -> list[int]:
+    """Positions that a neuron must not fire at.
+
+    A text's first token is left out: it reads like no other.
     """
-    starts = itertools.accumulate((p.length for p in capture.prompts), initial=0)
-    found = []
-    for start, prompt in zip(starts, capture.prompts, strict=False):
-        ends = {stop - 1 for _, stop in prompt.subject_spans}
-        place = prompt.positions("subject")[0]
-        rest = [start + i for i in range(1, prompt.length) if i != place and i not in ends]
-        found.append((start + place, rest))
-    return found
+    here = prompt.positions("last" if at_end else "subject")[0]
+    mentions = () if at_end else {stop - 1 for _, stop in prompt.subject_spans}
+    return [i for i in range(1, prompt.length) if i != here and i not in mentions]
 
 
 def _last(rows: Tensor, lengths: Tensor) -> Tensor:

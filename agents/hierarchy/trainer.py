@@ -37,6 +37,7 @@ from torch import Tensor, nn
 
 from hiedit_agents.hierarchy.future_damage import FutureDamage
 from hiedit_agents.hierarchy.lesson import Lesson, make_lesson
+from hiedit_agents.hierarchy.neuron import Neuron
 from hiedit_agents.hierarchy.option_runner import Outcome, run_option
 from hiedit_agents.hierarchy.options import Choice, HierarchicalAgent, Option
 from hiedit_agents.hierarchy.train_settings import TrainSettings
@@ -113,7 +114,7 @@ class Trainer:
 
         Unrelated prompts; for a low level whose ``calibrates_on`` is ``"all"`` also the facts' own,
         and every fourth in chat form where the tokenizer has one. Empty for a low level that takes
-        none (all but the anchored one and the decorrelated form) or had them already.
+        none (all but the anchored one, the neuron and the decorrelated form) or had them already.
         """
         if not getattr(self.low, "wants_calibration", False):
             return []
@@ -136,6 +137,14 @@ class Trainer:
         if not chosen:
             return
         llm.restore_unedited()
+        if isinstance(self.low, Neuron):
+
+            def on_prompts(count: int) -> None:
+                for _ in range(count if on_prompt else 0):
+                    cast(Any, on_prompt)()
+
+            self.low.calibrate_on(chosen, on_prompts)
+            return
 
         def captures() -> Iterator[Capture]:
             for prompt in chosen:
