@@ -246,6 +246,8 @@ class Neuron(UpdateRule):
         form = ShapeForm(self.threshold, self.sharpness, self.swaps)
         planner = Planner(self.llm, self.mlps, self._readings, form)
         targets = planner.targets(capture, units, self._homes(chosen), past, self.companions)
+        if not targets:
+            return tuple(updates)
         vectors = self._search(targets)
         changes = {t.home: NeuronChanges(self.llm, self.mlps[t.home]) for t in targets}
         held, following = dict(self._held), list(self._next)

@@ -156,6 +156,8 @@ class Planner:
     ) -> list[Target]:
         """One neuron for every subject, or several where its prompts read too differently.
 
+        A prompt in which nothing can be told from what is read elsewhere has none.
+
         Args:
             capture: Of the present prompts.
             units: The same prompts by fact.
@@ -187,7 +189,7 @@ class Planner:
                     groups = []
             alone = [p for p in prompts if p not in inside or groups]
             for prompt in alone:
-                found.append(self._alone(capture, prompt, home(prompt.prompt_ids), starts))
+                found += self._alone(capture, prompt, home(prompt.prompt_ids), starts)
         return found
 
     def _alone(self, capture: Capture, prompt: EncodedPrompt, home: int, starts: Starts) -> Target:
@@ -195,12 +197,14 @@ class Planner:
         if prompt.positions("subject")[0] > 0:
             shape = self._shape(capture, home, [prompt], starts)
             if _is_apart(shape):
-                return Target(prompt.prompt_ids, home, (prompt,), shape)
+                return [Target(prompt.prompt_ids, home, (prompt,), shape)]
         # Its spans stay known, for other names in their place.
         shape = self._shape(capture, home, [prompt], starts, at_end=True)
+        if not _is_apart(shape):
+            return []
         end = len(prompt.prompt_ids)
         moved = replace(prompt, subject_spans=((end - 1, end),), subject_missing=True)
-        return Target(prompt.prompt_ids, home, (moved,), shape)
+        return [Target(prompt.prompt_ids, home, (moved,), shape)]
 
     def _read(
         self,
