@@ -1,9 +1,9 @@
 """What MLPs read everywhere, and directions that tell one token's reading from all others.
 
-With mean μ and covariance C of what an MLP reads, the direction C⁻¹ (k − μ) separates a reading k
-from the others best (Fisher's discriminant). Scaled, it gives 1 at k, 0 on average, and elsewhere
-numbers of a spread of about 1/√d. A constant is read from x itself: behind a norm the mean
-direction C₂⁻¹ μ, with C₂ the second moment, gives nearly 1 for every x.
+With mean μ and covariance C of what an MLP reads, the score of a reading k is the linear function
+without an offset that is 1 at k, 0 at μ and of least variance: s(x) = w · x with w in the span of
+C⁻¹ k and C⁻¹ μ (Fisher's discriminant, with the offset read from x). Elsewhere it has a spread of
+about 1/√d. The constant is the same with 1 at both, so that it is nearly 1 for every x.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ class Detector:
 
     Args:
         row: d float32.
-        constant: d float32, whose product with x is nearly 1 for all x.
+        constant: d float32, whose product is 1 at the reading and on average, and nearly for all x.
         spread: Root mean square of the score over everything that is read.
     """
 
@@ -55,9 +55,6 @@ class Readings:
         whole = covariance.double() + noise.double() * torch.eye(len(mean)).to(mean.device).double()
         self.mean = mean
         self.inverse = torch.linalg.inv(whole).float()
-        # C₂⁻¹ μ is along C⁻¹ μ (Sherman and Morrison).
-        along = self.inverse @ mean
-        self.constant = along / (along @ mean).clamp_min(1e-30)
 
     def detector(self, readings: Tensor, others: Tensor) -> Detector:
         """The detector of the mean of some readings, which is nearly 0 at some others.
@@ -66,19 +63,19 @@ class Readings:
             readings: P × d float32.
             others: T × d float32; each counts in the covariance like all tokens elsewhere together.
         """
-        away = readings.mean(0) - self.mean
-        row = self.inverse @ away
+        both = torch.stack((readings.mean(0), self.mean))
+        found = both @ self.inverse
         if len(others):
             # Woodbury's identity, with the covariance of all.
             apart = others - self.mean
             met = apart @ self.inverse
-            gram = met @ apart.mT
-            inner = gram + torch.eye(len(others), device=gram.device)
-            row = row - met.mT @ torch.linalg.solve(inner, met @ away)
-        apart_by = (row @ away).clamp_min(1e-30)
-        row = row / apart_by
-        spread = float(apart_by) ** -0.5
-        return Detector(row - (row @ self.mean) * self.constant, self.constant, spread)
+            inner = met @ apart.mT + torch.eye(len(others), device=met.device)
+            found = found - (met @ both.mT).mT @ torch.linalg.solve(inner, met)
+        # The two rows of least variance that are (1, 0) and (1, 1) at the reading and at the mean.
+        wanted = torch.tensor([[1.0, 0.0], [1.0, 1.0]], device=found.device)
+        weights = torch.linalg.solve(found @ both.mT, wanted, left=False)
+        row, constant = weights @ found
+        return Detector(row, constant, float(weights[0, 0].clamp_min(0)) ** 0.5)
 
 
 def reading_statistics(

@@ -112,9 +112,9 @@ class Trainer:
     def calibration_prompts(self) -> list[EncodedPrompt]:
         """Prompts of training facts that the low level is to be shown, each in one form.
 
-        Unrelated prompts; for a low level whose ``calibrates_on`` is ``"all"`` also the facts' own,
-        and every fourth in chat form where the tokenizer has one. Empty for a low level that takes
-        none (all but the anchored one, the neuron and the decorrelated form) or had them already.
+        Unrelated prompts; for a low level whose ``calibrates_on`` is ``"all"`` also the facts' own
+        and their paraphrases, and every fourth in chat form where the tokenizer has one. Empty for a low level that takes
+        none (most do not) or had them already.
         """
         if not getattr(self.low, "wants_calibration", False):
             return []
@@ -122,7 +122,8 @@ class Trainer:
         probes = list(dict.fromkeys(p for request in self.requests for p in request.locality))
         every = getattr(self.low, "calibrates_on", "unrelated") == "all"
         if every:
-            own = (Probe(r.prompt, r.answer) for r in self.requests)
+            asked = ((r, p) for r in self.requests for p in (r.prompt, *r.paraphrases))
+            own = (Probe(prompt, request.answer) for request, prompt in asked)
             probes = list(dict.fromkeys((*probes, *own)))
         chosen = [probes[i] for i in rng.permutation(len(probes))[: self.settings.calibration]]
         chat = every and getattr(encoder.tokenizer, "chat_template", None)

@@ -84,41 +84,40 @@ def rows(count: int = 400, size: int = 12) -> Tensor:
     return torch.randn(count, size, generator=generator) @ mixing + 2.0
 
 
-def test_the_detector_is_fishers_direction_by_a_dense_solve() -> None:
+def least_variance(covariance: Tensor, key: Tensor, mean: Tensor, at_mean: float) -> Tensor:
+    """Of all w with w · key = 1 and w · mean given, the one of least wᵀ C w: Lagrange's system."""
+    size = len(key)
+    system = torch.zeros(size + 2, size + 2, dtype=torch.float64)
+    system[:size, :size] = covariance
+    system[:size, size], system[size, :size] = key, key
+    system[:size, size + 1], system[size + 1, :size] = mean, mean
+    right = torch.zeros(size + 2, dtype=torch.float64)
+    right[size], right[size + 1] = 1, at_mean
+    return torch.linalg.solve(system, right)[:size].float()
+
+
+def test_score_and_constant_are_those_of_least_variance_by_a_dense_solve() -> None:
     x = rows()
     mean, covariance = x.mean(0), torch.cov(x.mT)
-    known = Readings(mean, covariance, 1e-6)
-    key = x[:2]
+    known, key = Readings(mean, covariance, 1e-9), x[:2]
     found = known.detector(key, x[:0])
-    away = key.mean(0) - mean
-    direction = torch.linalg.solve(covariance, away)
-    direction = direction / (direction @ away)
-    # The offset is read from x itself, so it is compared with what reads the constant.
-    expected = x @ direction - (direction @ mean) * (x @ known.constant)
-    torch.testing.assert_close(found.scores(x), expected, rtol=1e-3, atol=1e-3)
-    assert float(found.scores(mean[None])) == pytest.approx(0, abs=1e-4)
-    assert float(known.constant @ mean) == pytest.approx(1, abs=1e-4)
+    row, constant = (least_variance(covariance, key.mean(0), mean, at) for at in (0.0, 1.0))
+    torch.testing.assert_close(found.row, row, rtol=1e-3, atol=1e-4)
+    torch.testing.assert_close(found.constant, constant, rtol=1e-3, atol=1e-4)
+    assert float(found.scores(mean)) == pytest.approx(0, abs=1e-4)
+    assert float(found.scores(key).mean()) == pytest.approx(1, abs=1e-4)
+    assert found.spread == pytest.approx(float(found.scores(x).std()), rel=1e-3)
 
 
 def test_other_readings_count_in_the_covariance() -> None:
     x = rows()
     mean, covariance = x.mean(0), torch.cov(x.mT)
-    known = Readings(mean, covariance, 1e-6)
     others = x[5:8]
-    found = known.detector(x[:1], others)
+    found = Readings(mean, covariance, 1e-9).detector(x[:1], others)
     apart = others - mean
-    direction = torch.linalg.solve(covariance + apart.mT @ apart, x[0] - mean)
-    direction = direction / (direction @ (x[0] - mean))
-    expected = x @ direction - (direction @ mean) * (x @ known.constant)
-    torch.testing.assert_close(found.scores(x), expected, rtol=1e-3, atol=1e-3)
-
-
-def test_the_constant_is_the_least_squares_fit_of_one() -> None:
-    x = rows()
-    known = Readings(x.mean(0), torch.cov(x.mT, correction=0), 1e-9)
-    fit = torch.linalg.lstsq(x.double(), torch.ones(len(x), 1).double()).solution[:, 0].float()
-    # The fit of 1 is shrunk by the part of x that is not constant; ours gives 1 at the mean.
-    torch.testing.assert_close(known.constant, fit / (fit @ x.mean(0)), rtol=1e-2, atol=1e-3)
+    row = least_variance(covariance + apart.mT @ apart, x[0], mean, 0.0)
+    torch.testing.assert_close(found.row, row, rtol=1e-3, atol=1e-4)
+    assert float(found.scores(others).abs().max()) < 0.1
 
 
 def test_the_shape_by_hand() -> None:
