@@ -113,8 +113,8 @@ class Trainer:
         """Prompts of training facts that the low level is to be shown, each in one form.
 
         Unrelated prompts; for a low level whose ``calibrates_on`` is ``"all"`` also the facts' own
-        and their paraphrases, and every fourth in chat form where the tokenizer has one. Empty for a low level that takes
-        none (most do not) or had them already.
+        and their paraphrases, and every fourth in chat form where the tokenizer has one. Empty for
+        a low level that takes none (most do not) or had them already.
         """
         if not getattr(self.low, "wants_calibration", False):
             return []
