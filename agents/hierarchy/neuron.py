@@ -43,13 +43,13 @@ from hiedit_env.resident.capture import Capture
 from hiedit_env.resident.low_rank import LowRankUpdate
 from hiedit_env.resident.nudges import Nudges
 from hiedit_env.resident.resident import ResidentLLM
-from hiedit_env.rules.base import UpdateRule, positive
+from hiedit_env.rules.base import WholeRule, positive
 
 #: Relative difference of a gate row's length above which its neuron was written before.
 _WRITTEN = 0.02
 
 
-class Neuron(UpdateRule):
+class Neuron(WholeRule):
     """Writes each fact into one neuron of one of the chosen MLPs.
 
     An MLP is chosen when all of its matrices are (``gate_proj``, ``up_proj`` and ``down_proj``, or
@@ -330,11 +330,6 @@ class Neuron(UpdateRule):
                 # A fact all of whose prompts are answered well enough rests.
                 vectors -= (length * busy)[:, None] * speed
         return vectors.detach()
-
-    def _factors(
-        self, group: int, places: list[int], keys: Tensor, gradients: Tensor
-    ) -> tuple[Tensor, Tensor]:
-        raise NotImplementedError  # `compute` is written anew
 
     def _free(self, index: int, start: int, changes: NeuronChanges) -> tuple[int, int]:
         """The neuron of an MLP that matters least and holds no fact, and where to look next."""
