@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
@@ -170,8 +171,8 @@ class Planner:
         # One reading can only be given one vector, so facts about one subject share it.
         subjects: dict[object, list[EncodedPrompt]] = {}
         for unit in units:
-            name = subject_of(self._llm, unit[0]) or unit[0].prompt_ids
-            subjects.setdefault(name, []).extend(unit)
+            key = subject_of(self._llm, unit[0]) or unit[0].prompt_ids
+            subjects.setdefault(key, []).extend(unit)
         found: list[Target] = []
         for name, prompts in subjects.items():
             same = [u for u in past if subject_of(self._llm, u[0]) == name]
@@ -192,8 +193,13 @@ class Planner:
                 found += self._alone(capture, prompt, home(prompt.prompt_ids), starts)
         return found
 
-    def _alone(self, capture: Capture, prompt: EncodedPrompt, home: int, starts: Starts) -> Target:
-        """A neuron for one prompt: at its subject, or at its end where the subject says little."""
+    def _alone(
+        self, capture: Capture, prompt: EncodedPrompt, home: int, starts: Starts
+    ) -> list[Target]:
+        """A neuron for one prompt: at its subject, or at its end where the subject says little.
+
+        None where both read like much else, since it would fire everywhere.
+        """
         if prompt.positions("subject")[0] > 0:
             shape = self._shape(capture, home, [prompt], starts)
             if _is_apart(shape):
@@ -265,7 +271,7 @@ class Planner:
 
 def _is_apart(shape: NeuronShape) -> bool:
     """Whether what the neuron fires at is as far from what is read elsewhere as usual."""
-    return shape.detector.spread * shape.mlp.hidden**0.5 < WIDEST
+    return shape.detector.spread < WIDEST / math.sqrt(shape.mlp.hidden)
 
 
 def _elsewhere(prompt: EncodedPrompt, at_end: bool) -> list[int]:
