@@ -88,7 +88,7 @@ class Neuron(WholeRule):
         search_steps: int = 20,
         enough: float = 0.3,
         threshold: float = 0.4,
-        sharpness: float = 20.0,
+        sharpness: float = 30.0,
         ridge: float = 0.01,
         companions: int = 2,
         swaps: int = 8,

@@ -80,7 +80,7 @@ LOWEST = 0.3
 
 #: Largest spread of a score, over the 1/√d of an ordinary reading; what is read at the beginning of
 #: a text may lie near everything else.
-WIDEST = 2.5
+WIDEST = 1.8
 
 #: Where the rows of each prompt of a capture begin.
 Starts = Mapping[EncodedPrompt, int]
@@ -277,11 +277,12 @@ def _is_apart(shape: NeuronShape) -> bool:
 def _elsewhere(prompt: EncodedPrompt, at_end: bool) -> list[int]:
     """Positions that a neuron must not fire at.
 
-    A text's first token is left out: it reads like no other.
+    Above all not at a text's first token: all others attend to it, so what is added there is added
+    to everything.
     """
     here = prompt.positions("last" if at_end else "subject")[0]
     mentions = () if at_end else {stop - 1 for _, stop in prompt.subject_spans}
-    return [i for i in range(1, prompt.length) if i != here and i not in mentions]
+    return [i for i in range(prompt.length) if i != here and i not in mentions]
 
 
 def _last(rows: Tensor, lengths: Tensor) -> Tensor:

@@ -444,3 +444,14 @@ def test_bad_settings_and_a_missing_calibration_are_named() -> None:
         Neuron(resident("llama")).load_state_dict(low.state_dict())
     with pytest.raises(SettingsError, match="at least one prompt"):
         Neuron(llm).calibrate_on([])
+
+
+def test_nothing_fires_at_the_first_token_of_a_text() -> None:
+    llm = model()
+    low = neuron(llm)
+    planner = Planner(llm, low.mlps, low._readings, ShapeForm(0.4, 30.0, 0))
+    capture = unit(llm, FACTS[0])
+    (target,) = planner.targets(capture, [capture.prompts], lambda _: 0, [], 0)
+    first = capture.keys[low.mlps[0].gate.layer][0]
+    assert abs(float(target.shape.detector.scores(first))) < 0.1
+    assert abs(float(target.shape.firing(first[None]))) < 0.01
