@@ -6,9 +6,13 @@ Importing this package registers the environments and imports neither torch nor 
 >>> for name in sorted(id for id in gymnasium.registry if id.startswith("hiedit/")):
 ...     print(name)
 hiedit/LayerSelection-v1
+hiedit/LayerSelection-v2
 hiedit/LifelongEdit-v1
+hiedit/LifelongEdit-v2
 hiedit/Planted-v1
+hiedit/Planted-v2
 hiedit/StepSize-v1
+hiedit/StepSize-v2
 hiedit/Toy-v1
 
 The names in ``__all__`` are imported when they are first used, and torch with them if they need it:

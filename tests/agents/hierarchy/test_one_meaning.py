@@ -12,6 +12,7 @@ from torch import Tensor
 
 from hiedit_agents.hierarchy.anchored import Anchored
 from hiedit_agents.hierarchy.hypernetwork import Hypernetwork
+from hiedit_agents.hierarchy.neuron import Neuron
 from hiedit_agents.hierarchy.rehearsal import Rehearsal
 from hiedit_agents.hierarchy.routers import PolicyRouter, StraightThroughRouter
 from hiedit_agents.hierarchy.step_sizes import StepSizePolicy
@@ -42,6 +43,7 @@ LEVEL_MAKERS: dict[str, Make] = {
     ),
     "rehearsal": lambda env: Rehearsal(env.llm, network="tokens", rank=2, facts=1, probes=1),
     "anchored": lambda env: calibrated(Anchored(env.llm, openings=0, search_steps=2)),
+    "neuron": lambda env: shown(Neuron(env.llm, search_steps=2)),
     "step-sizes": lambda env: StepSizePolicy(env.llm.shapes, env.llm.device),
     "straight-through": lambda env: StraightThroughRouter(env.llm.shapes, env.llm.device, hidden=2),
     "policy": lambda env: PolicyRouter(L, env.llm.device, hidden=2),
@@ -53,6 +55,13 @@ def calibrated(low: Anchored) -> Anchored:
     """What has been shown some prompts, which belong to its trained numbers."""
     prompts = [low.llm.encode(text, "x") for text in ("Lomri lives in", "The home of Lomri is in")]
     low.calibrate(low.llm.read(prompt).capture() for prompt in prompts)
+    return low
+
+
+def shown(low: Neuron) -> Neuron:
+    """As :func:`calibrated`."""
+    texts = ("Lomri lives in", "The home of Lomri is in")
+    low.calibrate_on([low.llm.encode(text, "x") for text in texts])
     return low
 
 
@@ -116,8 +125,8 @@ def test_a_class_has_the_names_of_what_it_keeps(name: str, env: EditingEnv) -> N
 def test_a_state_dict_holds_every_parameter(name: str, env: EditingEnv) -> None:
     level = shaken(LEVEL_MAKERS[name](env))
     parameters = list(level.parameters())
-    # The anchored level is calibrated only.
-    assert parameters or isinstance(level, Anchored)
+    # Some levels are calibrated only.
+    assert parameters or isinstance(level, Anchored | Neuron)
     saved = [value for value in leaves(level.state_dict()) if isinstance(value, Tensor)]
     for parameter in parameters:
         assert any(

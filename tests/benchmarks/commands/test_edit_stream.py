@@ -20,7 +20,6 @@ from hiedit_benchmarks.commands.cli import main
 from hiedit_benchmarks.commands.edit_stream import Stream
 from hiedit_benchmarks.commands.stream_settings import StreamSettings
 from tests.support.editors import FACTS, NONE
-from tests.support.killed import ROOT
 from tests.support.models import all_bits
 
 AUTO: Any = AutoModelForCausalLM
@@ -153,7 +152,7 @@ def test_options_of_streams_are_refused_for_files(
 
 
 def start(tmp_path: Path, out: str) -> subprocess.Popen[str]:
-    paths = [str(ROOT), *(path for path in sys.path if path)]
+    paths = [str(Path(__file__).resolve().parents[3]), *(path for path in sys.path if path)]
     script = "import sys; from hiedit_benchmarks.commands.cli import main; sys.exit(main())"
     words = ["edit", "--facts", "-", "--model", "tiny", "--max-lost", "1"]
     places = ["--out", str(tmp_path / out), "--ledger", str(tmp_path / "ledger")]
