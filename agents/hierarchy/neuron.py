@@ -253,14 +253,15 @@ class Neuron(WholeRule):
         held, following = dict(self._held), list(self._next)
         for target, vector in zip(targets, vectors, strict=True):
             i, fact = target.home, target.fact
-            if fact not in held:
+            home, neuron = held.get(fact, (-1, -1))
+            if home != i:  # not written yet, or in an MLP that is not chosen now
                 neuron, following[i] = self._free(i, following[i], changes[i])
                 held[fact] = (i, neuron)
             # What the neuron gives as it is was there while the vector was sought.
-            before = changes[i].gives(held[fact][1], target.shape.reading)
+            before = changes[i].gives(neuron, target.shape.reading)
             back = self.mlps[i].back
             factor = 1.0 if multipliers is None else torch.as_tensor(multipliers[back])
-            changes[i].write(held[fact][1], target.shape, vector * factor + before)
+            changes[i].write(neuron, target.shape, vector * factor + before)
         for one in changes.values():
             for layer, update in one.updates().items():
                 updates[layer] = update

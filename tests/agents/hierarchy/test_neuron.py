@@ -295,6 +295,18 @@ def test_a_fact_that_is_edited_again_stays_in_its_neuron() -> None:
     assert unit(llm, again).answered
 
 
+def test_a_fact_whose_mlp_is_not_chosen_again_gets_a_neuron_of_another_one() -> None:
+    llm = model()
+    low = neuron(llm)
+    llm.commit(low.propose(unit(llm, FACTS[0]), FIRST))
+    assert low.statistics()["held"] != {}
+    again = (FACTS[0][0], "w18", "w9")
+    llm.commit(low.propose(unit(llm, again), ~FIRST))
+    # The least neuron of the second MLP, and not the one with the number of the first.
+    assert list(low.statistics()["held"].values()) == [(1, int(low.state_dict()["order.1"][0]))]
+    assert unit(llm, again).answered
+
+
 def test_other_facts_stay() -> None:
     llm = model()
     low = neuron(llm)
