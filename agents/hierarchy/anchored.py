@@ -24,7 +24,6 @@ normalised steps, the prompts of both forms and the repeated questions.
 from __future__ import annotations
 
 import copy
-import itertools
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, ClassVar, Self
 
@@ -33,6 +32,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from hiedit_agents.hierarchy.fact_memory import FactMemory, Unit, units_of
 from hiedit_agents.hierarchy.key_moments import inverses, key_moments, symmetric
 from hiedit_env.errors import PromptError, SettingsError, as_float, whole_number
 from hiedit_env.model.asking import has_markers
@@ -41,7 +41,7 @@ from hiedit_env.resident.capture import Capture
 from hiedit_env.resident.low_rank import LowRankUpdate
 from hiedit_env.resident.nudges import Nudges
 from hiedit_env.resident.resident import ResidentLLM
-from hiedit_env.rules.base import WholeRule, positive
+from hiedit_env.rules.base import positive
 
 #: Words that a prompt is read behind, in this order: a fact is the same whatever was said before.
 OPENINGS = (
@@ -51,11 +51,8 @@ OPENINGS = (
     "Here is something that I read yesterday in a book. ",
 )
 
-#: The prompts of one fact, in every form asked.
-Unit = tuple[EncodedPrompt, ...]
 
-
-class Anchored(WholeRule):
+class Anchored(FactMemory):
     """Seeks values at the subject in several layers and writes them in closed form.
 
     Args:
@@ -115,7 +112,6 @@ class Anchored(WholeRule):
         self._seed, self._episode = seed, 0
         self._moments: dict[str, Tensor] = {}
         self._first: list[Tensor] = []
-        self._earlier: tuple[Unit, ...] = ()
         super().__init__(llm.shapes, llm.device, step_size=step_size)
 
     # -- what the layers meet elsewhere ---------------------------------------------------------
@@ -150,10 +146,6 @@ class Anchored(WholeRule):
         self._first = inverses(moments, len(self.shapes), self.prior, self.device)
         self.reset()
 
-    def parameters(self) -> list[torch.nn.Parameter]:
-        """Nothing of it is learned by gradients."""
-        return []
-
     def state_dict(self) -> dict[str, Any]:
         """The calibration by name."""
         return dict(self._moments)
@@ -179,26 +171,11 @@ class Anchored(WholeRule):
         """Of which facts are asked again, in the episodes that begin from now on."""
         self._episode = seed
 
-    def remember(self, facts: Sequence[EncodedPrompt]) -> None:
-        """Facts that were edited into the model before; asked again from the next reset on.
-
-        Args:
-            facts: Earliest first; prompts of one fact stand side by side.
-        """
-        self._earlier = tuple(self._units(facts))
-
     def reset(self) -> None:
         """Forgets what was written in this episode."""
-        self._past: tuple[Unit, ...] = self._earlier
+        self.recall()
         self._inverses: tuple[Tensor, ...] = tuple(self._first)
         self._rng = np.random.default_rng([self._seed, 5, self._episode])
-
-    def observe(self, capture: Capture) -> None:
-        """Takes the facts of a capture into the memory; of two answers to a prompt, the later."""
-        new = self._units(capture.prompts)
-        asked = {prompt.prompt_ids for unit in new for prompt in unit}
-        kept = (unit for unit in self._past if not asked & {p.prompt_ids for p in unit})
-        self._past = (*kept, *new)
 
     def statistics(self) -> dict[str, Any]:
         """Memory, inverse second moments and random state of this episode."""
@@ -245,7 +222,7 @@ class Anchored(WholeRule):
         chosen = np.flatnonzero(layers).tolist()
         if not chosen:
             return tuple(updates)
-        present = self._units(capture.prompts)
+        present = units_of(self.llm, capture.prompts)
         facts = [*present, *self._lost(present)]
         prompts, owners = self._sought(facts)
         with torch.inference_mode(False), torch.enable_grad():
@@ -267,20 +244,9 @@ class Anchored(WholeRule):
         self._inverses = tuple(inverses)
         return tuple(updates)
 
-    def _units(self, prompts: Sequence[EncodedPrompt]) -> list[Unit]:
-        """Prompts by fact: side by side, of one subject and with one answer."""
-
-        def fact(prompt: EncodedPrompt) -> tuple[str, str]:
-            start, stop = prompt.subject_spans[-1] if prompt.subject_spans else (0, 0)
-            ids = () if prompt.subject_missing else prompt.prompt_ids[start:stop]
-            return self.llm.encoder.decode(ids).strip().casefold(), prompt.answer
-
-        return [tuple(group) for _, group in itertools.groupby(prompts, fact)]
-
     def _lost(self, present: Sequence[Unit]) -> list[Unit]:
         """Some earlier facts, those of them that the model no longer gives."""
-        asked = {prompt.prompt_ids for unit in present for prompt in unit}
-        past = [u for u in self._past if not asked & {p.prompt_ids for p in u}]
+        past = self.others(present)
         count = min(self.repeats * len(present), len(past))
         drawn = [past[i] for i in self._rng.choice(len(past), count, replace=False)]
         if not drawn:

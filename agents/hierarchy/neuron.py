@@ -24,7 +24,6 @@ detector in closed form, and its flat top.
 from __future__ import annotations
 
 import copy
-import itertools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar, Self
 
@@ -34,8 +33,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from hiedit_agents.hierarchy.detectors import Readings, reading_statistics, readings
+from hiedit_agents.hierarchy.fact_memory import FactMemory, units_of
 from hiedit_agents.hierarchy.neuron_changes import NeuronChanges
-from hiedit_agents.hierarchy.neuron_plan import NAMES, Planner, ShapeForm, Target, Unit, subject_of
+from hiedit_agents.hierarchy.neuron_plan import NAMES, Planner, ShapeForm, Target
 from hiedit_env.errors import SettingsError, as_float, whole_number
 from hiedit_env.model.mlps import candidate_mlps
 from hiedit_env.model.tokenization import EncodedPrompt
@@ -43,13 +43,13 @@ from hiedit_env.resident.capture import Capture
 from hiedit_env.resident.low_rank import LowRankUpdate
 from hiedit_env.resident.nudges import Nudges
 from hiedit_env.resident.resident import ResidentLLM
-from hiedit_env.rules.base import WholeRule, positive
+from hiedit_env.rules.base import positive
 
 #: Relative difference of a gate row's length above which its neuron was written before.
 _WRITTEN = 0.02
 
 
-class Neuron(WholeRule):
+class Neuron(FactMemory):
     """Writes each fact into one neuron of one of the chosen MLPs.
 
     An MLP is chosen when all of its matrices are (``gate_proj``, ``up_proj`` and ``down_proj``, or
@@ -116,7 +116,6 @@ class Neuron(WholeRule):
             )
         self._statistics: dict[str, Tensor] = {}
         self._readings: list[Readings] = []
-        self._earlier: tuple[Unit, ...] = ()
         super().__init__(llm.shapes, llm.device, step_size=step_size)
 
     # -- what the MLPs read elsewhere -----------------------------------------------------------
@@ -147,10 +146,6 @@ class Neuron(WholeRule):
         self._readings = [readings(self._statistics, i, self.ridge) for i in indices]
         self.reset()
 
-    def parameters(self) -> list[torch.nn.Parameter]:
-        """Nothing of it is learned by gradients."""
-        return []
-
     def state_dict(self) -> dict[str, Any]:
         """The calibration by name."""
         return dict(self._statistics)
@@ -173,28 +168,13 @@ class Neuron(WholeRule):
 
     # -- the episode ------------------------------------------------------------------------------
 
-    def remember(self, facts: Sequence[EncodedPrompt]) -> None:
-        """Facts that were edited into the model before.
-
-        Args:
-            facts: Earliest first; prompts of one fact stand side by side.
-        """
-        self._earlier = tuple(self._units(facts))
-
     def reset(self) -> None:
         """Forgets what was written in this episode."""
-        self._past: tuple[Unit, ...] = self._earlier
+        self.recall()
         #: By a fact's first prompt, the MLP and the neuron that hold it.
         self._held: dict[tuple[int, ...], tuple[int, int]] = {}
         #: By MLP, how many of the neurons in order were looked at.
         self._next: tuple[int, ...] = (0,) * len(self.mlps)
-
-    def observe(self, capture: Capture) -> None:
-        """Takes the facts of a capture into the memory; of two answers to a prompt, the later."""
-        new = self._units(capture.prompts)
-        asked = {prompt.prompt_ids for unit in new for prompt in unit}
-        kept = (unit for unit in self._past if not asked & {p.prompt_ids for p in unit})
-        self._past = (*kept, *new)
 
     def statistics(self) -> dict[str, Any]:
         """Which facts were seen in this episode, and which neurons hold them."""
@@ -241,11 +221,12 @@ class Neuron(WholeRule):
         chosen = [i for i, mlp in enumerate(self.mlps) if all(layers[j] for j in mlp.layers)]
         if not chosen:
             return tuple(updates)
-        units, asked = self._units(capture.prompts), set(capture.prompts)
-        past = [u for u in self._past if not any(p in asked for p in u)]
+        units = units_of(self.llm, capture.prompts)
         form = ShapeForm(self.threshold, self.sharpness, self.swaps)
         planner = Planner(self.llm, self.mlps, self._readings, form)
-        targets = planner.targets(capture, units, self._homes(chosen), past, self.companions)
+        targets = planner.targets(
+            capture, units, self._homes(chosen), self.others(units), self.companions
+        )
         if not targets:
             return tuple(updates)
         vectors = self._search(targets)
@@ -280,14 +261,6 @@ class Neuron(WholeRule):
             return known[fact]
 
         return home
-
-    def _units(self, prompts: Sequence[EncodedPrompt]) -> list[Unit]:
-        """Prompts by fact: side by side, of one subject and with one answer."""
-
-        def fact(prompt: EncodedPrompt) -> tuple[str, str]:
-            return subject_of(self.llm, prompt), prompt.answer
-
-        return [tuple(group) for _, group in itertools.groupby(prompts, fact)]
 
     @torch.inference_mode(False)
     @torch.enable_grad()

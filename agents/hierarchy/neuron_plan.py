@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from hiedit_agents.hierarchy.detectors import Detector, Readings, inputs
+from hiedit_agents.hierarchy.fact_memory import Unit, subject_of
 from hiedit_env.model.asking import Tokens
 from hiedit_env.model.mlps import CandidateMLP
 from hiedit_env.model.tokenization import EncodedPrompt
@@ -85,9 +86,6 @@ WIDEST = 1.8
 #: Where the rows of each prompt of a capture begin.
 Starts = Mapping[EncodedPrompt, int]
 
-#: The prompts of one fact, in every form asked.
-Unit = tuple[EncodedPrompt, ...]
-
 
 @dataclass(frozen=True, slots=True)
 class Target:
@@ -118,14 +116,6 @@ class ShapeForm:
     threshold: float
     sharpness: float
     swaps: int
-
-
-def subject_of(llm: ResidentLLM, prompt: EncodedPrompt) -> str:
-    """The subject as it is written in the prompt, in lower case; empty where it is not in it."""
-    if prompt.subject_missing or not prompt.subject_spans:
-        return ""
-    start, stop = prompt.subject_spans[-1]
-    return llm.encoder.decode(prompt.prompt_ids[start:stop]).strip().casefold()
 
 
 class Planner:

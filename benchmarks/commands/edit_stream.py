@@ -29,6 +29,7 @@ from hiedit_agents.editing.export import Saved
 from hiedit_agents.editing.facts import as_requests
 from hiedit_agents.editing.out_folder import OutFolder
 from hiedit_agents.editing.results import EditResult
+from hiedit_benchmarks.commands.live_editor import live_editor
 from hiedit_benchmarks.commands.stream_settings import StreamSettings
 from hiedit_benchmarks.comparison.settings import EditSettings
 from hiedit_env.datasets.files import MAX_LINE_BYTES
@@ -62,22 +63,8 @@ def main(
     """
     # Refuses a folder that cannot be written before hours of editing.
     OutFolder(out)
-    editor = Editor.from_pretrained(
-        settings.model,
-        device=settings.device,
-        dtype=settings.dtype,
-        trust_remote_code=settings.trust_remote_code,
-        agent=agent,
-        layers=settings.layers,
-        ledger=stream.ledger,
-        checks=Checks(min_agreement=stream.min_agreement, max_lost=stream.max_lost),
-        prompt_form=settings.prompt_form,
-        end_token=end_token,
-        layers_per_edit=settings.layers_per_edit,
-        max_steps_per_edit=settings.max_steps_per_edit,
-        step_size=settings.step_size,
-        update_rule=settings.update_rule,
-    )
+    checks = Checks(min_agreement=stream.min_agreement, max_lost=stream.max_lost)
+    editor = live_editor(settings, agent, end_token, stream.ledger, checks)
     with editor:
         print(f"hiedit: agent {editor.agent}", file=sys.stderr)
         batch = settings.edits_per_step

@@ -6,11 +6,11 @@ import sys
 from pathlib import Path
 
 from hiedit_agents.editing.checks import Checks
-from hiedit_agents.editing.editor import Editor
 from hiedit_agents.serving.app import create_app
 from hiedit_agents.serving.guards import LOOPBACK
 from hiedit_agents.serving.run import address_of, is_loopback, serve, take_port
 from hiedit_agents.serving.served_model import UNEDITED, ServedModel
+from hiedit_benchmarks.commands.live_editor import live_editor
 from hiedit_benchmarks.commands.serve_settings import ServeSettings
 from hiedit_benchmarks.comparison.settings import EditSettings
 
@@ -36,22 +36,8 @@ def main(
     """
     token, made = given.settled_token()
     with take_port(given.host, given.port) as taken:
-        editor = Editor.from_pretrained(
-            settings.model,
-            device=settings.device,
-            dtype=settings.dtype,
-            trust_remote_code=settings.trust_remote_code,
-            agent=agent,
-            layers=settings.layers,
-            ledger=given.ledger,
-            checks=Checks(min_agreement=given.min_agreement, max_lost=given.max_lost),
-            prompt_form=settings.prompt_form,
-            end_token=end_token,
-            layers_per_edit=settings.layers_per_edit,
-            max_steps_per_edit=settings.max_steps_per_edit,
-            step_size=settings.step_size,
-            update_rule=settings.update_rule,
-        )
+        checks = Checks(min_agreement=given.min_agreement, max_lost=given.max_lost)
+        editor = live_editor(settings, agent, end_token, given.ledger, checks)
         with editor:
             model = ServedModel(editor, model_name(settings.model))
             alone = is_loopback(given.host)

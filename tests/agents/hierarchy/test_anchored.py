@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from hiedit_agents.hierarchy.anchored import Anchored
+from hiedit_agents.hierarchy.fact_memory import units_of
 from hiedit_env.errors import SettingsError
 from hiedit_env.model.tokenization import EncodedPrompt
 from hiedit_env.resident.capture import Capture
@@ -64,7 +65,7 @@ def second_moments(low: Anchored) -> list[Tensor]:
 
 def found(low: Anchored, capture: Capture) -> tuple[list[Tensor], list[Tensor]]:
     """Keys and values of the search, as `compute` gets them."""
-    facts = low._units(capture.prompts)
+    facts = units_of(low.llm, capture.prompts)
     prompts, owners = low._sought(facts)
     return low._search(prompts, owners, len(facts), [0, 1])
 
@@ -218,8 +219,8 @@ def test_both_forms_of_a_fact_share_their_vectors() -> None:
     two = EncodedPrompt(
         "other form", one.answer, (8, 9, 4), one.answer_ids, subject_spans=((1, 2),)
     )
-    assert low._units([one, two]) == [(one, two)]
-    assert len(low._units(unit(llm, 0, 1).prompts)) == 2
+    assert units_of(low.llm, [one, two]) == [(one, two)]
+    assert len(units_of(low.llm, unit(llm, 0, 1).prompts)) == 2
     capture = llm.read(one, two).capture()
     _, values = found(low, capture)
     assert torch.equal(values[0][0], values[0][1])
@@ -229,7 +230,7 @@ def test_openings_stand_before_the_prompt_and_leave_the_subject_where_it_is() ->
     llm = model()
     low = anchored(llm, openings=2)
     capture = unit(llm, 0)
-    prompts, owners = low._sought(low._units(capture.prompts))
+    prompts, owners = low._sought(units_of(low.llm, capture.prompts))
     assert len(prompts) == 3
     assert owners.tolist() == [0, 0, 0]
     for prompt, at in prompts:
@@ -244,7 +245,7 @@ def test_facts_that_read_the_same_up_to_the_subject_share_one_value() -> None:
     first = unit(llm, 0).prompt
     text = "w5 w9 w14 w22"
     second = llm.encoder.with_subject(llm.encode(text, "w18"), text, "w9")
-    facts = low._units([first, unit(llm, 1).prompt, second])
+    facts = units_of(low.llm, [first, unit(llm, 1).prompt, second])
     prompts, owners = low._sought(facts)
     assert owners.tolist() == [0, 1, 0]
     keys, values = low._search(prompts, owners, 2, [0, 1])
@@ -266,9 +267,9 @@ def test_a_fact_that_was_lost_is_sought_again_with_the_present_one() -> None:
     low.observe(first)
     llm.commit(low.propose(first, every))
     low.observe(second)
-    assert low._lost(low._units(second.prompts)) == []
+    assert low._lost(units_of(low.llm, second.prompts)) == []
     llm.restore_unedited()
-    assert low._lost(low._units(second.prompts)) == [first.prompts]
+    assert low._lost(units_of(low.llm, second.prompts)) == [first.prompts]
     updates = low.propose(llm.read(*second.prompts).capture(), every)
     assert updates[0] is not None
     assert len(updates[0].left) == 2
