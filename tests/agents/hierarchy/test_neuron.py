@@ -295,6 +295,15 @@ def test_a_fact_that_is_edited_again_stays_in_its_neuron() -> None:
     assert unit(llm, again).answered
 
 
+def test_an_older_answer_to_the_same_prompt_is_no_companion() -> None:
+    llm = model()
+    low = neuron(llm)
+    low.observe(unit(llm, FACTS[0], SAME))
+    again = unit(llm, (FACTS[0][0], "w18", "w9"))
+    (kept,) = low.others([again.prompts])
+    assert kept[0].prompt == SAME[0]
+
+
 def test_a_fact_whose_mlp_is_not_chosen_again_gets_a_neuron_of_another_one() -> None:
     llm = model()
     low = neuron(llm)

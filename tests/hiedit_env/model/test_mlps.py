@@ -53,3 +53,30 @@ def test_an_mlp_with_a_matrix_that_is_no_candidate_is_none() -> None:
 def test_half_precision() -> None:
     llm = resident("qwen3", dtype=torch.bfloat16)
     assert len(candidate_mlps(llm.model, llm.layers)) == 2
+
+
+def test_a_module_that_cannot_be_run_by_itself_is_none_but_missing_memory_is_said(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    llm = resident("llama")
+    first = llm.model.get_submodule("model.layers.1.mlp")
+
+    def raises(error: Exception) -> None:
+        def forward(*_: object) -> None:
+            raise error
+
+        monkeypatch.setattr(first, "forward", forward)
+
+    raises(TypeError("forward() needs more"))
+    assert [mlp.block for mlp in candidate_mlps(llm.model, llm.layers)] == [2]
+    raises(MemoryError("no room"))
+    with pytest.raises(MemoryError, match="no room"):
+        candidate_mlps(llm.model, llm.layers)
+
+
+def test_an_mlp_that_gives_something_else_is_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    llm = resident("llama")
+    first = llm.model.get_submodule("model.layers.1.mlp")
+    own = first.forward
+    monkeypatch.setattr(first, "forward", lambda x: 1.1 * own(x))
+    assert [mlp.block for mlp in candidate_mlps(llm.model, llm.layers)] == [2]
