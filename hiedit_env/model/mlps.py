@@ -167,9 +167,11 @@ def _equals(parent: nn.Module, mlp: CandidateMLP, layers: Sequence[CandidateLaye
             rows = slice(mlp.up.first, mlp.up.first + mlp.neurons)
             inner = inner * layers[mlp.up.layer].module(inputs)[..., rows]
         expected = layers[mlp.back].module(inner).float()
-        # A module of another kind may raise anything on such inputs.
+        # A module of another kind may raise anything else on such inputs.
         try:
             given = parent(inputs)
+        except (MemoryError, torch.OutOfMemoryError):
+            raise
         except Exception:
             return False
     if not isinstance(given, Tensor) or given.shape != expected.shape:
