@@ -125,6 +125,14 @@ class Neuron(FactMemory):
         """Whether :meth:`calibrate_on` has not been called yet, now or before it was saved."""
         return not self._statistics
 
+    def require_ready(self) -> None:
+        """Raises SettingsError where it was never shown what the MLPs read."""
+        if self.wants_calibration:
+            raise SettingsError(
+                "the low level 'neuron' has to see what the model reads: call calibrate_on(prompts)"
+                " first, or use a folder made by 'hiedit train HIGH+neuron --episodes 0 --out DIR'"
+            )
+
     def calibrate_on(
         self, prompts: Sequence[EncodedPrompt], on_prompts: Callable[[int], None] | None = None
     ) -> None:
@@ -212,11 +220,7 @@ class Neuron(FactMemory):
         Raises:
             SettingsError: never calibrated, or all neurons of the chosen MLP hold facts.
         """
-        if not self._statistics:
-            raise SettingsError(
-                "the low level 'neuron' has to see what the model reads: call calibrate_on(prompts)"
-                " first, or use a folder made by 'hiedit train HIGH+neuron --episodes 0'"
-            )
+        self.require_ready()
         updates: list[LowRankUpdate | None] = [None] * len(self.shapes)
         chosen = [i for i, mlp in enumerate(self.mlps) if all(layers[j] for j in mlp.layers)]
         if not chosen:

@@ -89,9 +89,13 @@ def test_an_agent_that_needs_an_environment_is_refused_before_the_model_is_touch
     assert model.training
 
 
-def test_an_agent_that_lacks_its_calibration_is_refused_at_once() -> None:
-    with pytest.raises(SettingsError, match="'anchored' needs second moments"):
-        Editor(*live(), agent="all-layers+anchored")
+@pytest.mark.parametrize(
+    ("low", "said"),
+    [("anchored", "'anchored' needs second moments"), ("neuron", "'neuron' has to see")],
+)
+def test_an_agent_that_lacks_its_calibration_is_refused_at_once(low: str, said: str) -> None:
+    with pytest.raises(SettingsError, match=said):
+        Editor(*live(), agent=f"all-layers+{low}")
 
 
 def test_a_ledger_on_disk_is_gone_on_with(tmp_path: Path) -> None:

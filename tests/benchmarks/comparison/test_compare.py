@@ -274,13 +274,17 @@ def test_output_that_is_not_utf8_does_not_break_a_comparison(
     assert [row["agent"] for row in read(out)] == ["no-edit", "字"] * 2
 
 
+@pytest.mark.parametrize(
+    ("low", "said"),
+    [("anchored", "'anchored' needs second moments"), ("neuron", "'neuron' has to see")],
+)
 def test_an_agent_that_lacks_its_calibration_is_refused_before_anything_is_played(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    low: str, said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def forbidden(*_: Any, **__: Any) -> None:
         raise AssertionError("must not be called")
 
     monkeypatch.setattr("hiedit_benchmarks.comparison.compare.play", forbidden)
-    with pytest.raises(SettingsError, match="'anchored' needs second moments"):
-        compare(SETTINGS, ["all-layers+anchored"], [0], tmp_path / "out", progress=False)
+    with pytest.raises(SettingsError, match=said):
+        compare(SETTINGS, [f"all-layers+{low}"], [0], tmp_path / "out", progress=False)
     assert not (tmp_path / "out").exists()
