@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
@@ -12,6 +13,7 @@ from torch import Tensor
 
 from hiedit_agents.hierarchy.detectors import Detector, Readings, inputs
 from hiedit_agents.hierarchy.fact_memory import Unit, subject_of
+from hiedit_env.errors import HieditWarning
 from hiedit_env.model.asking import Tokens
 from hiedit_env.model.mlps import CandidateMLP
 from hiedit_env.model.tokenization import EncodedPrompt
@@ -180,7 +182,16 @@ class Planner:
                     groups = []
             alone = [p for p in prompts if p not in inside or groups]
             for prompt in alone:
-                found += self._alone(capture, prompt, home(prompt.prompt_ids), starts)
+                one = self._alone(capture, prompt, home(prompt.prompt_ids), starts)
+                if not one:
+                    warnings.warn(
+                        f"{prompt.prompt!r:.100}: what the model reads at the subject and at the "
+                        "end is like much else, so no neuron is written for it; put a word before "
+                        "the subject",
+                        HieditWarning,
+                        stacklevel=2,
+                    )
+                found += one
         return found
 
     def _alone(

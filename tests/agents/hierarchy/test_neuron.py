@@ -14,7 +14,7 @@ from hiedit_agents.hierarchy.detectors import Readings
 from hiedit_agents.hierarchy.neuron import Neuron
 from hiedit_agents.hierarchy.neuron_changes import NeuronChanges
 from hiedit_agents.hierarchy.neuron_plan import NeuronShape, Planner, ShapeForm
-from hiedit_env.errors import SettingsError
+from hiedit_env.errors import HieditWarning, SettingsError
 from hiedit_env.model.tokenization import EncodedPrompt
 from hiedit_env.resident.capture import Capture
 from hiedit_env.resident.low_rank import LowRankUpdate
@@ -476,3 +476,27 @@ def test_nothing_fires_at_the_first_token_of_a_text() -> None:
     first = capture.keys[low.mlps[0].gate.layer][0]
     assert abs(float(target.shape.detector.scores(first))) < 0.1
     assert abs(float(target.shape.firing(first[None]))) < 0.01
+
+
+def test_what_reads_like_much_else_is_not_written_and_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    llm = model()
+    low = neuron(llm)
+    monkeypatch.setattr("hiedit_agents.hierarchy.neuron_plan.WIDEST", 0.0)
+    with pytest.warns(HieditWarning, match="'w5 w9 w4': what the model reads .* no neuron"):
+        assert low.propose(unit(llm, FACTS[0]), ALL) == (None,) * 6
+    assert low.statistics()["held"] == {}
+
+
+def test_a_subject_that_begins_the_text_is_read_at_the_end_of_the_prompt() -> None:
+    llm = model()
+    low = neuron(llm)
+    capture = unit(llm, ("w9 w4 w8", "w13", "w9"))
+    planner = Planner(llm, low.mlps, low._readings, ShapeForm(0.4, 30.0, 8))
+    (target,) = planner.targets(capture, [capture.prompts], lambda _: 0, [], 0)
+    assert [list(prompt.positions("subject")) for prompt in target.prompts] == [[2]]
+    reading = capture.keys[low.mlps[0].gate.layer][2]
+    torch.testing.assert_close(target.shape.reading, reading)
+    # Other names in the subject's place give readings at which it does not fire.
+    others = planner._swapped(capture.prompt, at_end=True)
+    assert others
+    assert all(other.prompt_ids[1:] == capture.prompt.prompt_ids[1:] for other in others)
