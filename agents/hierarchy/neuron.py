@@ -1,7 +1,7 @@
 """A low level that gives every fact a neuron of its own, which fires at the fact's subject only.
 
-For the facts of an edit unit, at the present weights, each in one of the chosen MLPs, the one that
-holds the fewest facts:
+For the facts of an edit unit, at the present weights, each in one of the chosen MLPs: of those that
+can tell its subject from everything else, the one that holds the fewest facts:
 
 1. **Value.** A vector is added to what the MLP gives at the subject's last token, in every prompt
    of the fact. It is sought by steps of normalised gradient descent with momentum on the mean of
@@ -36,12 +36,12 @@ from hiedit_agents.hierarchy.detectors import Readings, reading_statistics, read
 from hiedit_agents.hierarchy.fact_memory import FactMemory, units_of
 from hiedit_agents.hierarchy.neuron_changes import NeuronChanges
 from hiedit_agents.hierarchy.neuron_plan import NAMES, Planner, ShapeForm, Target
+from hiedit_agents.hierarchy.neuron_search import SearchForm, seek
 from hiedit_env.errors import SettingsError, as_float, whole_number
 from hiedit_env.model.mlps import candidate_mlps
 from hiedit_env.model.tokenization import EncodedPrompt
 from hiedit_env.resident.capture import Capture
 from hiedit_env.resident.low_rank import LowRankUpdate
-from hiedit_env.resident.nudges import Nudges
 from hiedit_env.resident.resident import ResidentLLM
 from hiedit_env.rules.base import positive
 
@@ -91,7 +91,7 @@ class Neuron(FactMemory):
         sharpness: float = 30.0,
         ridge: float = 0.01,
         companions: int = 2,
-        swaps: int = 8,
+        swaps: int = 2,
     ) -> None:
         if not 0 <= as_float(momentum) < 1:
             raise SettingsError(f"momentum must be a number in [0, 1), got {momentum!r}")
@@ -253,61 +253,29 @@ class Neuron(FactMemory):
         self._held, self._next = held, tuple(following)
         return tuple(updates)
 
-    def _homes(self, chosen: Sequence[int]) -> Callable[[tuple[int, ...]], int]:
-        """Where the neuron of a fact goes: where it is, else where the fewest facts are."""
+    def _homes(self, chosen: Sequence[int]) -> Callable[[tuple[int, ...]], list[int]]:
+        """Where the neuron of a fact may go: where it is, else where the fewest facts are."""
         load = {i: self._next[i] / self.mlps[i].neurons for i in chosen}
         known = {fact: i for fact, (i, _) in self._held.items() if i in load}
+        # Facts that are written together count by the first place they are offered.
+        offered: dict[tuple[int, ...], list[int]] = {}
 
-        def home(fact: tuple[int, ...]) -> int:
-            if fact not in known:
-                known[fact] = min(load, key=lambda i: load[i])
-                load[known[fact]] += 1 / self.mlps[known[fact]].neurons
-            return known[fact]
+        def homes(fact: tuple[int, ...]) -> list[int]:
+            if fact not in offered:
+                emptiest = sorted(load, key=lambda i: load[i])
+                if fact in known:
+                    emptiest.sort(key=lambda i: i != known[fact])
+                else:
+                    load[emptiest[0]] += 1 / self.mlps[emptiest[0]].neurons
+                offered[fact] = emptiest
+            return offered[fact]
 
-        return home
+        return homes
 
-    @torch.inference_mode(False)
-    @torch.enable_grad()
     def _search(self, targets: Sequence[Target]) -> Tensor:
         """What the neurons of F facts are to write: F × d_out float32."""
-        prompts = [prompt for target in targets for prompt in target.prompts]
-        owners = torch.tensor(
-            [i for i, target in enumerate(targets) for _ in target.prompts], device=self.device
-        )
-        used = sorted({target.home for target in targets})
-        mlps = [self.mlps[i] for i in used]
-        layers = [layer for mlp in mlps for layer in (mlp.gate.layer, mlp.back)]
-        nudges = Nudges(self.llm, prompts, [p.positions("subject")[0] for p in prompts], layers)
-        idle = [torch.zeros(1, self.shapes[mlp.gate.layer][1], device=self.device) for mlp in mlps]
-        homes = torch.tensor([target.home for target in targets], device=self.device)[owners]
-        here = [(homes == i).float()[:, None] for i in used]
-        vectors = torch.zeros(len(targets), mlps[0].hidden, device=self.device, requires_grad=True)
-        fires = torch.ones(len(owners), 1, device=self.device)
-        numbers = torch.bincount(owners, minlength=len(targets)).float()
-        length, speed = torch.zeros_like(numbers), torch.zeros_like(vectors)
-        for step in range(self.search_steps + 1):
-            added = vectors[owners] * fires
-            pairs = zip(idle, here, strict=True)
-            losses = nudges.losses([x for zero, own in pairs for x in (zero, added * own)])
-            if not step:
-                read = dict(zip(used, nudges.keys[::2], strict=True))
-                rows = zip(owners.tolist(), range(len(prompts)), strict=True)
-                fires = torch.stack(
-                    [targets[i].shape.firing(read[targets[i].home][row].float()) for i, row in rows]
-                )[:, None]
-                length = length.index_add(0, owners, nudges.lengths) / numbers * self.step_size
-            open_ = (losses.detach() >= self.enough).float()
-            busy = torch.zeros_like(numbers).index_add(0, owners, open_) > 0
-            if step == self.search_steps or not bool(busy.any()):
-                break
-            means = torch.zeros_like(numbers).index_add(0, owners, losses) / numbers
-            (gradient,) = torch.autograd.grad(means.sum(), vectors)
-            size = gradient.norm(dim=1, keepdim=True).clamp_min(1e-30)
-            speed = self.momentum * speed + gradient / size
-            with torch.no_grad():
-                # A fact all of whose prompts are answered well enough rests.
-                vectors -= (length * busy)[:, None] * speed
-        return vectors.detach()
+        form = SearchForm(self.step_size, self.momentum, self.search_steps, self.enough)
+        return seek(self.llm, self.mlps, targets, form)
 
     def _free(self, index: int, start: int, changes: NeuronChanges) -> tuple[int, int]:
         """The neuron of an MLP that matters least and holds no fact, and where to look next."""
