@@ -1,7 +1,6 @@
 """A low level that gives every fact a neuron of its own, which fires at the fact's subject only.
 
-For the facts of an edit unit, at the present weights, each in one of the chosen MLPs: of those that
-can tell its subject from everything else, the one that holds the fewest facts:
+For the facts of an edit unit, at the present weights, all in the first chosen MLP with room:
 
 1. **Value.** A vector is added to what the MLP gives at the subject's last token, in every prompt
    of the fact. It is sought by steps of normalised gradient descent with momentum on the mean of
@@ -12,7 +11,9 @@ can tell its subject from everything else, the one that holds the fewest facts:
 3. **Neuron.** The neuron that matters least and holds no fact yet is written anew: its gate gives
    β (s − θ), its other row a number that falls as s rises, so that their product hardly changes for
    s from 0.6 to 1.1 and is 0 below θ; its column is the vector. Below θ nothing is added, however
-   many facts are written: what a linear memory adds up over edits, the activation cuts off.
+   many facts are written: what a linear memory adds up over edits, the activation cuts off. Facts stay in
+one MLP, since its neurons do not read what they write; those of a later MLP do, as readings that
+occur nowhere else, and were measured to fire at them a thousand times too strongly.
 
 A change of one neuron is of rank 1 in each of its matrices, and taking it back takes back one fact
 alone. Neurons as key and value memories: Geva et al., arXiv 2012.14913; a neuron added per fact:
@@ -50,7 +51,7 @@ _WRITTEN = 0.02
 
 
 class Neuron(FactMemory):
-    """Writes each fact into one neuron of one of the chosen MLPs.
+    """Writes each fact into one neuron of the first chosen MLP.
 
     An MLP is chosen when all of its matrices are (``gate_proj``, ``up_proj`` and ``down_proj``, or
     what they are called); what is chosen of other MLPs is left alone.
@@ -87,7 +88,7 @@ class Neuron(FactMemory):
         momentum: float = 0.5,
         search_steps: int = 20,
         enough: float = 0.3,
-        threshold: float = 0.4,
+        threshold: float = 0.45,
         sharpness: float = 30.0,
         ridge: float = 0.01,
         companions: int = 2,
@@ -253,24 +254,18 @@ class Neuron(FactMemory):
         self._held, self._next = held, tuple(following)
         return tuple(updates)
 
-    def _homes(self, chosen: Sequence[int]) -> Callable[[tuple[int, ...]], list[int]]:
-        """Where the neuron of a fact may go: where it is, else where the fewest facts are."""
-        load = {i: self._next[i] / self.mlps[i].neurons for i in chosen}
-        known = {fact: i for fact, (i, _) in self._held.items() if i in load}
-        # Facts that are written together count by the first place they are offered.
-        offered: dict[tuple[int, ...], list[int]] = {}
+    def _homes(self, chosen: Sequence[int]) -> Callable[[tuple[int, ...]], int]:
+        """Where the neuron of a fact goes: where it is, else the first chosen MLP with room."""
+        room = {i: self.mlps[i].neurons - self._next[i] for i in chosen}
+        known = {fact: i for fact, (i, _) in self._held.items() if i in room}
 
-        def homes(fact: tuple[int, ...]) -> list[int]:
-            if fact not in offered:
-                emptiest = sorted(load, key=lambda i: load[i])
-                if fact in known:
-                    emptiest.sort(key=lambda i: i != known[fact])
-                else:
-                    load[emptiest[0]] += 1 / self.mlps[emptiest[0]].neurons
-                offered[fact] = emptiest
-            return offered[fact]
+        def home(fact: tuple[int, ...]) -> int:
+            if fact not in known:
+                known[fact] = next((i for i in room if room[i] > 0), chosen[0])
+                room[known[fact]] -= 1
+            return known[fact]
 
-        return homes
+        return home
 
     def _search(self, targets: Sequence[Target]) -> Tensor:
         """What the neurons of F facts are to write: F × d_out float32."""

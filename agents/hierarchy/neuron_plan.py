@@ -143,7 +143,7 @@ class Planner:
         self,
         capture: Capture,
         units: Sequence[Unit],
-        homes: Callable[[tuple[int, ...]], Sequence[int]],
+        home: Callable[[tuple[int, ...]], int],
         past: Sequence[Unit],
         companions: int,
     ) -> list[Target]:
@@ -154,8 +154,7 @@ class Planner:
         Args:
             capture: Of the present prompts.
             units: The same prompts by fact.
-            homes: From the tokens of a prompt to indices of MLPs, the best first; the first in
-                which the subject can be told apart is taken.
+            home: From the tokens of a prompt to the index of an MLP.
             past: Earlier facts.
             companions: How many of those about the same subject are sought again.
         """
@@ -174,17 +173,16 @@ class Planner:
             inside = [p for p in prompts if p.positions("subject")[0] > 0]
             groups = [inside] if inside else []
             if inside:
-                for place in homes(inside[0].prompt_ids):
-                    shape = self._shape(capture, place, inside, starts)
-                    read = self._read(capture, place, inside, starts)
-                    if float(shape.detector.scores(read).min()) > 1.5 * LOWEST and _is_apart(shape):
-                        own = (*inside, *earlier)
-                        found.append(Target(inside[0].prompt_ids, place, own, shape))
-                        groups = []
-                        break
+                place = home(inside[0].prompt_ids)
+                shape = self._shape(capture, place, inside, starts)
+                read = self._read(capture, place, inside, starts)
+                if float(shape.detector.scores(read).min()) > 1.5 * LOWEST and _is_apart(shape):
+                    own = (*inside, *earlier)
+                    found.append(Target(inside[0].prompt_ids, place, own, shape))
+                    groups = []
             alone = [p for p in prompts if p not in inside or groups]
             for prompt in alone:
-                one = self._alone(capture, prompt, homes(prompt.prompt_ids), starts)
+                one = self._alone(capture, prompt, home(prompt.prompt_ids), starts)
                 if not one:
                     warnings.warn(
                         f"{prompt.prompt!r:.100}: what the model reads at the subject and at the "
@@ -197,25 +195,23 @@ class Planner:
         return found
 
     def _alone(
-        self, capture: Capture, prompt: EncodedPrompt, homes: Sequence[int], starts: Starts
+        self, capture: Capture, prompt: EncodedPrompt, home: int, starts: Starts
     ) -> list[Target]:
         """A neuron for one prompt: at its subject, or at its end where the subject says little.
 
-        None where both read like much else in every MLP, since it would fire everywhere.
+        None where both read like much else, since it would fire everywhere.
         """
         if prompt.positions("subject")[0] > 0:
-            for home in homes:
-                shape = self._shape(capture, home, [prompt], starts)
-                if _is_apart(shape):
-                    return [Target(prompt.prompt_ids, home, (prompt,), shape)]
-        # Its spans stay known, for other names in their place.
-        for home in homes:
-            shape = self._shape(capture, home, [prompt], starts, at_end=True)
+            shape = self._shape(capture, home, [prompt], starts)
             if _is_apart(shape):
-                end = len(prompt.prompt_ids)
-                moved = replace(prompt, subject_spans=((end - 1, end),), subject_missing=True)
-                return [Target(prompt.prompt_ids, home, (moved,), shape)]
-        return []
+                return [Target(prompt.prompt_ids, home, (prompt,), shape)]
+        # Its spans stay known, for other names in their place.
+        shape = self._shape(capture, home, [prompt], starts, at_end=True)
+        if not _is_apart(shape):
+            return []
+        end = len(prompt.prompt_ids)
+        moved = replace(prompt, subject_spans=((end - 1, end),), subject_missing=True)
+        return [Target(prompt.prompt_ids, home, (moved,), shape)]
 
     def _read(
         self,

@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from hiedit_agents.hierarchy import neuron_plan
 from hiedit_agents.hierarchy.detectors import Readings
 from hiedit_agents.hierarchy.neuron import Neuron
 from hiedit_agents.hierarchy.neuron_changes import NeuronChanges
@@ -171,29 +170,15 @@ def test_a_fact_is_answered_and_only_one_neuron_has_changed(model_type: str) -> 
             assert moved.amax(0).nonzero().flatten().tolist() == places
 
 
-def test_facts_go_where_the_fewest_are() -> None:
+def test_facts_go_into_the_first_chosen_mlp_that_has_room() -> None:
     llm = model()
     low = neuron(llm, search_steps=1)
     low.propose(unit(llm, *FACTS), ALL)
-    assert [home for home, _ in low.statistics()["held"].values()] == [0, 1, 0]
-    low.propose(unit(llm, SAME), ALL)
-    assert [home for home, _ in low.statistics()["held"].values()] == [0, 1, 0, 1]
-
-
-def test_a_subject_that_cannot_be_told_apart_in_one_mlp_goes_to_the_next(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    llm = model()
-    low = neuron(llm, search_steps=1)
-    first = low.mlps[0]
-    apart = neuron_plan._is_apart
-    monkeypatch.setattr(neuron_plan, "_is_apart", lambda s: s.mlp is not first and apart(s))
-    low.propose(unit(llm, *FACTS), ALL)
-    assert [home for home, _ in low.statistics()["held"].values()] == [1, 1, 1]
-    # Where only the first is chosen, nothing is left but a warning.
+    assert [home for home, _ in low.statistics()["held"].values()] == [0, 0, 0]
     low.reset()
-    with pytest.warns(HieditWarning, match="no neuron is written"):
-        assert not any(low.propose(unit(llm, FACTS[0]), FIRST))
+    low._next = (INNER - 1, 0)
+    low.propose(unit(llm, *FACTS), ALL)
+    assert [home for home, _ in low.statistics()["held"].values()] == [0, 1, 1]
 
 
 def test_what_the_mlp_gives_changes_by_the_vector_and_by_the_neuron_that_is_gone() -> None:
@@ -226,7 +211,7 @@ def test_what_the_mlp_gives_changes_by_the_vector_and_by_the_neuron_that_is_gone
 def seek(low: Neuron, capture: Capture) -> Tensor:
     """The vector of the one fact of a capture, at the present weights."""
     planner = Planner(low.llm, low.mlps, low._readings, ShapeForm(0.4, 20.0, 8))
-    targets = planner.targets(capture, [capture.prompts], lambda _: [0], [], 0)
+    targets = planner.targets(capture, [capture.prompts], lambda _: 0, [], 0)
     return low._search(targets)[0]
 
 
@@ -489,7 +474,7 @@ def test_nothing_fires_at_the_first_token_of_a_text() -> None:
     low = neuron(llm)
     planner = Planner(llm, low.mlps, low._readings, ShapeForm(0.4, 30.0, 0))
     capture = unit(llm, FACTS[0])
-    (target,) = planner.targets(capture, [capture.prompts], lambda _: [0], [], 0)
+    (target,) = planner.targets(capture, [capture.prompts], lambda _: 0, [], 0)
     first = capture.keys[low.mlps[0].gate.layer][0]
     assert abs(float(target.shape.detector.scores(first))) < 0.1
     assert abs(float(target.shape.firing(first[None]))) < 0.01
@@ -509,7 +494,7 @@ def test_a_subject_that_begins_the_text_is_read_at_the_end_of_the_prompt() -> No
     low = neuron(llm)
     capture = unit(llm, ("w9 w4 w8", "w13", "w9"))
     planner = Planner(llm, low.mlps, low._readings, ShapeForm(0.4, 30.0, 8))
-    (target,) = planner.targets(capture, [capture.prompts], lambda _: [0], [], 0)
+    (target,) = planner.targets(capture, [capture.prompts], lambda _: 0, [], 0)
     assert [list(prompt.positions("subject")) for prompt in target.prompts] == [[2]]
     reading = capture.keys[low.mlps[0].gate.layer][2]
     torch.testing.assert_close(target.shape.reading, reading)

@@ -29,7 +29,7 @@ def targets(llm: ResidentLLM, prompts: Sequence[str] = PROMPTS) -> list[Target]:
     ]
     planner = Planner(llm, low.mlps, low._readings, ShapeForm(0.4, 20.0, 0))
     capture = llm.read(*encoded).capture()
-    return planner.targets(capture, [tuple(encoded)], lambda _: [0], [], 0)
+    return planner.targets(capture, [tuple(encoded)], lambda _: 0, [], 0)
 
 
 def losses(llm: ResidentLLM, target: Target, vector: Tensor) -> Tensor:
