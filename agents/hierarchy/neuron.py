@@ -11,9 +11,10 @@ For the facts of an edit unit, at the present weights, all in the first chosen M
 3. **Neuron.** The neuron that matters least and holds no fact yet is written anew: its gate gives
    β (s − θ), its other row a number that falls as s rises, so that their product hardly changes for
    s from 0.6 to 1.1 and is 0 below θ; its column is the vector. Below θ nothing is added, however
-   many facts are written: what a linear memory adds up over edits, the activation cuts off. Facts stay in
-one MLP, since its neurons do not read what they write; those of a later MLP do, as readings that
-occur nowhere else, and were measured to fire at them a thousand times too strongly.
+   many facts are written: what a linear memory adds up over edits, the activation cuts off.
+
+Facts stay in one MLP, since its neurons do not read what they write. Those of a later MLP do, as
+readings that occur nowhere else, and were measured to fire at them a thousand times too strongly.
 
 A change of one neuron is of rank 1 in each of its matrices, and taking it back takes back one fact
 alone. Neurons as key and value memories: Geva et al., arXiv 2012.14913; a neuron added per fact:

@@ -90,13 +90,13 @@ def test_at_most_half_of_its_candidates_are_edited() -> None:
 
 
 def test_settings_of_a_named_agent_are_those_of_the_levels_that_ship() -> None:
-    agent = spec_agent("hiedit,openings=2")
+    agent = spec_agent("hiedit,swaps=0")
     spec, folder = agent._resolved(*agent.low_part, "smollm2-135m", True)
     assert folder == SHIPPED / "hiedit-smollm2-135m"
-    assert (spec.low, spec.low_settings["openings"]) == ("anchored", 2)
+    assert (spec.low, spec.low_settings["swaps"]) == ("neuron", 0)
     # Nowhere is there such a setting; and not in the preset, which other models are trained with.
     with pytest.raises(SettingsError, match="has no argument 'opnings'"):
         spec_agent("hiedit,opnings=2")
     env = gym.make("hiedit/LayerSelection-v1", num_edits=2)
-    with pytest.raises(SettingsError, match="'rehearsal' has no argument 'openings'"):
+    with pytest.raises(SettingsError, match="'rehearsal' has no argument 'swaps'"):
         agent.reset(env, seed=0)
