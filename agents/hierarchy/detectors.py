@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from hiedit_agents.hierarchy.substitutes import MOST_NEURONS, substitutes
 from hiedit_env.errors import SettingsError
 from hiedit_env.model.batches import PromptBatch
 from hiedit_env.model.mlps import CandidateMLP
@@ -94,8 +95,9 @@ def reading_statistics(
 
     Returns:
         Per MLP i ``mean.i`` (d) and ``covariance.i`` (the upper triangle, d (d + 1) / 2), float32;
-        ``order.i`` (I int32), neurons by the mean square of what they write, smallest first; and
-        ``norms.i`` (I float32), lengths of the neurons' rows in the gate matrix.
+        ``order.i`` (I int32), neurons by the mean square of what they write, smallest first;
+        ``norms.i`` (I float32), lengths of the neurons' rows in the gate matrix; and, for MLPs of
+        up to :data:`.substitutes.MOST_NEURONS`, ``substitutes.i``, see there.
 
     Raises:
         SettingsError: no prompts.
@@ -104,7 +106,11 @@ def reading_statistics(
         raise SettingsError("a calibration needs at least one prompt")
     sums = [torch.zeros(m.hidden, device=llm.device) for m in mlps]
     squares = [torch.zeros(m.hidden, m.hidden, device=llm.device) for m in mlps]
-    firings = [torch.zeros(m.neurons, device=llm.device) for m in mlps]
+    small = [m.neurons <= MOST_NEURONS for m in mlps]
+    firings = [
+        torch.zeros(*[m.neurons] * (1 + few), device=llm.device)
+        for m, few in zip(mlps, small, strict=True)
+    ]
     count = 0
     with torch.inference_mode():
         layers = [layer for mlp in mlps for layer in (mlp.gate.layer, mlp.back)]
@@ -117,21 +123,26 @@ def reading_statistics(
                 rows = given[real].float()
                 sums[i] += rows.sum(0)
                 squares[i] += rows.mT @ rows
-                firings[i] += inner[real].float().square().sum(0)
+                fired = inner[real].float()
+                firings[i] += fired.mT @ fired if small[i] else fired.square().sum(0)
             if on_prompts is not None:
                 on_prompts(len(part.prompts))
     found: dict[str, Tensor] = {}
     for i, mlp in enumerate(mlps):
         mean = sums[i] / max(count, 1)
         covariance = squares[i] / max(count, 1) - torch.outer(mean, mean)
-        written = firings[i] * llm.weight(mlp.back).square().sum(1)
+        fired = firings[i].diagonal() if small[i] else firings[i]
+        written = fired * llm.weight(mlp.back).square().sum(1)
+        order = written.argsort(stable=True).int()
         upper = torch.triu_indices(mlp.hidden, mlp.hidden, device=llm.device)
         found |= {
             f"mean.{i}": mean,
             f"covariance.{i}": covariance[upper[0], upper[1]],
-            f"order.{i}": written.argsort(stable=True).int(),
+            f"order.{i}": order,
             f"norms.{i}": rows_of_gate(llm, mlp).norm(dim=1),
         }
+        if small[i]:
+            found[f"substitutes.{i}"] = substitutes(firings[i] / max(count, 1), order)
     return found
 
 

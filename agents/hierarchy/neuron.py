@@ -16,8 +16,11 @@ For the facts of an edit unit, at the present weights, all in the first chosen M
 Facts stay in one MLP, since its neurons do not read what they write. Those of a later MLP do, as
 readings that occur nowhere else, and were measured to fire at them a thousand times too strongly.
 
-A change of one neuron is of rank 1 in each of its matrices, and taking it back takes back one fact
-alone. Neurons as key and value memories: Geva et al., arXiv 2012.14913; a neuron added per fact:
+What the old neuron did is left to others as far as they can do it (:mod:`.substitutes`). A change
+of one neuron is of rank 1 in what it reads and of rank 2 in what the MLP writes, and taking it back
+takes back one fact alone.
+
+Neurons as key and value memories: Geva et al., arXiv 2012.14913; a neuron added per fact:
 T-Patcher, arXiv 2301.09785, eq. 5; the value: ROME, arXiv 2202.05262, section 3.1. Ours are
 rewriting the least used neurons of the middle of the model, so that the model keeps its shape, the
 detector in closed form, and its flat top.
@@ -39,6 +42,7 @@ from hiedit_agents.hierarchy.fact_memory import FactMemory, units_of
 from hiedit_agents.hierarchy.neuron_changes import NeuronChanges
 from hiedit_agents.hierarchy.neuron_plan import NAMES, Planner, ShapeForm, Target
 from hiedit_agents.hierarchy.neuron_search import SearchForm, seek
+from hiedit_agents.hierarchy.substitutes import of_neuron
 from hiedit_env.errors import SettingsError, as_float, whole_number
 from hiedit_env.model.mlps import candidate_mlps
 from hiedit_env.model.tokenization import EncodedPrompt
@@ -70,6 +74,7 @@ class Neuron(FactMemory):
         ridge: Share of the mean diagonal that is added to the covariance of what MLPs read.
         companions: Earlier facts about the same subject that are sought again with a new one.
         swaps: Other names with the same last token that a neuron must not fire at.
+        substitutes: Whether other neurons take over what a rewritten one did (:mod:`.substitutes`).
 
     Raises:
         SettingsError: a number out of range, or candidate layers among which no MLP is whole.
@@ -94,6 +99,7 @@ class Neuron(FactMemory):
         ridge: float = 0.01,
         companions: int = 2,
         swaps: int = 2,
+        substitutes: bool = True,
     ) -> None:
         if not 0 <= as_float(momentum) < 1:
             raise SettingsError(f"momentum must be a number in [0, 1), got {momentum!r}")
@@ -104,7 +110,7 @@ class Neuron(FactMemory):
         self.companions = whole_number(companions, "companions", 0)
         if whole_number(swaps, "swaps", 0) > len(NAMES):
             raise SettingsError(f"swaps must be at most {len(NAMES)}, got {swaps!r}")
-        self.swaps = swaps
+        self.swaps, self.substitutes = swaps, substitutes
         self.enough, self.ridge = positive(enough, "enough"), positive(ridge, "ridge")
         self.sharpness = positive(sharpness, "sharpness")
         self.llm = llm
@@ -241,14 +247,17 @@ class Neuron(FactMemory):
         for target, vector in zip(targets, vectors, strict=True):
             i, fact = target.home, target.fact
             home, neuron = held.get(fact, (-1, -1))
+            substitute = None
             if home != i:  # not written yet, or in an MLP that is not chosen now
-                neuron, following[i] = self._free(i, following[i], changes[i])
+                place = self._free(i, following[i], changes[i])
+                neuron, following[i] = int(self._statistics[f"order.{i}"][place]), place + 1
+                substitute = self._substitute(i, place, changes[i])
                 held[fact] = (i, neuron)
             # What the neuron gives as it is was there while the vector was sought.
-            before = changes[i].gives(neuron, target.shape.reading)
+            before = changes[i].gives(neuron, target.shape.reading, substitute)
             back = self.mlps[i].back
             factor = 1.0 if multipliers is None else torch.as_tensor(multipliers[back])
-            changes[i].write(neuron, target.shape, vector * factor + before)
+            changes[i].write(neuron, target.shape, vector * factor + before, substitute)
         for one in changes.values():
             for layer, update in one.updates().items():
                 updates[layer] = update
@@ -273,15 +282,27 @@ class Neuron(FactMemory):
         form = SearchForm(self.step_size, self.momentum, self.search_steps, self.enough)
         return seek(self.llm, self.mlps, targets, form)
 
-    def _free(self, index: int, start: int, changes: NeuronChanges) -> tuple[int, int]:
-        """The neuron of an MLP that matters least and holds no fact, and where to look next."""
-        order, norms = (self._statistics[f"{name}.{index}"] for name in ("order", "norms"))
-        for place, neuron in enumerate(order[start:].tolist(), start):
-            own = float(norms[neuron])
-            # Whatever wrote it, in this episode or before the model was saved.
-            if abs(changes.gate_length(neuron) - own) <= _WRITTEN * own:
-                return neuron, place + 1
-        raise SettingsError(
-            f"all {len(order)} neurons of the MLP of block {self.mlps[index].block} hold facts; "
-            "choose other layers"
-        )
+    def _written(self, index: int, changes: NeuronChanges) -> Tensor:
+        """Which neurons of an MLP were written by whatever, now or before it was saved: I bool."""
+        own = self._statistics[f"norms.{index}"]
+        return (changes.gate_lengths() - own).abs() > _WRITTEN * own
+
+    def _free(self, index: int, start: int, changes: NeuronChanges) -> int:
+        """The place in order, from one on, of the first neuron that holds no fact."""
+        order = self._statistics[f"order.{index}"].long()
+        free = ~self._written(index, changes)[order]
+        free[:start] = False
+        if not bool(free.any()):
+            raise SettingsError(
+                f"all {len(order)} neurons of the MLP of block {self.mlps[index].block} hold facts;"
+                " choose other layers"
+            )
+        return int(free.int().argmax())
+
+    def _substitute(self, index: int, place: int, changes: NeuronChanges) -> Tensor | None:
+        """Which neurons stand in for the one at a place in order: I float32; None for none."""
+        table = self._statistics.get(f"substitutes.{index}")
+        if table is None or not self.substitutes:
+            return None
+        found = of_neuron(table, self._statistics[f"order.{index}"], place)
+        return found.masked_fill(self._written(index, changes), 0)

@@ -174,12 +174,15 @@ class Planner:
             groups = [inside] if inside else []
             if inside:
                 place = home(inside[0].prompt_ids)
-                shape = self._shape(capture, place, inside, starts)
                 read = self._read(capture, place, inside, starts)
-                if float(shape.detector.scores(read).min()) > 1.5 * LOWEST and _is_apart(shape):
-                    own = (*inside, *earlier)
-                    found.append(Target(inside[0].prompt_ids, place, own, shape))
-                    groups = []
+                # A name that reads like others with its last token is told from the rest alone.
+                for swaps in dict.fromkeys((self._form.swaps, 0)):
+                    shape = self._shape(capture, place, inside, starts, swaps=swaps)
+                    if float(shape.detector.scores(read).min()) > 1.5 * LOWEST and _is_apart(shape):
+                        own = (*inside, *earlier)
+                        found.append(Target(inside[0].prompt_ids, place, own, shape))
+                        groups = []
+                        break
             alone = [p for p in prompts if p not in inside or groups]
             for prompt in alone:
                 one = self._alone(capture, prompt, home(prompt.prompt_ids), starts)
@@ -233,12 +236,13 @@ class Planner:
         prompts: Sequence[EncodedPrompt],
         starts: Starts,
         at_end: bool = False,
+        swaps: int | None = None,
     ) -> NeuronShape:
         mlp, form = self._mlps[home], self._form
         own = self._read(capture, home, prompts, starts, at_end)
         elsewhere = [starts[p] + i for p in prompts for i in _elsewhere(p, at_end)]
         others = [capture.keys[mlp.gate.layer][elsewhere].float()]
-        if swapped := self._swapped(prompts[0], at_end):
+        if swapped := self._swapped(prompts[0], at_end)[:swaps]:
             batches = inputs(self._llm, [mlp.gate.layer], swapped)
             with torch.inference_mode():
                 others += [_last(read, part.lengths).float() for part, (read,) in batches]

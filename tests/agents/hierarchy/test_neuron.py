@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from hiedit_agents.hierarchy import neuron_plan
 from hiedit_agents.hierarchy.detectors import Readings
 from hiedit_agents.hierarchy.neuron import Neuron
 from hiedit_agents.hierarchy.neuron_changes import NeuronChanges
@@ -66,7 +67,7 @@ def elsewhere(llm: ResidentLLM, count: int = 60) -> list[EncodedPrompt]:
 
 
 def neuron(llm: ResidentLLM, **settings: Any) -> Neuron:
-    low = Neuron(llm, **{"search_steps": 40, **settings})
+    low = Neuron(llm, **{"search_steps": 40, "substitutes": False, **settings})
     low.calibrate_on(elsewhere(llm))
     return low
 
@@ -380,7 +381,7 @@ def test_neurons_that_hold_facts_in_a_saved_model_are_left_alone() -> None:
     llm.commit(low.propose(unit(llm, FACTS[0]), ALL))
     saved = low.state_dict()
     other = resident("llama", (0, 1), model=llm.model)  # its weights are the edited ones
-    later = Neuron(other, search_steps=40)
+    later = Neuron(other, search_steps=40, substitutes=False)
     later.load_state_dict(saved)
     later.propose(unit(other, FACTS[1]), FIRST)
     assert list(later.statistics()["held"].values()) == [(0, int(saved["order.0"][1]))]
@@ -404,6 +405,81 @@ def test_an_mlp_that_is_not_chosen_as_a_whole_is_left_alone() -> None:
     assert low.propose(unit(llm, FACTS[0]), np.zeros(6, bool)) == (None,) * 6
 
 
+def test_others_write_what_a_neuron_wrote_that_is_gone() -> None:
+    llm = model()
+    low = neuron(llm, substitutes=True, search_steps=1)
+    mlp = low.mlps[0]
+    captures = [llm.read(prompt).capture() for prompt in elsewhere(llm)]
+    fired = torch.cat([capture.keys[mlp.back][1:] for capture in captures])
+    before, order = llm.weight(mlp.back), low.state_dict()["order.0"].tolist()
+    updates = low.propose(unit(llm, FACTS[0]), FIRST)
+    assert [len(u.left) for u in updates if u is not None] == [1, 1, 2]
+    llm.commit(updates)
+    gone = order[0]
+    # By an independent least squares, with the same ridge as rows of the system.
+    noise = (1e-3 * fired.square().mean() * len(fired)).sqrt()
+    system = torch.cat((fired[:, order[1:]], noise * torch.eye(INNER - 1)))
+    wanted = torch.cat((fired[:, gone], torch.zeros(INNER - 1)))
+    shares = torch.linalg.lstsq(system, wanted[:, None]).solution[:, 0]
+    moved = llm.weight(mlp.back) - before
+    expected = torch.outer(shares, before[gone])
+    torch.testing.assert_close(moved[order[1:]], expected, rtol=2e-2, atol=2e-3)
+    # What is lost of what the MLP gives is less than without.
+    with_others = fired[:, order[1:]] @ shares - fired[:, gone]
+    assert float(with_others.norm()) < 0.7 * float(fired[:, gone].norm())
+
+
+def test_a_second_neuron_loses_what_it_writes_by_then_and_facts_are_no_substitutes() -> None:
+    llm = model()
+    low = neuron(llm, substitutes=True)
+    llm.commit(low.propose(unit(llm, FACTS[0]), FIRST))
+    mlp, order = low.mlps[0], low.state_dict()["order.0"].tolist()
+    first = llm.weight(mlp.back)[order[0]].clone()
+    apart = llm.snapshot()
+    llm.commit(low.propose(unit(llm, FACTS[1]), FIRST))
+    torch.testing.assert_close(llm.weight(mlp.back)[order[0]], first)
+    assert unit(llm, FACTS[0]).answered
+    assert unit(llm, FACTS[1]).answered
+    # Both at once are both one after the other, for what neither value search has changed.
+    llm.restore(apart)
+    llm.restore_unedited()
+    low.reset()
+    together = low.propose(unit(llm, *FACTS[:2]), FIRST)[mlp.back]
+    assert together is not None
+    assert len(together.left) == 4
+
+
+def test_the_loss_after_the_write_is_that_of_the_vector_with_substitutes_too() -> None:
+    llm = model()
+    low = neuron(llm, substitutes=True)
+    capture = unit(llm, FACTS[1])
+    vector = seek(low, capture)
+    place = capture.prompt.positions("subject")[0]
+    expected = Nudges(llm, capture.prompts, [place], [low.mlps[0].back]).losses([vector[None]])
+    llm.commit(low.propose(capture, FIRST))
+    assert unit(llm, FACTS[1]).loss == pytest.approx(float(expected), abs=0.1)
+
+
+def test_a_name_like_others_with_its_last_token_is_told_from_the_rest_alone(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    llm = model()
+    low = neuron(llm, swaps=2, search_steps=1)
+    read: list[int] = []
+    own = Planner._swapped
+
+    def noted(self: Planner, prompt: EncodedPrompt, at_end: bool) -> list[EncodedPrompt]:
+        found = own(self, prompt, at_end) or [elsewhere(llm, 1)[0]]
+        read.append(len(found))
+        return found
+
+    monkeypatch.setattr(Planner, "_swapped", noted)
+    found = iter([False, True])
+    monkeypatch.setattr(neuron_plan, "_is_apart", lambda _: next(found))
+    assert any(low.propose(unit(llm, FACTS[0]), FIRST))
+    assert len(read) == 2
+
+
 # -- state ----------------------------------------------------------------------------------------
 
 
@@ -425,7 +501,7 @@ def test_statistics_come_back_and_a_saved_calibration_is_the_same() -> None:
     assert same(first, low.propose(unit(llm, FACTS[0]), ALL))
     low.reset()
     assert low.statistics() == {"past": (), "held": {}, "next": (0, 0)}
-    other = Neuron(llm, search_steps=40)
+    other = Neuron(llm, search_steps=40, substitutes=False)
     assert other.wants_calibration
     other.load_state_dict({name: x.clone() for name, x in low.state_dict().items()})
     assert not other.wants_calibration
