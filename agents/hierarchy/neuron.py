@@ -74,6 +74,9 @@ class Neuron(FactMemory):
         ridge: Share of the mean diagonal that is added to the covariance of what MLPs read.
         companions: Earlier facts about the same subject that are sought again with a new one.
         swaps: Other names with the same last token that a neuron must not fire at.
+        widest: Largest spread of a neuron's score over everything that is read, as a multiple of
+            1/√d; where it is larger, a subject cannot be told from the rest. On SmolLM2 most have
+            0.4 to 0.7, and one neuron of 1.1 did more damage than 37 others together.
         substitutes: Whether other neurons take over what a rewritten one did (:mod:`.substitutes`).
 
     Raises:
@@ -99,6 +102,7 @@ class Neuron(FactMemory):
         ridge: float = 0.01,
         companions: int = 2,
         swaps: int = 2,
+        widest: float = 1.2,
         substitutes: bool = True,
     ) -> None:
         if not 0 <= as_float(momentum) < 1:
@@ -113,6 +117,7 @@ class Neuron(FactMemory):
         self.swaps, self.substitutes = swaps, substitutes
         self.enough, self.ridge = positive(enough, "enough"), positive(ridge, "ridge")
         self.sharpness = positive(sharpness, "sharpness")
+        self.widest = positive(widest, "widest")
         self.llm = llm
         self.mlps = candidate_mlps(llm.model, llm.layers)
         if not self.mlps:
@@ -234,7 +239,7 @@ class Neuron(FactMemory):
         if not chosen:
             return tuple(updates)
         units = units_of(self.llm, capture.prompts)
-        form = ShapeForm(self.threshold, self.sharpness, self.swaps)
+        form = ShapeForm(self.threshold, self.sharpness, self.swaps, self.widest)
         planner = Planner(self.llm, self.mlps, self._readings, form)
         targets = planner.targets(
             capture, units, self._homes(chosen), self.others(units), self.companions

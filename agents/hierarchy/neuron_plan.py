@@ -81,10 +81,6 @@ NAMES = (
 #: Smallest threshold, in order not to fire where nothing was asked.
 LOWEST = 0.3
 
-#: Largest spread of a score, over the 1/√d of an ordinary reading; what is read at the beginning of
-#: a text may lie near everything else.
-WIDEST = 1.8
-
 #: Where the rows of each prompt of a capture begin.
 Starts = Mapping[EncodedPrompt, int]
 
@@ -113,11 +109,13 @@ class ShapeForm:
     Args:
         threshold, sharpness: As of :class:`NeuronShape`.
         swaps: Number of :data:`NAMES` that each must not fire at.
+        widest: Largest spread of a score at that threshold, over 1/√d.
     """
 
     threshold: float
     sharpness: float
     swaps: int
+    widest: float
 
 
 class Planner:
@@ -178,7 +176,9 @@ class Planner:
                 # A name that reads like others with its last token is told from the rest alone.
                 for swaps in dict.fromkeys((self._form.swaps, 0)):
                     shape = self._shape(capture, place, inside, starts, swaps=swaps)
-                    if float(shape.detector.scores(read).min()) > 1.5 * LOWEST and _is_apart(shape):
+                    if float(shape.detector.scores(read).min()) > 1.5 * LOWEST and self._is_apart(
+                        shape
+                    ):
                         own = (*inside, *earlier)
                         found.append(Target(inside[0].prompt_ids, place, own, shape))
                         groups = []
@@ -206,11 +206,11 @@ class Planner:
         """
         if prompt.positions("subject")[0] > 0:
             shape = self._shape(capture, home, [prompt], starts)
-            if _is_apart(shape):
+            if self._is_apart(shape):
                 return [Target(prompt.prompt_ids, home, (prompt,), shape)]
         # Its spans stay known, for other names in their place.
         shape = self._shape(capture, home, [prompt], starts, at_end=True)
-        if not _is_apart(shape):
+        if not self._is_apart(shape):
             return []
         end = len(prompt.prompt_ids)
         moved = replace(prompt, subject_spans=((end - 1, end),), subject_missing=True)
@@ -251,6 +251,14 @@ class Planner:
         threshold = min(form.threshold, max(lowest / 2, LOWEST))
         return NeuronShape(mlp, detector, own.mean(0), threshold, form.sharpness)
 
+    def _is_apart(self, shape: NeuronShape) -> bool:
+        """Whether what the neuron fires at is as far from what is read elsewhere as usual.
+
+        A neuron with a lower threshold has to be further away.
+        """
+        usual = self._form.widest / math.sqrt(shape.mlp.hidden)
+        return shape.detector.spread < usual * shape.threshold / self._form.threshold
+
     def _swapped(self, prompt: EncodedPrompt, at_end: bool) -> list[EncodedPrompt]:
         """The prompt with other names, up to the token that is read.
 
@@ -272,11 +280,6 @@ class Planner:
             if ids and ids not in (subject, subject[:-1]):
                 found.append(EncodedPrompt(name, name, (*before, *ids, *after), after[-1:]))
         return found
-
-
-def _is_apart(shape: NeuronShape) -> bool:
-    """Whether what the neuron fires at is as far from what is read elsewhere as usual."""
-    return shape.detector.spread < WIDEST / math.sqrt(shape.mlp.hidden)
 
 
 def _elsewhere(prompt: EncodedPrompt, at_end: bool) -> list[int]:

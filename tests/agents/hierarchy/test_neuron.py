@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from hiedit_agents.hierarchy import neuron_plan
 from hiedit_agents.hierarchy.detectors import Readings
 from hiedit_agents.hierarchy.neuron import Neuron
 from hiedit_agents.hierarchy.neuron_changes import NeuronChanges
@@ -67,7 +66,7 @@ def elsewhere(llm: ResidentLLM, count: int = 60) -> list[EncodedPrompt]:
 
 
 def neuron(llm: ResidentLLM, **settings: Any) -> Neuron:
-    low = Neuron(llm, **{"search_steps": 40, "substitutes": False, **settings})
+    low = Neuron(llm, **{"search_steps": 40, "substitutes": False, "widest": 1.8, **settings})
     low.calibrate_on(elsewhere(llm))
     return low
 
@@ -211,7 +210,7 @@ def test_what_the_mlp_gives_changes_by_the_vector_and_by_the_neuron_that_is_gone
 
 def seek(low: Neuron, capture: Capture) -> Tensor:
     """The vector of the one fact of a capture, at the present weights."""
-    planner = Planner(low.llm, low.mlps, low._readings, ShapeForm(0.4, 20.0, 8))
+    planner = Planner(low.llm, low.mlps, low._readings, ShapeForm(0.4, 20.0, 8, 1.8))
     targets = planner.targets(capture, [capture.prompts], lambda _: 0, [], 0)
     return low._search(targets)[0]
 
@@ -381,7 +380,7 @@ def test_neurons_that_hold_facts_in_a_saved_model_are_left_alone() -> None:
     llm.commit(low.propose(unit(llm, FACTS[0]), ALL))
     saved = low.state_dict()
     other = resident("llama", (0, 1), model=llm.model)  # its weights are the edited ones
-    later = Neuron(other, search_steps=40, substitutes=False)
+    later = Neuron(other, search_steps=40, substitutes=False, widest=1.8)
     later.load_state_dict(saved)
     later.propose(unit(other, FACTS[1]), FIRST)
     assert list(later.statistics()["held"].values()) == [(0, int(saved["order.0"][1]))]
@@ -475,7 +474,7 @@ def test_a_name_like_others_with_its_last_token_is_told_from_the_rest_alone(
 
     monkeypatch.setattr(Planner, "_swapped", noted)
     found = iter([False, True])
-    monkeypatch.setattr(neuron_plan, "_is_apart", lambda _: next(found))
+    monkeypatch.setattr(Planner, "_is_apart", lambda *_: next(found))
     assert any(low.propose(unit(llm, FACTS[0]), FIRST))
     assert len(read) == 2
 
@@ -501,7 +500,7 @@ def test_statistics_come_back_and_a_saved_calibration_is_the_same() -> None:
     assert same(first, low.propose(unit(llm, FACTS[0]), ALL))
     low.reset()
     assert low.statistics() == {"past": (), "held": {}, "next": (0, 0)}
-    other = Neuron(llm, search_steps=40, substitutes=False)
+    other = Neuron(llm, search_steps=40, substitutes=False, widest=1.8)
     assert other.wants_calibration
     other.load_state_dict({name: x.clone() for name, x in low.state_dict().items()})
     assert not other.wants_calibration
@@ -548,7 +547,7 @@ def test_bad_settings_and_a_missing_calibration_are_named() -> None:
 def test_nothing_fires_at_the_first_token_of_a_text() -> None:
     llm = model()
     low = neuron(llm)
-    planner = Planner(llm, low.mlps, low._readings, ShapeForm(0.4, 30.0, 0))
+    planner = Planner(llm, low.mlps, low._readings, ShapeForm(0.4, 30.0, 0, 1.8))
     capture = unit(llm, FACTS[0])
     (target,) = planner.targets(capture, [capture.prompts], lambda _: 0, [], 0)
     first = capture.keys[low.mlps[0].gate.layer][0]
@@ -556,10 +555,9 @@ def test_nothing_fires_at_the_first_token_of_a_text() -> None:
     assert abs(float(target.shape.firing(first[None]))) < 0.01
 
 
-def test_what_reads_like_much_else_is_not_written_and_said(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_reads_like_much_else_is_not_written_and_said() -> None:
     llm = model()
-    low = neuron(llm)
-    monkeypatch.setattr("hiedit_agents.hierarchy.neuron_plan.WIDEST", 0.0)
+    low = neuron(llm, widest=1e-9)
     with pytest.warns(HieditWarning, match="'w5 w9 w4': what the model reads .* no neuron"):
         assert low.propose(unit(llm, FACTS[0]), ALL) == (None,) * 6
     assert low.statistics()["held"] == {}
@@ -569,7 +567,7 @@ def test_a_subject_that_begins_the_text_is_read_at_the_end_of_the_prompt() -> No
     llm = model()
     low = neuron(llm)
     capture = unit(llm, ("w9 w4 w8", "w13", "w9"))
-    planner = Planner(llm, low.mlps, low._readings, ShapeForm(0.4, 30.0, 8))
+    planner = Planner(llm, low.mlps, low._readings, ShapeForm(0.4, 30.0, 8, 1.8))
     (target,) = planner.targets(capture, [capture.prompts], lambda _: 0, [], 0)
     assert [list(prompt.positions("subject")) for prompt in target.prompts] == [[2]]
     reading = capture.keys[low.mlps[0].gate.layer][2]
