@@ -29,7 +29,8 @@ class NeuronChanges:
 
     def gate_lengths(self) -> Tensor:
         """Lengths of the neurons' rows in the gate matrix: I float32."""
-        return self._rows_of(self._mlp.gate).norm(dim=0)
+        lengths: Tensor = self._rows_of(self._mlp.gate).norm(dim=0)
+        return lengths
 
     def gives(self, neuron: int, reading: Tensor, substitute: Tensor | None = None) -> Tensor:
         """What the MLP loses at a reading when a neuron is written anew: d_out float32.

@@ -40,7 +40,8 @@ def substitutes(second: Tensor, order: Tensor) -> Tensor:
     inverse = torch.linalg.solve_triangular(unit, eye, upper=False, unitriangular=True)
     found = -inverse.flip(0, 1)
     rows, columns = torch.triu_indices(len(found), len(found), 1, device=found.device)
-    return found[rows, columns].half()
+    table: Tensor = found[rows, columns].half()
+    return table
 
 
 def of_neuron(table: Tensor, order: Tensor, place: int) -> Tensor:
