@@ -67,7 +67,8 @@ class Neuron(FactMemory):
             states that the vector is added to.
         momentum: Share of the last step that is taken again.
         search_steps: Largest number of steps of the search.
-        enough: −log p per answer token, in nats, below which a prompt needs no more.
+        enough: −log p per answer token, in nats, below which a prompt needs no more, if every token
+            has more than one half as well.
         threshold: θ, the score above which a neuron fires; a little lower where a prompt of the
             fact itself scores less than twice as much.
         sharpness: β, how steeply the gate rises with the score.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
@@ -24,7 +25,8 @@ class SearchForm:
             vector is added to.
         momentum: Share of the last step that is taken again.
         steps: Largest number of steps in each of the two rounds.
-        enough: −log p per answer token, in nats, below which a prompt needs no more.
+        enough: −log p per answer token, in nats, below which a prompt needs no more, if every token
+            has more than one half as well.
     """
 
     step_size: float
@@ -59,6 +61,9 @@ def _short(prompts: Sequence[EncodedPrompt]) -> tuple[EncodedPrompt, ...]:
     ends = [p.length - p.positions("subject")[0] for p in prompts]
     return tuple(p for p, end in zip(prompts, ends, strict=True) if end <= min(ends) + _HARDLY)
 
+
+#: −log p of a token with p = 1/2, in nats.
+_HALF = math.log(2)
 
 #: Tokens.
 _HARDLY = 2
@@ -110,7 +115,8 @@ def _descend(
             length = length.index_add(0, owners, nudges.lengths) / numbers * form.step_size
             if bool(start.any()) and bool(((fires - 1).abs() > _NEARLY).any()):
                 continue  # these losses are of other strengths than the neurons will have
-        open_ = (losses.detach() >= form.enough).float()
+        # A token of more than one half is the most probable one, whatever the others are.
+        open_ = ((losses.detach() >= form.enough) | (nudges.worst >= _HALF)).float()
         busy = torch.zeros_like(numbers).index_add(0, owners, open_) > 0
         if step == form.steps or not bool(busy.any()):
             break

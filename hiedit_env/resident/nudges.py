@@ -41,6 +41,7 @@ class Nudges:
 
     Attributes:
         keys: Per layer P × d_in, what the layer was given at the positions in the last run.
+        worst: P float32, the largest −log p of a single answer token in the last run.
 
     Raises:
         SettingsError: a position outside its prompt.
@@ -61,6 +62,7 @@ class Nudges:
                 )
         self.llm, self.layers = llm, tuple(layers)
         self.keys: list[Tensor] = [torch.empty(0)] * len(self.layers)
+        self.worst = torch.empty(0)
         self._positions = tuple(positions)
         self._batch = llm.batch(prompts)
         self._alone: list[Nudges] = []
@@ -87,6 +89,7 @@ class Nudges:
             self.keys = [
                 torch.cat(keys) for keys in zip(*(n.keys for n in self._alone), strict=True)
             ]
+            self.worst = torch.cat([one.worst for one in self._alone])
             return torch.cat(found)
         measured = nullcontext() if self._sizes else self._measured()
         with self._nudged(self._run, vectors), measured:
@@ -98,6 +101,8 @@ class Nudges:
 
     def _mean(self, logits: Tensor) -> Tensor:
         losses = F.cross_entropy(logits.float(), self._batch.labels, reduction="none")
+        nothing = losses.detach().new_zeros(len(self._positions))
+        self.worst = nothing.scatter_reduce(0, self._batch.rows, losses.detach(), "amax")
         return self._batch.column_means(losses[:, None])[:, 0]
 
     @property

@@ -20,6 +20,8 @@ from tests.agents.hierarchy.test_neuron import model, neuron
 #: Of one subject and one answer; the second has six tokens more behind the subject.
 PROMPTS = ("w5 w9 w4", "w5 w9 w21 w8 w6 w3 w11 w12 w4")
 FORM = SearchForm(0.3, 0.5, 60, 0.3)
+#: With which the mean alone would be good enough too early.
+LOOSE = SearchForm(0.3, 0.5, 60, 3.0)
 
 
 def targets(llm: ResidentLLM, prompts: Sequence[str] = PROMPTS) -> list[Target]:
@@ -64,6 +66,18 @@ def test_every_prompt_is_answered_well_enough_at_the_end() -> None:
     (vector,) = seek(llm, neuron(llm).mlps, [target], FORM)
     assert float(losses(llm, target, torch.zeros_like(vector)).min()) > FORM.enough
     assert float(losses(llm, target, vector).max()) < FORM.enough + 0.02
+
+
+def test_every_token_has_more_than_one_half_at_the_end() -> None:
+    llm = model()
+    (target,) = targets(llm, ("w5 w9 w4",))
+    answer = llm.encode("w5 w9 w4", "w7 w12 w3")
+    prompt = llm.encoder.with_subject(answer, "w5 w9 w4", "w9")
+    (vector,) = seek(llm, neuron(llm).mlps, [replace(target, prompts=(prompt,))], LOOSE)
+    back = neuron(llm).mlps[0].back
+    nudges = Nudges(llm, [prompt], [prompt.positions("subject")[0]], [back])
+    assert float(nudges.losses([vector[None]])) < LOOSE.enough / 2
+    assert float(nudges.worst) < 0.69 + 0.02
 
 
 def test_the_first_round_is_of_the_prompt_with_few_tokens_behind_the_subject(

@@ -71,6 +71,24 @@ def test_losses_and_gradients_are_those_of_the_model(model_type: str, whole: boo
         torch.testing.assert_close(one, two, atol=1e-5, rtol=1e-4)
 
 
+@pytest.mark.parametrize("alone", [False, True])
+def test_worst_is_that_of_the_least_probable_answer_token(
+    alone: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    llm = resident("llama")
+    if alone:
+        monkeypatch.setattr(ResidentLLM, "can_share", lambda self, batch: len(batch.prompts) == 1)
+    nudges = Nudges(llm, PROMPTS, POSITIONS, LAYERS)
+    nudges.losses(zeros(llm))
+    wanted = []
+    for one in PROMPTS:
+        ids = torch.tensor([[*one.prompt_ids, *one.answer_ids]])
+        chances = llm.model(ids).logits[0, one.first_position : -1].log_softmax(-1)
+        wanted.append(-chances[range(len(one.answer_ids)), list(one.answer_ids)].min())
+    assert any(len(one.answer_ids) > 1 for one in PROMPTS)
+    torch.testing.assert_close(nudges.worst, torch.stack(wanted).detach(), atol=1e-5, rtol=1e-5)
+
+
 def test_keys_are_what_the_layers_were_given() -> None:
     llm = resident("llama")
     nudges = Nudges(llm, PROMPTS, POSITIONS, LAYERS)
