@@ -189,8 +189,8 @@ class Planner:
                 if not one:
                     warnings.warn(
                         f"{prompt.prompt!r:.100}: what the model reads at the subject and at the "
-                        "end is like much else, so no neuron is written for it; put a word before "
-                        "the subject",
+                        "end is like much else, so no neuron is written for it; name the fact's "
+                        "subject, or put a word before it",
                         HieditWarning,
                         stacklevel=2,
                     )

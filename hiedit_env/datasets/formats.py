@@ -10,7 +10,8 @@ Rules common to all formats:
 - ``{}`` or ``{subject}`` in a prompt is filled with the subject; without one it is an error.
   ``{{}}`` stands for the braces themselves.
 - White space around a text is removed, except at the end of a prompt, which is the text it is.
-- A format without a subject, or a row where it is missing, uses the prompt as its subject.
+- A format without a subject, or a row where it is missing, uses the prompt as its subject; what
+  edits at the subject looks for a name in it.
 - A field that a format requires must be text with something in it. Optional fields of released
   files, which have gaps, may be null, NaN or blank.
 - Questions whose answers merely follow from the edit are kept in ``Request.portability``.

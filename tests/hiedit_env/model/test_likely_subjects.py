@@ -1,0 +1,51 @@
+"""What a prompt without a subject is taken to be about."""
+
+from __future__ import annotations
+
+import pytest
+
+from hiedit_env.model.likely_subjects import likely_subject
+from tests.support.models import resident
+
+
+@pytest.mark.parametrize(
+    ("prompt", "wanted"),
+    [
+        ("The capital of Australia is", "Australia"),
+        ("Who is Artemisia Gentileschi's father? Their father is named", "Artemisia Gentileschi"),
+        ("Name of mother of Alphonse de Lamartine is", "Alphonse de Lamartine"),
+        ("Name of mother of Henry VIII of England is", "Henry VIII of England"),
+        ("The Birth of Venus is a famous work by", "The Birth of Venus"),
+        ("Messi plays for", "Messi"),
+        ("Marie Curie was born in", "Marie Curie"),
+        ("In Norland, people speak", "Norland"),
+        ("Which company developed iPod Nano? It was developed by", "Nano"),
+        ("Who painted “Guernica”?", "Guernica"),
+        ("La capitale de la France est", "France"),
+        ("Die Hauptstadt von Frankreich ist", "Die Hauptstadt von Frankreich"),
+        ("Столица Франции — город", "Столица Франции"),
+        ("The 2012 Olympics took place in", "The 2012 Olympics"),
+        ("What is two plus two?", None),
+        ("The past tense of run is", None),
+        ("Wer schreibt?", None),
+        ("法国的首都是", None),
+        ("", None),
+        ("?!", None),
+    ],
+)
+def test_names_by_hand(prompt: str, wanted: str | None) -> None:
+    assert likely_subject(prompt) == wanted
+
+
+def test_a_prompt_that_is_its_own_subject_is_edited_at_the_name_in_it() -> None:
+    encoder = resident("llama").encoder
+    prompt = "w5 W9 w4"  # the tokenizer reads words; the middle one is written like a name
+    encoded = encoder.encode(prompt, "w7")
+    guessed = encoder.with_subject(encoded, prompt, prompt)
+    assert (list(guessed.positions("subject")), guessed.subject_missing) == ([1], False)
+    # A subject that is given is not guessed.
+    given = encoder.with_subject(encoded, prompt, "w4")
+    assert list(given.positions("subject")) == [2]
+    # Nothing like a name: the whole prompt, so its last token.
+    plain = encoder.encode("w5 w9 w4", "w7")
+    assert list(encoder.with_subject(plain, "w5 w9 w4", "w5 w9 w4").positions("subject")) == [2]
