@@ -87,7 +87,8 @@ def go_through(model_type: str, folder: Path) -> Outcome:
         return Outcome(model_type, name, (), _reason(str(error).replace(str(folder), "…")))
     assert type(llm.model) is type(model)
     unedited, own = all_bits(llm.model), own_logits(llm.model)
-    assert_close(own, own_logits(model), 1e-6)
+    # The same weights at other addresses may be added up in another order.
+    assert_close(own, own_logits(model), 3e-6)
     batch = llm.batch(PROMPTS)
     assert_close(llm.answer_logits(batch).float(), own)
     assert_gradients(llm, model)

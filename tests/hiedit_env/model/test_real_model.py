@@ -134,7 +134,7 @@ def test_the_shipped_agent_gives_its_answers() -> None:
     ended = False
     while not ended:
         action = agent.select_action(observation, info)
-        assert action.sum() == 12
+        assert action.sum() == 3
         observation, _, ended, _, info = env.step(action)
         assert info["metrics"]["answered"]
     texts = env.llm.generate([request.prompt for request in requests], [12, 12])
