@@ -111,6 +111,11 @@ def compacted(steps: Sequence[Updates], max_error: float) -> tuple[LowRankUpdate
     return tuple(made)
 
 
+def ranks(updates: Updates) -> int:
+    """The number of rows of all factors together."""
+    return sum(len(update.left) for update in updates if update is not None)
+
+
 def _singular_values(left: Tensor, right: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """U, S, V with U diag(S) V = leftᵀ right; S falls."""
     count, d_in = left.shape

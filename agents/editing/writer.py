@@ -17,7 +17,7 @@ import torch
 from numpy.typing import NDArray
 
 from hiedit_agents.editing.levels import Levels
-from hiedit_agents.editing.low_rank_sum import compacted
+from hiedit_agents.editing.low_rank_sum import compacted, ranks
 from hiedit_env.envs.observations import Observer, View
 from hiedit_env.errors import NonFiniteUpdateError
 from hiedit_env.model.tokenization import EncodedPrompt
@@ -112,11 +112,15 @@ class FactWriter:
             BaseException: whatever goes wrong; the weights may be half way, see :meth:`restore`.
         """
         llm, levels, unwritten = self.llm, self.levels, self.llm.snapshot()
-        reading = llm.read(*prompts)
+        looks = getattr(levels.high, "looks", True)
+        # Where nobody looks at gradients, they are not computed.
+        read = partial(llm.read, *prompts, gradients=looks or levels.low.uses_gradients)
+        reading = read()
         before = reading.loss
-        observation = self._observe(reading.capture(), 0, share)
+        capture = reading.capture()
+        observation = self._observe(capture, 0, share) if looks else np.zeros(0, np.float32)
         with torch.no_grad():
-            layers = levels.high.choose(observation, reading.capture()).layers
+            layers = levels.high.choose(observation, capture).layers
         steps: list[Updates] = []
         problem = None
         while layers.any() and len(steps) < levels.max_steps and not reading.answered:
@@ -130,20 +134,21 @@ class FactWriter:
                 problem = str(error)
                 break
             steps.append(updates)
-            reading = llm.read(*prompts)
+            reading = read()
             if not math.isfinite(reading.loss):
                 problem = _COLLAPSED
                 break
+        recorded = steps
         if self.max_error and steps and problem is None:
+            smaller = compacted(steps, self.max_error)
+            recorded = [smaller] if len(steps) > 1 or ranks(smaller) < ranks(steps[0]) else steps
+        if recorded is not steps:
             # What is recorded is what is written.
             llm.restore(unwritten)
-            recorded: list[Updates] = [compacted(steps, self.max_error)]
             llm.commit(recorded[0])
-            reading = llm.read(*prompts)
+            reading = read()
             if not math.isfinite(reading.loss):
                 problem = _COLLAPSED
-        else:
-            recorded = steps
         self._position += 1
         written = np.array([any(s[i] is not None for s in steps) for i in range(len(llm.layers))])
         self._counts = self._counts + written

@@ -9,6 +9,7 @@ about 1/√d. The constant is the same with 1 at both, so that it is nearly 1 fo
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -149,7 +150,10 @@ def reading_statistics(
 def inputs(
     llm: ResidentLLM, layers: Sequence[int], prompts: Sequence[EncodedPrompt]
 ) -> Iterator[tuple[PromptBatch, list[Tensor]]]:
-    """Batches of prompts, and what each layer is given in them: prompts × tokens × d_in."""
+    """Batches of prompts, and what each layer is given in them: prompts × tokens × d_in.
+
+    Nothing behind the last of the layers is run.
+    """
     for bucket in llm.buckets(prompts):
         together = llm.batch([prompts[i] for i in bucket])
         shared = llm.can_share(together)
@@ -159,12 +163,18 @@ def inputs(
             def hook(layer: int, found: dict[int, Tensor] = found, part: PromptBatch = part) -> Any:
                 def note(_module: Any, args: tuple[Tensor, ...], _output: Tensor) -> None:
                     found[layer] = args[0].reshape(len(part.prompts), part.longest, -1)
+                    if len(found) == len(layers):
+                        raise _SeenAll
 
                 return note
 
-            with llm.hooked({layer: hook(layer) for layer in layers}):
+            with suppress(_SeenAll), llm.hooked({layer: hook(layer) for layer in layers}):
                 llm.answer_logits(part, remember=False)
             yield part, [found[layer] for layer in layers]
+
+
+class _SeenAll(Exception):
+    """Ends a pass."""
 
 
 def readings(statistics: Mapping[str, Tensor], index: int, ridge: float) -> Readings:

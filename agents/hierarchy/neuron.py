@@ -49,6 +49,7 @@ from hiedit_env.model.tokenization import EncodedPrompt
 from hiedit_env.resident.capture import Capture
 from hiedit_env.resident.low_rank import LowRankUpdate
 from hiedit_env.resident.resident import ResidentLLM
+from hiedit_env.resident.upper_half import quick_dtype
 from hiedit_env.rules.base import positive
 
 #: Relative difference of a gate row's length above which its neuron was written before.
@@ -79,6 +80,8 @@ class Neuron(FactMemory):
             1/√d; where it is larger, a subject cannot be told from the rest. On SmolLM2 most have
             0.4 to 0.7, and one neuron of 1.1 did more damage than 37 others together.
         substitutes: Whether other neurons take over what a rewritten one did (:mod:`.substitutes`).
+        search_dtype: The precision of the search's passes: ``"own"`` for the model's,
+            ``"bfloat16"``, or ``"auto"`` for bfloat16 where that is faster.
 
     Raises:
         SettingsError: a number out of range, or candidate layers among which no MLP is whole.
@@ -89,6 +92,7 @@ class Neuron(FactMemory):
     default_tokens = "subject"
     #: What a training shows it: all prompts, in every form.
     calibrates_on: ClassVar[str] = "all"
+    uses_gradients: ClassVar[bool] = False
 
     def __init__(
         self,
@@ -105,6 +109,7 @@ class Neuron(FactMemory):
         swaps: int = 2,
         widest: float = 1.2,
         substitutes: bool = True,
+        search_dtype: str = "auto",
     ) -> None:
         if not 0 <= as_float(momentum) < 1:
             raise SettingsError(f"momentum must be a number in [0, 1), got {momentum!r}")
@@ -116,6 +121,8 @@ class Neuron(FactMemory):
         if whole_number(swaps, "swaps", 0) > len(NAMES):
             raise SettingsError(f"swaps must be at most {len(NAMES)}, got {swaps!r}")
         self.swaps, self.substitutes = swaps, substitutes
+        quick_dtype(llm, search_dtype)
+        self.search_dtype = search_dtype
         self.enough, self.ridge = positive(enough, "enough"), positive(ridge, "ridge")
         self.sharpness = positive(sharpness, "sharpness")
         self.widest = positive(widest, "widest")
@@ -285,7 +292,8 @@ class Neuron(FactMemory):
 
     def _search(self, targets: Sequence[Target]) -> Tensor:
         """What the neurons of F facts are to write: F × d_out float32."""
-        form = SearchForm(self.step_size, self.momentum, self.search_steps, self.enough)
+        dtype = quick_dtype(self.llm, self.search_dtype)
+        form = SearchForm(self.step_size, self.momentum, self.search_steps, self.enough, dtype)
         return seek(self.llm, self.mlps, targets, form)
 
     def _written(self, index: int, changes: NeuronChanges) -> Tensor:

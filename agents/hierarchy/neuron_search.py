@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -27,12 +27,14 @@ class SearchForm:
         steps: Largest number of steps in each of the two rounds.
         enough: −log p per answer token, in nats, below which a prompt needs no more, if every token
             has more than one half as well.
+        dtype: The precision of the passes; None for the model's own.
     """
 
     step_size: float
     momentum: float
     steps: int
     enough: float
+    dtype: torch.dtype | None = None
 
 
 def seek(
@@ -49,17 +51,20 @@ def seek(
         targets: At least one.
         form: How.
     """
+    search = _Search(llm, mlps, targets, form)
     vectors = torch.zeros(len(targets), mlps[targets[0].home].hidden, device=llm.device)
-    short = [replace(target, prompts=_short(target.prompts)) for target in targets]
-    if any(len(a.prompts) < len(b.prompts) for a, b in zip(short, targets, strict=True)):
-        vectors = _descend(llm, mlps, short, form, vectors)
-    return _descend(llm, mlps, targets, form, vectors)
+    prompts = iter(range(len(search.owners)))
+    places = [[next(prompts) for _ in target.prompts] for target in targets]
+    short = [i for t, own in zip(targets, places, strict=True) for i in _short(t.prompts, own)]
+    if len(short) < len(search.owners):
+        vectors = search.descend(vectors, short)
+    return search.descend(vectors, range(len(search.owners)))
 
 
-def _short(prompts: Sequence[EncodedPrompt]) -> tuple[EncodedPrompt, ...]:
-    """The prompts with the fewest tokens behind the subject, and those with hardly more."""
+def _short(prompts: Sequence[EncodedPrompt], places: Sequence[int]) -> list[int]:
+    """Places of the prompts with the fewest tokens behind the subject, or hardly more."""
     ends = [p.length - p.positions("subject")[0] for p in prompts]
-    return tuple(p for p, end in zip(prompts, ends, strict=True) if end <= min(ends) + _HARDLY)
+    return [at for at, end in zip(places, ends, strict=True) if end <= min(ends) + _HARDLY]
 
 
 #: −log p of a token with p = 1/2, in nats.
@@ -68,63 +73,69 @@ _HALF = math.log(2)
 #: Tokens.
 _HARDLY = 2
 
-#: Difference of a strength from 1 that does not matter.
-_NEARLY = 0.05
 
+class _Search:
+    """The prompts of some facts, run with vectors of the strengths that the neurons will have."""
 
-@torch.inference_mode(False)
-@torch.enable_grad()
-def _descend(
-    llm: ResidentLLM,
-    mlps: Sequence[CandidateMLP],
-    targets: Sequence[Target],
-    form: SearchForm,
-    start: Tensor,
-) -> Tensor:
-    """One round, from the vectors it starts from."""
-    device = llm.device
-    prompts = [prompt for target in targets for prompt in target.prompts]
-    owners = torch.tensor([i for i, t in enumerate(targets) for _ in t.prompts], device=device)
-    used = sorted({target.home for target in targets})
-    pairs = [(mlps[i].gate.layer, mlps[i].back) for i in used]
-    nudges = Nudges(
-        llm,
-        prompts,
-        [p.positions("subject")[0] for p in prompts],
-        [layer for pair in pairs for layer in pair],
-    )
-    idle = [torch.zeros(1, llm.shapes[gate][1], device=device) for gate, _ in pairs]
-    homes = torch.tensor([target.home for target in targets], device=device)[owners]
-    here = [(homes == i).float()[:, None] for i in used]
-    vectors = start.clone().requires_grad_(True)
-    fires = torch.ones(len(owners), 1, device=device)
-    numbers = torch.bincount(owners, minlength=len(targets)).float()
-    length, speed = torch.zeros_like(numbers), torch.zeros_like(start)
-    for step in range(form.steps + 1):
-        added = vectors[owners] * fires
-        losses = nudges.losses(
-            [x for zero, own in zip(idle, here, strict=True) for x in (zero, added * own)]
+    @torch.inference_mode(False)
+    def __init__(
+        self,
+        llm: ResidentLLM,
+        mlps: Sequence[CandidateMLP],
+        targets: Sequence[Target],
+        form: SearchForm,
+    ) -> None:
+        self._form, device = form, llm.device
+        prompts = [prompt for target in targets for prompt in target.prompts]
+        owners = [i for i, target in enumerate(targets) for _ in target.prompts]
+        used = sorted({target.home for target in targets})
+        pairs = [(mlps[i].gate.layer, mlps[i].back) for i in used]
+        self._nudges = Nudges(
+            llm,
+            prompts,
+            [p.positions("subject")[0] for p in prompts],
+            [layer for pair in pairs for layer in pair],
+            form.dtype,
         )
-        if not step:
-            # What the MLPs read at the subjects does not depend on what is added behind them.
-            read = dict(zip(used, nudges.keys[::2], strict=True))
-            rows = enumerate(owners.tolist())
-            fires = torch.stack(
-                [targets[i].shape.firing(read[targets[i].home][row].float()) for row, i in rows]
-            )[:, None]
-            length = length.index_add(0, owners, nudges.lengths) / numbers * form.step_size
-            if bool(start.any()) and bool(((fires - 1).abs() > _NEARLY).any()):
-                continue  # these losses are of other strengths than the neurons will have
-        # A token of more than one half is the most probable one, whatever the others are.
-        open_ = ((losses.detach() >= form.enough) | (nudges.worst >= _HALF)).float()
-        busy = torch.zeros_like(numbers).index_add(0, owners, open_) > 0
-        if step == form.steps or not bool(busy.any()):
-            break
-        means = torch.zeros_like(numbers).index_add(0, owners, losses) / numbers
-        (gradient,) = torch.autograd.grad(means.sum(), vectors)
-        size = gradient.norm(dim=1, keepdim=True).clamp_min(1e-30)
-        speed = form.momentum * speed + gradient / size
-        with torch.no_grad():
-            # A fact all of whose prompts are answered well enough rests.
-            vectors -= (length * busy)[:, None] * speed
-    return vectors.detach()
+        # What the MLPs read at the subjects does not depend on what is added behind them.
+        read = dict(zip(used, self._nudges.keys[::2], strict=True))
+        self._fires = torch.stack(
+            [
+                targets[i].shape.firing(read[targets[i].home][row].float())
+                for row, i in enumerate(owners)
+            ]
+        )[:, None]
+        self.owners = torch.tensor(owners, device=device)
+        homes = torch.tensor([target.home for target in targets], device=device)[self.owners]
+        self._here = [(homes == i).float()[:, None] for i in used]
+        self._numbers = torch.bincount(self.owners, minlength=len(targets)).float()
+        sizes = torch.zeros_like(self._numbers).index_add(0, self.owners, self._nudges.lengths)
+        self._length = sizes / self._numbers * form.step_size
+
+    @torch.inference_mode(False)
+    @torch.enable_grad()
+    def descend(self, start: Tensor, rows: Sequence[int]) -> Tensor:
+        """One round, from the vectors it starts from, for some of the prompts."""
+        form, chosen = self._form, torch.tensor(list(rows), device=start.device)
+        owners, fires = self.owners[chosen], self._fires[chosen]
+        numbers = torch.bincount(owners, minlength=len(start)).float()
+        vectors = start.clone().requires_grad_(True)
+        speed = torch.zeros_like(start)
+        for step in range(form.steps + 1):
+            added = vectors[owners] * fires
+            losses = self._nudges.losses(
+                [x for here in self._here for x in (None, added * here[chosen])], rows
+            )
+            # A token of more than one half is the most probable one, whatever the others are.
+            open_ = ((losses.detach() >= form.enough) | (self._nudges.worst >= _HALF)).float()
+            busy = torch.zeros_like(numbers).index_add(0, owners, open_) > 0
+            if step == form.steps or not bool(busy.any()):
+                break
+            means = torch.zeros_like(numbers).index_add(0, owners, losses) / numbers
+            (gradient,) = torch.autograd.grad(means.sum(), vectors)
+            size = gradient.norm(dim=1, keepdim=True).clamp_min(1e-30)
+            speed = form.momentum * speed + gradient / size
+            with torch.no_grad():
+                # A fact all of whose prompts are answered well enough rests.
+                vectors -= (self._length * busy)[:, None] * speed
+        return vectors.detach()

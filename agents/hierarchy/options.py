@@ -85,6 +85,9 @@ class HighLevel(Protocol):
     One that is trained (see :class:`~hiedit_agents.protocol.Trainable`) learns by the policy
     gradient, from the ``log_probability`` of what it sampled; or, with an attribute
     ``straight_through = True``, from the gradient of the low level's objective in its ``gates``.
+
+    One with an attribute ``looks = False`` chooses without its arguments, and an editor need not
+    compute them.
     """
 
     @property
@@ -121,6 +124,11 @@ class UntrainedChoice:
         self.name = name
         self._choice = make_choice(name, num_layers, layers_per_edit)
         self._generator = np.random.default_rng(0)
+
+    @property
+    def looks(self) -> bool:
+        """Whether a choice depends on the observation or the capture."""
+        return self.name == "gradient-norm"
 
     def reset(self, seed: int) -> None:
         """Seeds the random choice."""

@@ -89,7 +89,7 @@ class PassTimer:
     @contextmanager
     def running(self) -> Iterator[None]:
         """Times the passes made in the body."""
-        split = self.llm._split
+        split = self.llm.halves
         saved = (split.prefix, split.suffix, self.llm._logits, torch.autograd.grad)
         try:
             split.prefix, split.suffix = map(self._timed, saved[:2])  # type: ignore[method-assign]

@@ -27,7 +27,8 @@ class Capture:
     Args:
         prompts: The P prompts as tokens; at least one.
         keys: Per layer T × d_in, the layer's input at the T tokens the model read (u_l).
-        value_gradients: Per layer T × d_out, gradient of ``loss`` at the layer's output (v_l).
+        value_gradients: Per layer T × d_out, gradient of ``loss`` at the layer's output (v_l);
+            empty where the pass was made without gradients.
         loss: −log p(answer | prompt), mean over the answer tokens of a prompt, then over the
             prompts, in nats.
         predictions: A int64, the argmax at each of the A answer positions.
@@ -160,7 +161,8 @@ class GradientRows:
     Args:
         keys: Per layer N × d_in, the layer's input at the N tokens read, prompt after prompt; or
             prompts × tokens × d_in with the padding left in.
-        value_gradients: The same with d_out, gradient of the loss at the layer's output.
+        value_gradients: The same with d_out, gradient of the loss at the layer's output; empty
+            where there are none.
 
     Detached, on the model's device, in the model's dtype.
     """

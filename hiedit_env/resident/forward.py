@@ -105,6 +105,10 @@ class CappedHead:
             logits = torch.tanh(logits / self._cap) * self._cap
         return logits
 
+    def to(self, dtype: torch.dtype) -> CappedHead:
+        """The same in another precision, with weights of its own."""
+        return CappedHead(copy.deepcopy(self.projection).to(dtype), self._cap)
+
 
 class OwnHead:
     """All that a causal LM does after its decoder, in its own code.

@@ -34,13 +34,17 @@ class PassGraph:
 
     @torch.inference_mode(False)
     def rows(self) -> GradientRows:
-        """Keys and value gradients, N × T × size per layer; runs once, then frees the graph."""
+        """Keys and value gradients, N × T × size per layer; runs once, then frees the graph.
+
+        Of a pass without gradients the keys alone.
+        """
         if self._rows is None:
             assert self._losses is not None
-            gradients = torch.autograd.grad(self._losses, self._outputs, self._weights)
-            self._rows = GradientRows(
-                tuple(u.detach() for u in self._inputs), as_rows(gradients, self._inputs)
-            )
+            own: tuple[Tensor, ...] = ()
+            if self._losses.requires_grad:
+                found = torch.autograd.grad(self._losses, self._outputs, self._weights)
+                own = as_rows(found, self._inputs)
+            self._rows = GradientRows(tuple(u.detach() for u in self._inputs), own)
             self._losses, self._inputs, self._outputs = None, [], []
         return self._rows
 

@@ -26,6 +26,7 @@ from hiedit_env.resident.forward_check import find_forward
 from hiedit_env.resident.low_rank import Updates, products
 from hiedit_env.resident.prefix_cache import TensorCache
 from hiedit_env.resident.reading import PromptReading, Reading, read_batch, reading_buckets
+from hiedit_env.resident.upper_half import UpperHalves
 from hiedit_env.resident.weights import EditableWeights
 
 
@@ -69,9 +70,8 @@ class ResidentLLM(EditableWeights):
         self.first_block = min(layer.block for layer in self.layers)
         #: How the model is run, see :mod:`.forward_check`.
         self._way = find_forward(model, self.layers, self.first_block)
-        self._split, self._head = self._way.halves, self._way.head
-        #: Whether the ends of prompts can be run behind cached keys and values; None: not tried.
-        self.runs_ends: bool | None = None
+        self.halves, self.head = self._way.halves, self._way.head
+        self.upper = UpperHalves()
 
     @property
     def notes(self) -> tuple[str, ...]:
@@ -159,20 +159,21 @@ class ResidentLLM(EditableWeights):
                     for i, prompt in enumerate(batch.prompts)
                 ]
             )
-        hidden = self._prefix(batch) if remember else self._split.prefix(batch.input_ids)
+        hidden = self._prefix(batch) if remember else self.halves.prefix(batch.input_ids)
         with self._edited(forks or (self,)), self._overlay(updates):
-            return self._logits(self._split.suffix(hidden), batch)
+            return self._logits(self.halves.suffix(hidden), batch)
 
-    def read(self, *prompts: EncodedPrompt) -> Reading:
+    def read(self, *prompts: EncodedPrompt, gradients: bool = True) -> Reading:
         """Runs an edit unit forward, recording what a later backward pass needs.
 
         Works in every gradient mode of the caller.
 
         Args:
             prompts: The prompts of the unit, at least one.
+            gradients: Whether a backward pass may follow; without, captures have keys alone.
         """
         count = len(prompts)
-        return Reading(self.read_forks(prompts, [self] * count, [count] * count))
+        return Reading(self.read_forks(prompts, [self] * count, [count] * count, gradients))
 
     @torch.inference_mode(False)
     def read_forks(
@@ -180,6 +181,7 @@ class ResidentLLM(EditableWeights):
         prompts: Sequence[EncodedPrompt],
         forks: Sequence[ResidentLLM],
         counts: Sequence[int],
+        gradients: bool = True,
     ) -> list[PromptReading]:
         """Prompts of several environments' units in few passes, see :func:`.batched.read_together`.
 
@@ -187,6 +189,7 @@ class ResidentLLM(EditableWeights):
             prompts: All prompts of all units.
             forks: The fork of one model that each prompt is read by, or this one for all.
             counts: How many prompts the unit of each has.
+            gradients: Whether a backward pass may follow.
         """
         found: dict[int, PromptReading] = {}
         for bucket in reading_buckets(prompts, counts, self.max_batch_tokens):
@@ -195,7 +198,8 @@ class ResidentLLM(EditableWeights):
                 batch = self.batch([prompts[i] for i in places])
                 owners, sizes = [forks[i] for i in places], [counts[i] for i in places]
                 alone = all(fork is owners[0] for fork in owners)
-                recorded = self._record(batch, owners[:1] if alone else owners)
+                owners = owners[:1] if alone else owners
+                recorded = self._record(batch, owners, gradients=gradients)
                 found |= dict(zip(places, read_batch(batch, *recorded, sizes), strict=True))
         return [found[i] for i in range(len(prompts))]
 
@@ -241,6 +245,7 @@ class ResidentLLM(EditableWeights):
         batch: PromptBatch,
         forks: Sequence[ResidentLLM],
         updates: Updates | None = None,
+        gradients: bool = True,
     ) -> tuple[Tensor, list[Tensor], list[Tensor]]:
         """Logits of a batch, and every layer's input and output, ready for a backward pass."""
         hidden = self._prefix(batch)
@@ -248,8 +253,8 @@ class ResidentLLM(EditableWeights):
         fixed = updates and [None if update is None else update.detach() for update in updates]
         edited = self._edited(forks)
         hooks = self.hooked(recorder.hooks())
-        with torch.enable_grad(), edited, self._overlay(fixed), hooks:
-            logits = self._logits(self._split.suffix(hidden), batch)
+        with torch.set_grad_enabled(gradients), edited, self._overlay(fixed), hooks:
+            logits = self._logits(self.halves.suffix(hidden), batch)
         return logits, recorder.inputs(), recorder.outputs
 
     def can_share(self, batch: PromptBatch) -> bool:
@@ -314,7 +319,7 @@ class ResidentLLM(EditableWeights):
             hidden = self.cache.get(prompt.input_ids)
             if hidden is None:
                 ids = torch.tensor([prompt.input_ids], dtype=torch.int64, device=self.device)
-                hidden = self._split.prefix(ids)[0]
+                hidden = self.halves.prefix(ids)[0]
                 self.cache.put(prompt.input_ids, hidden)
             entries.append(hidden)
         if len(entries) == 1:
@@ -322,11 +327,7 @@ class ResidentLLM(EditableWeights):
         return torch.nn.utils.rnn.pad_sequence(entries, batch_first=True)
 
     def _logits(self, hidden: Tensor, batch: PromptBatch) -> Tensor:
-        return self._head(hidden[batch.rows, batch.positions])
-
-    def project(self, hidden: Tensor) -> Tensor:
-        """Final hidden states, N × features, to logits, N × vocabulary."""
-        return self._head(hidden)
+        return self.head(hidden[batch.rows, batch.positions])
 
     @contextmanager
     def hooked(self, hooks: Mapping[int, Any]) -> Iterator[None]:

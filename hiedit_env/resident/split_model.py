@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import copy
 from collections import OrderedDict
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple, cast
 
 import torch
@@ -27,7 +27,7 @@ class _PrefixReady(Exception):
         self.hidden = hidden
 
 
-class _Arguments(NamedTuple):
+class BlockArguments(NamedTuple):
     """What a model gives to one of its blocks besides the hidden states."""
 
     positional: tuple[Any, ...]
@@ -62,11 +62,11 @@ class _Note(_StandIn):
     """Notes its arguments and gives back its input, or the hidden states it was told to."""
 
     returns_tuple = False
-    noted: _Arguments | None = None
+    noted: BlockArguments | None = None
     instead: Tensor | None = None
 
     def forward(self, hidden: Tensor, *args: Any, **kwargs: Any) -> Tensor | tuple[Tensor, None]:
-        self.noted = _Arguments(args, kwargs)
+        self.noted = BlockArguments(args, kwargs)
         output = hidden if self.instead is None else self.instead
         return (output, None) if self.returns_tuple else output
 
@@ -83,15 +83,15 @@ class SplitModel:
     def __init__(self, base: nn.Module, blocks_name: str, first: int) -> None:
         self.base = base
         blocks = list(cast(nn.ModuleList, base.get_submodule(blocks_name)))
-        self._blocks = blocks[first:]
+        #: The blocks of the second half, and the index of its first.
+        self.blocks, self.first = blocks[first:], first
         self._prefix = _shallow_copy(base, blocks_name, [*blocks[:first], _Stop(blocks[first])])
         returns_tuple, self._norm = _probe(base, blocks_name, blocks[-1])
         self._notes = [_Note(block) for block in blocks]
         for note in self._notes:
             note.returns_tuple = returns_tuple
-        self._first = first
         self._skeleton = _shallow_copy(base, blocks_name, self._notes)
-        self._arguments: OrderedDict[tuple[int, int], list[_Arguments]] = OrderedDict()
+        self._arguments: OrderedDict[tuple[int, int], list[BlockArguments]] = OrderedDict()
 
     def prefix(self, input_ids: Tensor) -> Tensor:
         """Hidden states entering block ``first``.
@@ -120,24 +120,43 @@ class SplitModel:
             B × T × hidden size; differentiable with respect to overlays and captured outputs.
         """
         arguments = self._arguments_for(hidden)
-        for block, given in zip(self._blocks, arguments, strict=True):
-            output = block(hidden, *given.positional, **given.keyword)
-            hidden = output[0] if isinstance(output, tuple) else output
+        return self.finished(through(self.blocks, arguments, hidden))
+
+    def block(self, index: int) -> nn.Module:
+        """A block of the second half by its index in the model."""
+        return self.blocks[index - self.first]
+
+    def finished(self, hidden: Tensor) -> Tensor:
+        """Final hidden states (after the last norm) from those behind the last block.
+
+        Args:
+            hidden: B × T × hidden size.
+        """
         if self._norm is not None:
             return cast(Tensor, self._norm(hidden))
         last = self._notes[-1]
         last.instead = hidden
         try:
-            return cast(Tensor, self._run_skeleton(hidden)[0])
+            ids = torch.zeros(hidden.shape[:2], dtype=torch.int64, device=hidden.device)
+            return cast(Tensor, self._skeleton(input_ids=ids, use_cache=False)[0])
         finally:
             last.instead = None
 
-    def _run_skeleton(self, hidden: Tensor) -> Any:
-        # Tokens, not embeddings: some models project or scale these before the blocks.
-        ids = torch.zeros(hidden.shape[:2], dtype=torch.int64, device=hidden.device)
-        return self._skeleton(input_ids=ids, use_cache=False)
+    def noted(self, ids: Tensor, **settings: Any) -> list[BlockArguments]:
+        """What the blocks of the second half are given in a pass; no block is run.
 
-    def _arguments_for(self, hidden: Tensor) -> list[_Arguments]:
+        Args:
+            ids: B × T int64.
+            **settings: Anything else that the model's own forward takes.
+        """
+        with torch.inference_mode(False), torch.no_grad():
+            self._skeleton(input_ids=ids, **settings)
+        arguments = [cast(BlockArguments, note.noted) for note in self._notes[self.first :]]
+        for note in self._notes:
+            note.noted = None
+        return arguments
+
+    def _arguments_for(self, hidden: Tensor) -> list[BlockArguments]:
         """What the blocks of the second half are given for hidden states of this shape."""
         batch, length = hidden.shape[:2]
         # 0 stands for any batch of two or more, where the arguments are the same for all rows.
@@ -147,16 +166,24 @@ class SplitModel:
             if known is not None:
                 self._arguments.move_to_end(key)
                 return known
-        with torch.inference_mode(False), torch.no_grad():
-            self._run_skeleton(hidden)
-        arguments = [cast(_Arguments, note.noted) for note in self._notes[self._first :]]
-        for note in self._notes:
-            note.noted = None
+        # Tokens, not embeddings: some models project or scale these before the blocks.
+        ids = torch.zeros(hidden.shape[:2], dtype=torch.int64, device=hidden.device)
+        arguments = self.noted(ids, use_cache=False)
         shared = batch > 1 and not any(given.depend_on_batch() for given in arguments)
         self._arguments[(0, length) if shared else (batch, length)] = arguments
         while len(self._arguments) > _SHAPES:
             self._arguments.popitem(last=False)
         return arguments
+
+
+def through(
+    blocks: Sequence[nn.Module], arguments: Sequence[BlockArguments], hidden: Tensor
+) -> Tensor:
+    """Hidden states behind the last of some blocks, from those that enter the first."""
+    for block, given in zip(blocks, arguments, strict=True):
+        output = block(hidden, *given.positional, **given.keyword)
+        hidden = output[0] if isinstance(output, tuple) else output
+    return hidden
 
 
 def _shallow_copy(base: nn.Module, name: str, blocks: Iterable[nn.Module]) -> nn.Module:

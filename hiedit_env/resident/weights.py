@@ -185,10 +185,10 @@ class EditableWeights:
         """
         digest = hashlib.blake2b(digest_size=8)
         for i in range(len(self.layers)):
-            version = self._version(i)
+            version = self.version(i)
             known = self._digests.get(i)
-            if known is None or not _same(known[0], version):
-                weight = self._present(i)
+            if known is None or not same_version(known[0], version):
+                weight = self.present_weight(i)
                 bits = weight.detach().view(_BITS[weight.element_size()])
                 sums = torch.cat([bits.sum(0, dtype=torch.int64), bits.sum(1, dtype=torch.int64)])
                 known = (version, hashlib.blake2b(sums.cpu().numpy().tobytes()).digest())
@@ -203,15 +203,15 @@ class EditableWeights:
         changed = [i for i, change in enumerate(self._changes) if change is not None]
         return changed if self.is_resident else []
 
-    def _version(self, index: int) -> tuple[object, ...]:
-        """Differs whenever a weight differs; what it holds is compared by identity."""
+    def version(self, index: int) -> tuple[object, ...]:
+        """Differs whenever one layer's weight differs, see :func:`same_version`."""
         if not self.is_resident:
             return (self._held(index),)
         weight = self._weight(index)
         # The version alone does not tell the unedited weights of :meth:`unedited` apart.
         return weight.data_ptr(), weight._version
 
-    def _present(self, index: int) -> Tensor:
+    def present_weight(self, index: int) -> Tensor:
         """One layer's weight as the model runs with it, in its own layout."""
         if self.is_resident:
             return self._weight(index)
@@ -293,6 +293,9 @@ def accumulated(
 _BITS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
-def _same(one: tuple[object, ...], other: tuple[object, ...]) -> bool:
+def same_version(one: Sequence[object], other: Sequence[object]) -> bool:
+    """Whether two versions are of the same weights."""
     # Tensors by identity: == would compare their entries.
-    return all(a is b or (isinstance(a, int) and a == b) for a, b in zip(one, other, strict=True))
+    return len(one) == len(other) and all(
+        a is b or (isinstance(a, int) and a == b) for a, b in zip(one, other, strict=True)
+    )

@@ -43,6 +43,8 @@ class UpdateRule(ABC):
     name: ClassVar[str]
     default_step_size: ClassVar[float]
     default_tokens: ClassVar[Tokens] = "answer"
+    #: Whether it uses the value gradients of captures; where not, an editor does not compute them.
+    uses_gradients: ClassVar[bool] = True
 
     def __init__(
         self,

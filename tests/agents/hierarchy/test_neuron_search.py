@@ -47,14 +47,22 @@ def losses(llm: ResidentLLM, target: Target, vector: Tensor) -> Tensor:
     return nudges.losses([fires[:, None] * vector])
 
 
+def descend(llm: ResidentLLM, target: Target, start: Tensor) -> Tensor:
+    """One round over all prompts."""
+    search = neuron_search._Search(llm, neuron(llm).mlps, [target], FORM)
+    return search.descend(start, range(len(target.prompts)))
+
+
 def counted(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """Numbers of prompts of each pass that is run from now on."""
     seen: list[int] = []
     own = Nudges.losses
 
-    def note(self: Nudges, vectors: Sequence[Tensor]) -> Tensor:
-        seen.append(len(self._positions))
-        return own(self, vectors)
+    def note(
+        self: Nudges, vectors: Sequence[Tensor | None], rows: Sequence[int] | None = None
+    ) -> Tensor:
+        seen.append(len(self._all if rows is None else rows))
+        return own(self, vectors, rows)
 
     monkeypatch.setattr(Nudges, "losses", note)
     return seen
@@ -94,7 +102,7 @@ def test_the_first_round_is_of_the_prompt_with_few_tokens_behind_the_subject(
     # From the vector of the first round, fewer steps are left than from nothing.
     left = len(seen) - first
     del seen[:]
-    neuron_search._descend(llm, mlps, [target], FORM, torch.zeros(1, mlps[0].hidden))
+    descend(llm, target, torch.zeros(1, mlps[0].hidden))
     assert left < len(seen)
 
 
@@ -110,7 +118,7 @@ def test_short_prompts_by_hand() -> None:
     llm = model()
     (target,) = targets(llm, ("w5 w9 w4", "w5 w9 w21 w8 w6 w3 w4", "w3 w9 w6 w4"))
     # Behind the subject stand 1 + 1, 5 + 1 and 2 + 1 tokens, the answer's among them.
-    assert neuron_search._short(target.prompts) == (target.prompts[0], target.prompts[2])
+    assert neuron_search._short(target.prompts, (4, 5, 6)) == [4, 6]
 
 
 def test_strengths_are_known_before_a_vector_counts_as_good_enough(
@@ -121,9 +129,9 @@ def test_strengths_are_known_before_a_vector_counts_as_good_enough(
     (target,) = targets(llm)
     mlps = neuron(llm).mlps
     weak = replace(target, shape=_Half(target.shape))  # type: ignore[arg-type]
-    full = neuron_search._descend(llm, mlps, [target], FORM, torch.zeros(1, mlps[0].hidden))
+    full = descend(llm, target, torch.zeros(1, mlps[0].hidden))
     seen = counted(monkeypatch)
-    found = neuron_search._descend(llm, mlps, [weak], FORM, full)
+    found = descend(llm, weak, full)
     assert len(seen) > 2
     assert float(losses(llm, target, 0.5 * found[0]).max()) < 2 * FORM.enough
 

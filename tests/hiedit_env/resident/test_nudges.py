@@ -49,7 +49,7 @@ def own_loss(llm: ResidentLLM, one: EncodedPrompt, at: int, vectors: list[Tensor
 def test_losses_and_gradients_are_those_of_the_model(model_type: str, whole: bool) -> None:
     llm = resident(model_type)
     if whole:
-        llm.runs_ends = False
+        llm.upper.run_ends[llm.dtype] = False
     nudges = Nudges(llm, PROMPTS, POSITIONS, LAYERS)
     vectors = [
         normal(i, 3, llm.shapes[layer][1]).requires_grad_() for i, layer in enumerate(LAYERS)
@@ -61,7 +61,7 @@ def test_losses_and_gradients_are_those_of_the_model(model_type: str, whole: boo
             for i, (one, at) in enumerate(zip(PROMPTS, POSITIONS, strict=True))
         ]
     )
-    assert llm.runs_ends is (not whole)
+    assert llm.upper.run_ends[llm.dtype] is (not whole)
     torch.testing.assert_close(found, wanted, atol=1e-5, rtol=1e-5)
     for one, two in zip(
         torch.autograd.grad(found.sum(), vectors),
@@ -147,9 +147,9 @@ def test_a_model_without_such_a_cache_is_run_whole(monkeypatch: pytest.MonkeyPat
     def refuse(*args: Any, **named: Any) -> None:
         raise TypeError("no cache here")
 
-    monkeypatch.setattr("hiedit_env.resident.nudges._Ends._pass", refuse)
+    monkeypatch.setattr("hiedit_env.resident.ends.Ends._run", refuse)
     found = Nudges(other, PROMPTS, POSITIONS, LAYERS).losses(zeros(other))
-    assert other.runs_ends is False
+    assert other.upper.run_ends[other.dtype] is False
     torch.testing.assert_close(found, wanted, atol=1e-5, rtol=1e-5)
 
 

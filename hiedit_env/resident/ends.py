@@ -1,0 +1,308 @@
+"""Ways to run the prompts of a search again and again: their ends alone, or as wholes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, cast
+
+import torch
+from torch import Tensor, nn
+from transformers import DynamicCache
+
+from hiedit_env.errors import ModelError
+from hiedit_env.model.architectures import block_list
+from hiedit_env.model.batches import PromptBatch
+from hiedit_env.model.tokenization import EncodedPrompt
+from hiedit_env.resident.split_model import BlockArguments, SplitModel
+from hiedit_env.resident.upper_half import UpperHalf, cast_all
+
+if TYPE_CHECKING:
+    from hiedit_env.resident.resident import ResidentLLM
+
+#: Indices of some of the prompts, rising.
+Chosen = tuple[int, ...]
+
+
+class Runner:
+    """A way to get the logits at the answers of some prompts.
+
+    Args:
+        llm: The model.
+        prompts: P prompts that may share a batch.
+        positions: A position in each.
+        layers: Layers whose inputs at the positions are wanted, as indices into ``llm.layers``.
+
+    Attributes:
+        keys: Per layer P × d_in, what it is given at the positions, in the model's own precision.
+        lengths: P float32, how long the hidden states at the positions are behind the layers'
+            blocks, mean over the blocks.
+    """
+
+    keys: list[Tensor]
+    lengths: Tensor
+
+    def __init__(
+        self,
+        llm: ResidentLLM,
+        prompts: Sequence[EncodedPrompt],
+        positions: Sequence[int],
+        layers: Sequence[int],
+    ) -> None:
+        self.llm, self.prompts, self.positions = llm, tuple(prompts), tuple(positions)
+        self.layers, self.all = tuple(layers), tuple(range(len(prompts)))
+        self._batches: dict[Chosen, PromptBatch] = {}
+
+    def batch(self, chosen: Chosen) -> PromptBatch:
+        """The chosen prompts."""
+        if chosen not in self._batches:
+            self._batches[chosen] = self.llm.batch([self.prompts[i] for i in chosen])
+        return self._batches[chosen]
+
+    def columns(self, chosen: Chosen) -> list[int]:
+        """Where the chosen prompts' positions stand in what is run."""
+        raise NotImplementedError
+
+    def logits(self, chosen: Chosen) -> Tensor:
+        """Answer tokens × vocabulary of the chosen prompts, in order."""
+        raise NotImplementedError
+
+    @contextmanager
+    def hooked(self, hooks: Mapping[int, Any]) -> Iterator[None]:
+        """Registers forward hooks on candidate layers, by index, for the time of the body."""
+        raise NotImplementedError
+        yield
+
+    @contextmanager
+    def _measured(self, columns: Sequence[int]) -> Iterator[None]:
+        """Sets ``keys`` and ``lengths`` by a pass of the model, which the body runs."""
+        rows = torch.arange(len(columns), device=self.llm.device)
+        at = torch.tensor(columns, device=self.llm.device)
+        keys: dict[int, Tensor] = {}
+        sizes: list[Tensor] = []
+
+        def hook(layer: int) -> Any:
+            def note(_module: Any, args: tuple[Tensor, ...], _output: Any) -> None:
+                given = args[0].reshape(len(columns), -1, args[0].shape[-1])
+                keys[layer] = given[rows, at].detach()
+
+            return note
+
+        def measure(_module: Any, _args: Any, output: Any) -> None:
+            hidden = output[0] if isinstance(output, tuple) else output
+            sizes.append(hidden[rows, at].detach().float().norm(dim=-1))
+
+        blocks, _ = block_list(self.llm.model)
+        used = sorted({self.llm.layers[layer].block for layer in self.layers})
+        handles = [blocks[block].register_forward_hook(measure) for block in used]
+        try:
+            with self.llm.hooked({layer: hook(layer) for layer in self.layers}):
+                yield
+        finally:
+            for handle in handles:
+                handle.remove()
+        self.keys = [keys[layer] for layer in self.layers]
+        self.lengths = torch.stack(sizes).mean(0)
+
+
+class WholePrompts(Runner):
+    """Runs all tokens, as every other pass does."""
+
+    def measured(self) -> Tensor:
+        """Sets ``keys`` and ``lengths``; gives what :meth:`logits` of all prompts gives."""
+        with torch.inference_mode(False), torch.no_grad(), self._measured(self.columns(self.all)):
+            return self.logits(self.all)
+
+    def columns(self, chosen: Chosen) -> list[int]:
+        """The positions."""
+        return [self.positions[i] for i in chosen]
+
+    def logits(self, chosen: Chosen) -> Tensor:
+        """As in the base class."""
+        return self.llm.answer_logits(self.batch(chosen))
+
+    @contextmanager
+    def hooked(self, hooks: Mapping[int, Any]) -> Iterator[None]:
+        """As in the base class."""
+        with self.llm.hooked(hooks):
+            yield
+
+
+@dataclass(frozen=True, eq=False, slots=True)
+class _Layout:
+    """Some prompts as one batch of beginnings, padded on the left, and ends, padded on the right.
+
+    Args:
+        first: B × before int64, tokens in front of the positions.
+        ends: B × width int64, the other tokens.
+        mask: B × (before + width) int64, 1 at real tokens.
+        order: B × width int64, the ends' positions in their prompts.
+    """
+
+    first: Tensor
+    ends: Tensor
+    mask: Tensor
+    order: Tensor
+
+
+@dataclass(frozen=True, eq=False, slots=True)
+class _Part:
+    """All that running the ends of some prompts takes.
+
+    Args:
+        hidden: B × width × hidden size, what enters the first block.
+        arguments: What each block is given besides; with ``cache`` in it.
+        cache: As it was when the arguments were noted.
+        known: Per block of the model, keys and values of the tokens before.
+    """
+
+    hidden: Tensor
+    arguments: Sequence[BlockArguments]
+    cache: DynamicCache
+    known: Sequence[tuple[Tensor, Tensor]]
+
+
+class Ends(Runner):
+    """Runs the tokens from the positions on, from one block on, behind cached keys and values.
+
+    Args:
+        llm: The model, at its present weights; they must not change while this object is used.
+        prompts, positions, layers: As in the base class. Nothing in front of the first of the
+            layers' blocks is run again.
+        dtype: The precision; the first pass is in the model's own.
+
+    Raises:
+        ModelError: the model's blocks cannot be run by themselves, or its cache is of another kind.
+    """
+
+    def __init__(
+        self,
+        llm: ResidentLLM,
+        prompts: Sequence[EncodedPrompt],
+        positions: Sequence[int],
+        layers: Sequence[int],
+        dtype: torch.dtype,
+    ) -> None:
+        super().__init__(llm, prompts, positions, layers)
+        half = llm.upper.find(llm, min(llm.layers[layer].block for layer in layers), dtype)
+        if half is None:
+            raise ModelError("the model's blocks cannot be run by themselves")
+        self._half: UpperHalf = half
+        with torch.inference_mode(False), torch.no_grad(), llm.with_changes():
+            self._known, self._hidden = self._first_pass()
+        self._parts: dict[Chosen, _Part] = {}
+
+    def columns(self, chosen: Chosen) -> list[int]:
+        """The ends begin at the positions."""
+        return [0] * len(chosen)
+
+    def logits(self, chosen: Chosen) -> Tensor:
+        """As in the base class, float32."""
+        if chosen not in self._parts:
+            self._parts[chosen] = self._part(chosen)
+        part, batch = self._parts[chosen], self.batch(chosen)
+        # Running the ends makes a cache longer, so that every run needs one of its own.
+        cache = self._fresh(part.known)
+        arguments = [
+            BlockArguments(*(_replaced(items, part.cache, cache) for items in given))
+            for given in part.arguments
+        ]
+        features = self._half.features(arguments, part.hidden)
+        before = torch.tensor([self.positions[i] for i in chosen], device=self.llm.device)
+        return self._half.project(features[batch.rows, batch.positions - before[batch.rows]])
+
+    @contextmanager
+    def hooked(self, hooks: Mapping[int, Any]) -> Iterator[None]:
+        """As in the base class."""
+        with self._half.hooked(self.llm, hooks):
+            yield
+
+    # -- inside -----------------------------------------------------------------------------------
+
+    def _layout(self, chosen: Chosen) -> _Layout:
+        device = self.llm.device
+        pairs = [(self.prompts[i], self.positions[i]) for i in chosen]
+        before = max(1, *(at for _, at in pairs))
+        width = max(prompt.length - at for prompt, at in pairs)
+        ids = torch.zeros(len(pairs), before + width, dtype=torch.int64)
+        real = torch.zeros_like(ids)
+        for row, (prompt, at) in enumerate(pairs):
+            # Padded on both sides, so that all ends begin in one column.
+            columns = slice(before - at, before - at + prompt.length)
+            ids[row, columns] = torch.tensor(prompt.input_ids)
+            real[row, columns] = 1
+        ids, real = ids.to(device), real.to(device)
+        starts = torch.tensor([at for _, at in pairs], device=device)
+        order = starts[:, None] + torch.arange(width, device=device)
+        return _Layout(ids[:, :before], ids[:, before:], real, order)
+
+    def _part(self, chosen: Chosen) -> _Part:
+        layout = self._layout(chosen)
+        before, width = layout.first.shape[1], layout.ends.shape[1]
+        rows = list(chosen)
+        known = [(k[rows, :, -before:], v[rows, :, -before:]) for k, v in self._known]
+        cache = self._fresh(known)
+        split = cast(SplitModel, self.llm.halves)
+        noted = split.noted(
+            layout.ends,
+            attention_mask=layout.mask,
+            position_ids=layout.order,
+            past_key_values=cache,
+            use_cache=True,
+        )[self._half.first - split.first :]
+        dtype = self._half.dtype
+        return _Part(
+            self._hidden[rows, :width],
+            [BlockArguments(*cast_all(given, dtype)) for given in map(tuple, noted)],
+            cache,
+            [(k.to(dtype), v.to(dtype)) for k, v in known],
+        )
+
+    def _first_pass(self) -> tuple[list[tuple[Tensor, Tensor]], Tensor]:
+        """Keys and values of the tokens before, by block, and what enters the first block."""
+        layout, entering = self._layout(self.all), []
+        before, width = layout.first.shape[1], layout.ends.shape[1]
+
+        def note(_module: nn.Module, args: tuple[Tensor, ...]) -> None:
+            entering.append(args[0][:, before:])
+
+        cache, ids = self._fresh(()), torch.cat((layout.first, layout.ends), 1)
+        block = cast(SplitModel, self.llm.halves).block(self._half.first)
+        handle = block.register_forward_pre_hook(note)
+        try:
+            with self._measured([before] * len(self.prompts)):
+                self._run(ids, layout.mask, cache)
+        finally:
+            handle.remove()
+        # Other kinds of caches hold no keys and values; the error is taken for a no.
+        layers = cast(Sequence[Any], cache.layers)
+        if any(layer.keys.shape[-2] != before + width for layer in layers):
+            # A layer with a window drops what is behind it, and then has to see nothing else.
+            cache = self._fresh(())
+            self._run(layout.first, layout.mask[:, :before], cache)
+            layers = cast(Sequence[Any], cache.layers)
+        known = [(layer.keys[:, :, :before], layer.values[:, :, :before]) for layer in layers]
+        return known, entering[0]
+
+    def _fresh(self, known: Sequence[tuple[Tensor, Tensor]]) -> DynamicCache:
+        cache = DynamicCache(config=self.llm.model.config)
+        for index, (keys, values) in enumerate(known):
+            cache.update(keys, values, index)
+        return cache
+
+    def _run(self, ids: Tensor, mask: Tensor, cache: DynamicCache) -> None:
+        self.llm.model.base_model(
+            input_ids=ids,
+            attention_mask=mask,
+            position_ids=(mask.cumsum(1) - 1).clamp_min(0),
+            past_key_values=cache,
+            use_cache=True,
+        )
+
+
+def _replaced(items: Any, old: object, new: object) -> Any:
+    """Positional or keyword arguments with one object in the place of another."""
+    if isinstance(items, Mapping):
+        return {key: new if item is old else item for key, item in items.items()}
+    return tuple(new if item is old else item for item in items)

@@ -1,0 +1,199 @@
+"""The blocks of a model from one on, run again and again, in a precision of choice.
+
+Passes that only look for a direction, as the search for a value does, need less precision than the
+model's own. Where the processor multiplies bfloat16 matrices, they cost half as much or less.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from hiedit_env.errors import SettingsError
+from hiedit_env.resident.forward import CappedHead
+from hiedit_env.resident.split_model import BlockArguments, SplitModel, through
+from hiedit_env.resident.weights import same_version
+
+if TYPE_CHECKING:
+    from hiedit_env.resident.resident import ResidentLLM
+
+#: Fewest parameters of a model for which copies in another precision pay.
+_LARGE = 50_000_000
+
+
+class UpperHalf:
+    """Blocks from one on, and the vocabulary projection.
+
+    In the model's own precision these are the model's own modules; in another one they are copies,
+    brought up to date by :meth:`update`.
+
+    Args:
+        llm: The model.
+        split: Its halves.
+        first: Index of the first block; not below the first candidate's.
+        dtype: Floating point type that it is run in.
+    """
+
+    def __init__(self, llm: ResidentLLM, split: SplitModel, first: int, dtype: torch.dtype) -> None:
+        self.first, self.dtype, self._split = first, dtype, split
+        self._own = list(split.blocks[first - split.first :])
+        self.blocks = self._own
+        self._head = llm.head
+        if dtype != llm.dtype:
+            self.blocks = [copy.deepcopy(block).to(dtype) for block in self._own]
+            if isinstance(llm.head, CappedHead):
+                self._head = llm.head.to(dtype)
+        self._twins = {
+            id(own): twin
+            for block, copied in zip(self._own, self.blocks, strict=True)
+            for own, twin in zip(block.modules(), copied.modules(), strict=True)
+        }
+        self._candidates = {
+            id(layer.module): i for i, layer in enumerate(llm.layers) if layer.block >= first
+        }
+        self._versions: dict[tuple[int, str], tuple[object, ...]] = {}
+        self.update(llm)
+
+    @torch.inference_mode(False)
+    def update(self, llm: ResidentLLM) -> None:
+        """Takes over the weights that were changed since the last call.
+
+        Args:
+            llm: The model, or a fork of it whose changes count.
+        """
+        if self.dtype == llm.dtype:
+            return
+        with torch.no_grad():
+            for block in self._own:
+                for module in block.modules():
+                    index = self._candidates.get(id(module))
+                    for name, own in module.named_parameters(recurse=False):
+                        edited = index is not None and name == "weight"
+                        version = (
+                            llm.version(cast(int, index))
+                            if edited
+                            else (own.data_ptr(), own._version)
+                        )
+                        key = id(module), name
+                        if not same_version(self._versions.get(key, ()), version):
+                            weight = llm.present_weight(cast(int, index)) if edited else own
+                            getattr(self._twins[id(module)], name).copy_(weight)
+                            self._versions[key] = version
+
+    def features(self, arguments: Sequence[BlockArguments], hidden: Tensor) -> Tensor:
+        """Final hidden states, B × T × hidden size, in the model's own dtype.
+
+        Args:
+            arguments: What each block is given besides, in this half's dtype.
+            hidden: B × T × hidden size, what enters the first block.
+        """
+        left = through(self.blocks, arguments, hidden.to(self.dtype))
+        return self._split.finished(left.to(hidden.dtype))
+
+    def project(self, features: Tensor) -> Tensor:
+        """N × features to N × vocabulary float32."""
+        own = isinstance(self._head, CappedHead) and self.dtype != features.dtype
+        return self._head(features.to(self.dtype) if own else features).float()
+
+    @contextmanager
+    def hooked(self, llm: ResidentLLM, hooks: Mapping[int, Any]) -> Iterator[None]:
+        """Registers forward hooks on candidate layers, by index, for the time of the body.
+
+        Args:
+            llm: Whose changes are added where the modules are the model's own.
+            hooks: By index of a candidate layer.
+        """
+        if self.dtype == llm.dtype:
+            with llm.with_changes(), llm.hooked(hooks):
+                yield
+            return
+        handles = []
+        try:
+            for i, hook in hooks.items():
+                twin: nn.Module = self._twins[id(llm.layers[i].module)]
+                handles.append(twin.register_forward_hook(hook))
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+
+class UpperHalves:
+    """Those of one model and its forks that were asked for, with what is known of them.
+
+    Attributes:
+        run_ends: By precision, whether the ends of prompts can be run in it behind cached keys and
+            values; a precision that was not tried yet is missing.
+    """
+
+    def __init__(self) -> None:
+        self.run_ends: dict[torch.dtype, bool] = {}
+        self._made: dict[tuple[int, torch.dtype], UpperHalf] = {}
+
+    def find(self, llm: ResidentLLM, first: int, dtype: torch.dtype) -> UpperHalf | None:
+        """One with the present weights; None where blocks cannot be run by themselves.
+
+        Args:
+            llm: The model, or a fork of it.
+            first: Index of the first block; not below the first candidate's.
+            dtype: Floating point type.
+        """
+        if not isinstance(llm.halves, SplitModel):
+            return None
+        key = first, dtype
+        if key not in self._made:
+            # Of copies only the last ones are kept.
+            kept = {k: half for k, half in self._made.items() if k[1] == llm.dtype}
+            self._made = {**kept, key: UpperHalf(llm, llm.halves, first, dtype)}
+        self._made[key].update(llm)
+        return self._made[key]
+
+
+def cast_all(value: Any, dtype: torch.dtype) -> Any:
+    """Nested tuples, lists and mappings with all floating point tensors in one dtype."""
+    if isinstance(value, Tensor):
+        if not value.is_floating_point() or value.dtype == dtype:
+            return value
+        # A mask's largest negative number stays finite.
+        limit = torch.finfo(dtype)
+        return value.clamp(limit.min, limit.max).to(dtype)
+    if isinstance(value, Mapping):
+        return {key: cast_all(item, dtype) for key, item in value.items()}
+    if isinstance(value, (tuple, list)) and not hasattr(value, "_fields"):
+        return type(value)(cast_all(item, dtype) for item in value)
+    return value
+
+
+def quick_dtype(llm: ResidentLLM, chosen: str) -> torch.dtype:
+    """The precision that passes which only look for a direction are run in.
+
+    Args:
+        llm: The model.
+        chosen: ``"own"`` for the model's; ``"bfloat16"``; ``"auto"`` for bfloat16 where a float32
+            model of 50 million parameters or more is on a device that multiplies such matrices.
+
+    Raises:
+        SettingsError: another word.
+    """
+    if chosen not in ("own", "bfloat16", "auto"):
+        raise SettingsError(f"the precision must be own, bfloat16 or auto, got {chosen!r}")
+    if chosen == "own" or llm.dtype != torch.float32:
+        return llm.dtype
+    if chosen == "bfloat16":
+        return torch.bfloat16
+    size = sum(p.numel() for p in llm.model.parameters())
+    return torch.bfloat16 if size >= _LARGE and _multiplies_bfloat16(llm.device) else llm.dtype
+
+
+def _multiplies_bfloat16(device: torch.device) -> bool:
+    if device.type == "cuda":
+        return torch.cuda.get_device_capability(device) >= (8, 0)
+    if device.type != "cpu":
+        return False
+    known: Mapping[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()
+    return any(known.get(name, False) for name in ("avx512_bf16", "amx_bf16"))

@@ -1,0 +1,156 @@
+"""The ends of prompts, in the model's own precision and in another, against whole prompts."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from hiedit_env.errors import SettingsError
+from hiedit_env.resident.ends import Ends, WholePrompts
+from hiedit_env.resident.nudges import Nudges
+from hiedit_env.resident.resident import ResidentLLM
+from hiedit_env.resident.upper_half import cast_all, quick_dtype
+from tests.support.models import normal, prompt, random_updates, resident
+
+PROMPTS = [prompt((5, 6, 7, 8, 9), (3, 4)), prompt((2, 9), (6,)), prompt((4, 4, 7), (5, 8, 2))]
+POSITIONS = (2, 1, 0)
+LAYERS = (0, 2)
+ROUGH = torch.bfloat16
+
+
+def ends(llm: ResidentLLM, dtype: torch.dtype = torch.float32) -> Ends:
+    return Ends(llm, PROMPTS, POSITIONS, LAYERS, dtype)
+
+
+def whole(llm: ResidentLLM) -> WholePrompts:
+    return WholePrompts(llm, PROMPTS, POSITIONS, LAYERS)
+
+
+@pytest.mark.parametrize("model_type", ["llama", "gpt2", "gemma2"])
+@pytest.mark.parametrize("chosen", [(0, 1, 2), (1,), (0, 2)])
+def test_logits_of_some_prompts_are_those_of_the_whole_prompts(
+    model_type: str, chosen: tuple[int, ...]
+) -> None:
+    llm = resident(model_type)
+    wanted = torch.cat([llm.answer_logits(llm.batch([PROMPTS[i]])) for i in chosen])
+    torch.testing.assert_close(ends(llm).logits(chosen), wanted, atol=1e-5, rtol=1e-5)
+
+
+def test_keys_and_lengths_are_measured_by_both() -> None:
+    llm = resident("llama")
+    one, other = ends(llm, ROUGH), whole(llm)
+    other.measured()
+    torch.testing.assert_close(one.lengths, other.lengths, atol=1e-5, rtol=1e-5)
+    for mine, own in zip(one.keys, other.keys, strict=True):
+        # In the model's own precision, whatever the runs are made in.
+        assert mine.dtype == torch.float32
+        torch.testing.assert_close(mine, own, atol=1e-5, rtol=1e-5)
+
+
+def test_another_precision_is_nearly_the_same_and_leaves_the_model_alone() -> None:
+    llm = resident("llama")
+    before = llm.weights_fingerprint()
+    wanted = whole(llm).logits((0, 1, 2))
+    found = ends(llm, ROUGH).logits((0, 1, 2))
+    assert found.dtype == torch.float32
+    assert not torch.equal(found, wanted)
+    assert float((found - wanted).norm() / wanted.norm()) < 0.15
+    assert {p.dtype for p in llm.model.parameters()} == {torch.float32}
+    assert llm.weights_fingerprint() == before
+
+
+def after(llm: ResidentLLM) -> Tensor:
+    return ends(llm, ROUGH).logits((0, 1, 2))
+
+
+def test_copies_follow_every_change_of_the_weights() -> None:
+    llm = resident("llama")
+    unedited = after(llm)
+    fork = llm.fork()
+    fork.commit(random_updates(fork))
+    edited = after(fork)
+    assert float((edited - unedited).abs().max()) > 0.05
+    # The model again, after a fork was run with the same copies.
+    torch.testing.assert_close(after(llm), unedited, atol=0, rtol=0)
+    state = llm.commit(random_updates(llm))
+    torch.testing.assert_close(after(llm), edited, atol=0.02, rtol=0.02)
+    with llm.unedited():
+        torch.testing.assert_close(after(llm), unedited, atol=0, rtol=0)
+    llm.restore(state)
+    torch.testing.assert_close(after(llm), unedited, atol=0, rtol=0)
+    # A weight that is no candidate, changed by somebody else.
+    with torch.no_grad():
+        block = llm.halves.blocks[-1]  # type: ignore[attr-defined]
+        block.input_layernorm.weight.mul_(3.0)
+    assert float((after(llm) - unedited).abs().max()) > 0.05
+
+
+def test_gradients_in_another_precision_point_the_same_way() -> None:
+    llm = resident("llama")
+    found = []
+    for dtype in (torch.float32, ROUGH):
+        nudges = Nudges(llm, PROMPTS, POSITIONS, LAYERS, dtype)
+        vectors = [normal(i, 3, llm.shapes[layer][1]) for i, layer in enumerate(LAYERS)]
+        vectors = [vector.requires_grad_() for vector in vectors]
+        gradients = torch.autograd.grad(nudges.losses(vectors).sum(), vectors)
+        found.append(torch.cat([g.flatten() for g in gradients]))
+    assert float(torch.cosine_similarity(*found, dim=0)) > 0.99
+
+
+def test_losses_of_some_rows_are_those_of_all() -> None:
+    llm = resident("llama")
+    nudges = Nudges(llm, PROMPTS, POSITIONS, LAYERS)
+    vectors = [normal(i, 3, llm.shapes[layer][1]) for i, layer in enumerate(LAYERS)]
+    wanted, worst = nudges.losses(vectors), nudges.worst
+    found = nudges.losses([vector[[0, 2]] for vector in vectors], (0, 2))
+    torch.testing.assert_close(found, wanted[[0, 2]], atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(nudges.worst, worst[[0, 2]], atol=1e-5, rtol=1e-5)
+    assert [len(keys) for keys in nudges.keys] == [2, 2]
+
+
+def test_a_layer_without_a_vector_is_left_as_it_is() -> None:
+    llm = resident("llama")
+    nudges = Nudges(llm, PROMPTS, POSITIONS, LAYERS)
+    vector = normal(0, 3, llm.shapes[0][1])
+    zero = torch.zeros(1, llm.shapes[2][1])
+    found, wanted = nudges.losses([vector, None]), nudges.losses([vector, zero])
+    torch.testing.assert_close(found, wanted, atol=0, rtol=0)
+
+
+def test_a_precision_with_other_losses_is_not_used(monkeypatch: pytest.MonkeyPatch) -> None:
+    llm = resident("llama")
+    own = Ends.logits
+
+    def wrong(self: Ends, chosen: Any) -> Tensor:
+        return own(self, chosen) * (1.0 if self._half.dtype == torch.float32 else 3.0)
+
+    monkeypatch.setattr(Ends, "logits", wrong)
+    nudges = Nudges(llm, PROMPTS, POSITIONS, LAYERS, ROUGH)
+    assert llm.upper.run_ends == {ROUGH: False, torch.float32: True}
+    assert nudges._run._half.dtype == torch.float32  # type: ignore[attr-defined]
+
+
+def test_which_precision_is_quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    llm = resident("llama")
+    assert quick_dtype(llm, "own") == torch.float32
+    assert quick_dtype(llm, "bfloat16") == torch.bfloat16
+    # Tiny models gain nothing.
+    assert quick_dtype(llm, "auto") == torch.float32
+    monkeypatch.setattr("hiedit_env.resident.upper_half._LARGE", 10)
+    for known in (True, False):
+        monkeypatch.setattr(torch.cpu, "get_capabilities", lambda known=known: {"amx_bf16": known})
+        assert quick_dtype(llm, "auto") == (torch.bfloat16 if known else torch.float32)
+    with pytest.raises(SettingsError, match="own, bfloat16 or auto, got 'float8'"):
+        quick_dtype(llm, "float8")
+
+
+def test_casting_keeps_the_rest_and_the_largest_numbers() -> None:
+    ids, mask = torch.arange(3), torch.full((2,), torch.finfo(torch.float32).min)
+    found = cast_all({"a": (ids, [mask, None])}, ROUGH)
+    assert found["a"][0] is ids
+    assert found["a"][1][1] is None
+    assert found["a"][1][0].dtype == ROUGH
+    assert bool(torch.isfinite(found["a"][1][0]).all())
