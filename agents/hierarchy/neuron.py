@@ -103,7 +103,7 @@ class Neuron(FactMemory):
         search_steps: int = 20,
         enough: float = 0.3,
         threshold: float = 0.45,
-        sharpness: float = 30.0,
+        sharpness: float = 60.0,
         ridge: float = 0.01,
         companions: int = 2,
         swaps: int = 2,
