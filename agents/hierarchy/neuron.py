@@ -9,8 +9,8 @@ For the facts of an edit unit, at the present weights, all in the first chosen M
    direction whose product s with the reading is 1 at the subject and about 0 at other tokens,
    whatever the form and the words before it (:mod:`.detectors`).
 3. **Neuron.** The neuron that matters least and holds no fact yet is written anew: its gate gives
-   β (s − θ), its other row a number that falls as s rises, so that their product hardly changes for
-   s from 0.6 to 1.1 and is 0 below θ; its column is the vector. Below θ nothing is added, however
+   β (s − θ), its other row a number that falls as s rises, so that their product changes little for
+   s from 0.7 to 1.1 and is 0 below θ; its column is the vector. Below θ nothing is added, however
    many facts are written: what a linear memory adds up over edits, the activation cuts off.
 
 Facts stay in one MLP, since its neurons do not read what they write. Those of a later MLP do, as
@@ -70,8 +70,8 @@ class Neuron(FactMemory):
         search_steps: Largest number of steps of the search.
         enough: −log p per answer token, in nats, below which a prompt needs no more, if every token
             has more than one half as well.
-        threshold: θ, the score above which a neuron fires; a little lower where a prompt of the
-            fact itself scores less than twice as much.
+        threshold: θ, the score above which a neuron fires; lower where a prompt of the fact itself
+            scores less than 0.9.
         sharpness: β, how steeply the gate rises with the score.
         ridge: Share of the mean diagonal that is added to the covariance of what MLPs read.
         companions: Earlier facts about the same subject that are sought again with a new one.
@@ -102,7 +102,7 @@ class Neuron(FactMemory):
         momentum: float = 0.5,
         search_steps: int = 20,
         enough: float = 0.3,
-        threshold: float = 0.45,
+        threshold: float = 0.55,
         sharpness: float = 60.0,
         ridge: float = 0.01,
         companions: int = 2,

@@ -22,7 +22,7 @@ from hiedit_env.resident.resident import ResidentLLM
 
 #: The score at which a neuron with a gate fires most, between what a fact's own prompts score (1)
 #: and what other words for it score.
-PEAK = 0.85
+PEAK = 0.9
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,6 +80,9 @@ NAMES = (
 
 #: Smallest threshold, in order not to fire where nothing was asked.
 LOWEST = 0.3
+
+#: Smallest score of a fact's own prompts at which the threshold is the usual one.
+_USUAL = 0.9
 
 #: Where the rows of each prompt of a capture begin.
 Starts = Mapping[EncodedPrompt, int]
@@ -248,7 +251,7 @@ class Planner:
                 others += [_last(read, part.lengths).float() for part, (read,) in batches]
         detector = self._readings[home].detector(own, torch.cat(others))
         lowest = float(detector.scores(own).min())
-        threshold = min(form.threshold, max(lowest / 2, LOWEST))
+        threshold = min(form.threshold, max(form.threshold * lowest / _USUAL, LOWEST))
         return NeuronShape(mlp, detector, own.mean(0), threshold, form.sharpness)
 
     def _is_apart(self, shape: NeuronShape) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -10,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from hiedit_agents.hierarchy.detectors import Detector
 from hiedit_agents.hierarchy.neuron import Neuron
 from hiedit_agents.hierarchy.neuron_changes import NeuronChanges
 from hiedit_agents.hierarchy.neuron_plan import NeuronShape, Planner, ShapeForm
@@ -85,7 +87,7 @@ def test_the_shape_by_hand() -> None:
 
     def raw(score: float, constant: float) -> float:
         gate = torch.tensor(20.0 * (score - 0.4 * constant))
-        return float(F.silu(gate)) * (1.3 * constant - score)  # peak at (0.4 + 1.3) / 2
+        return float(F.silu(gate)) * (1.4 * constant - score)  # peak at (0.4 + 1.4) / 2
 
     assert shape.full == pytest.approx(raw(float(s), float(c)), rel=1e-3)
     assert float(shape.firing(reading[None])) == pytest.approx(1, rel=1e-4)
@@ -93,8 +95,26 @@ def test_the_shape_by_hand() -> None:
     low_score, constant = shape.detector.scores(other), other @ shape.detector.constant
     expected = raw(float(low_score), float(constant)) / shape.full
     assert float(shape.firing(other[None])) == pytest.approx(expected, rel=1e-2, abs=1e-4)
-    assert raw(0.85, 1.0) == pytest.approx(20 * 0.45 * 0.45, rel=1e-3)
+    assert raw(0.9, 1.0) == pytest.approx(20 * 0.5 * 0.5, rel=1e-3)
     assert abs(raw(0.1, 1.0)) < 0.02 * raw(1.0, 1.0)
+
+
+@pytest.mark.parametrize(("score", "threshold"), [(1.0, 0.55), (0.72, 0.44), (0.1, 0.3)])
+def test_the_threshold_falls_with_what_the_facts_own_prompts_score(
+    score: float, threshold: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    llm = model()
+    low = neuron(llm)
+    capture = unit(llm, FACTS[0])
+    own = low._readings[0].detector
+
+    def weaker(readings: Tensor, others: Tensor) -> Detector:
+        return replace(found := own(readings, others), row=score * found.row)
+
+    monkeypatch.setattr(low._readings[0], "detector", weaker)
+    planner = Planner(llm, low.mlps, low._readings, ShapeForm(0.55, 20.0, 0, 1.8))
+    shape = planner._shape(capture, 0, [capture.prompt], {capture.prompt: 0})
+    assert shape.threshold == pytest.approx(threshold, abs=1e-3)
 
 
 # -- what is written ------------------------------------------------------------------------------
