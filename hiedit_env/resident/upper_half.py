@@ -7,23 +7,45 @@ model's own. Where the processor multiplies bfloat16 matrices, they cost half as
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any, cast
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from typing import Any, Protocol, cast
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from hiedit_env.errors import SettingsError
-from hiedit_env.resident.forward import CappedHead
+from hiedit_env.model.architectures import CandidateLayer
+from hiedit_env.resident.forward import CappedHead, Halves
 from hiedit_env.resident.split_model import BlockArguments, SplitModel, through
 from hiedit_env.resident.weights import same_version
 
-if TYPE_CHECKING:
-    from hiedit_env.resident.resident import ResidentLLM
-
 #: Fewest parameters of a model for which copies in another precision pay.
 _LARGE = 50_000_000
+
+
+class Model(Protocol):
+    """What is used of a :class:`.resident.ResidentLLM`; see there."""
+
+    layers: tuple[CandidateLayer, ...]
+    device: torch.device
+    dtype: torch.dtype
+    model: PreTrainedModel
+    halves: Halves
+    head: Callable[[Tensor], Tensor]
+
+    def version(self, index: int) -> tuple[object, ...]:
+        """Differs whenever one layer's weight differs."""
+
+    def present_weight(self, index: int) -> Tensor:
+        """One layer's weight as the model runs with it."""
+
+    def with_changes(self) -> AbstractContextManager[None]:
+        """The model as this object sees it."""
+
+    def hooked(self, hooks: Mapping[int, Any]) -> AbstractContextManager[None]:
+        """Registers forward hooks on candidate layers."""
 
 
 class UpperHalf:
@@ -39,7 +61,7 @@ class UpperHalf:
         dtype: Floating point type that it is run in.
     """
 
-    def __init__(self, llm: ResidentLLM, split: SplitModel, first: int, dtype: torch.dtype) -> None:
+    def __init__(self, llm: Model, split: SplitModel, first: int, dtype: torch.dtype) -> None:
         self.first, self.dtype, self._split = first, dtype, split
         self._own = list(split.blocks[first - split.first :])
         self.blocks = self._own
@@ -60,7 +82,7 @@ class UpperHalf:
         self.update(llm)
 
     @torch.inference_mode(False)
-    def update(self, llm: ResidentLLM) -> None:
+    def update(self, llm: Model) -> None:
         """Takes over the weights that were changed since the last call.
 
         Args:
@@ -101,7 +123,7 @@ class UpperHalf:
         return self._head(features.to(self.dtype) if own else features).float()
 
     @contextmanager
-    def hooked(self, llm: ResidentLLM, hooks: Mapping[int, Any]) -> Iterator[None]:
+    def hooked(self, llm: Model, hooks: Mapping[int, Any]) -> Iterator[None]:
         """Registers forward hooks on candidate layers, by index, for the time of the body.
 
         Args:
@@ -135,7 +157,7 @@ class UpperHalves:
         self.run_ends: dict[torch.dtype, bool] = {}
         self._made: dict[tuple[int, torch.dtype], UpperHalf] = {}
 
-    def find(self, llm: ResidentLLM, first: int, dtype: torch.dtype) -> UpperHalf | None:
+    def find(self, llm: Model, first: int, dtype: torch.dtype) -> UpperHalf | None:
         """One with the present weights; None where blocks cannot be run by themselves.
 
         Args:
@@ -169,7 +191,7 @@ def cast_all(value: Any, dtype: torch.dtype) -> Any:
     return value
 
 
-def quick_dtype(llm: ResidentLLM, chosen: str) -> torch.dtype:
+def quick_dtype(llm: Model, chosen: str) -> torch.dtype:
     """The precision that passes which only look for a direction are run in.
 
     Args:
