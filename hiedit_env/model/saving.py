@@ -13,7 +13,6 @@ import os
 import shutil
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
@@ -22,9 +21,7 @@ from huggingface_hub import try_to_load_from_cache
 from huggingface_hub.errors import HFValidationError
 from torch import Tensor
 
-from hiedit_env.datasets.difficulty import is_world
 from hiedit_env.errors import ModelError
-from hiedit_env.model.built_in import built_in
 from hiedit_env.model.folders import (
     DTYPES,
     OTHER_WEIGHTS,
@@ -35,7 +32,7 @@ from hiedit_env.model.folders import (
     weight_files,
 )
 from hiedit_env.model.loading import CONVERTED, SMOLLM2_HUB_ID, cache_folder
-from hiedit_env.model.planted_world import world_folder
+from hiedit_env.model.own_folders import own_folder
 
 #: Folders that belong to the place where a model lies and not to the model.
 _NOT_OF_THE_MODEL = (".git", ".cache", "__pycache__", ".ipynb_checkpoints")
@@ -85,10 +82,8 @@ def find_folder(name: str) -> Path | None:
     Returns:
         For a hub id its snapshot in the hub's cache; None where there is none.
     """
-    if built_in(name).shipped:
-        return Path(str(files("hiedit_env.model").joinpath("assets", name)))
-    if is_world(name):
-        return world_folder(name, cache_folder())
+    if (own := own_folder(name, cache_folder())) is not None:
+        return own
     if name and os.path.isdir(name):
         return Path(name)
     if name == "smollm2-135m":

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import gymnasium as gym
 import numpy as np
@@ -11,8 +11,10 @@ from gymnasium import spaces
 from numpy.typing import NDArray
 
 from hiedit_env.datasets.requests import Probe
-from hiedit_env.envs.base import EditingEnv
 from hiedit_env.errors import SettingsError
+
+if TYPE_CHECKING:
+    from hiedit_env.envs.base import EditingEnv
 
 #: Numbers per layer, see :class:`ObserveEffects`.
 EFFECTS = 5
@@ -66,6 +68,9 @@ class ObserveEffects(
     ) -> None:
         gym.utils.RecordConstructorArgs.__init__(self, controls=controls, step_size=step_size)
         gym.Wrapper.__init__(self, env)
+        # Not at the top: it imports torch.
+        from hiedit_env.envs.base import EditingEnv
+
         inner = env.unwrapped
         if not isinstance(inner, EditingEnv) or not isinstance(env.observation_space, spaces.Box):
             raise SettingsError(
@@ -76,7 +81,7 @@ class ObserveEffects(
                 f"ObserveEffects looks at one fact per step, got edits_per_step="
                 f"{inner.settings.edits_per_step}; set it to 1"
             )
-        self._inner = inner
+        self._inner: EditingEnv = inner
         chosen = getattr(inner, "controls", ()) if controls is None else controls
         if not chosen:
             raise SettingsError(
