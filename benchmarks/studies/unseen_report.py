@@ -19,6 +19,7 @@ ORDER = (
     "best-constant",
     "ppo",
     "linear-bandit",
+    "linear-bandit-common",
     "gradient-norm",
     "fixed-best",
     "all-layers",
@@ -107,7 +108,7 @@ def table(results: Mapping[str, Any]) -> str:
         regret = summary["regret"][name]
         more = summary["ours_minus"].get(name)
         lines.append(
-            f"| {name} | {_shown(regret)} | {100 * regret['mean'] / random:.1f} % | "
+            f"| {name} | {_shown(regret)} | {_number(100 * regret['mean'] / random, 1)} % | "
             f"{_shown(more) if more else '–'} |"
         )
     headroom, share = summary["headroom"], summary["share_of_headroom"]
@@ -134,7 +135,7 @@ def draw(results: Mapping[str, Any]) -> bytes:
         else:
             own = np.asarray(results["references"][name])[None]
         points = (oracle - own).ravel()
-        colour = COLOURS[0] if name == OURS else "#888888"
+        colour = COLOURS[1] if name == OURS else "#888888"
         spread = np.linspace(-0.22, 0.22, len(points))
         axes.plot(points, row + spread, ".", color=colour, alpha=0.35, markersize=3)
         found = results["summary"]["regret"][name]
@@ -152,5 +153,9 @@ def draw(results: Mapping[str, Any]) -> bytes:
 
 
 def _shown(found: Mapping[str, float]) -> str:
-    mean, low, high = (f"{found[key]:.2f}".replace("-", "−") for key in ("mean", "low", "high"))
+    mean, low, high = (_number(found[key], 2) for key in ("mean", "low", "high"))
     return f"{mean} [{low}, {high}]"
+
+
+def _number(value: float, digits: int) -> str:
+    return f"{value:.{digits}f}".replace("-", "−")

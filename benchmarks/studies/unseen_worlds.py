@@ -131,11 +131,18 @@ def learners(given: Options, pool: Pool, seed: int) -> dict[str, Choose]:
     """Agents that learned from a pool, by name."""
     count = pool.masks.shape[1]
     fixed = greedy_search(recorded_score(pool.masks, pool.rewards), count).layers
-    bandit = LinearBandit(seed=seed)
-    bandit.fit(pool.observations, pool.rewards)
     router = SharedRouter(count, seed=seed)
     how = LearnSettings(steps=given.router_steps)
     learn(router, pool, torch.Generator().manual_seed(seed), how)
+
+    def common(observations: NDArray[np.float32]) -> NDArray[np.float32]:
+        """What the router reads of observations, N × D to N × (L · features)."""
+        found: NDArray[np.float32] = router.features(observations).flatten(1).numpy()
+        return found
+
+    bandits = LinearBandit(seed=seed), LinearBandit(seed=seed)
+    bandits[0].fit(pool.observations, pool.rewards)
+    bandits[1].fit(common(pool.observations), pool.rewards)
 
     def route(env: EditingEnv, observation: NDArray[np.float32]) -> NDArray[Any]:
         with torch.no_grad():
@@ -143,7 +150,10 @@ def learners(given: Options, pool: Pool, seed: int) -> dict[str, Choose]:
 
     found: dict[str, Choose] = {
         "fixed-best": lambda env, observation: fixed,
-        "linear-bandit": lambda env, seen: pool.masks[int(bandit.choose(seen[None])[0])],
+        "linear-bandit": lambda env, seen: pool.masks[int(bandits[0].choose(seen[None])[0])],
+        "linear-bandit-common": lambda env, seen: pool.masks[
+            int(bandits[1].choose(common(seen[None]))[0])
+        ],
         "hiedit": route,
     }
     save_file(

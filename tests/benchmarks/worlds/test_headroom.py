@@ -55,6 +55,21 @@ def test_outcomes_are_what_version_1_pays_with_the_prices_of_version_2() -> None
         assert outcome == pytest.approx(paid, abs=1e-3)
 
 
+def test_rewards_pay_for_the_repair_of_what_was_broken_and_outcomes_do_not() -> None:
+    # One relation at home in layer 0, with its decoy in layer 1: to write the decoy breaks the
+    # facts that come later, and their edits are then worth more.
+    name = "planted:plain,layers=2,home_layers=1,relations=1,decoys=1:0"
+    env = gym.make("hiedit/Planted-v2", disable_env_checker=True, model=name, num_edits=8)
+    rewards, outcomes = {}, {}
+    for layer in (0, 1):
+        mask = np.eye(2, dtype=np.int8)[layer]
+        env.reset(seed=0)
+        rewards[layer] = sum(float(env.step(mask)[1]) for _ in range(8))
+        outcomes[layer] = sum(play(env, lambda inner, seen, m=mask: m, 0))  # type: ignore[misc]
+    assert rewards[1] > rewards[0]
+    assert outcomes[0] > outcomes[1]
+
+
 def test_constants_side_by_side_are_their_own_episodes() -> None:
     world = WorldName.read("planted:plain,layers=3,home_layers=3,relations=2,subjects=12:1")
     masks = masks_of(3)
