@@ -11,6 +11,7 @@ hiedit/LifelongEdit-v1
 hiedit/LifelongEdit-v2
 hiedit/Planted-v1
 hiedit/Planted-v2
+hiedit/PlantedWorlds-v2
 hiedit/StepSize-v1
 hiedit/StepSize-v2
 hiedit/Toy-v1
@@ -230,5 +231,6 @@ for _name, _module in (
             vector_entry_point=f"hiedit_env.envs.vector:Vector{_name}",
             kwargs={} if _version == 1 else {"version": _version},
         )
+register("hiedit/PlantedWorlds-v2", entry_point="hiedit_env.testing.planted_worlds:PlantedWorlds")
 # The best policy is rewarded 32 (1 + 0.1 · 5/6) = 34.67; nothing of the kind is known elsewhere.
 register("hiedit/Toy-v1", entry_point="hiedit_env.testing.toy:ToyEditing", reward_threshold=34.0)

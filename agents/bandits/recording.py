@@ -20,6 +20,8 @@ from hiedit_env.errors import SettingsError
 
 #: Called after every fact with the numbers done and in all.
 Progress = Callable[[int, int], None]
+#: From what every option would give, and a generator, to the index of the one that is carried out.
+Behaviour = Callable[[TriedOptions, np.random.Generator], int]
 
 
 @dataclass(frozen=True, slots=True)
@@ -147,10 +149,21 @@ def origin_of(env: gym.Env[Any, Any], versions: Mapping[str, Any] | None = None)
         model=str(inner.model_name),
         fingerprint=fingerprint,
         layers=tuple(inner.llm.names),
-        observation_size=inner.observer.size,
+        observation_size=int(np.prod(env.observation_space.shape or ())),
         settings={k: v for k, v in given.items() if isinstance(v, str | int | float | bool)},
         versions=dict(versions or {}),
     )
+
+
+def any_option(tried: TriedOptions, generator: np.random.Generator) -> int:
+    """An option drawn uniformly."""
+    return int(generator.integers(len(tried)))
+
+
+def mostly_best(tried: TriedOptions, generator: np.random.Generator) -> int:
+    """The best option, or with probability 0.15 any."""
+    other = any_option(tried, generator)
+    return other if generator.random() < 0.15 else int(tried.best)
 
 
 def record(
@@ -161,8 +174,9 @@ def record(
     chunk: int | None = None,
     versions: Mapping[str, Any] | None = None,
     progress: Progress | None = None,
+    behaviour: Behaviour | None = None,
 ) -> Recording:
-    """Plays one episode per seed, tries every option on every fact, and carries one out at random.
+    """Plays one episode per seed, tries every option on every fact, and carries one out.
 
     Args:
         env: A layer-selection environment.
@@ -171,6 +185,8 @@ def record(
         chunk: Options at a time, see ``try_options``.
         versions: Kept in the recording.
         progress: Called after every fact.
+        behaviour: Says which one; None for any, drawn uniformly. :func:`mostly_best` keeps the
+            states near those that a good agent meets.
 
     Raises:
         SettingsError: another environment.
@@ -188,7 +204,7 @@ def record(
         ended = False
         while not ended:
             found: TriedOptions = inner.try_options(masks, chunk=chunk)
-            action = int(generator.integers(len(found)))
+            action = int((behaviour or any_option)(found, generator))
             observations.append(observation)
             tried.append(found)
             actions.append(action)

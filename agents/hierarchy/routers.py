@@ -101,10 +101,10 @@ class StraightThroughRouter(nn.Module):
         self._order = np.argsort([i for group in self.groups for i in group]).tolist()
         generator = torch.Generator().manual_seed(seed)
         sizes = [sum(shapes[group[0]]) for group in self.groups]
-        self.encoders = nn.ModuleList(_linear(size, hidden, generator) for size in sizes)
+        self.encoders = nn.ModuleList(seeded_linear(size, hidden, generator) for size in sizes)
         self.scales = nn.ParameterList(torch.ones(len(g), 1, hidden) for g in self.groups)
         self.shifts = nn.ParameterList(torch.zeros(len(g), 1, hidden) for g in self.groups)
-        self.gate = _linear(hidden * len(shapes), len(shapes), generator)
+        self.gate = seeded_linear(hidden * len(shapes), len(shapes), generator)
         self.to(device)
         self.moments = nn.ModuleList(
             InputMoments(len(group), size, device)
@@ -221,9 +221,9 @@ class PolicyRouter(nn.Module):
         generator = torch.Generator().manual_seed(seed)
         self.embedding = nn.Parameter(torch.randn(num_layers, embedding, generator=generator))
         inputs = LAYER_FEATURES + GLOBAL_FEATURES + embedding
-        self.first = _linear(inputs, hidden, generator)
-        self.second = _linear(hidden, hidden, generator)
-        self.score = _linear(hidden, 1, generator)
+        self.first = seeded_linear(inputs, hidden, generator)
+        self.second = seeded_linear(hidden, hidden, generator)
+        self.score = seeded_linear(hidden, 1, generator)
         #: A layer's score that does not depend on the fact.
         self.bias = nn.Parameter(torch.zeros(num_layers))
         begin = min(max(self.layers_per_edit / num_layers, 0.01), 0.99)
@@ -345,7 +345,7 @@ def _checked_size(layers_per_edit: int | None, num_layers: int) -> int:
     return size
 
 
-def _linear(inputs: int, outputs: int, generator: torch.Generator) -> nn.Linear:
+def seeded_linear(inputs: int, outputs: int, generator: torch.Generator) -> nn.Linear:
     """A linear map, uniform in ±1/√inputs (torch's default) drawn from a generator."""
     # Not initialised by torch, which would draw from its global generator.
     layer = nn.Linear(inputs, outputs, device="meta").to_empty(device="cpu")

@@ -12,7 +12,6 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Sequence
-from itertools import combinations
 from typing import Any, cast
 
 import gymnasium
@@ -23,6 +22,7 @@ from scipy import stats
 
 import hiedit_env  # noqa: F401
 from hiedit_agents.command_line import parse, run_script
+from hiedit_benchmarks.worlds.headroom import MOST_LAYERS, masks_of
 from hiedit_env.envs.reward_weights import Version, default_weights
 from hiedit_env.envs.settings import AtLeast1, Dataset, Name, settings
 from hiedit_env.envs.vector import VectorEditing
@@ -30,8 +30,6 @@ from hiedit_env.errors import SettingsError
 from hiedit_env.evaluation.info_metrics import METRICS
 
 PROGRAM = "python -m hiedit_benchmarks.studies.constant_policies"
-#: Most layers whose subsets are all played.
-MOST_LAYERS = 8
 #: Metrics that say what an edit is for.
 WANTED = ("efficacy", "generalization", "agreement", "recent_retention")
 
@@ -50,15 +48,6 @@ class Options:
     """streams, from seed 0 on"""
     top: AtLeast1 = 5
     """policies that are shown of each ranking"""
-
-
-def masks_of(count: int) -> NDArray[np.int8]:
-    """All subsets of the layers, fewest first: 2^L × L."""
-    chosen = [c for size in range(count + 1) for c in combinations(range(count), size)]
-    masks = np.zeros((len(chosen), count), np.int8)
-    for row, layers in enumerate(chosen):
-        masks[row, list(layers)] = 1
-    return masks
 
 
 def play(given: Options, version: Version, seed: int) -> tuple[NDArray[Any], dict[str, Any]]:

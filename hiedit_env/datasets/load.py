@@ -10,12 +10,14 @@ import json
 import os
 import warnings
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from importlib.resources import files
 from types import MappingProxyType
 
+from hiedit_env.datasets.difficulty import WorldName, is_world
 from hiedit_env.datasets.files import read_rows
 from hiedit_env.datasets.formats import FORMATS, recognise
+from hiedit_env.datasets.planted import make_world
 from hiedit_env.datasets.refused import refusal
 from hiedit_env.datasets.report import DatasetReport, repetitions
 from hiedit_env.datasets.requests import Request
@@ -57,7 +59,8 @@ def load_requests(
     read, of rows that are left out and of facts that contradict each other.
 
     Args:
-        name_or_path: A name of :data:`BUILT_IN` or :data:`SPLITS`, or the path of a ``.json`` file
+        name_or_path: A name of :data:`BUILT_IN` or :data:`SPLITS`, ``planted:DIFFICULTY:SEED`` for
+            the facts of a planted world (:mod:`.difficulty`), or the path of a ``.json`` file
             (a list of rows, an object holding one list, an object of rows, or a single row) or a
             ``.jsonl`` file (one row a line). A ``.json`` file with one row a line is read too:
             UltraEdit's README writes UltraEditBench that way. ``-`` is standard input; it, pipes
@@ -70,6 +73,7 @@ def load_requests(
         here and thinned out by :func:`~hiedit_env.datasets.streams.stream`.
 
     Raises:
+        SettingsError: no planted world has this name.
         DatasetError: unknown name or format, a file that cannot be read, is too large or is not
             JSON (with line and column), no rows, or a malformed row (with file, row counted from 0,
             and field).
@@ -92,6 +96,8 @@ def read_dataset(
     label = os.fspath(name_or_path)
     if format is not None and format not in FORMATS:
         raise DatasetError(f"unknown format {format!r}; known: {', '.join(FORMATS)}")
+    if is_world(label):
+        return _parsed(make_world(WorldName.read(label)).records(), label, format or "hiedit")
     if label in SPLITS:
         whole, side = SPLITS[label]
         report = read_dataset(whole, format=format)
@@ -113,7 +119,7 @@ def read_dataset(
     return _parsed(rows, label, format or _recognised(rows[0], label))
 
 
-def _parsed(rows: list[Mapping[str, object]], label: str, format: str) -> DatasetReport:
+def _parsed(rows: Sequence[Mapping[str, object]], label: str, format: str) -> DatasetReport:
     parse = FORMATS[format].parse
     requests: list[Request] = []
     unread: Counter[str] = Counter()

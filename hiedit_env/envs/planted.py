@@ -10,6 +10,9 @@ from typing import Any, Self
 import numpy as np
 from numpy.typing import NDArray
 
+from hiedit_env.datasets.difficulty import WorldName, is_world
+from hiedit_env.datasets.planted import make_world
+from hiedit_env.datasets.requests import Probe
 from hiedit_env.envs.layer_selection import LayerSelection
 from hiedit_env.envs.settings import PlantedSettings
 from hiedit_env.errors import SettingsError
@@ -58,6 +61,13 @@ class Planted(LayerSelection):
     have at all: its gradient is larger, but to write there changes the answers of all subjects. The
     other four layers do not react to the relation: to write there changes nothing.
 
+    Other worlds are made on demand, from a seed and a difficulty:
+    ``gymnasium.make("hiedit/Planted-v2", world_seed=3, difficulty="pairs")``, or the model
+    ``"planted:pairs:3"``. Which layers hold what, all facts and all keys differ from seed to seed;
+    :class:`~hiedit_env.datasets.difficulty.Difficulty` has what can be chosen. Their facts can have
+    several homes (all of them are in ``true_layers``) and several decoys, and layers can fill up,
+    so the best option may depend on what was written before.
+
     ## Information
     As there, and ``true_layers`` (L int8): the candidate layers that hold the fact which the
     observation shows, the next one to be edited; after the last fact, that fact's. All zero for a
@@ -74,7 +84,11 @@ class Planted(LayerSelection):
     rule as well.
 
     ## Arguments
-    As there, but ``model`` is ``"planted"`` and ``update_rule`` is ``"gradient"`` by default, and
+    - ``world_seed``, ``difficulty``: a world made on demand in the place of ``model``. Seeds from
+      1,000,000 on are kept for tests, see :func:`~hiedit_env.datasets.difficulty.world_seeds`.
+
+    The others as there, but ``model`` is ``"planted"`` and ``update_rule`` is ``"gradient"`` by
+    default, and
     every fact of ``dataset`` must come with its ``true_layers``. The gradient, clipped so that one
     bad choice does not ruin the rest of an episode, keeps no statistics, so what is best for a fact
     hardly depends on the facts before it; with rules that standardise keys and gradients the true
@@ -114,6 +128,15 @@ class Planted(LayerSelection):
                     "is known about it; take dataset='planted-facts' or hiedit/LayerSelection-v1"
                 )
         self._last: tuple[Reading, Oracle] | None = None
+
+    @property
+    def controls(self) -> tuple[Probe, ...]:
+        """Unrelated prompts of the world that no fact asks, so that an agent may look at them.
+
+        Empty for the planted model of the package.
+        """
+        name = self.settings.model
+        return make_world(WorldName.read(name)).controls() if is_world(name) else ()
 
     def oracle(self) -> Oracle:
         """The reward of every option on the present fact; takes 2^L options' time.

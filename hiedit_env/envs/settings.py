@@ -28,6 +28,7 @@ import numpy as np
 import pydantic
 from pydantic import BeforeValidator, ConfigDict, Field, ValidationError
 
+from hiedit_env.datasets.difficulty import WorldName, read_difficulty
 from hiedit_env.envs.reward_weights import Version, checked_weights, reward_weights
 from hiedit_env.errors import SettingsError, shown
 from hiedit_env.evaluation.names import AskedForm, LocalityReference, RewardKind
@@ -302,7 +303,24 @@ class PlantedSettings(EnvSettings):
     """All arguments of :class:`hiedit_env.envs.planted.Planted`."""
 
     model: Name = "planted"
-    """the planted model, or a folder of another one with planted facts"""
+    """the planted model, planted:DIFFICULTY:SEED, or a folder of another one with planted facts"""
+    world_seed: AtLeast0 | None = None
+    """seed of a world that is made on demand; from 1,000,000 on they are kept for tests"""
+    difficulty: str | None = None
+    """of that world: flat, plain, pairs, decoys, crowded, hard, or fields of it, as in
+    'plain,layers=4'; by default plain"""
+
+    def __post_init__(self) -> None:
+        if self.world_seed is not None or self.difficulty is not None:
+            difficulty = read_difficulty(self.difficulty or "plain")
+            world = str(WorldName(difficulty, self.world_seed or 0))
+            if self.model not in ("planted", world):
+                raise SettingsError(
+                    f"model={self.model!r} is given beside world_seed={self.world_seed!r} and "
+                    f"difficulty={self.difficulty!r}, which name the model {world!r}; leave one out"
+                )
+            object.__setattr__(self, "model", world)
+        super().__post_init__()
 
 
 @settings

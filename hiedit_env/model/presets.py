@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from pathlib import PurePath
 from types import MappingProxyType
 
-from hiedit_env.model.built_in import BUILT_IN
+from hiedit_env.datasets.difficulty import is_world
+from hiedit_env.model.built_in import BUILT_IN, built_in
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,11 +113,17 @@ PRESETS: Mapping[str, Preset] = MappingProxyType(
 
 
 def find_preset(name: str) -> Preset | None:
-    """The preset of a model name, hub id or path, or None.
+    """The preset of a model name, hub id or path, or None; of a planted world its own layers.
 
     >>> find_preset("HuggingFaceTB/SmolLM2-135M-Instruct").layers[0]
     '10.mlp.gate_proj'
     """
+    if is_world(name):
+        ((matrix, first, last),) = built_in(name).layers
+        layers = _names((matrix, first, last))
+        return Preset(
+            ("llama",), 1 + last, layers, "this package: where a planted world's facts are"
+        )
     key = PurePath(name).name.casefold()
     for preset_name, preset in PRESETS.items():
         if key == preset_name or key in preset.aliases:

@@ -15,6 +15,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from hiedit_env.datasets.difficulty import is_world
 from hiedit_env.errors import HieditError
 from hiedit_env.model.built_in import BUILT_IN, LAYER_SELECTION, BuiltIn, built_in
 
@@ -68,7 +69,7 @@ def known_as(model: str) -> str:
     >>> known_as("tiny"), known_as("no/model")
     ('tiny', 'no/model')
     """
-    if not model or (model in BUILT_IN and not Path(model).is_dir()):
+    if not model or is_world(model) or (model in BUILT_IN and not Path(model).is_dir()):
         return model
     from hiedit_env.model.saving import find_folder
 

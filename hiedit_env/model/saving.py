@@ -13,7 +13,6 @@ import os
 import shutil
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +22,6 @@ from huggingface_hub.errors import HFValidationError
 from torch import Tensor
 
 from hiedit_env.errors import ModelError
-from hiedit_env.model.built_in import built_in
 from hiedit_env.model.folders import (
     DTYPES,
     OTHER_WEIGHTS,
@@ -34,6 +32,7 @@ from hiedit_env.model.folders import (
     weight_files,
 )
 from hiedit_env.model.loading import CONVERTED, SMOLLM2_HUB_ID, cache_folder
+from hiedit_env.model.own_folders import own_folder
 
 #: Folders that belong to the place where a model lies and not to the model.
 _NOT_OF_THE_MODEL = (".git", ".cache", "__pycache__", ".ipynb_checkpoints")
@@ -83,8 +82,8 @@ def find_folder(name: str) -> Path | None:
     Returns:
         For a hub id its snapshot in the hub's cache; None where there is none.
     """
-    if built_in(name).shipped:
-        return Path(str(files("hiedit_env.model").joinpath("assets", name)))
+    if (own := own_folder(name, cache_folder())) is not None:
+        return own
     if name and os.path.isdir(name):
         return Path(name)
     if name == "smollm2-135m":

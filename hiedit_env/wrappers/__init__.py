@@ -11,6 +11,8 @@ DiscreteSubsets       ``MultiBinary(L)``          ``Discrete(L over K)``: a subs
 SequentialSelection   ``MultiBinary(L)``          ``Discrete(L + 1)``: one layer or stop; has
                                                   ``action_masks()``
 NormalizeObservation  any Box observation         mean 0, variance 1; statistics in a file
+ObserveEffects        any id with a model         five more numbers per layer: what a write to it
+                                                  does to the fact, controls and earlier facts
 ===================== =========================== =============================================
 
 ``MultiBinary(L)`` are the actions of ``hiedit/LayerSelection-v1``, of ``hiedit/Toy-v1`` and of
@@ -24,6 +26,7 @@ from hiedit_env.wrappers.discrete_subsets import DiscreteSubsets
 from hiedit_env.wrappers.fixed import FixedLayers, FixedStepSize
 from hiedit_env.wrappers.flatten_action import FlattenAction
 from hiedit_env.wrappers.normalize_observation import NormalizeObservation
+from hiedit_env.wrappers.observe_effects import ObserveEffects
 from hiedit_env.wrappers.sequential_selection import SequentialSelection
 
 __all__ = [
@@ -33,5 +36,6 @@ __all__ = [
     "FixedStepSize",
     "FlattenAction",
     "NormalizeObservation",
+    "ObserveEffects",
     "SequentialSelection",
 ]

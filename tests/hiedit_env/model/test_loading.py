@@ -29,7 +29,7 @@ from transformers import (
 from transformers.utils import logging as hf_logging
 
 from hiedit_env.errors import DeviceError, MissingLibraryError, ModelError, SettingsError
-from hiedit_env.model import loading
+from hiedit_env.model import loading, own_folders
 from hiedit_env.model.loading import check_device, load_model
 
 CONFIG = LlamaConfig(
@@ -108,7 +108,8 @@ def test_dtype(tmp_path: Path) -> None:
 
 def test_tiny_comes_with_the_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     save_model(tmp_path / "assets" / "tiny")
-    monkeypatch.setattr(loading, "files", lambda package: {"hiedit_env.model": tmp_path}[package])
+    places = {"hiedit_env.model": tmp_path}
+    monkeypatch.setattr(own_folders, "files", places.__getitem__)
     assert load_model("tiny", progress=False).source == str(tmp_path / "assets" / "tiny")
 
 
