@@ -20,7 +20,6 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterable, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Self
 
@@ -35,7 +34,6 @@ from hiedit_agents.hierarchy.key_moments import symmetric
 from hiedit_agents.hierarchy.openings import OPENINGS, behind
 from hiedit_agents.rivals.values import Place, ValueSearch
 from hiedit_env.errors import SettingsError
-from hiedit_env.model.architectures import block_list
 from hiedit_env.model.tokenization import EncodedPrompt
 from hiedit_env.resident.capture import Capture
 from hiedit_env.resident.low_rank import LowRankUpdate
@@ -153,31 +151,16 @@ def looked_up(
     """
     # What stands behind the subject is read by no token before it.
     starts = [replace(p, prompt_ids=p.prompt_ids[: at + 1], answer_ids=(0,)) for p, at in places]
+    block = llm.layers[layers[-1]].block
     found: dict[tuple[int, ...], list[Tensor]] = {}
-    with torch.no_grad(), _behind_block(llm, llm.layers[layers[-1]].block) as states:
-        for part, given in inputs(llm, layers, list(dict.fromkeys(starts))):
-            hidden = states.pop().reshape(len(part.prompts), part.longest, -1)
+    with torch.no_grad():
+        for part, given in inputs(llm, layers, list(dict.fromkeys(starts)), block):
             for row, start in enumerate(part.prompts):
                 at = start.first_position
-                found[start.prompt_ids] = [one[row, at].float() for one in (*given, hidden)]
+                found[start.prompt_ids] = [one[row, at].float() for one in given]
     columns = zip(*(found[start.prompt_ids] for start in starts), strict=True)
     *keys, hidden = (torch.stack(column) for column in columns)
     return keys, hidden
-
-
-@contextmanager
-def _behind_block(llm: ResidentLLM, block: int) -> Any:
-    """A list that every pass adds the output of a block to."""
-    states: list[Tensor] = []
-
-    def note(_module: Any, _args: Any, output: Any) -> None:
-        states.append(output[0] if isinstance(output, tuple) else output)
-
-    handle = block_list(llm.model)[0][block].register_forward_hook(note)
-    try:
-        yield states
-    finally:
-        handle.remove()
 
 
 class Spread(WholeRule):
@@ -194,6 +177,7 @@ class Spread(WholeRule):
     name: ClassVar[str] = "spread"
     default_step_size: ClassVar[float] = 1.0
     default_tokens = "subject"
+    uses_gradients: ClassVar[bool] = False
 
     def __init__(
         self,

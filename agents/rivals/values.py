@@ -24,6 +24,7 @@ from hiedit_env.errors import PromptError
 from hiedit_env.model.tokenization import EncodedPrompt
 from hiedit_env.resident.nudges import Nudges
 from hiedit_env.resident.resident import ResidentLLM
+from hiedit_env.resident.upper_half import quick_dtype
 
 #: A prompt and the position of its subject's last token.
 Place = tuple[EncodedPrompt, int]
@@ -67,8 +68,9 @@ class ValueSearch:
             sizes: F float32, lengths of the hidden states that the vectors are added to.
         """
         facts, width = len(sizes), llm.shapes[layer][1]
-        nudges = Nudges(llm, [p for p, _ in prompts], [at for _, at in prompts], [layer])
-        held = _Held(llm, layer, prompts, owners) if self.kl_factor else None
+        dtype = quick_dtype(llm, "auto")
+        nudges = Nudges(llm, [p for p, _ in prompts], [at for _, at in prompts], [layer], dtype)
+        held = _Held(llm, layer, prompts, owners, dtype) if self.kl_factor else None
         counts = torch.bincount(owners, minlength=facts).float()
         vectors = torch.zeros(facts, width, device=llm.device, requires_grad=True)
         speed = torch.zeros(facts, width, device=llm.device)
@@ -99,20 +101,26 @@ class _Held:
     """
 
     def __init__(
-        self, llm: ResidentLLM, layer: int, prompts: Sequence[Place], owners: Tensor
+        self,
+        llm: ResidentLLM,
+        layer: int,
+        prompts: Sequence[Place],
+        owners: Tensor,
+        dtype: torch.dtype,
     ) -> None:
         facts = owners.tolist()
         first = [prompts[facts.index(i)][0] for i in range(max(facts) + 1)]
         found = [(i, place) for i, p in enumerate(first) for place in essence(llm, p)]
         self._owners = torch.tensor([i for i, _ in found], dtype=torch.int64, device=llm.device)
         self._count = len(first)
-        self._nudges = Nudges(llm, [p for _, (p, _) in found], [a for _, (_, a) in found], [layer])
+        asked, places = [p for _, (p, _) in found], [at for _, (_, at) in found]
+        self._nudges = Nudges(llm, asked, places, [layer], dtype) if found else None
         self._before: Tensor | None = None
 
     def divergences(self, vectors: Tensor) -> Tensor:
         """F float32: KL from what it said in the first call, where the vectors are zero."""
         found = vectors.new_zeros(self._count)
-        if not len(self._owners):
+        if self._nudges is None:
             return found
         rows = self._nudges.logits([vectors[self._owners]]).float().log_softmax(-1)
         if self._before is None:
