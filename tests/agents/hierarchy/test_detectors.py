@@ -52,19 +52,27 @@ def test_other_readings_count_in_the_covariance() -> None:
     assert float(found.scores(others).abs().max()) < 0.1
 
 
-def test_inputs_are_the_models_own_and_no_block_behind_the_last_layer_runs() -> None:
+def test_inputs_are_the_models_own_and_nothing_behind_what_is_asked_for_runs() -> None:
     llm = resident(blocks=(0, 1), max_batch_tokens=8)
-    ran: list[int] = []
+    outputs: list[tuple[int, Tensor]] = []
     for block, module in enumerate(llm.model.model.layers):
-        module.register_forward_hook(lambda *_given, block=block: ran.append(block))
+        module.register_forward_hook(
+            lambda _m, _a, out, block=block: outputs.append((block, out[0]))
+        )
     found = {}
-    for part, given in inputs(llm, [2, 5], PROMPTS):
+    for part, given in inputs(llm, [2, 5], PROMPTS, block=1):
         for row, prompt in enumerate(part.prompts):
             found[prompt] = [one[row, : prompt.length] for one in given]
-    assert set(ran) == {0, 1}
-    ran.clear()
+    assert {block for block, _ in outputs} == {0, 1}
     for prompt in PROMPTS:
+        outputs.clear()
         own = llm.read(prompt).capture().keys
-        torch.testing.assert_close(found[prompt], [own[2], own[5]], atol=1e-5, rtol=1e-5)
+        behind = dict(outputs)[1].reshape(prompt.length, -1).detach()
+        wanted = [own[2], own[5], behind]
+        torch.testing.assert_close(found[prompt], wanted, atol=1e-5, rtol=1e-5)
     # Nothing that stops a pass is left.
-    assert 2 in ran
+    assert outputs[-1][0] == 2
+    outputs.clear()
+    for _ in inputs(llm, [2, 5], PROMPTS):
+        pass
+    assert {block for block, _ in outputs} == {0}
