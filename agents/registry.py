@@ -60,8 +60,10 @@ from hiedit_agents.named.spec import HIGH_LEVELS, LOW_LEVELS, check_arguments
 from hiedit_agents.named.spec_agent import SpecAgent, shipped
 from hiedit_agents.policies.networks import library_of
 from hiedit_agents.protocol import Agent
+from hiedit_agents.rivals.alphaedit import AlphaEdit
 from hiedit_agents.rivals.fine_tuning import BreadthFirst, PenalisedFineTuning
 from hiedit_agents.rivals.in_context import InContext
+from hiedit_agents.rivals.memit import Memit
 from hiedit_env.errors import CheckpointError, SettingsError, import_named
 from hiedit_env.rules.layer_choice import CHOICES, SIZELESS
 
@@ -70,7 +72,10 @@ from hiedit_env.rules.layer_choice import CHOICES, SIZELESS
 RIVALS: Mapping[str, type] = MappingProxyType(
     {
         kind.name: kind
-        for kind in (BreadthFirst, PenalisedFineTuning, InContext, FixedBest, LinearBanditAgent)
+        for kind in (
+            *(BreadthFirst, PenalisedFineTuning, Memit, AlphaEdit, InContext),
+            *(FixedBest, LinearBanditAgent),
+        )
     }
 )
 #: Names of the agents that come with hiedit, in the order they are listed.

@@ -34,22 +34,14 @@ from torch import Tensor
 
 from hiedit_agents.hierarchy.fact_memory import FactMemory, Unit, units_of
 from hiedit_agents.hierarchy.key_moments import inverses, key_moments, symmetric
-from hiedit_env.errors import PromptError, SettingsError, as_float, whole_number
-from hiedit_env.model.asking import has_markers
+from hiedit_agents.hierarchy.openings import OPENINGS, behind
+from hiedit_env.errors import SettingsError, as_float, whole_number
 from hiedit_env.model.tokenization import EncodedPrompt
 from hiedit_env.resident.capture import Capture
 from hiedit_env.resident.low_rank import LowRankUpdate
 from hiedit_env.resident.nudges import Nudges
 from hiedit_env.resident.resident import ResidentLLM
 from hiedit_env.rules.base import positive
-
-#: Words that a prompt is read behind, in this order: a fact is the same whatever was said before.
-OPENINGS = (
-    "Many people know this. ",
-    "It was raining that day. ",
-    "The meeting ended at noon.\n",
-    "Here is something that I read yesterday in a book. ",
-)
 
 
 class Anchored(FactMemory):
@@ -62,7 +54,7 @@ class Anchored(FactMemory):
         momentum: Share of the last step that is taken again.
         search_steps: Largest number of steps of the search.
         enough: −log p per answer token, in nats, below which a prompt needs no more.
-        openings: Number of :data:`OPENINGS` behind which the plain prompt is sought as well.
+        openings: Number of :data:`.openings.OPENINGS` behind which the plain prompt is sought too.
         ridge: Share of the mean diagonal of A Kᵀ that is added to it.
         prior: Share of the mean diagonal of C_l that is added to it.
         protect: Number of tokens that an edited fact counts for in C_l.
@@ -279,23 +271,9 @@ class Anchored(FactMemory):
             for prompt, at in zip(unit, places, strict=True):
                 found.append((prompt, at))
                 for opening in OPENINGS[: self.openings]:
-                    found += self._behind(opening, prompt, at)
+                    found += behind(self.llm, opening, prompt, at)
                 owners += [number] * (len(found) - len(owners))
         return found, torch.tensor(owners, device=self.device)
-
-    def _behind(
-        self, opening: str, prompt: EncodedPrompt, at: int
-    ) -> list[tuple[EncodedPrompt, int]]:
-        """A plain prompt behind other words; nothing where its tokens would change."""
-        if has_markers(self.llm.tokenizer, prompt.prompt):
-            return []
-        try:
-            longer = self.llm.encode(opening + prompt.prompt, prompt.answer)
-        except PromptError:  # too long
-            return []
-        place = at + len(longer.prompt_ids) - len(prompt.prompt_ids)
-        same = longer.prompt_ids[place:] == prompt.prompt_ids[at:]
-        return [(longer, place)] if same and longer.answer_ids == prompt.answer_ids else []
 
     def _search(
         self,

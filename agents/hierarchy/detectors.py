@@ -9,7 +9,7 @@ about 1/√d. The constant is the same with 1 at both, so that it is nearly 1 fo
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,6 +18,7 @@ from torch import Tensor
 
 from hiedit_agents.hierarchy.substitutes import MOST_NEURONS, substitutes
 from hiedit_env.errors import SettingsError
+from hiedit_env.model.architectures import block_list
 from hiedit_env.model.batches import PromptBatch
 from hiedit_env.model.mlps import CandidateMLP
 from hiedit_env.model.tokenization import EncodedPrompt
@@ -148,29 +149,50 @@ def reading_statistics(
 
 
 def inputs(
-    llm: ResidentLLM, layers: Sequence[int], prompts: Sequence[EncodedPrompt]
+    llm: ResidentLLM,
+    layers: Sequence[int],
+    prompts: Sequence[EncodedPrompt],
+    block: int | None = None,
 ) -> Iterator[tuple[PromptBatch, list[Tensor]]]:
     """Batches of prompts, and what each layer is given in them: prompts × tokens × d_in.
 
-    Nothing behind the last of the layers is run.
+    Nothing behind the last of the layers, or behind the block, is run.
+
+    Args:
+        llm: The model.
+        layers: Indices of the layers.
+        prompts: The prompts.
+        block: Index of a block whose output, prompts × tokens × hidden size, is the last entry.
     """
+    modules = {layer: llm.layers[layer].module for layer in layers}
+    if block is not None:
+        modules[_BLOCK] = block_list(llm.model)[0][block]
     for bucket in llm.buckets(prompts):
         together = llm.batch([prompts[i] for i in bucket])
         shared = llm.can_share(together)
         for part in [together] if shared else [llm.batch([prompts[i]]) for i in bucket]:
             found: dict[int, Tensor] = {}
 
-            def hook(layer: int, found: dict[int, Tensor] = found, part: PromptBatch = part) -> Any:
-                def note(_module: Any, args: tuple[Tensor, ...], _output: Tensor) -> None:
-                    found[layer] = args[0].reshape(len(part.prompts), part.longest, -1)
-                    if len(found) == len(layers):
+            def hook(name: int, found: dict[int, Tensor] = found, part: PromptBatch = part) -> Any:
+                def note(_module: Any, args: tuple[Tensor, ...], output: Any) -> None:
+                    given = output[0] if isinstance(output, tuple) else output
+                    rows = given if name == _BLOCK else args[0]
+                    found[name] = rows.reshape(len(part.prompts), part.longest, -1)
+                    if len(found) == len(modules):
                         raise _SeenAll
 
                 return note
 
-            with suppress(_SeenAll), llm.hooked({layer: hook(layer) for layer in layers}):
-                llm.answer_logits(part, remember=False)
-            yield part, [found[layer] for layer in layers]
+            with ExitStack() as hooks:
+                for name, module in modules.items():
+                    hooks.callback(module.register_forward_hook(hook(name)).remove)
+                with suppress(_SeenAll):
+                    llm.answer_logits(part, remember=False)
+            yield part, [found[name] for name in (*layers, *([] if block is None else [_BLOCK]))]
+
+
+#: Stands for the block among the indices of layers.
+_BLOCK = -1
 
 
 class _SeenAll(Exception):

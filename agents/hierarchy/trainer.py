@@ -35,6 +35,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from hiedit_agents.hierarchy.calibration import calibration_prompts
 from hiedit_agents.hierarchy.future_damage import FutureDamage
 from hiedit_agents.hierarchy.lesson import Lesson, make_lesson
 from hiedit_agents.hierarchy.neuron import Neuron
@@ -43,7 +44,7 @@ from hiedit_agents.hierarchy.options import Choice, HierarchicalAgent, Option
 from hiedit_agents.hierarchy.train_settings import TrainSettings
 from hiedit_agents.hierarchy.training_log import LogRow, Tally
 from hiedit_agents.protocol import Observation, Trainable
-from hiedit_env.datasets.requests import Probe, Request
+from hiedit_env.datasets.requests import Request
 from hiedit_env.datasets.streams import stream
 from hiedit_env.envs.accounting import Judging
 from hiedit_env.envs.base import EditingEnv
@@ -118,19 +119,9 @@ class Trainer:
         """
         if not getattr(self.low, "wants_calibration", False):
             return []
-        rng, encoder = np.random.default_rng([self.settings.seed, 2]), self.env.llm.encoder
-        probes = list(dict.fromkeys(p for request in self.requests for p in request.locality))
         every = getattr(self.low, "calibrates_on", "unrelated") == "all"
-        if every:
-            asked = ((r, p) for r in self.requests for p in (r.prompt, *r.paraphrases))
-            own = (Probe(prompt, request.answer) for request, prompt in asked)
-            probes = list(dict.fromkeys((*probes, *own)))
-        chosen = [probes[i] for i in rng.permutation(len(probes))[: self.settings.calibration]]
-        chat = every and getattr(encoder.tokenizer, "chat_template", None)
-        return [
-            encoder.encode_forms(p.prompt, p.answer, "chat" if chat and not i % 4 else "plain")[0]
-            for i, p in enumerate(chosen)
-        ]
+        count, seed = self.settings.calibration, self.settings.seed
+        return calibration_prompts(self.requests, self.env.llm.encoder, count, seed, every=every)
 
     def calibrate(self, on_prompt: Callable[[], None] | None = None) -> None:
         """Shows the low level its :meth:`calibration_prompts` at the unedited weights, once."""

@@ -1,1 +1,1 @@
-"""Rivals for comparisons: fine-tuning over all facts, fine-tuning with a penalty, the prompt."""
+"""Rivals for comparisons: fine-tuning of all kinds, MEMIT and AlphaEdit, the prompt."""

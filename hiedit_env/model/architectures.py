@@ -29,6 +29,7 @@ from hiedit_env.model.structure import (
     find_blocks,
     is_editable,
     matrices_to_measure,
+    mlp_outputs,
     sizes,
     text_config,
 )
@@ -45,6 +46,7 @@ __all__ = [
     "find_candidates",
     "find_preset",
     "model_structure",
+    "outputs_of_mlps",
 ]
 
 
@@ -238,6 +240,17 @@ def all_candidates(model: PreTrainedModel) -> tuple[CandidateLayer, ...]:
             "floating-point numbers) that all tokens pass; name layers by a pattern"
         )
     return tuple(_candidate(n, m, root) for n, m in modules.items() if n in names)
+
+
+def outputs_of_mlps(model: PreTrainedModel, layers: Sequence[CandidateLayer]) -> tuple[int, ...]:
+    """Indices of the layers that lead an MLP back to the residual stream, such as ``down_proj``.
+
+    Args:
+        model: The model.
+        layers: Its candidate layers.
+    """
+    outputs = mlp_outputs(list(block_list(model)[0]), _hidden(model))
+    return tuple(i for i, layer in enumerate(layers) if any(layer.module is one for one in outputs))
 
 
 def model_structure(model: PreTrainedModel) -> str:

@@ -204,6 +204,30 @@ def matrices_to_measure(blocks: Sequence[nn.Module], hidden: int) -> list[str]:
     return found
 
 
+def mlp_outputs(blocks: Sequence[nn.Module], hidden: int) -> list[nn.Module]:
+    """The matrix of every block's MLP or mixer that writes to the residual stream, in order.
+
+    A block without one has none in the list: what belongs to attention, to experts that see only
+    the tokens routed to them and to several blocks does not count.
+
+    Args:
+        blocks: The decoder's blocks.
+        hidden: Size of the residual stream.
+    """
+    uses = Counter(id(m.weight) for b in blocks for _, m in _matrices(b))
+    found: list[nn.Module] = []
+    for block in blocks:
+        own = {
+            name: m
+            for name, m in _matrices(block)
+            if uses[id(m.weight)] == 1 and not _is_attention(name)
+        }
+        name = _output(own, hidden)
+        if name is not None:
+            found.append(own[name])
+    return found
+
+
 def _matrices(block: nn.Module) -> Iterator[tuple[str, nn.Linear | Conv1D]]:
     """Editable matrices of a block that all tokens of a text pass."""
     if "CrossAttention" in type(block).__name__:

@@ -95,18 +95,33 @@ class Nudges:
         """
         chosen = self._all if rows is None else tuple(rows)
         if not self._alone:
-            self.keys = list(self.keys)
-            with self._run.hooked(self._hooks(self._run.columns(chosen), vectors)):
-                logits = self._run.logits(chosen)
-            losses, self.worst = _losses(self._run, chosen, logits)
+            losses, self.worst = _losses(self._run, chosen, self.logits(vectors, chosen))
             return losses
-        ran = [self._alone[i] for i in chosen]
-        found = [
-            one.losses([v if v is None or len(v) == 1 else v[i : i + 1] for v in vectors])
-            for i, one in enumerate(ran)
-        ]
-        self._gather(ran)
+        found = [one.losses(own) for one, own in self._apart(vectors, chosen)]
+        self._gather([self._alone[i] for i in chosen])
         return torch.cat(found)
+
+    def logits(self, vectors: Sequence[Tensor | None], rows: Sequence[int] | None = None) -> Tensor:
+        """Logits at the answer tokens, prompt after prompt; arguments of :meth:`losses`.
+
+        Returns:
+            Answer tokens × vocabulary.
+        """
+        chosen = self._all if rows is None else tuple(rows)
+        if self._alone:
+            return torch.cat([one.logits(own) for one, own in self._apart(vectors, chosen)])
+        self.keys = list(self.keys)
+        with self._run.hooked(self._hooks(self._run.columns(chosen), vectors)):
+            return self._run.logits(chosen)
+
+    def _apart(
+        self, vectors: Sequence[Tensor | None], chosen: Chosen
+    ) -> list[tuple[Nudges, list[Tensor | None]]]:
+        """Prompts that run alone, each with its own vectors."""
+        return [
+            (self._alone[i], [v if v is None or len(v) == 1 else v[row : row + 1] for v in vectors])
+            for row, i in enumerate(chosen)
+        ]
 
     def _gather(self, alone: Sequence[Nudges]) -> None:
         self.keys = [torch.cat(keys) for keys in zip(*(n.keys for n in alone), strict=True)]

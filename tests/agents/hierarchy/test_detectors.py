@@ -6,7 +6,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from hiedit_agents.hierarchy.detectors import Readings
+from hiedit_agents.hierarchy.detectors import Readings, inputs
+from tests.support.models import PROMPTS, resident
 
 
 def rows(count: int = 400, size: int = 12) -> Tensor:
@@ -49,3 +50,29 @@ def test_other_readings_count_in_the_covariance() -> None:
     row = least_variance(covariance + apart.mT @ apart, x[0], mean, 0.0)
     torch.testing.assert_close(found.row, row, rtol=1e-3, atol=1e-4)
     assert float(found.scores(others).abs().max()) < 0.1
+
+
+def test_inputs_are_the_models_own_and_nothing_behind_what_is_asked_for_runs() -> None:
+    llm = resident(blocks=(0, 1), max_batch_tokens=8)
+    outputs: list[tuple[int, Tensor]] = []
+    for block, module in enumerate(llm.model.model.layers):
+        module.register_forward_hook(
+            lambda _m, _a, out, block=block: outputs.append((block, out[0]))
+        )
+    found = {}
+    for part, given in inputs(llm, [2, 5], PROMPTS, block=1):
+        for row, prompt in enumerate(part.prompts):
+            found[prompt] = [one[row, : prompt.length] for one in given]
+    assert {block for block, _ in outputs} == {0, 1}
+    for prompt in PROMPTS:
+        outputs.clear()
+        own = llm.read(prompt).capture().keys
+        behind = dict(outputs)[1].reshape(prompt.length, -1).detach()
+        wanted = [own[2], own[5], behind]
+        torch.testing.assert_close(found[prompt], wanted, atol=1e-5, rtol=1e-5)
+    # Nothing that stops a pass is left.
+    assert outputs[-1][0] == 2
+    outputs.clear()
+    for _ in inputs(llm, [2, 5], PROMPTS):
+        pass
+    assert {block for block, _ in outputs} == {0}

@@ -10,7 +10,12 @@ import pytest
 import torch
 
 from hiedit_env.errors import LayerError
-from hiedit_env.model.architectures import all_candidates, find_candidates, model_structure
+from hiedit_env.model.architectures import (
+    all_candidates,
+    find_candidates,
+    model_structure,
+    outputs_of_mlps,
+)
 from hiedit_env.model.layer_files import write_layers
 from tests.support.models import build
 
@@ -104,6 +109,24 @@ def test_the_matrices_to_measure_of_every_block(model_type: str, matrices: list[
         own = [layer.name for layer in found if layer.block == block]
         assert [name.partition(f".{block}.")[2] for name in own] == matrices
     assert len(found) == 3 * len(matrices)
+
+
+@pytest.mark.parametrize(
+    ("model_type", "matrix"),
+    [
+        ("llama", "mlp.down_proj"),
+        ("gpt2", "mlp.c_proj"),
+        ("gptj", "mlp.fc_out"),
+        ("phi", "mlp.fc2"),
+        ("phi3", "mlp.down_proj"),
+    ],
+)
+def test_the_outputs_of_mlps_among_some_layers(model_type: str, matrix: str) -> None:
+    model = build(model_type)
+    layers = all_candidates(model)
+    names = [layers[i].name for i in outputs_of_mlps(model, layers)]
+    assert [name.rpartition(f".{b}.")[2] for b, name in enumerate(names)] == [matrix] * 3
+    assert outputs_of_mlps(model, [layer for layer in layers if layer.name not in names]) == ()
 
 
 def test_a_model_without_matrices_to_measure_is_refused() -> None:
