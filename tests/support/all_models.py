@@ -108,6 +108,7 @@ def go_through(model_type: str, folder: Path) -> Outcome:
     assert_close(llm.answer_logits(batch).float(), edited)
     llm.model.save_pretrained(folder / "edited")
     again = auto_class(llm.model.config).from_pretrained(folder / "edited").eval()
+    align(again)
     assert all_bits(again) == all_bits(llm.model)
     assert_close(own_logits(again), edited, 1e-6)
     llm.restore(before)
