@@ -102,7 +102,7 @@ class Neuron(FactMemory):
         momentum: float = 0.5,
         search_steps: int = 20,
         enough: float = 0.3,
-        threshold: float = 0.55,
+        threshold: float = 0.5,
         sharpness: float = 60.0,
         ridge: float = 0.01,
         companions: int = 2,

@@ -250,7 +250,7 @@ def test_no_hooks_stay_on_the_model(monkeypatch: pytest.MonkeyPatch) -> None:
 
     before = bits(env)
     with monkeypatch.context() as patch:
-        patch.setattr(env.llm._split, "suffix", broken)
+        patch.setattr(env.llm.halves, "suffix", broken)
         for door in (lambda: env.step(act(LIFELONG)), lambda: env.loss(random_updates(env.llm))):
             with pytest.raises(RuntimeError, match="out of memory"):
                 door()

@@ -42,7 +42,7 @@ def test_prompts_share_batches_and_texts_are_generated_together() -> None:
     layers = find_candidates(loaded.model, None, loaded.name)
     llm = ResidentLLM(loaded.model, loaded.tokenizer, layers)
     assert llm.notes == ()
-    assert isinstance(llm._split, SplitModel)
+    assert isinstance(llm.halves, SplitModel)
     assert isinstance(llm._head, CappedHead)
 
 

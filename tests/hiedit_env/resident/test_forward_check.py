@@ -197,7 +197,7 @@ def test_the_cheapest_right_way_is_taken(
     kind: str, settings: dict[str, Any], halves: type, head: type | None
 ) -> None:
     llm = resident(tiny_model(kind, **settings))
-    assert type(llm._split) is halves
+    assert type(llm.halves) is halves
     assert head is None or type(llm._head) is head
 
 
