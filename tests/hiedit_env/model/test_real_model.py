@@ -43,7 +43,7 @@ def test_prompts_share_batches_and_texts_are_generated_together() -> None:
     llm = ResidentLLM(loaded.model, loaded.tokenizer, layers)
     assert llm.notes == ()
     assert isinstance(llm.halves, SplitModel)
-    assert isinstance(llm._head, CappedHead)
+    assert isinstance(llm.head, CappedHead)
 
 
 @pytest.mark.real_model

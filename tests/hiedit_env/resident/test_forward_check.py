@@ -198,7 +198,7 @@ def test_the_cheapest_right_way_is_taken(
 ) -> None:
     llm = resident(tiny_model(kind, **settings))
     assert type(llm.halves) is halves
-    assert head is None or type(llm._head) is head
+    assert head is None or type(llm.head) is head
 
 
 def test_embeddings_and_outputs_of_another_size_than_the_blocks() -> None:
