@@ -34,7 +34,7 @@ class AlphaEdit(SpreadAgent):
     name: ClassVar[str] = "alphaedit"
     remembers: ClassVar[bool] = True
 
-    def __init__(self, *, threshold: float = 0.1, ridge: float = 10.0, **settings: Any) -> None:
+    def __init__(self, *, threshold: float = 0.5, ridge: float = 1.0, **settings: Any) -> None:
         super().__init__(**settings)
         self.threshold = positive(threshold, "threshold")
         self.ridge = positive(ridge, "ridge")

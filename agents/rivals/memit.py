@@ -31,7 +31,7 @@ class Memit(SpreadAgent):
     name: ClassVar[str] = "memit"
     remembers: ClassVar[bool] = False
 
-    def __init__(self, *, weight: float = 100.0, prior: float = 0.01, **settings: Any) -> None:
+    def __init__(self, *, weight: float = 30.0, prior: float = 0.1, **settings: Any) -> None:
         super().__init__(**settings)
         self.weight, self.prior = positive(weight, "weight"), positive(prior, "prior")
 

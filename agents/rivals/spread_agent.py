@@ -67,12 +67,12 @@ class SpreadAgent(FixedAgent, ABC):
         step_size: float = 0.12,
         momentum: float = 0.5,
         search_steps: int = 20,
-        enough: float = 0.05,
+        enough: float = 0.1,
         clamp: float = 0.75,
         kl_factor: float = 0.0625,
         weight_decay: float = 0.5,
         openings: int = 2,
-        prompts: int = 1000,
+        prompts: int = 400,
         dataset: str = "world-facts-train",
     ) -> None:
         self.blocks = [blocks] if isinstance(blocks, int) else blocks
