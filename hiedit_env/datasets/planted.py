@@ -184,7 +184,7 @@ def subject_name(number: int) -> str:
     """A word for the subject of a number; no two are equal.
 
     >>> subject_name(0), subject_name(101)
-    ('Bababan', 'Bebihan')
+    ('Bababan', 'Bedoban')
     """
     size = len(_SYLLABLES)
     places = (number % size, (7 * number + number // size) % size, number // size // size)
