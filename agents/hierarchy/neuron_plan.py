@@ -191,7 +191,7 @@ class Planner:
                 one = self._alone(capture, prompt, home(prompt.prompt_ids), starts)
                 if not one:
                     warnings.warn(
-                        f"{prompt.prompt!r:.100}: what the model reads at the subject and at the "
+                        f"{_end_of(prompt)!r}: what the model reads at the subject and at the "
                         "end is like much else, so no neuron is written for it; name the fact's "
                         "subject, or put a word before it",
                         HieditWarning,
@@ -283,6 +283,12 @@ class Planner:
             if ids and ids not in (subject, subject[:-1]):
                 found.append(EncodedPrompt(name, name, (*before, *ids, *after), after[-1:]))
         return found
+
+
+def _end_of(prompt: EncodedPrompt) -> str:
+    """The last 100 characters: in chat form a prompt begins like all others."""
+    text = prompt.prompt
+    return text if len(text) <= 100 else f"…{text[-100:]}"
 
 
 def _elsewhere(prompt: EncodedPrompt, at_end: bool) -> list[int]:

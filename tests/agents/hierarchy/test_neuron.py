@@ -14,7 +14,7 @@ from torch.nn import functional as F
 from hiedit_agents.hierarchy.detectors import Detector
 from hiedit_agents.hierarchy.neuron import Neuron
 from hiedit_agents.hierarchy.neuron_changes import NeuronChanges
-from hiedit_agents.hierarchy.neuron_plan import NeuronShape, Planner, ShapeForm
+from hiedit_agents.hierarchy.neuron_plan import NeuronShape, Planner, ShapeForm, _end_of
 from hiedit_env.errors import HieditWarning, SettingsError
 from hiedit_env.model.tokenization import EncodedPrompt
 from hiedit_env.resident.capture import Capture
@@ -115,6 +115,12 @@ def test_the_threshold_falls_with_what_the_facts_own_prompts_score(
     planner = Planner(llm, low.mlps, low._readings, ShapeForm(0.55, 20.0, 0, 1.8))
     shape = planner._shape(capture, 0, [capture.prompt], {capture.prompt: 0})
     assert shape.threshold == pytest.approx(threshold, abs=1e-3)
+
+
+def test_a_warning_shows_where_a_long_prompt_ends() -> None:
+    short, long = (EncodedPrompt(text, "a", (1, 2), (3,)) for text in ("who", "b" * 70 + "e" * 60))
+    assert _end_of(short) == "who"
+    assert _end_of(long) == "…" + "b" * 40 + "e" * 60
 
 
 # -- what is written ------------------------------------------------------------------------------
