@@ -202,6 +202,8 @@ class Ends(Runner):
         if chosen not in self._parts:
             self._parts[chosen] = self._part(chosen)
         part, batch = self._parts[chosen], self.batch(chosen)
+        # Another fork may have run with the same copies since.
+        self._half.update(self.llm)
         # Running the ends makes a cache longer, so that every run needs one of its own.
         cache = self._fresh(part.known)
         arguments = [

@@ -17,6 +17,7 @@ from transformers import PreTrainedModel
 
 from hiedit_env.errors import SettingsError
 from hiedit_env.model.architectures import CandidateLayer
+from hiedit_env.model.memory_budget import available_memory
 from hiedit_env.resident.forward import CappedHead, Halves
 from hiedit_env.resident.split_model import BlockArguments, SplitModel, through
 from hiedit_env.resident.weights import same_version
@@ -197,7 +198,8 @@ def quick_dtype(llm: Model, chosen: str) -> torch.dtype:
     Args:
         llm: The model.
         chosen: ``"own"`` for the model's; ``"bfloat16"``; ``"auto"`` for bfloat16 where a float32
-            model of 50 million parameters or more is on a device that multiplies such matrices.
+            model of 50 million parameters or more is on a device that multiplies such matrices and
+            has twice the memory that a copy takes.
 
     Raises:
         SettingsError: another word.
@@ -209,7 +211,10 @@ def quick_dtype(llm: Model, chosen: str) -> torch.dtype:
     if chosen == "bfloat16":
         return torch.bfloat16
     size = sum(p.numel() for p in llm.model.parameters())
-    return torch.bfloat16 if size >= _LARGE and _multiplies_bfloat16(llm.device) else llm.dtype
+    if size < _LARGE or not _multiplies_bfloat16(llm.device):
+        return llm.dtype
+    free = available_memory(llm.device)
+    return torch.bfloat16 if free is None or free > 2 * size * 2 else llm.dtype
 
 
 def _multiplies_bfloat16(device: torch.device) -> bool:

@@ -88,6 +88,17 @@ def test_copies_follow_every_change_of_the_weights() -> None:
     assert float((after(llm) - unedited).abs().max()) > 0.05
 
 
+def test_forks_may_run_in_turn_with_the_same_copies() -> None:
+    llm = resident("llama")
+    fork = llm.fork()
+    fork.commit(random_updates(fork))
+    one, other = ends(llm, ROUGH), ends(fork, ROUGH)
+    mine, its = one.logits((0, 1, 2)), other.logits((0, 1, 2))
+    assert float((mine - its).abs().max()) > 0.05
+    torch.testing.assert_close(one.logits((0, 1, 2)), mine, atol=0, rtol=0)
+    torch.testing.assert_close(mine, after(resident("llama")), atol=0, rtol=0)
+
+
 def test_gradients_in_another_precision_point_the_same_way() -> None:
     llm = resident("llama")
     found = []
@@ -143,6 +154,13 @@ def test_which_precision_is_quick(monkeypatch: pytest.MonkeyPatch) -> None:
     for known in (True, False):
         monkeypatch.setattr(torch.cpu, "get_capabilities", lambda known=known: {"amx_bf16": known})
         assert quick_dtype(llm, "auto") == (torch.bfloat16 if known else torch.float32)
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_bf16": True})
+    size = sum(p.numel() for p in llm.model.parameters())
+    for free, wanted in ((4 * size + 1, torch.bfloat16), (4 * size, torch.float32)):
+        monkeypatch.setattr(
+            "hiedit_env.resident.upper_half.available_memory", lambda _, free=free: free
+        )
+        assert quick_dtype(llm, "auto") == wanted
     with pytest.raises(SettingsError, match="own, bfloat16 or auto, got 'float8'"):
         quick_dtype(llm, "float8")
 
