@@ -121,8 +121,8 @@ class Neuron(FactMemory):
         if whole_number(swaps, "swaps", 0) > len(NAMES):
             raise SettingsError(f"swaps must be at most {len(NAMES)}, got {swaps!r}")
         self.swaps, self.substitutes = swaps, substitutes
-        quick_dtype(llm, search_dtype)
-        self.search_dtype = search_dtype
+        # Decided once: free memory may change within an episode.
+        self.search_dtype = quick_dtype(llm, search_dtype)
         self.enough, self.ridge = positive(enough, "enough"), positive(ridge, "ridge")
         self.sharpness = positive(sharpness, "sharpness")
         self.widest = positive(widest, "widest")
@@ -292,9 +292,8 @@ class Neuron(FactMemory):
 
     def _search(self, targets: Sequence[Target]) -> Tensor:
         """What the neurons of F facts are to write: F × d_out float32."""
-        dtype = quick_dtype(self.llm, self.search_dtype)
-        form = SearchForm(self.step_size, self.momentum, self.search_steps, self.enough, dtype)
-        return seek(self.llm, self.mlps, targets, form)
+        numbers = self.step_size, self.momentum, self.search_steps, self.enough
+        return seek(self.llm, self.mlps, targets, SearchForm(*numbers, self.search_dtype))
 
     def _written(self, index: int, changes: NeuronChanges) -> Tensor:
         """Which neurons of an MLP were written by whatever, now or before it was saved: I bool."""

@@ -134,7 +134,7 @@ def terms_before(env: EditingEnv) -> float:
 def play_constants(
     world: WorldName, masks: NDArray[np.int8], num_edits: int, seed: int
 ) -> NDArray[np.float64]:
-    """Reward per fact of constant choices, all episodes side by side.
+    """Outcome per fact of constant choices, all episodes side by side.
 
     Args:
         world: Which.

@@ -88,11 +88,10 @@ class Planted(LayerSelection):
       1,000,000 on are kept for tests, see :func:`~hiedit_env.datasets.difficulty.world_seeds`.
 
     The others as there, but ``model`` is ``"planted"`` and ``update_rule`` is ``"gradient"`` by
-    default, and
-    every fact of ``dataset`` must come with its ``true_layers``. The gradient, clipped so that one
-    bad choice does not ruin the rest of an episode, keeps no statistics, so what is best for a fact
-    hardly depends on the facts before it; with rules that standardise keys and gradients the true
-    layer is less often the best one, above all early.
+    default, and every fact of ``dataset`` must come with its ``true_layers``. The gradient, clipped
+    so that one bad choice does not ruin the rest of an episode, keeps no statistics, so what is
+    best for a fact hardly depends on the facts before it; with rules that standardise keys and
+    gradients the true layer is less often the best one, above all early.
     ``"planted-facts-train"`` and ``"planted-facts-test"`` are halves of the data set that share
     relations but no subjects.
 

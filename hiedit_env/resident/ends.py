@@ -202,7 +202,7 @@ class Ends(Runner):
         if chosen not in self._parts:
             self._parts[chosen] = self._part(chosen)
         part, batch = self._parts[chosen], self.batch(chosen)
-        # Another fork may have run with the same copies since.
+        # Copies are shared with forks, which may have run since.
         self._half.update(self.llm)
         # Running the ends makes a cache longer, so that every run needs one of its own.
         cache = self._fresh(part.known)

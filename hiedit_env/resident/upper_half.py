@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from typing import Any, Protocol, cast
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -80,7 +80,6 @@ class UpperHalf:
             id(layer.module): i for i, layer in enumerate(llm.layers) if layer.block >= first
         }
         self._versions: dict[tuple[int, str], tuple[object, ...]] = {}
-        self.update(llm)
 
     @torch.inference_mode(False)
     def update(self, llm: Model) -> None:
@@ -96,17 +95,17 @@ class UpperHalf:
                 for module in block.modules():
                     index = self._candidates.get(id(module))
                     for name, own in module.named_parameters(recurse=False):
-                        edited = index is not None and name == "weight"
-                        version = (
-                            llm.version(cast(int, index))
-                            if edited
-                            else (own.data_ptr(), own._version)
-                        )
+                        version: tuple[object, ...] = (own.data_ptr(), own._version)
+                        if index is not None and name == "weight":
+                            version = llm.version(index)
                         key = id(module), name
-                        if not same_version(self._versions.get(key, ()), version):
-                            weight = llm.present_weight(cast(int, index)) if edited else own
-                            getattr(self._twins[id(module)], name).copy_(weight)
-                            self._versions[key] = version
+                        if same_version(self._versions.get(key, ()), version):
+                            continue
+                        weight: Tensor = own
+                        if index is not None and name == "weight":
+                            weight = llm.present_weight(index)
+                        getattr(self._twins[id(module)], name).copy_(weight)
+                        self._versions[key] = version
 
     def features(self, arguments: Sequence[BlockArguments], hidden: Tensor) -> Tensor:
         """Final hidden states, B × T × hidden size, in the model's own dtype.
@@ -159,7 +158,7 @@ class UpperHalves:
         self._made: dict[tuple[int, torch.dtype], UpperHalf] = {}
 
     def find(self, llm: Model, first: int, dtype: torch.dtype) -> UpperHalf | None:
-        """One with the present weights; None where blocks cannot be run by themselves.
+        """One of them, to be updated before it runs; None where blocks cannot run by themselves.
 
         Args:
             llm: The model, or a fork of it.
@@ -173,7 +172,6 @@ class UpperHalves:
             # Of copies only the last ones are kept.
             kept = {k: half for k, half in self._made.items() if k[1] == llm.dtype}
             self._made = {**kept, key: UpperHalf(llm, llm.halves, first, dtype)}
-        self._made[key].update(llm)
         return self._made[key]
 
 
