@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, cast
 
@@ -25,7 +26,7 @@ if TYPE_CHECKING:
 Chosen = tuple[int, ...]
 
 
-class Runner:
+class Runner(ABC):
     """A way to get the logits at the answers of some prompts.
 
     Args:
@@ -60,19 +61,17 @@ class Runner:
             self._batches[chosen] = self.llm.batch([self.prompts[i] for i in chosen])
         return self._batches[chosen]
 
+    @abstractmethod
     def columns(self, chosen: Chosen) -> list[int]:
         """Where the chosen prompts' positions stand in what is run."""
-        raise NotImplementedError
 
+    @abstractmethod
     def logits(self, chosen: Chosen) -> Tensor:
         """Answer tokens × vocabulary of the chosen prompts, in order."""
-        raise NotImplementedError
 
-    @contextmanager
-    def hooked(self, hooks: Mapping[int, Any]) -> Iterator[None]:
+    @abstractmethod
+    def hooked(self, hooks: Mapping[int, Any]) -> AbstractContextManager[None]:
         """Registers forward hooks on candidate layers, by index, for the time of the body."""
-        raise NotImplementedError
-        yield
 
     @contextmanager
     def _measured(self, columns: Sequence[int]) -> Iterator[None]:
@@ -122,11 +121,9 @@ class WholePrompts(Runner):
         """As in the base class."""
         return self.llm.answer_logits(self.batch(chosen))
 
-    @contextmanager
-    def hooked(self, hooks: Mapping[int, Any]) -> Iterator[None]:
+    def hooked(self, hooks: Mapping[int, Any]) -> AbstractContextManager[None]:
         """As in the base class."""
-        with self.llm.hooked(hooks):
-            yield
+        return self.llm.hooked(hooks)
 
 
 @dataclass(frozen=True, eq=False, slots=True)
@@ -214,11 +211,9 @@ class Ends(Runner):
         before = torch.tensor([self.positions[i] for i in chosen], device=self.llm.device)
         return self._half.project(features[batch.rows, batch.positions - before[batch.rows]])
 
-    @contextmanager
-    def hooked(self, hooks: Mapping[int, Any]) -> Iterator[None]:
+    def hooked(self, hooks: Mapping[int, Any]) -> AbstractContextManager[None]:
         """As in the base class."""
-        with self._half.hooked(self.llm, hooks):
-            yield
+        return self._half.hooked(self.llm, hooks)
 
     # -- inside -----------------------------------------------------------------------------------
 
