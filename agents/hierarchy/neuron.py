@@ -3,8 +3,9 @@
 For the facts of an edit unit, at the present weights, all in the first chosen MLP with room:
 
 1. **Value.** A vector is added to what the MLP gives at the subject's last token, in every prompt
-   of the fact. It is sought by steps of normalised gradient descent with momentum on the mean of
-   −log p(answer), until every prompt is below a bound.
+   of the fact and in a rewording of it (:mod:`.rewordings`). It is sought by steps of normalised
+   gradient descent with momentum on the mean of −log p(answer), under noise, until every prompt is
+   below a bound.
 2. **Detector.** From what the MLP reads at these tokens and what it reads elsewhere comes a
    direction whose product s with the reading is 1 at the subject and about 0 at other tokens,
    whatever the form and the words before it (:mod:`.detectors`).
@@ -30,6 +31,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any, ClassVar, Self
 
 import numpy as np
@@ -42,8 +44,10 @@ from hiedit_agents.hierarchy.fact_memory import FactMemory, units_of
 from hiedit_agents.hierarchy.neuron_changes import NeuronChanges
 from hiedit_agents.hierarchy.neuron_plan import NAMES, Planner, ShapeForm, Target
 from hiedit_agents.hierarchy.neuron_search import SearchForm, seek
+from hiedit_agents.hierarchy.rewordings import rewordings
 from hiedit_agents.hierarchy.substitutes import of_neuron
 from hiedit_env.errors import SettingsError, as_float, whole_number
+from hiedit_env.model.encoded import AskedForm
 from hiedit_env.model.mlps import candidate_mlps
 from hiedit_env.model.tokenization import EncodedPrompt
 from hiedit_env.resident.capture import Capture
@@ -80,6 +84,9 @@ class Neuron(FactMemory):
             1/√d; where it is larger, a subject cannot be told from the rest. On SmolLM2 most have
             0.4 to 0.7, and one neuron of 1.1 did more damage than 37 others together.
         substitutes: Whether other neurons take over what a rewritten one did (:mod:`.substitutes`).
+        noise: Length of the noise that is added to a vector in every pass of the search, as a share
+            of its own; 0 for none.
+        reworded: Whether values are sought for a rewording of each fact as well.
         search_dtype: The precision of the search's passes: ``"own"`` for the model's,
             ``"bfloat16"``, or ``"auto"`` for bfloat16 where that is faster.
 
@@ -109,6 +116,8 @@ class Neuron(FactMemory):
         swaps: int = 2,
         widest: float = 1.2,
         substitutes: bool = True,
+        noise: float = 0.3,
+        reworded: bool = True,
         search_dtype: str = "auto",
     ) -> None:
         if not 0 <= as_float(momentum) < 1:
@@ -120,7 +129,10 @@ class Neuron(FactMemory):
         self.companions = whole_number(companions, "companions", 0)
         if whole_number(swaps, "swaps", 0) > len(NAMES):
             raise SettingsError(f"swaps must be at most {len(NAMES)}, got {swaps!r}")
-        self.swaps, self.substitutes = swaps, substitutes
+        self.swaps, self.substitutes, self.reworded = swaps, substitutes, reworded
+        if not 0 <= as_float(noise) < 2:
+            raise SettingsError(f"noise must be a number in [0, 2), got {noise!r}")
+        self.noise = noise
         # Decided once: free memory may change within an episode.
         self.search_dtype = quick_dtype(llm, search_dtype)
         self.enough, self.ridge = positive(enough, "enough"), positive(ridge, "ridge")
@@ -292,8 +304,19 @@ class Neuron(FactMemory):
 
     def _search(self, targets: Sequence[Target]) -> Tensor:
         """What the neurons of F facts are to write: F × d_out float32."""
-        numbers = self.step_size, self.momentum, self.search_steps, self.enough
-        return seek(self.llm, self.mlps, targets, SearchForm(*numbers, self.search_dtype))
+        numbers = self.step_size, self.momentum, self.search_steps, self.enough, self.noise
+        form = SearchForm(*numbers, self.search_dtype)
+        if self.reworded:
+            targets = [replace(t, prompts=(*t.prompts, *self._rewordings(t))) for t in targets]
+        return seek(self.llm, self.mlps, targets, form)
+
+    def _rewordings(self, target: Target) -> list[EncodedPrompt]:
+        """The facts of a neuron in another sentence each, in chat where they are asked in chat."""
+        found = []
+        for unit in units_of(self.llm, target.prompts):
+            form: AskedForm = "chat" if any(p.form == "chat" for p in unit) else "plain"
+            found += rewordings(self.llm.encoder, unit, (form,))
+        return found
 
     def _written(self, index: int, changes: NeuronChanges) -> Tensor:
         """Which neurons of an MLP were written by whatever, now or before it was saved: I bool."""

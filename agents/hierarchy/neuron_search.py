@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from hiedit_agents.hierarchy.neuron_plan import Target
 from hiedit_env.model.mlps import CandidateMLP
@@ -27,6 +28,9 @@ class SearchForm:
         steps: Largest number of steps in each of the two rounds.
         enough: −log p per answer token, in nats, below which a prompt needs no more, if every token
             has more than one half as well.
+        noise: Length of what is added to a vector in a random direction in every pass, as a share
+            of its own: what is found under noise has other vectors around it that do as well, and
+            answers more prompts that it was not sought for.
         dtype: The precision of the passes; None for the model's own.
     """
 
@@ -34,6 +38,7 @@ class SearchForm:
     momentum: float
     steps: int
     enough: float
+    noise: float = 0.0
     dtype: torch.dtype | None = None
 
 
@@ -43,7 +48,8 @@ def seek(
     """What the neurons of F facts are to write: F × d_out float32.
 
     In two rounds: first for the prompts that take few tokens behind the subject, which is most of
-    the way and costs half as much, then for all.
+    the way and costs half as much, then for all. A fact that cannot be answered under noise is
+    sought once more without.
 
     Args:
         llm: The model.
@@ -52,13 +58,11 @@ def seek(
         form: How.
     """
     search = _Search(llm, mlps, targets, form)
-    vectors = torch.zeros(len(targets), mlps[targets[0].home].hidden, device=llm.device)
-    prompts = iter(range(len(search.owners)))
-    places = [[next(prompts) for _ in target.prompts] for target in targets]
-    short = [i for t, own in zip(targets, places, strict=True) for i in _short(t.prompts, own)]
-    if len(short) < len(search.owners):
-        vectors = search.descend(vectors, short)
-    return search.descend(vectors, range(len(search.owners)))
+    vectors, busy = search.rounds(form.noise)
+    if form.noise and bool(busy.any()):
+        quiet, _ = search.rounds(0.0, busy)
+        vectors = torch.where(busy[:, None], quiet, vectors)
+    return vectors
 
 
 def _short(prompts: Sequence[EncodedPrompt], places: Sequence[int]) -> list[int]:
@@ -85,7 +89,7 @@ class _Search:
         targets: Sequence[Target],
         form: SearchForm,
     ) -> None:
-        self._form, device = form, llm.device
+        self._form, self._targets, device = form, targets, llm.device
         prompts = [prompt for target in targets for prompt in target.prompts]
         owners = [i for i, target in enumerate(targets) for _ in target.prompts]
         used = sorted({target.home for target in targets})
@@ -108,27 +112,75 @@ class _Search:
         self.owners = torch.tensor(owners, device=device)
         homes = torch.tensor([target.home for target in targets], device=device)[self.owners]
         self._here = [(homes == i).float()[:, None] for i in used]
+        self._width = mlps[targets[0].home].hidden
         self._numbers = torch.bincount(self.owners, minlength=len(targets)).float()
         sizes = torch.zeros_like(self._numbers).index_add(0, self.owners, self._nudges.lengths)
         self._length = sizes / self._numbers * form.step_size
 
+    def rounds(self, noise: float, sought: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """The rounds, from nothing.
+
+        Args:
+            noise: As of the form.
+            sought: F bool, which facts are sought; all where None.
+
+        Returns:
+            F × d_out float32, and F bool, which facts were not answered well enough at the end.
+        """
+        everything, prompts = range(len(self.owners)), iter(range(len(self.owners)))
+        places = [[next(prompts) for _ in target.prompts] for target in self._targets]
+        short = [_short(t.prompts, own) for t, own in zip(self._targets, places, strict=True)]
+        left = torch.tensor([len(a) < len(b) for a, b in zip(short, places, strict=True)])
+        left = left.to(self.owners.device)
+        nothing = torch.zeros(len(places), self._width, device=left.device)
+        if not bool(left.any()):
+            return self.descend(nothing, everything, noise, sought)
+        first = [i for own in short for i in own]
+        vectors, busy = self.descend(nothing, first, noise, sought)
+        # A fact whose prompts were all among them is found as if it were alone.
+        second = left if sought is None else left & sought
+        vectors, still = self.descend(vectors, everything, noise, second)
+        return vectors, torch.where(left, still, busy)
+
     @torch.inference_mode(False)
     @torch.enable_grad()
-    def descend(self, start: Tensor, rows: Sequence[int]) -> Tensor:
-        """One round, from the vectors it starts from, for some of the prompts."""
+    def descend(
+        self,
+        start: Tensor,
+        rows: Sequence[int],
+        noise: float = 0.0,
+        sought: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """One round, from the vectors it starts from, for some of the prompts.
+
+        Args:
+            start: F × d_out float32.
+            rows: Indices of prompts, rising.
+            noise: As of the form.
+            sought: F bool, whether a fact's vector is still sought; all where None.
+
+        Returns:
+            As :meth:`rounds`.
+        """
         form, chosen = self._form, torch.tensor(list(rows), device=start.device)
         owners, fires = self.owners[chosen], self._fires[chosen]
         numbers = torch.bincount(owners, minlength=len(start)).float()
         vectors = start.clone().requires_grad_(True)
         speed = torch.zeros_like(start)
+        busy = torch.ones_like(numbers, dtype=torch.bool)
+        busy = busy if sought is None else sought
+        # The same noise for a fact, whatever is sought with it or was sought before.
+        generators = [torch.Generator().manual_seed(0) for _ in range(len(start))]
         for step in range(form.steps + 1):
-            added = vectors[owners] * fires
+            drawn = [generators[i] for i in owners.tolist()] if noise else []
+            added = _with_noise(vectors[owners] * fires, noise, drawn)
             losses = self._nudges.losses(
                 [x for here in self._here for x in (None, added * here[chosen])], rows
             )
             # A token of more than one half is the most probable one, whatever the others are.
             open_ = ((losses.detach() >= form.enough) | (self._nudges.worst >= _HALF)).float()
-            busy = torch.zeros_like(numbers).index_add(0, owners, open_) > 0
+            # Who rests stays at rest: under noise, another pass might wake it again.
+            busy = busy & (torch.zeros_like(numbers).index_add(0, owners, open_) > 0)
             if step == form.steps or not bool(busy.any()):
                 break
             means = torch.zeros_like(numbers).index_add(0, owners, losses) / numbers
@@ -138,4 +190,21 @@ class _Search:
             with torch.no_grad():
                 # A fact all of whose prompts are answered well enough rests.
                 vectors -= (self._length * busy)[:, None] * speed
-        return vectors.detach()
+        return vectors.detach(), busy
+
+
+def _with_noise(added: Tensor, noise: float, generators: Sequence[torch.Generator]) -> Tensor:
+    """P × d_out vectors, with noise of a share of their length in a random direction.
+
+    Args:
+        added: The vectors; gradients flow through them alone.
+        noise: The share.
+        generators: P, on the CPU, so that the numbers are the same on every device; none for no
+            noise.
+    """
+    if not generators:
+        return added
+    width = added.shape[1:]
+    drawn = torch.stack([torch.randn(width, generator=one) for one in generators])
+    size = noise * added.detach().norm(dim=1, keepdim=True)
+    return added + size * F.normalize(drawn.to(added), dim=1)

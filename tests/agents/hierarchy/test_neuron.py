@@ -240,7 +240,8 @@ def test_an_older_answer_to_the_same_prompt_is_no_companion() -> None:
 
 def test_a_fact_whose_mlp_is_not_chosen_again_gets_a_neuron_of_another_one() -> None:
     llm = model()
-    low = neuron(llm)
+    # Under noise the first vector is so long that in so small a model no second one outweighs it.
+    low = neuron(llm, noise=0.0)
     llm.commit(low.propose(unit(llm, FACTS[0]), FIRST))
     assert low.statistics()["held"] != {}
     again = (FACTS[0][0], "w18", "w9")

@@ -50,7 +50,7 @@ def losses(llm: ResidentLLM, target: Target, vector: Tensor) -> Tensor:
 def descend(llm: ResidentLLM, target: Target, start: Tensor) -> Tensor:
     """One round over all prompts."""
     search = neuron_search._Search(llm, neuron(llm).mlps, [target], FORM)
-    return search.descend(start, range(len(target.prompts)))
+    return search.descend(start, range(len(target.prompts)))[0]
 
 
 def counted(monkeypatch: pytest.MonkeyPatch) -> list[int]:
@@ -145,3 +145,72 @@ class _Half:
     def firing(self, readings: Tensor) -> Tensor:
         strength: Tensor = self.shape.firing(readings)
         return 0.5 * strength
+
+
+# -- noise ----------------------------------------------------------------------------------------
+
+NOISY = replace(FORM, noise=0.6)
+
+
+def under_noise(llm: ResidentLLM, target: Target, vector: Tensor) -> float:
+    """Mean loss with vectors around one, in directions that the search did not draw."""
+    generator = torch.Generator().manual_seed(99)
+    found = []
+    for _ in range(20):
+        drawn = torch.randn(vector.shape, generator=generator)
+        around = vector + 0.6 * vector.norm() * drawn / drawn.norm()
+        found.append(losses(llm, target, around).mean())
+    return float(torch.stack(found).mean())
+
+
+def test_what_is_found_under_noise_stands_noise() -> None:
+    llm = model()
+    (target,) = targets(llm)
+    mlps = neuron(llm).mlps
+    (firm,), (other,) = (seek(llm, mlps, [target], form) for form in (NOISY, FORM))
+    assert under_noise(llm, target, firm) < 0.8 * under_noise(llm, target, other)
+
+
+def test_noise_is_the_same_for_the_same_facts() -> None:
+    llm = model()
+    (target,) = targets(llm)
+    mlps = neuron(llm).mlps
+    first = seek(llm, mlps, [target], NOISY)
+    torch.manual_seed(5)  # nobody else's numbers are drawn
+    assert torch.equal(seek(llm, mlps, [target], NOISY), first)
+
+
+def test_noise_has_its_length_and_passes_gradients_on() -> None:
+    added = torch.tensor([[3.0, 4.0, 0.0], [0.0, 0.0, 0.0]], requires_grad=True)
+    drawn = [torch.Generator().manual_seed(i) for i in range(2)]
+    noisy = neuron_search._with_noise(added, 0.6, drawn)
+    assert torch.allclose((noisy - added).norm(dim=1), torch.tensor([3.0, 0.0]))
+    (gradient,) = torch.autograd.grad(noisy.sum(), added)
+    assert torch.equal(gradient, torch.ones(2, 3))
+
+
+def test_who_rests_stays_at_rest() -> None:
+    """A fact that is answered well enough at once is left as it is while another is sought."""
+    llm = model()
+    (target,) = targets(llm)
+    mlps = neuron(llm).mlps
+    (vector,) = seek(llm, mlps, [target], FORM)
+    search = neuron_search._Search(llm, mlps, [target, target], NOISY)
+    start = torch.stack([vector, torch.zeros_like(vector)])
+    sought = torch.tensor([False, True])
+    found, busy = search.descend(start, range(2 * len(target.prompts)), 0.6, sought)
+    assert torch.equal(found[0], vector)
+    assert not torch.equal(found[1], torch.zeros_like(vector))
+    assert not busy[0]
+
+
+def test_what_cannot_be_found_under_noise_is_sought_without() -> None:
+    llm = model()
+    (target,) = targets(llm)
+    mlps = neuron(llm).mlps
+    hopeless = replace(FORM, noise=1.9, steps=10)
+    search = neuron_search._Search(llm, mlps, [target], hopeless)
+    _, busy = search.rounds(1.9)
+    assert busy.tolist() == [True]
+    found = seek(llm, mlps, [target], hopeless)
+    assert torch.equal(found, seek(llm, mlps, [target], replace(FORM, steps=10)))

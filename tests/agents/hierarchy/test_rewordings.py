@@ -1,0 +1,90 @@
+"""A fact in another sentence: texts by hand, and where the subject stands in them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+import pytest
+
+from hiedit_agents.hierarchy.rewordings import rewordings, subject_first
+from hiedit_env.model.asking import PromptForm
+from hiedit_env.model.encoded import AskedForm, EncodedPrompt
+from hiedit_env.model.tokenization import PromptEncoder
+from tests.hiedit_env.model.test_asking import encoder_of
+from tests.hiedit_env.model.test_tokenization import byte_level, sentencepiece
+
+FORMS: Sequence[AskedForm] = ("plain", "chat")
+
+
+def asked(
+    encoder: PromptEncoder, prompt: str, subject: str, form: PromptForm = "both"
+) -> list[EncodedPrompt]:
+    found = encoder.encode_forms(prompt, "Lyon", form)
+    return [encoder.with_subject(one, prompt, subject) for one in found]
+
+
+@pytest.mark.parametrize(
+    ("prompt", "subject", "wanted"),
+    [
+        ("the capital of Al is", "Al", "Al: The capital of it is"),
+        ("Who rules Al?", "Al", "Al: Who rules it?"),
+        ("Al met Albert; al left", "Al", "Al: It met Albert; al left"),
+        ("Al, or Al II, lives in", "Al", "Al: Al, or it II, lives in"),
+        ("東京の首都", "東京", "東京: Itの首都"),
+    ],
+)
+def test_texts_by_hand(prompt: str, subject: str, wanted: str) -> None:
+    assert subject_first(prompt, subject) == wanted
+
+
+@pytest.mark.parametrize("prompt", ["Albert left", "Al", " Al "])
+def test_no_text_without_a_subject_or_with_nothing_else(prompt: str) -> None:
+    assert subject_first(prompt, "Al") is None
+
+
+@pytest.mark.parametrize("kind", ["byte", "sentencepiece"])
+def test_the_subject_is_read_in_front(kind: str) -> None:
+    encoder = encoder_of(byte_level() if kind == "byte" else sentencepiece("first"))
+    prompts = asked(encoder, "the name of Lyon is", "Lyon")
+    plain, chat = rewordings(encoder, prompts, FORMS)
+    assert plain.prompt == "Lyon: The name of it is"
+    assert (plain.form, chat.form) == FORMS
+    for one in (plain, chat):
+        start, stop = one.subject_spans[-1]
+        assert encoder.decode(one.prompt_ids[start:stop]).strip() == "Lyon"
+        assert ": The name of it is" in encoder.decode(one.prompt_ids[stop:])
+        assert one.answer_ids == prompts[0].answer_ids or one.form == "chat"
+    assert chat.prompt_ids == encoder.encode_chat(plain.prompt, "Lyon").prompt_ids
+
+
+def test_only_forms_in_which_the_fact_is_asked() -> None:
+    encoder = encoder_of(byte_level())
+    prompts = asked(encoder, "the name of Lyon is", "Lyon", "plain")
+    assert [p.form for p in rewordings(encoder, prompts, FORMS)] == ["plain"]
+    assert rewordings(encoder, prompts, ("chat",)) == []
+
+
+def test_nothing_is_made_without_a_subject_or_a_plain_prompt() -> None:
+    encoder = encoder_of(byte_level())
+    prompts = asked(encoder, "the name of Lyon is", "Lyon")
+    missing = asked(encoder, "the name of Lyon is", "Paris")
+    assert missing[0].subject_missing
+    for none in ([], prompts[1:], missing, [replace(p, subject_spans=()) for p in prompts]):
+        assert rewordings(encoder, none, FORMS) == []
+
+
+def test_a_subject_of_one_token_at_the_very_beginning_is_left_out() -> None:
+    """All texts read their first token alike, so nothing is written there."""
+    encoder = encoder_of(byte_level())
+    prompts = asked(encoder, "the name of A is", "A")
+    assert [p.form for p in rewordings(encoder, prompts, FORMS)] == ["chat"]
+
+
+def test_a_text_that_is_too_long_is_left_out() -> None:
+    tokenizer = byte_level()
+    roomy = encoder_of(tokenizer)
+    prompts = asked(roomy, "the name of Lyon is", "Lyon")
+    longest = max(len(p.prompt_ids) + len(p.answer_ids) for p in prompts)
+    tight = PromptEncoder(tokenizer, max_length=longest)
+    assert [p.form for p in rewordings(tight, prompts, FORMS)] == ["plain"]
