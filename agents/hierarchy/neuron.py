@@ -114,7 +114,7 @@ class Neuron(FactMemory):
         ridge: float = 0.01,
         companions: int = 2,
         swaps: int = 2,
-        widest: float = 1.2,
+        widest: float = 1.3,
         substitutes: bool = True,
         noise: float = 0.3,
         reworded: bool = True,

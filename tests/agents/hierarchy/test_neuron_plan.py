@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 
 import pytest
@@ -10,9 +11,19 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from hiedit_agents.hierarchy.detectors import Detector
-from hiedit_agents.hierarchy.neuron_plan import NeuronShape, Planner, ShapeForm, _end_of
+from hiedit_agents.hierarchy.neuron_plan import (
+    _ALIKE,
+    _WEIGHTS,
+    NeuronShape,
+    Planner,
+    ShapeForm,
+    _end_of,
+    _Rows,
+)
 from hiedit_env.errors import HieditWarning
 from hiedit_env.model.tokenization import EncodedPrompt
+from hiedit_env.resident.capture import Capture
+from hiedit_env.resident.resident import ResidentLLM
 from tests.agents.hierarchy.test_neuron import ALL, FACTS, FIRST, elsewhere, model, neuron, unit
 
 
@@ -53,7 +64,8 @@ def test_the_threshold_falls_with_what_the_facts_own_prompts_score(
 
     monkeypatch.setattr(low._readings[0], "detector", weaker)
     planner = Planner(llm, low.mlps, low._readings, ShapeForm(0.55, 20.0, 0, 1.8))
-    shape = planner._shape(capture, 0, [capture.prompt], {capture.prompt: 0})
+    rows = planner._rows(capture, 0, [capture.prompt], {capture.prompt: 0})
+    shape = planner._shape(0, rows)
     assert shape.threshold == pytest.approx(threshold, abs=1e-3)
 
 
@@ -68,19 +80,19 @@ def test_a_name_like_others_with_its_last_token_is_told_from_the_rest_alone(
 ) -> None:
     llm = model()
     low = neuron(llm, swaps=2, search_steps=1)
-    read: list[int] = []
-    own = Planner._swapped
+    tried: list[bool] = []
+    own, found = Planner._shape, iter([False, True])
 
-    def noted(self: Planner, prompt: EncodedPrompt, at_end: bool) -> list[EncodedPrompt]:
-        found = own(self, prompt, at_end) or [elsewhere(llm, 1)[0]]
-        read.append(len(found))
-        return found
+    def noted(
+        self: Planner, home: int, rows: _Rows, weight: float = 0.0, swapped: bool = True
+    ) -> NeuronShape:
+        tried.append(swapped)
+        return own(self, home, rows, weight, swapped)
 
-    monkeypatch.setattr(Planner, "_swapped", noted)
-    found = iter([False, True])
+    monkeypatch.setattr(Planner, "_shape", noted)
     monkeypatch.setattr(Planner, "_is_apart", lambda *_: next(found))
     assert any(low.propose(unit(llm, FACTS[0]), FIRST))
-    assert len(read) == 2
+    assert tried == [True, False]
 
 
 def test_nothing_fires_at_the_first_token_of_a_text() -> None:
@@ -115,3 +127,72 @@ def test_a_subject_that_begins_the_text_is_read_at_the_end_of_the_prompt() -> No
     others = planner._swapped(capture.prompt, at_end=True)
     assert others
     assert all(other.prompt_ids[1:] == capture.prompt.prompt_ids[1:] for other in others)
+
+
+# -- earlier facts --------------------------------------------------------------------------------
+
+#: Two names that end in the same token.
+EARLIER = ("w5 w10 w9 w4", "w7", "w10 w9")
+LATER = ("w6 w11 w9 w8", "w13", "w11 w9")
+
+
+def planned(llm: ResidentLLM, past: Sequence[Capture], widest: float = 4.0) -> NeuronShape:
+    """The shape for the later fact, behind some earlier ones."""
+    low, capture = neuron(llm, widest=widest), unit(llm, LATER)
+    planner = Planner(llm, low.mlps, low._readings, ShapeForm(0.5, 60.0, 0, widest))
+    known = [one.prompts for one in past]
+    (target,) = planner.targets(capture, [capture.prompts], lambda _: 0, known, 0)
+    return target.shape
+
+
+def at_subject(llm: ResidentLLM, shape: NeuronShape, capture: Capture) -> Tensor:
+    """The score at the last token of a fact's subject: 1 float32."""
+    reading = capture.keys[shape.mlp.gate.layer][capture.prompt.positions("subject")[0]]
+    return shape.detector.scores(reading[None].float())
+
+
+def test_a_neuron_is_kept_from_an_earlier_fact_whose_name_ends_alike() -> None:
+    llm = model()
+    earlier, later = unit(llm, EARLIER), unit(llm, LATER)
+    freely, kept = planned(llm, []), planned(llm, [earlier])
+    assert float(at_subject(llm, freely, earlier)) > 0.5
+    assert float(at_subject(llm, kept, earlier)) < 0.45
+    reading = earlier.keys[kept.mlp.gate.layer][earlier.prompt.positions("subject")[0]]
+    assert abs(float(kept.firing(reading[None]))) < 0.05 < float(freely.firing(reading[None]))
+    torch.testing.assert_close(at_subject(llm, kept, later), torch.ones(1), rtol=1e-4, atol=0)
+
+
+def test_a_name_that_cannot_be_told_from_an_earlier_one_takes_its_place(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    llm = model()
+    earlier, tried = unit(llm, EARLIER), list[float]()
+    own = Planner._shape
+
+    def noted(
+        self: Planner, home: int, rows: _Rows, weight: float = 0.0, swapped: bool = True
+    ) -> NeuronShape:
+        tried.append(weight)
+        return own(self, home, rows, weight, swapped)
+
+    freely = planned(llm, [])
+    monkeypatch.setattr(Planner, "_shape", noted)
+    monkeypatch.setattr(Planner, "_is_apart", lambda *_: tried[-1] == 0)
+    shape = planned(llm, [earlier])
+    assert torch.equal(shape.detector.row, freely.detector.row)
+    assert tried == [weight for weight in (*_WEIGHTS, 0.0) for _ in range(2)][:-1]
+
+
+def test_which_earlier_facts_read_alike() -> None:
+    llm = model()
+    low = neuron(llm)
+    planner = Planner(llm, low.mlps, low._readings, ShapeForm(0.4, 30.0, 0, 1.8))
+    names = ["w10 w9", "w9 w10", *[f"w{i} w9" for i in range(12, 12 + _ALIKE)]]
+    known = [unit(llm, (f"w5 {name} w4", "w7", name)).prompts for name in names]
+    nameless = replace(known[0][0], subject_spans=())
+    missing = replace(known[0][0], subject_missing=True)
+    found = planner._alike(unit(llm, LATER).prompt, [*known, (nameless,), (missing,)])
+    # The latest ones, up to their subjects.
+    assert [p.prompt_ids for p in found] == [(5, i, 9) for i in range(12, 12 + _ALIKE)]
+    assert {p.length for p in found} == {3}
+    assert planner._alike(missing, known) == ()
