@@ -140,16 +140,25 @@ def _reason(message: str) -> str:
     return message.partition(";")[0].replace("|", "/")
 
 
+def row_not_built(model_type: str) -> str:
+    """The row of a model type of which no model can be made here."""
+    return f"| `{model_type}` | not tried | {NOT_BUILT[model_type]} |"
+
+
 def table(outcomes: Sequence[Outcome]) -> str:
-    """The table between the markers of the page."""
+    """The table between the markers of the page: every model type, tried or not."""
     edited = sum(bool(outcome.matrices) for outcome in outcomes)
+    rows = {outcome.model_type: outcome.row() for outcome in outcomes}
+    rows |= {model_type: row_not_built(model_type) for model_type in NOT_BUILT}
     lines = [
-        f"{len(outcomes)} model types of the installed transformers, as random models of {BLOCKS} "
-        f"blocks; {edited} can be edited by default.",
+        f"{len(rows)} model types of the installed transformers have a causal language model. "
+        f"{len(outcomes)} were tried as random models of {BLOCKS} blocks; {edited} can be edited "
+        f"by default, {len(outcomes) - edited} are refused. Of {len(NOT_BUILT)} no model can be "
+        "made here.",
         "",
-        "| model type | default layers | how it is run, if in another way; why it is refused |",
+        "| model type | default layers | how it is run, if in another way; why not |",
         "| --- | --- | --- |",
-        *(outcome.row() for outcome in outcomes),
+        *(rows[model_type] for model_type in MODEL_TYPES if model_type in rows),
     ]
     return "\n".join(lines)
 
