@@ -192,14 +192,17 @@ def tiny_model(model_type: str, seed: int = 0, **fields: Any) -> PreTrainedModel
     return _random(AutoModelForCausalLM, tiny_config(model_type, **fields), seed)
 
 
-def tiny_multimodal(model_type: str, seed: int = 0) -> PreTrainedModel:
+def tiny_multimodal(model_type: str, seed: int = 0, **fields: Any) -> PreTrainedModel:
     """A tiny model with all its parts, for images beside text."""
-    return _whole(AutoModelForMultimodalLM, model_type, seed)
+    return _whole(AutoModelForMultimodalLM, model_type, seed, **fields)
 
 
-def _whole(auto: Any, model_type: str, seed: int) -> PreTrainedModel:
+def _whole(auto: Any, model_type: str, seed: int, **fields: Any) -> PreTrainedModel:
     kind = CONFIG_MAPPING[model_type]
-    return _random(auto, kind.from_dict(shrink(kind().to_dict())), seed)
+    settings = shrink(kind().to_dict())
+    for key, value in fields.items():
+        settings[key] = settings[key] | value if isinstance(value, dict) else value
+    return _random(auto, kind.from_dict(settings), seed)
 
 
 def _random(auto: Any, config: PreTrainedConfig, seed: int) -> PreTrainedModel:
