@@ -24,7 +24,7 @@ from hiedit_benchmarks.commands.edit_history import History, read_history
 from hiedit_benchmarks.comparison.compare import make_env
 from hiedit_benchmarks.comparison.episode import bar, play, unwrapped
 from hiedit_benchmarks.comparison.settings import CompareSettings
-from hiedit_env.datasets.requests import Request, longest_prompt
+from hiedit_env.datasets.requests import Request
 from hiedit_env.errors import ModelError, SettingsError
 from hiedit_env.model.loading import load_model
 from hiedit_env.model.saving import check_source, source_folder
@@ -83,7 +83,7 @@ class EditorWork:
                 trust_remote_code=settings.trust_remote_code,
                 progress=progress,
                 layers=layers,
-                tokens=longest_prompt(requests),
+                requests=requests,
                 memory=settings.memory_check,
             )
             self.source, self.history = _source(loaded.model, out)

@@ -25,7 +25,6 @@ from hiedit_benchmarks.layers.scan import not_given, scan
 from hiedit_benchmarks.layers.scores import FLOOR, LayerScore, propose
 from hiedit_benchmarks.layers.settings import LayerScanSettings
 from hiedit_env.datasets.load import load_requests
-from hiedit_env.datasets.requests import longest_prompt
 from hiedit_env.datasets.streams import fingerprint
 from hiedit_env.envs.settings import rule_settings
 from hiedit_env.errors import DatasetError, LayerError, MissingLibraryError, OutputError
@@ -102,7 +101,7 @@ def find_layers(settings: LayerScanSettings, *, progress: bool = True) -> FoundL
         trust_remote_code=settings.trust_remote_code,
         progress=progress,
         layers=settings.layers,
-        tokens=longest_prompt(requests),
+        requests=requests,
         memory=settings.memory_check,
     )
     if settings.layers is None:

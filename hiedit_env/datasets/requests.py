@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, get_args
 
@@ -108,23 +107,3 @@ class Request:
             raise DatasetError(
                 f"{self.source}: field 'system' must be text, got {type(self.system).__name__}"
             )
-
-
-def longest_prompt(requests: Sequence[Request]) -> int:
-    """About how many tokens the longest prompt of requests and their probes has, rather too many.
-
-    A token is taken for three bytes of UTF-8: a short word in Latin script, a character in Chinese.
-
-    >>> longest_prompt([Request(prompt="It is", answer="Lyon", subject="it")])
-    3
-    """
-    texts = [
-        f"{prompt} {answer}"
-        for request in requests
-        for prompt, answer in (
-            (request.prompt, request.answer),
-            *((paraphrase, request.answer) for paraphrase in request.paraphrases),
-            *((probe.prompt, probe.answer) for probe in request.locality),
-        )
-    ]
-    return max((len(text.encode(errors="replace")) // 3 for text in texts), default=0)

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from hiedit_env.datasets.requests import Request, longest_prompt
+from hiedit_env.datasets.requests import Request
 from hiedit_env.datasets.streams import stream
 from hiedit_env.envs.settings import EnvSettings
 from hiedit_env.errors import SettingsError
@@ -40,7 +40,7 @@ def load_resident(settings: EnvSettings, requests: Sequence[Request]) -> Residen
         trust_remote_code=settings.trust_remote_code,
         progress=settings.progress,
         layers=settings.layers,
-        tokens=longest_prompt(requests),
+        requests=requests,
         memory=settings.memory_check,
     )
     if settings.prompt_form != "plain" and not getattr(loaded.tokenizer, "chat_template", None):

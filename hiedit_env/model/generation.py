@@ -11,6 +11,9 @@ from transformers import GenerationConfig, PreTrainedModel
 
 from hiedit_env.model.tokenization import EncodedPrompt, PromptEncoder
 
+#: Most tokens in one pass: nothing is kept for a backward pass, but keys and values of every token.
+MAX_TOKENS = 4096
+
 
 def end_ids(model: PreTrainedModel, encoder: PromptEncoder) -> frozenset[int]:
     """Tokens that end a generated text: the tokenizer's, those the model came with, the encoder's.
@@ -30,6 +33,7 @@ def generate(
     prompts: Sequence[str | EncodedPrompt],
     max_new_tokens: Sequence[int],
     max_batch: int,
+    max_tokens: int = MAX_TOKENS,
     use_cache: bool = True,
 ) -> list[str]:
     """Greedy continuations, without the prompt and without special tokens.
@@ -42,6 +46,8 @@ def generate(
         max_new_tokens: Budget of each; generation also ends at a token of :func:`end_ids` and where
             the model's context ends.
         max_batch: Most prompts in one pass.
+        max_tokens: Most tokens in one pass, padding and new ones included; a prompt that needs more
+            goes alone.
         use_cache: Whether keys and values of earlier tokens are kept; slower, but right, without,
             where a model's cache does not work. Then ``max_batch`` must be 1.
     """
@@ -56,7 +62,7 @@ def generate(
     tokenizer = encoder.tokenizer
     pad, ends = tokenizer.pad_token_id or 0, end_ids(model, encoder)
     make_config = cast(Any, GenerationConfig)  # untyped in transformers
-    for group in _groups(budgets, room, max_batch):
+    for group in _groups([len(ids) for ids in encoded], budgets, room, max_batch, max_tokens):
         longest = max(len(encoded[i]) for i in group)
         ids = torch.full((len(group), longest), pad, dtype=torch.int64)
         mask = torch.zeros_like(ids)
@@ -107,13 +113,21 @@ def _plain(
     return ids[len(prompt) :]
 
 
-def _groups(budgets: Sequence[int], room: Sequence[int], size: int) -> list[list[int]]:
-    """Prompts to continue together: at most ``size``, and none beyond the end of its context."""
+def _groups(
+    lengths: Sequence[int],
+    budgets: Sequence[int],
+    room: Sequence[int],
+    size: int,
+    max_tokens: int,
+) -> list[list[int]]:
+    """Prompts to continue together: not too many, and none beyond the end of its context."""
     groups: list[list[int]] = []
     for i in sorted(range(len(budgets)), key=lambda i: (budgets[i], -room[i])):
         # Budgets rise, so this prompt's is how long all of its group go on.
         last = groups[-1] if groups else []
-        if last and len(last) < size and budgets[i] <= min(room[j] for j in last):
+        longest = max((lengths[j] for j in (*last, i)), default=0) + budgets[i]
+        fits = len(last) < size and (len(last) + 1) * longest <= max_tokens
+        if last and fits and budgets[i] <= min(room[j] for j in last):
             last.append(i)
         else:
             groups.append([i])

@@ -31,6 +31,7 @@ from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerB
 from transformers.models.auto import modeling_auto
 from transformers.utils import logging as hf_logging
 
+from hiedit_env.datasets.requests import Request
 from hiedit_env.errors import (
     DeviceError,
     HieditError,
@@ -42,9 +43,9 @@ from hiedit_env.errors import (
 from hiedit_env.model.built_in import BUILT_IN
 from hiedit_env.model.folders import check_folder, refuse_quantized, require_finite
 from hiedit_env.model.memory_budget import (
-    TOKENS,
     auto_class,
     estimate_memory,
+    longest_prompt,
     memory_check,
     require_memory,
 )
@@ -96,7 +97,7 @@ def load_model(
     trust_remote_code: bool = False,
     progress: bool = True,
     layers: str | Sequence[str] | None = None,
-    tokens: int = TOKENS,
+    requests: Sequence[Request] = (),
     memory: str | None = None,
 ) -> LoadedModel:
     """Load a decoder-only language model from safetensors.
@@ -118,7 +119,7 @@ def load_model(
         progress: Whether to say on standard error what is happening. The memory needed is said in
             any case if it is more than half of what is free.
         layers: Candidate layers that will be edited, for the memory needed.
-        tokens: Length of the longest prompt that will be read, for the memory needed.
+        requests: Facts that will be read, for the memory that the longest of them needs.
         memory: What is done if the model seems not to fit: ``"refuse"``, ``"warn"`` or ``"off"``,
             which also saves the estimate; None for ``$HIEDIT_MEMORY_CHECK``, else ``"refuse"``.
 
@@ -141,7 +142,9 @@ def load_model(
             config = transformers.AutoConfig.from_pretrained(source, **shared)
             _require_decoder(config, name)
             refuse_quantized(config.to_dict(), name)
+            tokenizer = transformers.AutoTokenizer.from_pretrained(source, **shared)
             if check != "off":
+                tokens = longest_prompt(tokenizer, requests)
                 needed = estimate_memory(
                     config,
                     torch_dtype,
@@ -149,8 +152,7 @@ def load_model(
                     tokens=tokens,
                     trust_remote_code=trust_remote_code,
                 )
-                require_memory(name, needed, place, progress, check)
-            tokenizer = transformers.AutoTokenizer.from_pretrained(source, **shared)
+                require_memory(name, needed, place, progress, check, tokens)
             model = _read_weights(auto_class(config), source, torch_dtype, shared).to(place)
         except torch.OutOfMemoryError as error:
             raise NotEnoughMemoryError(f"model {name!r} on {device}: {error}") from error

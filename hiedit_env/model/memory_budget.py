@@ -13,10 +13,11 @@ from typing import Any, cast
 import torch
 import transformers
 from torch import nn
-from transformers import PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.models.auto import modeling_auto
 from transformers.pytorch_utils import Conv1D
 
+from hiedit_env.datasets.requests import Request
 from hiedit_env.errors import LayerError, NotEnoughMemoryError, SettingsError
 from hiedit_env.model.architectures import find_candidates
 
@@ -80,6 +81,37 @@ def estimate_memory(
     return in_dtype * dtype.itemsize + (2 * candidates + 4 * statistics) * 4
 
 
+def longest_prompt(tokenizer: PreTrainedTokenizerBase, requests: Sequence[Request]) -> int:
+    """Number of tokens of the longest prompt with its answer, of requests and their probes.
+
+    A token is taken to hold at least one byte of UTF-8, so that only long texts are tokenised.
+
+    Args:
+        tokenizer: The model's.
+        requests: Any number of facts.
+
+    Returns:
+        The number, or :data:`TOKENS` if it is lower.
+    """
+    texts = {
+        f"{request.system or ''}{prompt} {answer}"
+        for request in requests
+        for prompt, answer in (
+            (request.prompt, request.answer),
+            *((paraphrase, request.answer) for paraphrase in request.paraphrases),
+            *((probe.prompt, probe.answer) for probe in request.locality),
+            *((probe.prompt, probe.answer) for probe in request.portability),
+        )
+    }
+    sized = sorted(((len(text.encode(errors="replace")), text) for text in texts), reverse=True)
+    most = TOKENS
+    for size, text in sized:
+        if size <= most:
+            break
+        most = max(most, len(tokenizer.encode(text, add_special_tokens=False, verbose=False)))
+    return most
+
+
 def auto_class(config: PreTrainedConfig) -> Any:
     """The class of transformers that opens a model of this configuration whole.
 
@@ -130,7 +162,12 @@ def memory_check(chosen: str | None) -> str:
 
 
 def require_memory(
-    name: str, needed: int, device: torch.device, progress: bool, check: str = "refuse"
+    name: str,
+    needed: int,
+    device: torch.device,
+    progress: bool,
+    check: str = "refuse",
+    tokens: int = TOKENS,
 ) -> None:
     """Checks that a model fits; says what it needs if asked to, or if that is more than half.
 
@@ -140,19 +177,21 @@ def require_memory(
         device: Where it is to go.
         progress: Whether to say it on standard error in any case.
         check: ``"refuse"``, or ``"warn"`` to go on with a warning.
+        tokens: Length of the longest prompt, which is named if it counts.
 
     Raises:
         NotEnoughMemoryError: more is needed than is free.
     """
     free = available_memory(device)
     room = "free memory unknown" if free is None else f"{free / 1e9:.1f} GB free"
+    long = f" with its longest prompt of {tokens:,} tokens" if tokens > TOKENS else ""
     if progress or (free is not None and 2 * needed > free):
-        print(f"loading {name} needs about {needed / 1e9:.2g} GB; {room}", file=sys.stderr)
+        print(f"loading {name} needs about {needed / 1e9:.2g} GB{long}; {room}", file=sys.stderr)
     if check == "refuse" and free is not None and needed > free:
         raise NotEnoughMemoryError(
-            f"model {name!r} needs about {needed / 1e9:.2g} GB but {device} has {room}; choose a "
-            f"smaller model, fewer layers, shorter prompts, dtype='bfloat16', or another device, "
-            f"free some memory, or go on all the same with --memory-check warn (or "
+            f"model {name!r} needs about {needed / 1e9:.2g} GB{long} but {device} has {room}; "
+            f"choose a smaller model, fewer layers, shorter prompts, dtype='bfloat16', or another "
+            f"device, free some memory, or go on all the same with --memory-check warn (or "
             f"HIEDIT_MEMORY_CHECK=warn)"
         )
 

@@ -300,6 +300,8 @@ class ResidentLLM(EditableWeights):
                     [prompts[i] for i in chosen],
                     [max_new_tokens[i] for i in chosen],
                     most,
+                    # Nothing is kept for a backward pass.
+                    4 * self.max_batch_tokens,
                     use_cache=not self.generates_whole,
                 )
                 for i, text in zip(chosen, found, strict=True):

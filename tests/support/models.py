@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from tokenizers import Tokenizer, models, pre_tokenizers
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import Tensor
 from torch.nn import functional as F
 from transformers import (
@@ -97,6 +97,25 @@ def tokenizer(eos: str = "<e>", pad: str | None = "<p>") -> PreTrainedTokenizerF
     return PreTrainedTokenizerFast(
         tokenizer_object=backend, bos_token="<b>", eos_token=eos, pad_token=pad
     )
+
+
+def byte_tokenizer() -> PreTrainedTokenizerFast:
+    """One token per byte of UTF-8, and six markers in front: end, padding, images."""
+    end, pad = "<|im_end|>", "<|endoftext|>"
+    images = ("<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>")
+    markers = (end, pad, *images)
+    backend = Tokenizer(models.BPE())
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(
+        vocab_size=len(markers) + len(alphabet),
+        special_tokens=list(markers),
+        initial_alphabet=alphabet,
+        show_progress=False,
+    )
+    backend.train_from_iterator([], trainer)
+    return PreTrainedTokenizerFast(tokenizer_object=backend, eos_token=end, pad_token=pad)
 
 
 def resident(

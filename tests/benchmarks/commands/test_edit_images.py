@@ -9,42 +9,23 @@ from typing import Any
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import Tensor
 from transformers import (
     AutoModelForCausalLM,
     AutoModelForMultimodalLM,
     AutoTokenizer,
-    PreTrainedTokenizerFast,
 )
 
 from hiedit_benchmarks.commands.cli import main
+from tests.support.models import byte_tokenizer
 from tests.support.tiny_models import tiny_multimodal
 
 FACTS = [
     {"prompt": "The river of Brindleby is called", "answer": "Quillow", "subject": "Brindleby"},
     {"prompt": "Captain Voss was born in", "answer": "Tallinn", "subject": "Captain Voss"},
 ]
-END, PAD = "<|im_end|>", "<|endoftext|>"
-MARKERS = (END, PAD, "<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>")
 #: Weights for guessing several tokens at once: in the files, and not read by transformers.
 EXTRA = "mtp.fc.weight"
-
-
-def byte_tokenizer() -> PreTrainedTokenizerFast:
-    """One token per byte of UTF-8, and the markers of Qwen's models."""
-    backend = Tokenizer(models.BPE())
-    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    backend.decoder = decoders.ByteLevel()
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
-    trainer = trainers.BpeTrainer(
-        vocab_size=len(MARKERS) + len(alphabet),
-        special_tokens=list(MARKERS),
-        initial_alphabet=alphabet,
-        show_progress=False,
-    )
-    backend.train_from_iterator([], trainer)
-    return PreTrainedTokenizerFast(tokenizer_object=backend, eos_token=END, pad_token=PAD)
 
 
 def folder_of_a_model(path: Path) -> None:

@@ -9,6 +9,7 @@ import pytest
 import torch
 from transformers import PreTrainedModel
 
+from hiedit_env.model.generation import generate
 from hiedit_env.model.tokenization import EncodedPrompt
 from hiedit_env.resident.resident import ResidentLLM
 from tests.support.models import all_bits, build_random, random_updates, resident, tokenizer
@@ -150,3 +151,21 @@ def test_encoded_prompts_are_continued_by_their_own_tokens() -> None:
     wanted = expected(llm, ["w9 w4", "w6"], [5, 3])
     assert llm.generate([encoded, "w6"], [5, 3]) == wanted
     assert llm.generate(["w30 w12"], [5]) != wanted[:1]
+
+
+def test_a_pass_holds_a_bounded_number_of_tokens() -> None:
+    llm = resident("llama", model=build_random("llama", max_position_embeddings=512))
+    texts = [" ".join([f"w{3 + i}"] * length) for i, length in enumerate((40, 5, 40, 6, 200, 40))]
+    sizes: list[tuple[int, int]] = []
+    hook = llm.model.register_forward_pre_hook(
+        lambda _, __, named: sizes.append(tuple(named["input_ids"].shape)), with_kwargs=True
+    )
+    found = generate(llm.model, llm.encoder, texts, [3] * len(texts), 16, 100)
+    hook.remove()
+    begun = [size for size in sizes if size[1] > 1]
+    # Padded to the longest, with three new tokens; what is longer goes alone.
+    assert all(count * (length + 3) <= 100 or count == 1 for count, length in begun)
+    assert sum(count for count, _ in begun) == len(texts)
+    assert len(begun) < len(texts)
+    alone = [generate(llm.model, llm.encoder, [text], [3], 1)[0] for text in texts]
+    assert found == alone

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,11 +12,14 @@ import pytest
 import torch
 from transformers import LlamaConfig
 
+from hiedit_env.datasets.requests import Probe, Request
 from hiedit_env.errors import LayerError, NotEnoughMemoryError, SettingsError
 from hiedit_env.model import loading, memory_budget
 from hiedit_env.model.loading import load_model
-from hiedit_env.model.memory_budget import available_memory, estimate_memory
+from hiedit_env.model.memory_budget import available_memory, estimate_memory, longest_prompt
 from tests.hiedit_env.model.test_loading import CONFIG, PARAMETERS, forbidden, save_model
+from tests.support.models import byte_tokenizer
+from tests.support.models import tokenizer as word_tokenizer
 
 CPU = torch.device("cpu")
 MEMINFO = "MemTotal:  900 kB\nMemFree:   100 kB\nMemAvailable:    300 kB\n"
@@ -61,6 +65,41 @@ def test_long_prompts_cost_more() -> None:
     # Two numbers of 4 bytes per column of every matrix and further token; columns as above.
     columns = 3 * (4 * 32 + 3 * 40) + 24
     assert estimate_memory(CONFIG, torch.float32, tokens=2000) - usual == 8 * 1744 * columns
+
+
+def test_the_longest_prompt_is_counted_in_the_models_own_tokens() -> None:
+    # One token per byte; two bytes per letter, and one space in front of the answer.
+    tokenizer = byte_tokenizer()
+    fact = Request(prompt="ж" * 200, answer="ответ", subject="ж")
+    assert longest_prompt(tokenizer, [fact]) == 400 + 1 + 10
+    # The probes count as well, with their own answers, and the system message in front of a chat.
+    probe = Probe("p" * 900, "a" * 99)
+    for field in ("locality", "portability"):
+        assert longest_prompt(tokenizer, [fact, replace(fact, **{field: (probe,)})]) == 1000
+    assert longest_prompt(tokenizer, [replace(fact, paraphrases=("q" * 700,))]) == 711
+    assert longest_prompt(tokenizer, [replace(fact, system="s" * 100)]) == 511
+    # Every estimate has room for this many; a tokenizer with long tokens has fewer than bytes.
+    assert longest_prompt(tokenizer, [Request(prompt="a", answer="b", subject="a")]) == 256
+    assert longest_prompt(tokenizer, []) == 256
+    words = Request(prompt=" ".join(["w5"] * 300), answer="w6", subject="w5")
+    assert longest_prompt(word_tokenizer(), [words]) == 301
+
+
+def test_a_prompt_that_does_not_fit_is_refused_before_loading(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save_model(tmp_path)
+    word_tokenizer().save_pretrained(tmp_path)
+    long = Request(prompt=" ".join(["w5"] * 5000), answer="w6", subject="w5")
+    short = Request(prompt="w5", answer="w6", subject="w5")
+    free = estimate_memory(CONFIG, torch.float32) + 1000
+    monkeypatch.setattr(memory_budget, "available_memory", lambda _: free)
+    load_model(str(tmp_path), progress=False, requests=[short])
+    monkeypatch.setattr(loading, "_read_weights", forbidden)
+    with pytest.raises(
+        NotEnoughMemoryError, match=r"its longest prompt of 5,001 tokens .* shorter prompts"
+    ):
+        load_model(str(tmp_path), progress=False, requests=[short, long])
 
 
 @pytest.mark.parametrize("way", ["argument", "environment"])
