@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import IO
 
 from hiedit_env.datasets.formats import recognise
+from hiedit_env.datasets.other_files import kind_by_start, remedy_by_ending
 from hiedit_env.datasets.refused import refusal
 from hiedit_env.errors import DatasetError
 
@@ -19,7 +20,8 @@ from hiedit_env.errors import DatasetError
 MAX_FILE_BYTES = 2 * 10**9
 MAX_LINE_BYTES = 200 * 10**6
 
-_ENDINGS = (".json", ".jsonl")
+_LINES = (".jsonl", ".ndjson")
+_ENDINGS = (".json", *_LINES)
 _MARK = b"\xef\xbb\xbf"  # the byte order mark that some editors put in front
 
 
@@ -46,12 +48,12 @@ def read_rows(label: str, built_in: Traversable | None, names: str) -> list[obje
         )
     by_content = _is_stream(path)
     if not by_content and path.suffix.lower() not in _ENDINGS:
-        raise DatasetError(f"{label}: a data set is a .json or .jsonl file{_remedy(path)}")
+        raise DatasetError(f"{label}: a data set is a .json or .jsonl file{remedy_by_ending(path)}")
     try:
         with path.open("rb") as file:
             if not by_content and os.fstat(file.fileno()).st_size > MAX_FILE_BYTES:
                 raise _too_large(label)
-            if not by_content and path.suffix.lower() == ".jsonl":
+            if not by_content and path.suffix.lower() in _LINES:
                 return _lines(file, label)
             data = _read_all(file, label)
     except OSError as error:
@@ -63,21 +65,6 @@ def _is_stream(path: Path) -> bool:
     """Pipes, devices and file descriptors have no ending and are judged by their content."""
     named = str(path.absolute()).startswith(("/dev/", "/proc/"))
     return not path.is_dir() and (named or not path.is_file())
-
-
-def _remedy(path: Path) -> str:
-    if path.suffix.lower() not in (".csv", ".tsv", ".parquet"):
-        return ""
-    table = path.suffix.lower()[1:]
-    start = b""
-    if path.is_file():
-        with path.open("rb") as file:
-            start = file.read(4096)
-    called = " (this table is of HalluEditBench)" if b"paraphrased_question" in start else ""
-    reader = "read_parquet(FILE" if table == "parquet" else "read_csv(FILE"
-    if table == "tsv":
-        reader += ', sep="\\t"'
-    return f'{called}; write it as one: pandas.{reader}).to_json("facts.json", orient="records")'
 
 
 def _too_large(label: str) -> DatasetError:
@@ -94,6 +81,9 @@ def _read_all(file: IO[bytes], label: str) -> bytes:
 
 
 def _decode(data: bytes, label: str, offset: int = 0) -> str:
+    kind = kind_by_start(data[:16]) if not offset else None
+    if kind is not None:
+        raise DatasetError(f"{label} is {kind}")
     try:
         return data.removeprefix(_MARK if not offset else b"").decode("utf-8")
     except UnicodeDecodeError as error:
@@ -115,21 +105,45 @@ def _lines(file: IO[bytes], label: str) -> list[object]:
             )
         text = _decode(line, label, offset)
         offset += len(line)
+        if not rows and text.lstrip().startswith("["):
+            # One list of all rows, in a file that is named as if it had one row a line.
+            return _document(text + _decode(_read_all(file, label), label, offset), label)
         if text.strip():
             rows.append(_loads(text.rstrip("\r\n"), label, number))
     return rows
 
 
 def _loads(text: str, label: str, first_line: int = 1) -> object:
+    def without_repetition(pairs: list[tuple[str, object]]) -> dict[str, object]:
+        found = dict(pairs)
+        if len(found) < len(pairs):
+            names = [name for name, _ in pairs]
+            twice = next(name for name in names if names.count(name) > 1)
+            raise DatasetError(
+                f"{label} has an object with the field {twice!r} twice, "
+                f"{json.dumps(found, ensure_ascii=False)[:60]}; leave one of them"
+            )
+        return found
+
     try:
-        return json.loads(text)
+        return json.loads(text, object_pairs_hook=without_repetition)
+    except DatasetError:  # is a ValueError, too
+        raise
     except json.JSONDecodeError as error:
         line = first_line + error.lineno - 1
+        begins = f"; it begins with {text.lstrip()[:30]!r}" if not text[: error.pos].strip() else ""
         raise DatasetError(
-            f"{label} is not JSON at line {line}, column {error.colno}: {error.msg}"
+            f"{label} is not JSON at line {line}, column {error.colno}: {error.msg}{begins}"
         ) from error
-    except (ValueError, RecursionError) as error:  # a number too long, lists nested too deep
-        raise DatasetError(f"{label} cannot be read as JSON: {error}") from error
+    except RecursionError as error:
+        raise DatasetError(
+            f"{label} cannot be read as JSON: its lists or objects are nested too deep"
+        ) from error
+    except ValueError as error:
+        raise DatasetError(
+            f"{label} cannot be read as JSON: a number has more than "
+            f"{sys.get_int_max_str_digits()} digits; write it as text"
+        ) from error
 
 
 def _document(text: str, label: str) -> list[object]:

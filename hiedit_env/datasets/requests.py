@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal, get_args
 
+from hiedit_env.datasets.writing import is_blank
 from hiedit_env.errors import DatasetError
 
 PromptForm = Literal["plain", "chat", "both"]
@@ -17,7 +18,7 @@ NEIGHBOUR = "neighbour"
 def _require_text(value: object, field: str, source: str) -> None:
     if not isinstance(value, str):
         raise DatasetError(f"{source}: field {field!r} must be text, got {type(value).__name__}")
-    if not value.strip():
+    if is_blank(value):
         raise DatasetError(f"{source}: field {field!r} is empty")
 
 

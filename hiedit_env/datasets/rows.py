@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 
 from hiedit_env.datasets.requests import Probe
-from hiedit_env.datasets.writing import MAX_CHARACTERS
+from hiedit_env.datasets.writing import MAX_CHARACTERS, is_blank
 from hiedit_env.errors import DatasetError
 
 Path = tuple[str, ...]
@@ -118,7 +118,7 @@ class Row:
                 field, f"has {len(value)} characters; at most {MAX_CHARACTERS} are read: shorten it"
             )
         text = value.strip()
-        if not text:
+        if is_blank(text):
             raise self.error(field, "is empty")
         try:
             text.encode("utf-8")

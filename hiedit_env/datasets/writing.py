@@ -84,6 +84,15 @@ def is_punctuation(character: str) -> bool:
     return unicodedata.category(character)[0] == "P" or character in string.punctuation
 
 
+def is_blank(text: str) -> bool:
+    r"""Whether nothing of a text is seen: white space, control and format characters alone.
+
+    >>> is_blank(" \t\u200b\ufeff"), is_blank("\U0001f469\u200d")
+    (True, False)
+    """
+    return all(c.isspace() or unicodedata.category(c) in ("Cc", "Cf") for c in text)
+
+
 def without_punctuation(text: str) -> str:
     """The text without its punctuation and its invisible format characters; nothing in their place.
 

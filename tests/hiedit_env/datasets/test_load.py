@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import gzip
 import io
 import json
+import lzma
 import os
 import re
 import subprocess
@@ -137,11 +139,24 @@ def test_unknown_name_lists_built_in_names_and_paths() -> None:
         ),
         ("a.jsonl", '{"prompt": "P"}\n\n{"x" 1}', "is not JSON at line 3, column 6: Expecting"),
         ("a.json", '{"prompt": "P"}\n{"x" 1}', "is not JSON at line 2, column 6: Expecting"),
-        ("a.json", "[" * 100_000, "a.json cannot be read as JSON"),
+        ("a.json", "[" * 100_000, "its lists or objects are nested too deep"),
         ("a.json", '"text"', 'a.json must hold a list of rows, got "text"'),
         ("a.json", '{"a": [], "b": []}', "it has 2 lists (fields: a, b)"),
         ("a.json", "{}", "it has 0 lists (fields: none)"),
         ("a.csv", "prompt,answer", "a.csv: a data set is a .json or .jsonl file"),
+        (
+            "a.json",
+            "prompt,answer\nP,A",
+            "column 1: Expecting value; it begins with 'prompt,answer",
+        ),
+        (
+            "a.json",
+            '[{"prompt": "P", "answer": "A", "prompt": "Q"}]',
+            """the field 'prompt' twice, {"prompt": "Q", "answer": "A"}; leave one""",
+        ),
+        ("a.jsonl", '{"prompt": "P"}\n{"x": {"y": 1, "y": 1}}', "has an object with the field 'y'"),
+        ("a.json", f"[{'9' * 5000}]", "a number has more than 4300 digits; write it as text"),
+        ("a.json", '[{"prompt": "\\u200b \\ufeff", "answer": "A"}]', "field 'prompt' is empty"),
     ],
 )
 def test_bad_files(tmp_path: Path, name: str, text: str, message: str) -> None:
@@ -170,7 +185,10 @@ def test_bytes_that_are_not_text_and_a_folder(tmp_path: Path) -> None:
         ("a.csv", "topic,subject,paraphrased_question\n", "of HalluEditBench); write it as one: "),
         ("a.csv", "prompt,answer\n", 'file; write it as one: pandas.read_csv(FILE).to_json("facts'),
         ("a.parquet", "PAR1", "pandas.read_parquet(FILE)"),
-        ("a.txt", "x", "a data set is a .json or .jsonl file"),
+        ("a.xlsx", "PK", "pandas.read_excel(FILE)"),
+        ("a.json.gz", "x", "a data set is a .json or .jsonl file; unpack it first"),
+        ("a.yaml", "- a: b", "write its rows as JSON"),
+        ("a.txt", "x", "a data set is a .json or .jsonl file; if this one holds JSON, rename it"),
     ],
 )
 def test_tables_are_refused_with_the_line_that_turns_them(
@@ -180,6 +198,42 @@ def test_tables_are_refused_with_the_line_that_turns_them(
     path.write_text(start)
     with pytest.raises(DatasetError, match=re.escape(remedy)):
         load_requests(path)
+
+
+@pytest.mark.parametrize("name", ["a.json", "a.jsonl"])
+@pytest.mark.parametrize(
+    ("data", "kind"),
+    [
+        (gzip.compress(b"[]"), "compressed; unpack it first"),
+        (lzma.compress(b"[]"), "compressed; unpack it first"),
+        (b"PAR1\x15\x04", "a Parquet table; write it as one: pandas.read_parquet(FILE)"),
+        (b"PK\x03\x04\x14", "a zip archive or an Excel table"),
+        ("[{}]".encode("utf-16"), "UTF-16 or UTF-32 text; save it as UTF-8"),
+        ("[{}]".encode("utf-16-be"), "UTF-16 or UTF-32 text; save it as UTF-8"),
+        ("[{}]".encode("utf-32"), "UTF-16 or UTF-32 text; save it as UTF-8"),
+    ],
+)
+def test_what_is_no_json_under_such_a_name_is_called_what_it_is(
+    tmp_path: Path, name: str, data: bytes, kind: str
+) -> None:
+    path = tmp_path / name
+    path.write_bytes(data)
+    with pytest.raises(DatasetError, match=re.escape(f"{path} is {kind}")):
+        load_requests(path)
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("a.jsonl", "\n[{row},\n {row}]\n"),
+        ("a.jsonl", "[{row}, {row}]"),
+        ("a.ndjson", "{row}\n{row}\n"),
+    ],
+)
+def test_a_list_among_lines_and_other_names_of_lines(tmp_path: Path, name: str, text: str) -> None:
+    path = tmp_path / name
+    path.write_text(text.replace("{row}", json.dumps(FACT)))
+    assert [request.prompt for request in load_requests(path)] == [FACT["prompt"]] * 2
 
 
 def test_an_object_of_rows_under_their_names(tmp_path: Path) -> None:
