@@ -37,6 +37,7 @@ _ADAPTER = "adapter_config.json"
 #: Files in which earlier versions of GPTQ and AWQ say that weights are quantised.
 _QUANTIZED = ("quantize_config.json", "quant_config.json")
 _MAX_HEADER = 100_000_000
+_LFS = b"version "  # https://git-lfs.com/spec/v1 begins a pointer with it
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,7 +87,13 @@ def stored_tensors(file: Path) -> list[StoredTensor]:
     try:
         size = file.stat().st_size
         with file.open("rb") as opened:
-            length = int.from_bytes(opened.read(8), "little")
+            start = opened.read(8)
+            if start == _LFS:
+                raise ModelError(
+                    f"{file} is a pointer of Git LFS in the place of the weights; fetch them with "
+                    "'git lfs pull'"
+                )
+            length = int.from_bytes(start, "little")
             if not 2 <= length <= min(size - 8, _MAX_HEADER):
                 raise ValueError(f"a header of {length} bytes in a file of {size}")
             header = json.loads(opened.read(length))
@@ -108,6 +115,8 @@ def stored_tensors(file: Path) -> list[StoredTensor]:
             wanted = 0 if kind is None else kind.itemsize * math.prod(tensor.shape)
             if kind is not None and tensor.end - tensor.start != wanted:
                 raise ValueError(f"tensor {tensor.name!r} has another size than its shape says")
+    except ModelError:  # is a ValueError, too
+        raise
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise ModelError(
             f"{file} cannot be read as safetensors: {error}; copy the file again"
@@ -146,7 +155,7 @@ def check_folder(folder: Path) -> None:
 
     Raises:
         ModelError: an adapter, quantised weights, weights in other formats only, or a damaged
-            tokenizer.json; names the file and the remedy.
+            tokenizer.json or file of weights; names the file and the remedy.
     """
     if (folder / _ADAPTER).exists():
         whole = (folder / "config.json").is_file()
@@ -169,7 +178,10 @@ def check_folder(folder: Path) -> None:
     _check_tokenizer(folder / "tokenizer.json")
     config = _read_json(folder / "config.json")
     refuse_quantized(config, str(folder))
-    if weight_files(folder) or not config:
+    files = weight_files(folder)
+    for file in files:
+        stored_tensors(file)
+    if files or not config:
         return
     gguf = sorted(path.name for path in folder.glob("*.gguf"))
     other = sorted(path.name for pattern in OTHER_WEIGHTS for path in folder.glob(pattern))

@@ -45,7 +45,7 @@ from hiedit_env.model.folders import check_folder, refuse_quantized, require_fin
 from hiedit_env.model.memory_budget import (
     auto_class,
     estimate_memory,
-    longest_prompt,
+    longest_texts,
     memory_check,
     require_memory,
 )
@@ -144,12 +144,13 @@ def load_model(
             refuse_quantized(config.to_dict(), name)
             tokenizer = transformers.AutoTokenizer.from_pretrained(source, **shared)
             if check != "off":
-                tokens = longest_prompt(tokenizer, requests)
+                tokens, answer = longest_texts(tokenizer, requests)
                 needed = estimate_memory(
                     config,
                     torch_dtype,
                     layers=layers,
                     tokens=tokens,
+                    answer=answer,
                     trust_remote_code=trust_remote_code,
                 )
                 require_memory(name, needed, place, progress, check, tokens)
@@ -312,7 +313,15 @@ def _require_decoder(config: PreTrainedConfig, name: str) -> None:
 
 def _read_weights(auto: Any, source: str, dtype: torch.dtype, shared: dict[str, bool]) -> Any:
     settings = {"dtype": dtype, "use_safetensors": True, "output_loading_info": True}
+    # Other shapes are an error here, which names them.
+    settings["ignore_mismatched_sizes"] = True
     model, report = auto.from_pretrained(source, **settings, **shared)
+    for key, stored, wanted in sorted(report["mismatched_keys"]):
+        raise ModelError(
+            f"the weights in {source} do not fit config.json: {key!r} has the shape "
+            f"{tuple(stored)}, where {type(model).__name__} needs {tuple(wanted)}; copy both from "
+            "one place"
+        )
     # transformers would fill these with random numbers and merely log it.
     if lacking := sorted(report["missing_keys"]):
         raise ModelError(

@@ -6,6 +6,7 @@ import os
 import re
 import sys
 from collections.abc import Mapping, Sequence
+from collections.abc import Set as AbstractSet
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, cast
@@ -34,6 +35,7 @@ def estimate_memory(
     *,
     layers: str | Sequence[str] | None = None,
     tokens: int = TOKENS,
+    answer: int = 0,
     trust_remote_code: bool = False,
 ) -> int:
     """About how many bytes it takes to edit a model with the default update rule.
@@ -43,6 +45,8 @@ def estimate_memory(
     - the model: b per parameter;
     - activations of one pass: b (d_in + d_out) per weight matrix, for 256 tokens, and twice that
       for every further token of the longest prompt, which is rehearsed beside other prompts;
+    - six numbers per word of the vocabulary and token of the longest answer (logits, their
+      gradients, and the distributions they are compared with), so far as these are more;
     - the candidate layers: b per weight for the unedited copy, and twice 4 for the accumulated
       change, before and after the step under way, which may be undone;
     - the ``decorrelated`` rule's statistics: 4 d_in² per candidate layer, four times: kept, kept
@@ -55,7 +59,8 @@ def estimate_memory(
         config: The model's configuration.
         dtype: Of its weights.
         layers: Candidate layers as in :func:`.architectures.find_candidates`.
-        tokens: Length of the longest prompt.
+        tokens: Length of the longest prompt with its answer.
+        answer: Length of the longest answer.
         trust_remote_code: Whether code that comes with the model may run.
 
     Raises:
@@ -77,12 +82,16 @@ def estimate_memory(
     matrices = (m.weight for m in model.modules() if isinstance(m, nn.Linear | Conv1D))
     activations = sum(sum(weight.shape) for weight in matrices)
     passes = TOKENS + 2 * max(0, tokens - TOKENS)
-    in_dtype = parameters + passes * activations + candidates
+    vocabulary = int(getattr(config.get_text_config(decoder=True), "vocab_size", 0) or 0)
+    judged = vocabulary * max(0, 6 * answer - passes)
+    in_dtype = parameters + passes * activations + judged + candidates
     return in_dtype * dtype.itemsize + (2 * candidates + 4 * statistics) * 4
 
 
-def longest_prompt(tokenizer: PreTrainedTokenizerBase, requests: Sequence[Request]) -> int:
-    """Number of tokens of the longest prompt with its answer, of requests and their probes.
+def longest_texts(
+    tokenizer: PreTrainedTokenizerBase, requests: Sequence[Request]
+) -> tuple[int, int]:
+    """Tokens of the longest prompt with its answer, and of the longest answer, probes included.
 
     A token is taken to hold at least one byte of UTF-8, so that only long texts are tokenised.
 
@@ -91,10 +100,10 @@ def longest_prompt(tokenizer: PreTrainedTokenizerBase, requests: Sequence[Reques
         requests: Any number of facts.
 
     Returns:
-        The number, or :data:`TOKENS` if it is lower.
+        Both numbers; the first is at least :data:`TOKENS`.
     """
-    texts = {
-        f"{request.system or ''}{prompt} {answer}"
+    pairs = {
+        (f"{request.system or ''}{prompt} ", answer)
         for request in requests
         for prompt, answer in (
             (request.prompt, request.answer),
@@ -103,13 +112,18 @@ def longest_prompt(tokenizer: PreTrainedTokenizerBase, requests: Sequence[Reques
             *((probe.prompt, probe.answer) for probe in request.portability),
         )
     }
+    whole = _most_tokens(tokenizer, {prompt + answer for prompt, answer in pairs}, TOKENS)
+    return whole, _most_tokens(tokenizer, {answer for _, answer in pairs}, 0)
+
+
+def _most_tokens(tokenizer: PreTrainedTokenizerBase, texts: AbstractSet[str], least: int) -> int:
+    """Tokens of the text that has most of them, or ``least`` if that is more."""
     sized = sorted(((len(text.encode(errors="replace")), text) for text in texts), reverse=True)
-    most = TOKENS
     for size, text in sized:
-        if size <= most:
+        if size <= least:
             break
-        most = max(most, len(tokenizer.encode(text, add_special_tokens=False, verbose=False)))
-    return most
+        least = max(least, len(tokenizer.encode(text, add_special_tokens=False, verbose=False)))
+    return least
 
 
 def auto_class(config: PreTrainedConfig) -> Any:

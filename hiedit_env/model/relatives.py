@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 import os
+import re
 from collections.abc import Sequence
 from functools import lru_cache
 from pathlib import Path
@@ -111,7 +112,11 @@ def _are_related(one: Path, two: Path, stamp: object) -> bool:
     # Tokens may have been added.
     names = sorted(n for n, t in first.items() if len(t.shape) == 2 and "embed" not in n)
     alike = [n in second and second[n].shape == first[n].shape for n in names]
-    if not names or not all(alike) or len(first) != len(second):
+    # Files may hold more than the model reads, such as a copy of tied weights; but another block
+    # makes another model.
+    kinds = {_without_numbers(name) for name in names}
+    same = [n for n in second if _without_numbers(n) in kinds]
+    if not names or not all(alike) or len(same) != len(names):
         return False
     few = names[:: max(1, len(names) // _MATRICES)]
     samples = [
@@ -119,6 +124,11 @@ def _are_related(one: Path, two: Path, stamp: object) -> bool:
         for tensors in (first, second)
     ]
     return len(samples[0]) == len(samples[1]) and cosine(*samples) >= RELATED
+
+
+def _without_numbers(name: str) -> str:
+    """The name of a tensor for all blocks alike."""
+    return re.sub(r"\d+", "{}", name)
 
 
 def sample(matrix: Tensor) -> list[float]:

@@ -16,7 +16,7 @@ from hiedit_env.datasets.requests import Probe, Request
 from hiedit_env.errors import LayerError, NotEnoughMemoryError, SettingsError
 from hiedit_env.model import loading, memory_budget
 from hiedit_env.model.loading import load_model
-from hiedit_env.model.memory_budget import available_memory, estimate_memory, longest_prompt
+from hiedit_env.model.memory_budget import available_memory, estimate_memory, longest_texts
 from tests.hiedit_env.model.test_loading import CONFIG, PARAMETERS, forbidden, save_model
 from tests.support.models import byte_tokenizer
 from tests.support.models import tokenizer as word_tokenizer
@@ -67,22 +67,32 @@ def test_long_prompts_cost_more() -> None:
     assert estimate_memory(CONFIG, torch.float32, tokens=2000) - usual == 8 * 1744 * columns
 
 
+def test_long_answers_cost_their_logits() -> None:
+    long = estimate_memory(CONFIG, torch.float32, tokens=2000)
+    # A head of 8 words; 256 + 2 × 1744 positions of it are counted already, six for each token.
+    assert CONFIG.vocab_size == 8
+    counted = 256 + 2 * 1744
+    for answer, more in ((0, 0), (624, 0), (625, 6 * 625 - counted), (1990, 6 * 1990 - counted)):
+        found = estimate_memory(CONFIG, torch.float32, tokens=2000, answer=answer)
+        assert found - long == 4 * 8 * max(0, more)
+
+
 def test_the_longest_prompt_is_counted_in_the_models_own_tokens() -> None:
     # One token per byte; two bytes per letter, and one space in front of the answer.
     tokenizer = byte_tokenizer()
     fact = Request(prompt="ж" * 200, answer="ответ", subject="ж")
-    assert longest_prompt(tokenizer, [fact]) == 400 + 1 + 10
+    assert longest_texts(tokenizer, [fact]) == (400 + 1 + 10, 10)
     # The probes count as well, with their own answers, and the system message in front of a chat.
     probe = Probe("p" * 900, "a" * 99)
     for field in ("locality", "portability"):
-        assert longest_prompt(tokenizer, [fact, replace(fact, **{field: (probe,)})]) == 1000
-    assert longest_prompt(tokenizer, [replace(fact, paraphrases=("q" * 700,))]) == 711
-    assert longest_prompt(tokenizer, [replace(fact, system="s" * 100)]) == 511
+        assert longest_texts(tokenizer, [fact, replace(fact, **{field: (probe,)})]) == (1000, 99)
+    assert longest_texts(tokenizer, [replace(fact, paraphrases=("q" * 700,))]) == (711, 10)
+    assert longest_texts(tokenizer, [replace(fact, system="s" * 100)]) == (511, 10)
     # Every estimate has room for this many; a tokenizer with long tokens has fewer than bytes.
-    assert longest_prompt(tokenizer, [Request(prompt="a", answer="b", subject="a")]) == 256
-    assert longest_prompt(tokenizer, []) == 256
+    assert longest_texts(tokenizer, [Request(prompt="a", answer="b", subject="a")]) == (256, 1)
+    assert longest_texts(tokenizer, []) == (256, 0)
     words = Request(prompt=" ".join(["w5"] * 300), answer="w6", subject="w5")
-    assert longest_prompt(word_tokenizer(), [words]) == 301
+    assert longest_texts(word_tokenizer(), [words]) == (301, 1)
 
 
 def test_a_prompt_that_does_not_fit_is_refused_before_loading(

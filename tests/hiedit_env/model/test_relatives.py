@@ -77,6 +77,25 @@ def test_relatives_and_strangers(tmp_path: Path) -> None:
     assert belongings(str(folder)) is belongings("some/model")
 
 
+@pytest.mark.parametrize(
+    ("extra", "related"),
+    [
+        ({"mtp.fc.weight": (3, 2)}, True),
+        ({"lm_head.weight": (4, 4)}, True),  # beside tied weights, as some programs save them
+        ({"model.layers.0.self_attn.rotary_emb.inv_freq": (8,)}, True),
+        ({"model.layers.7.mlp.up_proj.weight": (4, 4)}, False),  # of a deeper model
+    ],
+)
+def test_what_else_a_file_holds_changes_nothing_but_another_block_does(
+    extra: dict[str, tuple[int, ...]], related: bool, tmp_path: Path
+) -> None:
+    folder = copy_of("tiny", tmp_path / "mine")
+    file = folder / "model.safetensors"
+    more = {name: torch.ones(shape) for name, shape in extra.items()}
+    save_file({**load_file(file), **more}, file, metadata={"format": "pt"})
+    assert (known_as(str(folder)) == "tiny") is related
+
+
 @pytest.mark.parametrize("damage", ["cut", "empty", "no weights", "no folder"])
 def test_a_damaged_folder_is_nobody(damage: str, tmp_path: Path) -> None:
     """What is wrong with it is said when it is loaded."""
