@@ -94,7 +94,7 @@ def _decode(data: bytes, label: str, offset: int = 0) -> str:
 
 def _lines(file: IO[bytes], label: str) -> list[object]:
     """One row a line, never more than one line in memory beside the rows."""
-    rows = []
+    rows: list[object] = []
     offset = number = 0
     while line := file.readline(MAX_LINE_BYTES + 1):
         number += 1

@@ -164,7 +164,7 @@ def test_damaged_weights(tmp_path: Path) -> None:
     save_model(tmp_path)
     weights = tmp_path / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-100])
-    with pytest.raises(ModelError, match="could not be loaded"):
+    with pytest.raises(ModelError, match=r"safetensors: tensor '.*' lies outside the file; copy"):
         load_model(str(tmp_path), progress=False)
 
 
