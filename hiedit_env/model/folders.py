@@ -9,13 +9,15 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedConfig
+from transformers.models.auto import modeling_auto
 
 from hiedit_env.errors import ModelError
 
@@ -218,6 +220,56 @@ def refuse_quantized(config: Mapping[str, Any], name: str) -> None:
                 "config.json), and quantised weights cannot be edited; edit the model they were "
                 "made from, then quantise the result"
             )
+
+
+def require_decoder(config: PreTrainedConfig, name: str) -> None:
+    """Refuses the configuration of a model that is no decoder of text.
+
+    Args:
+        config: The configuration.
+        name: How the message calls the model.
+
+    Raises:
+        ModelError: an encoder, an encoder-decoder model, or a type without a language model.
+    """
+    kind = config.model_type
+    remote = "AutoModelForCausalLM" in (getattr(config, "auto_map", None) or {})
+    # Encoders such as BERT are also in the causal table, for use with is_decoder=True.
+    encoder = kind in modeling_auto.MODEL_FOR_MASKED_LM_MAPPING_NAMES
+    bidirectional = encoder and not getattr(config, "is_decoder", False)
+    if getattr(config, "is_encoder_decoder", False):
+        problem = "an encoder-decoder model"
+    elif bidirectional or not (
+        remote
+        or kind in modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+        or kind in modeling_auto.MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES
+    ):
+        problem = "not a causal language model"
+    else:
+        return
+    raise ModelError(
+        f"model {name!r} (type {kind!r}) is {problem}; only decoder-only models can be edited"
+    )
+
+
+def require_shapes(
+    mismatched: Collection[tuple[str, Sequence[int], Sequence[int]]], kind: str, source: str
+) -> None:
+    """Refuses weights whose shapes are not those that the configuration asks for.
+
+    Args:
+        mismatched: Name, stored shape and wanted shape of each.
+        kind: The model's class.
+        source: Where the weights are.
+
+    Raises:
+        ModelError: names the first of them with both shapes.
+    """
+    for name, stored, wanted in sorted(mismatched):
+        raise ModelError(
+            f"the weights in {source} do not fit config.json: {name!r} has the shape "
+            f"{tuple(stored)}, where {kind} needs {tuple(wanted)}; copy both from one place"
+        )
 
 
 def require_finite(model: nn.Module, source: str) -> None:

@@ -27,8 +27,7 @@ import torch
 import transformers
 from huggingface_hub import HfApi, try_to_load_from_cache
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, RepositoryNotFoundError
-from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
-from transformers.models.auto import modeling_auto
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging as hf_logging
 
 from hiedit_env.datasets.requests import Request
@@ -41,7 +40,13 @@ from hiedit_env.errors import (
     require_libraries,
 )
 from hiedit_env.model.built_in import BUILT_IN
-from hiedit_env.model.folders import check_folder, refuse_quantized, require_finite
+from hiedit_env.model.folders import (
+    check_folder,
+    refuse_quantized,
+    require_decoder,
+    require_finite,
+    require_shapes,
+)
 from hiedit_env.model.memory_budget import (
     auto_class,
     estimate_memory,
@@ -140,7 +145,7 @@ def load_model(
         shared = {"trust_remote_code": trust_remote_code, "local_files_only": offline}
         try:
             config = transformers.AutoConfig.from_pretrained(source, **shared)
-            _require_decoder(config, name)
+            require_decoder(config, name)
             refuse_quantized(config.to_dict(), name)
             tokenizer = transformers.AutoTokenizer.from_pretrained(source, **shared)
             if check != "off":
@@ -290,38 +295,15 @@ def _find_on_hub(name: str, so_far: str) -> tuple[str, bool]:
     return name, False
 
 
-def _require_decoder(config: PreTrainedConfig, name: str) -> None:
-    kind = config.model_type
-    remote = "AutoModelForCausalLM" in (getattr(config, "auto_map", None) or {})
-    # Encoders such as BERT are also in the causal table, for use with is_decoder=True.
-    encoder = kind in modeling_auto.MODEL_FOR_MASKED_LM_MAPPING_NAMES
-    bidirectional = encoder and not getattr(config, "is_decoder", False)
-    if getattr(config, "is_encoder_decoder", False):
-        problem = "an encoder-decoder model"
-    elif bidirectional or not (
-        remote
-        or kind in modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
-        or kind in modeling_auto.MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES
-    ):
-        problem = "not a causal language model"
-    else:
-        return
-    raise ModelError(
-        f"model {name!r} (type {kind!r}) is {problem}; only decoder-only models can be edited"
-    )
-
-
 def _read_weights(auto: Any, source: str, dtype: torch.dtype, shared: dict[str, bool]) -> Any:
-    settings = {"dtype": dtype, "use_safetensors": True, "output_loading_info": True}
-    # Other shapes are an error here, which names them.
-    settings["ignore_mismatched_sizes"] = True
-    model, report = auto.from_pretrained(source, **settings, **shared)
-    for key, stored, wanted in sorted(report["mismatched_keys"]):
-        raise ModelError(
-            f"the weights in {source} do not fit config.json: {key!r} has the shape "
-            f"{tuple(stored)}, where {type(model).__name__} needs {tuple(wanted)}; copy both from "
-            "one place"
-        )
+    # Other shapes are refused here, by their names.
+    settings = {
+        "use_safetensors": True,
+        "output_loading_info": True,
+        "ignore_mismatched_sizes": True,
+    }
+    model, report = auto.from_pretrained(source, dtype=dtype, **settings, **shared)
+    require_shapes(report["mismatched_keys"], type(model).__name__, source)
     # transformers would fill these with random numbers and merely log it.
     if lacking := sorted(report["missing_keys"]):
         raise ModelError(

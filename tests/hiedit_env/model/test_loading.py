@@ -31,6 +31,7 @@ from transformers.utils import logging as hf_logging
 
 from hiedit_env.errors import DeviceError, MissingLibraryError, ModelError, SettingsError
 from hiedit_env.model import loading, own_folders
+from hiedit_env.model.folders import require_decoder
 from hiedit_env.model.loading import check_device, load_model
 
 CONFIG = LlamaConfig(
@@ -143,8 +144,8 @@ def test_only_decoders(tmp_path: Path, config: Any, message: str) -> None:
 
 
 def test_decoder_of_an_encoder_family_is_accepted() -> None:
-    loading._require_decoder(BertConfig(is_decoder=True), "m")
-    loading._require_decoder(CONFIG, "m")
+    require_decoder(BertConfig(is_decoder=True), "m")
+    require_decoder(CONFIG, "m")
 
 
 def test_folder_without_a_model(tmp_path: Path) -> None:
