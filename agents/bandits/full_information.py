@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from torch import nn
 
 from hiedit_agents.bandits.recording import Recording
-from hiedit_agents.hierarchy.shared_router import SharedRouter
+from hiedit_agents.hierarchy.shared_router import SharedScores
 from hiedit_env.envs.settings import AtLeast1, Positive, Weight, settings
 from hiedit_env.errors import SettingsError
 
@@ -70,7 +70,7 @@ def pooled(recordings: Sequence[Recording]) -> Pool:
 
 
 def learn(
-    router: SharedRouter, pool: Pool, generator: torch.Generator, how: LearnSettings | None = None
+    router: SharedScores, pool: Pool, generator: torch.Generator, how: LearnSettings | None = None
 ) -> list[float]:
     """Raises the expected reward of a router's choice on recorded facts, by its exact gradient.
 

@@ -233,6 +233,30 @@ class Neuron(FactMemory):
 
     # -- the update -------------------------------------------------------------------------------
 
+    def plan(self, capture: Capture, layers: NDArray[np.bool_]) -> list[Target]:
+        """The neurons that :meth:`compute` would write, before their vectors are sought.
+
+        Args:
+            capture: Its prompts are what is edited; its keys are read, not its gradients.
+            layers: L bool, the layers to update.
+
+        Returns:
+            None where no MLP is chosen whole, or where no prompt can be told from the rest.
+
+        Raises:
+            SettingsError: never calibrated.
+        """
+        self.require_ready()
+        chosen = [i for i, mlp in enumerate(self.mlps) if all(layers[j] for j in mlp.layers)]
+        if not chosen:
+            return []
+        units = units_of(self.llm, capture.prompts)
+        form = ShapeForm(self.threshold, self.sharpness, self.swaps, self.widest)
+        planner = Planner(self.llm, self.mlps, self._readings, form)
+        return planner.targets(
+            capture, units, self._homes(chosen), self.others(units), self.companions
+        )
+
     def compute(
         self,
         capture: Capture,
@@ -253,17 +277,8 @@ class Neuron(FactMemory):
         Raises:
             SettingsError: never calibrated, or all neurons of the chosen MLP hold facts.
         """
-        self.require_ready()
+        targets = self.plan(capture, layers)
         updates: list[LowRankUpdate | None] = [None] * len(self.shapes)
-        chosen = [i for i, mlp in enumerate(self.mlps) if all(layers[j] for j in mlp.layers)]
-        if not chosen:
-            return tuple(updates)
-        units = units_of(self.llm, capture.prompts)
-        form = ShapeForm(self.threshold, self.sharpness, self.swaps, self.widest)
-        planner = Planner(self.llm, self.mlps, self._readings, form)
-        targets = planner.targets(
-            capture, units, self._homes(chosen), self.others(units), self.companions
-        )
         if not targets:
             return tuple(updates)
         vectors = self._search(targets)

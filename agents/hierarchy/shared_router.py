@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
+
 import numpy as np
 import torch
 from numpy.typing import NDArray
@@ -29,19 +31,76 @@ PER_FACT = GLOBAL_FEATURES + STANDING_FEATURES
 _MOST = 5.0
 
 
-class SharedRouter(nn.Module):
+class SharedScores(nn.Module, ABC):
+    """Scores each of L layers, or options, by the same network, whatever it is called.
+
+    They see each other through the mean and the maximum of what the first map makes of them (Zaheer
+    et al. 2017, *Deep Sets*), so their order changes nothing but the order of the scores.
+
+    A set of them m is drawn with probability softmax(Σ_l m_l score_l) among the sets that can be
+    chosen; among all subsets every one is then drawn on its own.
+
+    A subclass says what is read of an observation.
+
+    Args:
+        count: L.
+        inputs: Number of features of each.
+        hidden: Hidden units.
+        seed: Of the random initial values.
+    """
+
+    def __init__(self, count: int, inputs: int, *, hidden: int = 64, seed: int = 0) -> None:
+        super().__init__()
+        self.count = count
+        generator = torch.Generator().manual_seed(seed)
+        self.first = seeded_linear(inputs, hidden, generator)
+        self.second = seeded_linear(3 * hidden, hidden, generator)
+        self.score = seeded_linear(hidden, 1, generator)
+        #: Mean and standard deviation of the features in training.
+        self.mean: Tensor
+        self.scale: Tensor
+        self.register_buffer("mean", torch.zeros(inputs))
+        self.register_buffer("scale", torch.ones(inputs))
+
+    @abstractmethod
+    def features(self, observations: NDArray[np.float32]) -> Tensor:
+        """N × L × features float32 of N × D observations."""
+
+    def standardise(self, observations: NDArray[np.float32]) -> None:
+        """Takes mean and standard deviation of the features from training observations, N × D."""
+        rows = self.features(observations).flatten(0, 1)
+        self.mean.copy_(rows.mean(0))
+        deviation = rows.std(0)
+        self.scale.copy_(torch.where(deviation > 1e-6, deviation, torch.ones_like(deviation)))
+
+    def scores(self, features: Tensor) -> Tensor:
+        """N × L from N × L × features."""
+        known = ((features - self.mean) / self.scale).clamp(-_MOST, _MOST)
+        hidden = self.first(known).tanh()
+        shared = torch.cat((hidden.mean(1), hidden.max(1).values), 1)
+        every = torch.cat((hidden, shared[:, None].expand(-1, self.count, -1)), 2)
+        found: Tensor = self.score(self.second(every).tanh())[..., 0]
+        return found
+
+    def log_probabilities(self, features: Tensor, masks: Tensor) -> Tensor:
+        """N × M, of each of M sets among them.
+
+        Args:
+            features: N × L × features.
+            masks: M × L zeros and ones.
+        """
+        return (self.scores(features) @ masks.float().T).log_softmax(1)
+
+
+class SharedRouter(SharedScores):
     """Scores each layer by the same network, so that what it learns holds in worlds never seen.
 
     It reads observations of version 2 behind
     :class:`~hiedit_env.wrappers.observe_effects.ObserveEffects`. Of a layer it sees the six numbers
     before the projections, the overlap with what the layer has stored, and the five effects; not
-    which layer it is, nor the projections, whose meaning differs from world to world. The layers
-    see each other through the mean and the maximum of what the first map makes of them (Zaheer et
-    al. 2017, *Deep Sets*), so the order of the layers changes nothing but the order of the scores.
+    which layer it is, nor the projections, whose meaning differs from world to world.
 
-    A set of layers m is drawn with probability softmax(Σ_l m_l score_l) among the sets that can be
-    chosen; among all subsets every layer is then drawn on its own. The best choice is every layer
-    whose score is above 0, which may be none.
+    The best choice is every layer whose score is above 0, which may be none.
 
     Args:
         num_layers: L.
@@ -52,17 +111,8 @@ class SharedRouter(nn.Module):
     name = "shared"
 
     def __init__(self, num_layers: int, *, hidden: int = 64, seed: int = 0) -> None:
-        super().__init__()
+        super().__init__(num_layers, PER_LAYER + PER_FACT, hidden=hidden, seed=seed)
         self.num_layers = num_layers
-        generator = torch.Generator().manual_seed(seed)
-        self.first = seeded_linear(PER_LAYER + PER_FACT, hidden, generator)
-        self.second = seeded_linear(3 * hidden, hidden, generator)
-        self.score = seeded_linear(hidden, 1, generator)
-        #: Mean and standard deviation of the features in training.
-        self.mean: Tensor
-        self.scale: Tensor
-        self.register_buffer("mean", torch.zeros(PER_LAYER + PER_FACT))
-        self.register_buffer("scale", torch.ones(PER_LAYER + PER_FACT))
 
     def reset(self, seed: int) -> None:
         """Nothing here is random."""
@@ -94,31 +144,6 @@ class SharedRouter(nn.Module):
         return torch.cat(
             (own[..., :COMMON_FEATURES], overlap, effects, facts[:, None].expand(-1, count, -1)), 2
         )
-
-    def standardise(self, observations: NDArray[np.float32]) -> None:
-        """Takes mean and standard deviation of the features from training observations, N × D."""
-        rows = self.features(observations).flatten(0, 1)
-        self.mean.copy_(rows.mean(0))
-        deviation = rows.std(0)
-        self.scale.copy_(torch.where(deviation > 1e-6, deviation, torch.ones_like(deviation)))
-
-    def scores(self, features: Tensor) -> Tensor:
-        """N × L from N × L × features."""
-        known = ((features - self.mean) / self.scale).clamp(-_MOST, _MOST)
-        hidden = self.first(known).tanh()
-        shared = torch.cat((hidden.mean(1), hidden.max(1).values), 1)
-        every = torch.cat((hidden, shared[:, None].expand(-1, self.num_layers, -1)), 2)
-        found: Tensor = self.score(self.second(every).tanh())[..., 0]
-        return found
-
-    def log_probabilities(self, features: Tensor, masks: Tensor) -> Tensor:
-        """N × M, of each of M sets of layers among them.
-
-        Args:
-            features: N × L × features.
-            masks: M × L zeros and ones.
-        """
-        return (self.scores(features) @ masks.float().T).log_softmax(1)
 
     def choose(
         self, observation: Observation, capture: Capture, generator: torch.Generator | None = None
