@@ -6,7 +6,7 @@ paraphrases, generated and as probabilities, in plain and in chat form; agreemen
 model's own answers about other subjects; and what could be seen of fact and blocks before a choice.
 Facts to learn from and to evaluate on alternate, so that an unfinished file can be reported::
 
-    python -m hiedit_benchmarks.studies.record_blocks --train TRAIN --evaluate OTHERS --out runs/blocks
+    python -m hiedit_benchmarks.studies.record_blocks --train FACTS --evaluate OTHERS --out DIR
 
 Begun again with the same settings it goes on where it was. ``--part 1 --parts 2`` records every
 second pair of facts, into a file of its own. :mod:`.block_regret` makes the tables.
@@ -46,6 +46,7 @@ from hiedit_env.errors import HieditWarning, SettingsError
 from hiedit_env.evaluation.names import AskedForm
 from hiedit_env.evaluation.unedited import UneditedModel
 from hiedit_env.model.architectures import find_candidates
+from hiedit_env.model.asking import PromptForm
 from hiedit_env.model.loading import load_model
 from hiedit_env.resident.resident import ResidentLLM
 
@@ -238,7 +239,7 @@ class BlockRecorder:
         Raises:
             PromptError: a text that cannot be tokenised; names the request's source.
         """
-        form = "both" if len(self.forms) > 1 else "plain"
+        form: PromptForm = "both" if len(self.forms) > 1 else "plain"
         prompts = as_asked(self.llm, request, form).prompts
         questions = FactQuestions(self.llm, self._unedited, request, self.forms)
         before = questions.measure()

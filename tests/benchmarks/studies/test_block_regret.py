@@ -11,7 +11,13 @@ import pytest
 
 from hiedit_benchmarks.studies import block_agents
 from hiedit_benchmarks.studies.block_agents import AGENTS, ORACLE, REFERENCE, play
-from hiedit_benchmarks.studies.block_outcomes import half_of, harmonic, interaction, outcome_table
+from hiedit_benchmarks.studies.block_outcomes import (
+    OutcomeTable,
+    half_of,
+    harmonic,
+    interaction,
+    outcome_table,
+)
 from hiedit_benchmarks.studies.block_records import FactRecord, Measured, RecordFile
 from hiedit_benchmarks.studies.block_regret import compare, main, study
 from hiedit_benchmarks.studies.block_report import draw, report
@@ -133,6 +139,24 @@ def test_an_oracle_that_sees_only_noise_is_the_best_fixed_option() -> None:
     assert (weights[:, :, 1] == 1).all()
     _, believed = play(table, AGENTS[BELIEVING], 0)
     assert believed[:, :, 1].mean() < 1
+
+
+@pytest.mark.parametrize("folds", [0, 3])
+def test_nobody_learns_from_what_it_is_evaluated_on(folds: int) -> None:
+    table = outcome_table(records(by_number, 10), "smooth")
+    chosen_for: list[int] = []
+
+    def spy(table: OutcomeTable, train: Any, test: Any, seed: int) -> Any:
+        assert not set(train) & set(test)
+        assert len(train) + len(test) == 10
+        chosen_for.extend(test)
+        return np.full((len(test), 2, OPTIONS + 1), test[:, None, None])
+
+    test, weights = play(table, spy, folds)
+    assert sorted(chosen_for) == (list(range(10)) if folds else [1, 3, 5, 7, 9])
+    # What was chosen for a fact is scored on it.
+    assert list(test) == sorted(chosen_for)
+    assert (weights == test[:, None, None]).all()
 
 
 def test_the_share_of_the_headroom_and_no_share_of_none() -> None:
