@@ -7,6 +7,7 @@ for other facts by what can be seen of them before an edit.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from types import MappingProxyType
 
 import numpy as np
@@ -28,8 +29,39 @@ ROUTER_STEPS = 400
 
 #: ``(table, facts to learn from, facts to choose for, seed)`` → one option per fact to choose for.
 Learner = Callable[[OutcomeTable, NDArray[np.int64], NDArray[np.int64], int], NDArray[np.int64]]
-#: The same → E × 2 × (M + 1), for each half the weights of the options, the last of them no edit.
-Agent = Callable[[OutcomeTable, NDArray[np.int64], NDArray[np.int64], int], NDArray[np.float64]]
+
+
+@dataclass(frozen=True, slots=True)
+class Task:
+    """For which facts an agent chooses, and what it may learn from.
+
+    Args:
+        table: All recorded facts.
+        train: Indices of the facts to learn from.
+        test: Indices of the E facts to choose for.
+        evaluated: Indices of all facts that are evaluated on, these among them; for oracles.
+        seed: Of what is random in learning.
+    """
+
+    table: OutcomeTable
+    train: NDArray[np.int64]
+    test: NDArray[np.int64]
+    evaluated: NDArray[np.int64]
+    seed: int
+
+    def nothing(self) -> NDArray[np.float64]:
+        """E × 2 × (M + 1) zeros."""
+        return np.zeros((len(self.test), 2, self.table.outcomes.shape[2]))
+
+    @property
+    def means(self) -> NDArray[np.float64]:
+        """M, mean outcomes of the options over all that is evaluated on: known in hindsight."""
+        found: NDArray[np.float64] = self.table.whole[self.evaluated].mean(0)
+        return found
+
+
+#: E × 2 × (M + 1), for each half the weights of the options, the last of them no edit.
+Agent = Callable[[Task], NDArray[np.float64]]
 
 
 class OptionScores(SharedScores):
@@ -123,62 +155,61 @@ def shared_router(
 def learned(learner: Learner) -> Agent:
     """An agent that takes the same option on both halves."""
 
-    def weights(
-        table: OutcomeTable, train: NDArray[np.int64], test: NDArray[np.int64], seed: int
-    ) -> NDArray[np.float64]:
-        found = np.zeros((len(test), 2, table.outcomes.shape[2]))
-        found[np.arange(len(test)), :, learner(table, train, test, seed)] = 1
+    def weights(task: Task) -> NDArray[np.float64]:
+        found = task.nothing()
+        choice = learner(task.table, task.train, task.test, task.seed)
+        found[np.arange(len(found)), :, choice] = 1
         return found
 
     return weights
 
 
-def no_edit(
-    table: OutcomeTable, train: NDArray[np.int64], test: NDArray[np.int64], seed: int
-) -> NDArray[np.float64]:
+def no_edit(task: Task) -> NDArray[np.float64]:
     """The unedited model."""
-    found = np.zeros((len(test), 2, table.outcomes.shape[2]))
+    found = task.nothing()
     found[..., -1] = 1
     return found
 
 
-def random(
-    table: OutcomeTable, train: NDArray[np.int64], test: NDArray[np.int64], seed: int
-) -> NDArray[np.float64]:
+def random(task: Task) -> NDArray[np.float64]:
     """The mean over all options, which is what random ones bring."""
-    found = np.zeros((len(test), 2, table.outcomes.shape[2]))
+    found = task.nothing()
     found[..., :-1] = 1 / (found.shape[2] - 1)
     return found
 
 
-def oracle(
-    table: OutcomeTable, train: NDArray[np.int64], test: NDArray[np.int64], seed: int
-) -> NDArray[np.float64]:
+def best_constant(task: Task) -> NDArray[np.float64]:
+    """The option with the best mean outcome on the very facts that are evaluated on."""
+    found = task.nothing()
+    found[..., task.means.argmax()] = 1
+    return found
+
+
+def oracle(task: Task) -> NDArray[np.float64]:
     """On each half the option that is best on the other half, as far as that can be believed.
 
-    An outcome is expected to be the option's mean over the training facts plus a share of what the
-    fact differs by on the other half; the share is the correlation of these differences between the
-    halves of the training facts. So where all differences are noise, it is best fixed.
+    An outcome is expected to be the option's mean, known in hindsight, plus a share of what the
+    fact differs by on its other half; the share is the correlation of these differences between the
+    halves of the training facts. So where all differences are noise, it is the best constant.
     """
-    known = table.outcomes[train][:, :, :-1]
-    share = max(0.0, interaction(known).correlation)
-    rest = table.outcomes[test][:, ::-1, :-1] - known[:, ::-1].mean(0)
-    rest = rest - rest.mean(2, keepdims=True)
-    return _best(known.mean((0, 1)) + share * rest)
+    share = max(0.0, interaction(task.table.outcomes[task.train][:, :, :-1]).correlation)
+    known = task.table.outcomes[task.evaluated][:, ::-1, :-1].mean(0)
+    rest = task.table.outcomes[task.test][:, ::-1, :-1] - known
+    return _best(task.means + share * (rest - rest.mean(2, keepdims=True)))
 
 
-def believing_oracle(
-    table: OutcomeTable, train: NDArray[np.int64], test: NDArray[np.int64], seed: int
-) -> NDArray[np.float64]:
-    """On each half the option that is best on the other half; ties are shared."""
-    return _best(table.outcomes[test][:, ::-1, :-1])
+def believing_oracle(task: Task) -> NDArray[np.float64]:
+    """On each half the option that is best on the other half; of equal ones the best on average."""
+    return _best(task.table.outcomes[task.test][:, ::-1, :-1] + _TIE * task.means)
 
 
-def hindsight(
-    table: OutcomeTable, train: NDArray[np.int64], test: NDArray[np.int64], seed: int
-) -> NDArray[np.float64]:
+def hindsight(task: Task) -> NDArray[np.float64]:
     """On each half the option that is best on it: what it gains by noise is scored as a gain."""
-    return _best(table.outcomes[test][:, :, :-1])
+    return _best(task.table.outcomes[task.test][:, :, :-1])
+
+
+#: Decides between equal outcomes, and between no others.
+_TIE = 1e-9
 
 
 def _best(scores: NDArray[np.float64]) -> NDArray[np.float64]:
@@ -189,7 +220,7 @@ def _best(scores: NDArray[np.float64]) -> NDArray[np.float64]:
 
 
 #: The agent that all others are compared with.
-REFERENCE = "best fixed"
+REFERENCE = "best block in hindsight"
 #: The oracle that headroom is measured by.
 ORACLE = "oracle, other prompts"
 #: The one that is scored on the prompts it chose on.
@@ -199,13 +230,14 @@ AGENTS: Mapping[str, Agent] = MappingProxyType(
     {
         "no edit": no_edit,
         "random": random,
-        REFERENCE: learned(best_fixed),
+        "best fixed": learned(best_fixed),
         "best per relation": learned(best_per_relation),
         "largest gradient": learned(largest("weight_gradient")),
         "largest push": learned(largest("push")),
         "linear bandit": learned(linear_bandit),
         "shared ridge": learned(shared_ridge),
         "shared router": learned(shared_router),
+        REFERENCE: best_constant,
         ORACLE: oracle,
         f"{ORACLE}, as they come": believing_oracle,
         HINDSIGHT: hindsight,
@@ -239,12 +271,13 @@ def play(
                 f"there are {len(train)} facts to learn from and {len(test)} to evaluate on; "
                 "record more, or give --folds"
             )
-        return test, agent(table, train, test, seed)
+        return test, agent(Task(table, train, test, test, seed))
     if len(table) < max(folds, 3) or folds < 2:
         raise SettingsError(f"{folds} folds of {len(table)} facts are not possible; give others")
     order = np.random.default_rng([seed, 23]).permutation(len(table))
     weights = np.zeros(table.outcomes.shape)
     for fold in range(folds):
         test = np.sort(order[fold::folds])
-        weights[test] = agent(table, np.setdiff1d(every, test), test, seed)
+        train = np.setdiff1d(every, test)
+        weights[test] = agent(Task(table, train, test, every, seed))
     return every, weights

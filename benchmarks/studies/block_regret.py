@@ -7,7 +7,9 @@ Reads what :mod:`.record_blocks` recorded, and writes ``results.json``, ``table.
 
 Agents that learn do so from the recorded facts of one file and are evaluated on those of the other;
 with ``--folds 10``, on all facts, each by agents that learned from other ones. Differences are
-paired; intervals are of resampled facts (what was learned stays).
+paired and to the block that is best, in hindsight, on the very facts that are evaluated on; a block
+found on few other facts may be a bad one by chance, and whatever is compared with it look good.
+Intervals are of resampled facts (what was learned stays).
 """
 
 from __future__ import annotations
@@ -104,11 +106,11 @@ def compare(
         table: The recorded facts.
         folds: As of :class:`Options`.
         seed: The same.
-        agents: Who chooses; the best fixed option and two oracles among them.
+        agents: Who chooses; the best constant and two oracles among them.
 
     Returns:
-        ``agents``: name → parts, costs, both scores and both paired differences to best fixed, and
-        the ``share`` of the headroom, None where there is none; ``headroom`` and ``at_most``: by
+        ``agents``: name → parts, costs, both scores, both paired differences to the best constant,
+        and the ``share`` of the headroom, None where there is none; ``headroom`` and ``at_most``: by
         the oracle on other and on the same prompts; ``blocks``: per option and score an interval;
         ``interaction``.
 
@@ -136,10 +138,12 @@ def compare(
         for score, (value, resamples) in own[name].items():
             reference = own[REFERENCE][score]
             entry[score] = interval(value, resamples)
-            entry[f"{score}_over_fixed"] = interval(value - reference[0], resamples - reference[1])
-    headroom = found[ORACLE]["outcome_over_fixed"]
+            entry[f"{score}_over_constant"] = interval(
+                value - reference[0], resamples - reference[1]
+            )
+    headroom = found[ORACLE]["outcome_over_constant"]
     for entry in found.values():
-        more = entry["outcome_over_fixed"]["mean"]
+        more = entry["outcome_over_constant"]["mean"]
         entry["share"] = more / headroom["mean"] if headroom["low"] > 0 else None
     blocks = []
     for option in range(table.outcomes.shape[2] - 1):
@@ -158,7 +162,7 @@ def compare(
         "learned_from": int(table.is_train.sum()) if not folds else len(table),
         "agents": found,
         "headroom": headroom,
-        "at_most": found[HINDSIGHT]["outcome_over_fixed"],
+        "at_most": found[HINDSIGHT]["outcome_over_constant"],
         "blocks": blocks,
         "interaction": asdict(interaction(table.outcomes[:, :, :-1])),
     }

@@ -20,8 +20,8 @@ def report(results: Mapping[str, Any]) -> str:
     sections = []
     for reading, found in results["readings"].items():
         facts = (
-            f"{found['facts']} facts, each by agents that learned from the other "
-            f"{results['folds']} − 1 folds"
+            f"{found['facts']} facts, each by agents that learned from the other folds of "
+            f"{results['folds']}"
             if results["folds"]
             else f"{found['facts']} facts, learned from {found['learned_from']} others"
         )
@@ -38,15 +38,15 @@ def report(results: Mapping[str, Any]) -> str:
             )
         lines += [
             "",
-            "| agent | fact | paraphrases | agreement | outcome | over best fixed, paired |"
-            " of the headroom | harmonic mean of the means | over best fixed, paired |",
+            "| agent | fact | paraphrases | agreement | outcome | over the best block, paired |"
+            " of the headroom | harmonic mean of the means | over the best block, paired |",
             "|---|---|---|---|---|---|---|---|---|",
         ]
         for name, row in found["agents"].items():
             share = "–" if row["share"] is None or name == "no edit" else _number(row["share"], 0)
             apart = name == REFERENCE
             over, of_means = (
-                "–" if apart else _shown(row[f"{score}_over_fixed"])
+                "–" if apart else _shown(row[f"{score}_over_constant"])
                 for score in ("outcome", "of_means")
             )
             lines.append(
@@ -67,7 +67,7 @@ def report(results: Mapping[str, Any]) -> str:
 
 
 def draw(results: Mapping[str, Any]) -> bytes:
-    """The picture as PNG: outcome by block, and every agent over the best fixed block.
+    """The picture as PNG: outcome by block, and every agent over the best block.
 
     Raises:
         MissingLibraryError: matplotlib is not installed.
@@ -89,7 +89,7 @@ def draw(results: Mapping[str, Any]) -> bytes:
             label=reading,
         )
         for place, name in enumerate(names):
-            row = found["agents"][name]["outcome_over_fixed"]
+            row = found["agents"][name]["outcome_over_constant"]
             height = place + 0.16 * (2 * i - 1)
             low, high = 100 * row["low"], 100 * row["high"]
             right.plot([low, high], [height, height], color=colour, linewidth=2)
@@ -102,7 +102,7 @@ def draw(results: Mapping[str, Any]) -> bytes:
     right.set_ylim(len(names) - 0.5, -0.5)
     right.axvline(0.0, color="black", linewidth=0.8)
     right.axhline(names.index(ORACLE) - 0.5, color="#999999", linewidth=0.6, linestyle=":")
-    right.set_xlabel("outcome over the best fixed block, points", fontsize=9)
+    right.set_xlabel("outcome over the block that is best in hindsight, points", fontsize=9)
     for axes in (left, right):
         bare_axes(axes)
     return png(figure)
