@@ -110,9 +110,9 @@ def compare(
 
     Returns:
         ``agents``: name → parts, costs, both scores, both paired differences to the best constant,
-        and the ``share`` of the headroom, None where there is none; ``headroom`` and ``at_most``: by
-        the oracle on other and on the same prompts; ``blocks``: per option and score an interval;
-        ``interaction``.
+        and the ``share`` of the headroom, None where there is none; ``headroom`` and ``at_most``:
+        by the oracle on other and on the same prompts; ``blocks``: per option and score an
+        interval; ``interaction``.
 
     Raises:
         SettingsError: too few facts.
