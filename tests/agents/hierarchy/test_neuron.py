@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -12,8 +14,9 @@ from torch.nn import functional as F
 
 from hiedit_agents.hierarchy.neuron import Neuron
 from hiedit_agents.hierarchy.neuron_changes import NeuronChanges
-from hiedit_agents.hierarchy.neuron_plan import Planner, ShapeForm
+from hiedit_agents.hierarchy.neuron_plan import Planner, ShapeForm, Target
 from hiedit_env.errors import SettingsError
+from hiedit_env.model.encoded import AskedForm
 from hiedit_env.model.tokenization import EncodedPrompt
 from hiedit_env.resident.capture import Capture
 from hiedit_env.resident.low_rank import LowRankUpdate
@@ -400,3 +403,35 @@ def test_bad_settings_and_a_missing_calibration_are_named() -> None:
         Neuron(resident("llama")).load_state_dict(low.state_dict())
     with pytest.raises(SettingsError, match="at least one prompt"):
         Neuron(llm).calibrate_on([])
+
+
+@pytest.mark.parametrize("forms", [("plain",), ("plain", "chat")])
+def test_values_are_sought_for_a_rewording_in_chat_where_facts_are_asked_in_chat(
+    forms: Sequence[AskedForm], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    llm = model()
+    prompts = [replace(unit(llm, FACTS[0]).prompt, form=form) for form in forms]
+    extra = unit(llm, SAME).prompt
+    asked: list[object] = []
+    sought: list[Target] = []
+
+    def made(*args: Any) -> list[EncodedPrompt]:
+        asked.append((args[0], tuple(args[1]), tuple(args[2])))
+        return [extra]
+
+    def noted(*args: Any) -> Tensor:
+        sought.extend(args[2])
+        return torch.zeros(len(args[2]), HIDDEN)
+
+    monkeypatch.setattr("hiedit_agents.hierarchy.neuron.rewordings", made)
+    monkeypatch.setattr("hiedit_agents.hierarchy.neuron.seek", noted)
+    for reworded in (True, False):
+        neuron(llm, reworded=reworded).propose(llm.read(*prompts).capture(), FIRST)
+    assert asked == [(llm.encoder, tuple(prompts), (forms[-1],))]
+    assert [target.prompts for target in sought] == [(*prompts, extra), tuple(prompts)]
+
+
+@pytest.mark.parametrize("noise", [-0.1, 2, float("nan"), "much"])
+def test_noise_out_of_range_is_refused(noise: Any) -> None:
+    with pytest.raises(SettingsError, match="noise must be a number"):
+        Neuron(model(), noise=noise)

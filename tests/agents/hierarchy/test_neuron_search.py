@@ -204,6 +204,16 @@ def test_who_rests_stays_at_rest() -> None:
     assert not busy[0]
 
 
+def test_a_fact_is_found_as_if_alone_when_another_needs_a_second_round() -> None:
+    llm = model()
+    (short,), (long,) = targets(llm, ("w5 w9 w4",)), targets(llm)
+    mlps = neuron(llm).mlps
+    (alone,) = seek(llm, mlps, [short], NOISY)
+    together = seek(llm, mlps, [short, long], NOISY)
+    torch.testing.assert_close(together[0], alone, rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close(together[1], seek(llm, mlps, [long], NOISY)[0], rtol=1e-3, atol=1e-3)
+
+
 def test_what_cannot_be_found_under_noise_is_sought_without() -> None:
     llm = model()
     (target,) = targets(llm)
