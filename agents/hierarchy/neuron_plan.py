@@ -7,7 +7,6 @@ import math
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import cast
 
 import torch
 from torch import Tensor
@@ -276,7 +275,8 @@ class Planner:
         at_end: bool = False,
     ) -> _Rows:
         """What an MLP reads at the subjects, or at the ends, of some prompts, and elsewhere."""
-        mlp, tokens = self._mlps[home], cast(Tokens, "last" if at_end else "subject")
+        mlp = self._mlps[home]
+        tokens: Tokens = "last" if at_end else "subject"
         keys = capture.keys[mlp.gate.layer]
         own = keys[[starts[p] + p.positions(tokens)[0] for p in prompts]].float()
         others = keys[[starts[p] + i for p in prompts for i in _elsewhere(p, at_end)]].float()

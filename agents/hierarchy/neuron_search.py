@@ -206,5 +206,6 @@ def _with_noise(added: Tensor, noise: float, generators: Sequence[torch.Generato
         return added
     width = added.shape[1:]
     drawn = torch.stack([torch.randn(width, generator=one) for one in generators])
-    size = noise * added.detach().norm(dim=1, keepdim=True)
-    return added + size * F.normalize(drawn.to(added), dim=1)
+    size: Tensor = noise * added.detach().norm(dim=1, keepdim=True)
+    directions: Tensor = F.normalize(drawn.to(added), dim=1)
+    return added + size * directions

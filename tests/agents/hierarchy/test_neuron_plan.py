@@ -162,6 +162,18 @@ def test_a_neuron_is_kept_from_an_earlier_fact_whose_name_ends_alike() -> None:
     torch.testing.assert_close(at_subject(llm, kept, later), torch.ones(1), rtol=1e-4, atol=0)
 
 
+def test_facts_of_one_batch_are_kept_apart_as_one_after_another() -> None:
+    llm = model()
+    low, both = neuron(llm), unit(llm, EARLIER, LATER)
+    planner = Planner(llm, low.mlps, low._readings, ShapeForm(0.5, 60.0, 0, 4.0))
+    first, second = planner.targets(both, [(p,) for p in both.prompts], lambda _: 0, [], 0)
+    after = planned(llm, [unit(llm, EARLIER)])
+    torch.testing.assert_close(second.shape.detector.row, after.detector.row, rtol=1e-3, atol=1e-4)
+    freely = planned(llm, [])
+    assert not torch.allclose(after.detector.row, freely.detector.row, rtol=1e-2)
+    assert first.prompts == both.prompts[:1]
+
+
 def test_a_name_that_cannot_be_told_from_an_earlier_one_takes_its_place(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:

@@ -214,6 +214,28 @@ def test_a_fact_is_found_as_if_alone_when_another_needs_a_second_round() -> None
     torch.testing.assert_close(together[1], seek(llm, mlps, [long], NOISY)[0], rtol=1e-3, atol=1e-3)
 
 
+def test_only_facts_with_longer_prompts_have_a_second_round(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    llm = model()
+    (short,), (long,) = targets(llm, ("w5 w9 w4",)), targets(llm)
+    search = neuron_search._Search(llm, neuron(llm).mlps, [short, long], NOISY)
+    seen: list[tuple[list[int], Tensor | None]] = []
+
+    def noted(
+        start: Tensor, rows: Sequence[int], noise: float, sought: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        seen.append((list(rows), sought))
+        return start, torch.tensor([True, True])
+
+    monkeypatch.setattr(search, "descend", noted)
+    _, busy = search.rounds(0.6, torch.tensor([True, True]))
+    assert [rows for rows, _ in seen] == [[0, 1], [0, 1, 2]]
+    masks = [mask.tolist() for _, mask in seen if mask is not None]
+    assert masks == [[True, True], [False, True]]
+    assert busy.tolist() == [True, True]
+
+
 def test_what_cannot_be_found_under_noise_is_sought_without() -> None:
     llm = model()
     (target,) = targets(llm)
