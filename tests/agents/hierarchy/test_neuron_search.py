@@ -214,7 +214,9 @@ def test_a_fact_is_found_as_if_alone_when_another_needs_a_second_round() -> None
     torch.testing.assert_close(together[1], seek(llm, mlps, [long], NOISY)[0], rtol=1e-3, atol=1e-3)
 
 
+@pytest.mark.parametrize("given", [None, torch.tensor([True, True])])
 def test_only_facts_with_longer_prompts_have_a_second_round(
+    given: Tensor | None,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     llm = model()
@@ -229,10 +231,11 @@ def test_only_facts_with_longer_prompts_have_a_second_round(
         return start, torch.tensor([True, True])
 
     monkeypatch.setattr(search, "descend", noted)
-    _, busy = search.rounds(0.6, torch.tensor([True, True]))
+    _, busy = search.rounds(0.6, given)
     assert [rows for rows, _ in seen] == [[0, 1], [0, 1, 2]]
-    masks = [mask.tolist() for _, mask in seen if mask is not None]
-    assert masks == [[True, True], [False, True]]
+    assert seen[0][1] is given
+    assert seen[1][1] is not None
+    assert seen[1][1].tolist() == [False, True]
     assert busy.tolist() == [True, True]
 
 
