@@ -24,13 +24,17 @@ from hiedit_env.resident.resident import ResidentLLM
 #: and what other words for it score.
 PEAK = 0.9
 
+#: Smallest distance of the peak from the threshold.
+_RISE = 0.35
+
 
 @dataclass(frozen=True, slots=True)
 class NeuronShape:
     """When a neuron fires, and how strongly.
 
-    With a gate, activation(β (s − θ)) (c − s), where c puts the peak at :data:`PEAK`; without one,
-    activation(β (s − θ)). Both over their value at the reading itself.
+    With a gate, activation(β (s − θ)) (c − s), where c puts the peak at :data:`PEAK`, or further
+    right where θ is large; without one, activation(β (s − θ)). Both over their value at the reading
+    itself.
 
     Args:
         mlp: Its MLP.
@@ -52,7 +56,8 @@ class NeuronShape:
 
     @property
     def _ceiling(self) -> float:
-        return 2 * PEAK - self.threshold
+        # A neuron that begins to fire later is strongest later, so that it is as broad.
+        return 2 * max(PEAK, self.threshold + _RISE) - self.threshold
 
     @property
     def full(self) -> float:
@@ -83,6 +88,9 @@ LOWEST = 0.3
 
 #: Smallest score of a fact's own prompts at which the threshold is the usual one.
 _USUAL = 0.9
+
+#: Largest threshold, and how far it is above the score of an earlier fact's subject.
+_HIGHEST, _ABOVE = 0.75, 0.05
 
 #: Score from which a neuron is kept from an earlier fact's subject; how many facts are looked at.
 _NEAR, _ALIKE = 0.25, 16
@@ -254,14 +262,15 @@ class Planner:
     def _firm(self, home: int, rows: _Rows) -> NeuronShape | None:
         """The first shape that is apart and fires in all own prompts; None where there is none.
 
-        An earlier fact's subject counts as much as it can. A name that reads like others with its
-        last token is told from the rest alone.
+        An earlier fact's subject counts as much as it can, and the threshold is put above its score
+        if need be. A name that reads like others with its last token is told from the rest alone.
         """
         for weight in (*(_WEIGHTS if len(rows.alike) else ()), 0.0):
             for swapped in (True, False):
                 shape = self._shape(home, rows, weight, swapped)
                 lowest = float(shape.detector.scores(rows.own).min())
-                if lowest > 1.5 * LOWEST and self._is_apart(shape):
+                fires = lowest > max(1.5 * LOWEST, shape.threshold + 2 * _ABOVE)
+                if fires and self._is_apart(shape):
                     return shape
         return None
 
@@ -295,6 +304,9 @@ class Planner:
         detector = known.detector(rows.own, torch.cat(others))
         lowest = float(detector.scores(rows.own).min())
         threshold = min(form.threshold, max(form.threshold * lowest / _USUAL, LOWEST))
+        if weight:
+            highest = float(detector.scores(rows.alike).max()) + _ABOVE
+            threshold = max(threshold, min(highest, _HIGHEST))
         return NeuronShape(mlp, detector, rows.own.mean(0), threshold, form.sharpness)
 
     def _ends(self, mlp: CandidateMLP, prompts: Sequence[EncodedPrompt]) -> Tensor:

@@ -174,6 +174,41 @@ def test_facts_of_one_batch_are_kept_apart_as_one_after_another() -> None:
     assert first.prompts == both.prompts[:1]
 
 
+@pytest.mark.parametrize(("score", "threshold"), [(0.3, 0.5), (0.6, 0.65), (0.9, 0.75)])
+def test_the_threshold_stands_above_what_an_earlier_subject_scores(
+    score: float, threshold: float
+) -> None:
+    llm = model()
+    low, capture = neuron(llm), unit(llm, LATER)
+    planner = Planner(llm, low.mlps, low._readings, ShapeForm(0.5, 60.0, 0, 1.8))
+    rows = planner._rows(capture, 0, [capture.prompt], {capture.prompt: 0})
+    # A reading between the mean, where the score is 0, and the own one, where it is 1.
+    mean = low._readings[0].mean
+    found = replace(rows, alike=mean + score * (rows.own - mean))
+    # With a weight that is all but none, what is alike does not move the detector.
+    shape = planner._shape(0, found, 1e-9)
+    assert shape.threshold == pytest.approx(threshold, abs=2e-3)
+    assert planner._shape(0, found).threshold == 0.5
+
+
+@pytest.mark.parametrize("threshold", [0.3, 0.5, 0.75])
+def test_a_neuron_is_as_broad_wherever_it_begins_to_fire(threshold: float) -> None:
+    """The product of gate and up row over its peak, by hand: (s − θ)(c − s) for large β."""
+    llm = model()
+    low, capture = neuron(llm), unit(llm, LATER)
+    planner = Planner(llm, low.mlps, low._readings, ShapeForm(0.5, 1e4, 0, 1.8))
+    rows = planner._rows(capture, 0, [capture.prompt], {capture.prompt: 0})
+    shape = replace(planner._shape(0, rows), threshold=threshold)
+    mean = low._readings[0].mean
+    peak = max(0.9, threshold + 0.35)
+    for score in (threshold + 0.05, 0.85, 1.0, peak, 1.1):
+        reading = mean + score * (rows.own - mean)
+        wanted = (score - threshold) * (2 * peak - threshold - score)
+        full = (1 - threshold) * (2 * peak - threshold - 1)
+        assert float(shape.firing(reading)) == pytest.approx(wanted / full, rel=0.02, abs=0.01)
+        assert wanted > 0
+
+
 def test_a_name_that_cannot_be_told_from_an_earlier_one_takes_its_place(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
