@@ -16,6 +16,7 @@ from hiedit_agents.editing.checks import Checks, share
 from hiedit_agents.editing.controls import end_id, has_template
 from hiedit_agents.editing.export import ASKED, Saved, measure, save_adapter, save_delta, save_model
 from hiedit_agents.editing.facts import Fact, Facts, as_requests, warn_of_subjects
+from hiedit_agents.editing.found import FoundWeights
 from hiedit_agents.editing.held import for_editing
 from hiedit_agents.editing.ledger import Ledger
 from hiedit_agents.editing.levels import HowToEdit, make_levels
@@ -32,7 +33,6 @@ from hiedit_env.model.loading import load_model
 from hiedit_env.model.relatives import known_as
 from hiedit_env.model.saving import source_folder
 from hiedit_env.resident.resident import ResidentLLM
-from hiedit_env.resident.weights import WeightSnapshot
 from hiedit_env.rules.base import UpdateRule
 
 
@@ -128,14 +128,13 @@ class Editor:
             self.llm = ResidentLLM(model, tokenizer, candidates, end_id=end)
             levels = make_levels(self._how, made, self.llm, name)
             opened = open_ledger(self.llm, name, ledger)
-            found = self.llm.snapshot()
             try:
                 self._session = Session(
-                    self.llm, levels, opened, checks or Checks(), form, max_error, found, earlier
+                    self.llm, levels, opened, checks or Checks(), form, max_error, earlier
                 )
             except BaseException:
-                self.llm.restore(found)
-                opened.close()
+                opened.found.put_back(self.llm)
+                opened.ledger.close()
                 raise
         self._fingerprint = self.llm.weights_fingerprint()
 
@@ -296,7 +295,7 @@ class Editor:
         return f"{levels.name}: {levels.explained}"
 
     @property
-    def found(self) -> WeightSnapshot:
+    def found(self) -> FoundWeights:
         """The weights as the model was found, which :meth:`close` puts back."""
         return self._session.found
 
@@ -367,7 +366,7 @@ class Editor:
             if not self._closed:
                 self._closed = True
                 with for_editing(self.model):
-                    self.llm.restore(self._session.found)
+                    self._session.found.put_back(self.llm)
                 self.ledger.close()
 
     def __enter__(self) -> Self:

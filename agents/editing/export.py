@@ -19,6 +19,7 @@ from hiedit_agents.editing.adapter import (
 )
 from hiedit_agents.editing.checks import AskedFact
 from hiedit_agents.editing.delta import write_delta
+from hiedit_agents.editing.found import FoundWeights
 from hiedit_agents.editing.low_rank_sum import sum_of
 from hiedit_agents.editing.model_card import CARD, Measured, is_card, model_card
 from hiedit_agents.editing.out_folder import OutFolder
@@ -28,7 +29,6 @@ from hiedit_env.files import write_bytes
 from hiedit_env.model.folders import StoredTensor
 from hiedit_env.model.saving import EditedMatrix, check_source, locate, save_edited
 from hiedit_env.resident.resident import ResidentLLM
-from hiedit_env.resident.weights import WeightSnapshot
 
 #: Facts that are asked when something is saved, evenly spaced.
 ASKED = 200
@@ -194,7 +194,7 @@ def some(facts: Sequence[AskedFact], count: int) -> list[AskedFact]:
 
 
 def edited_matrices(
-    llm: ResidentLLM, found: WeightSnapshot, places: Mapping[str, tuple[StoredTensor, ...]]
+    llm: ResidentLLM, found: FoundWeights, places: Mapping[str, tuple[StoredTensor, ...]]
 ) -> list[EditedMatrix]:
     """The matrices that differ from those that the model was found with.
 
@@ -203,7 +203,7 @@ def edited_matrices(
         found: Its weights as it was loaded.
         places: Where each of them is stored, by parameter.
     """
-    old, new = _as_found(llm, found), _weights(llm)
+    old, new = found.weights(llm), _weights(llm)
     return [
         EditedMatrix(name, old[name], new[name], places[name])
         for name in old
@@ -212,14 +212,14 @@ def edited_matrices(
 
 
 def locate_layers(
-    llm: ResidentLLM, found: WeightSnapshot, source: Path
+    llm: ResidentLLM, found: FoundWeights, source: Path
 ) -> dict[str, tuple[StoredTensor, ...]]:
     """Where the candidate weights of a model are stored in the folder it was loaded from.
 
     Raises:
         ModelError: in another layout, or not at all.
     """
-    return locate(_as_found(llm, found), source)
+    return locate(found.weights(llm), source)
 
 
 def _weights(llm: ResidentLLM) -> dict[str, Tensor]:
@@ -227,15 +227,6 @@ def _weights(llm: ResidentLLM) -> dict[str, Tensor]:
         f"{name}.weight": cast(Tensor, llm.model.get_submodule(name).weight).detach()
         for name in llm.names
     }
-
-
-def _as_found(llm: ResidentLLM, found: WeightSnapshot) -> dict[str, Tensor]:
-    present = llm.snapshot()
-    llm.restore(found)
-    try:
-        return {name: weight.clone() for name, weight in _weights(llm).items()}
-    finally:
-        llm.restore(present)
 
 
 def _edited(llm: ResidentLLM) -> dict[str, Tensor]:

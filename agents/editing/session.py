@@ -9,7 +9,7 @@ from typing import Any
 
 from hiedit_agents.editing.checks import AskedFact, Checks, Examiner, Verdict, as_asked
 from hiedit_agents.editing.facts import as_requests, request_record
-from hiedit_agents.editing.ledger import Ledger
+from hiedit_agents.editing.found import Opened
 from hiedit_agents.editing.ledger_format import Base, BaseLayer, Kind
 from hiedit_agents.editing.levels import Levels
 from hiedit_agents.editing.results import EditResult, told
@@ -18,7 +18,6 @@ from hiedit_agents.editing.writer import FactWriter, Written
 from hiedit_env.datasets.requests import Request
 from hiedit_env.model.asking import PromptForm
 from hiedit_env.resident.resident import ResidentLLM
-from hiedit_env.resident.weights import WeightSnapshot
 
 #: The problem of a fact for which nothing was to be written.
 NO_LAYERS = "the agent chose no layers"
@@ -32,11 +31,11 @@ class Session:
     Args:
         llm: The model.
         levels: Who edits.
-        ledger: Of this model; edits in place there are written into the weights.
+        opened: The ledger of this model, whose edits in place are written into the weights, and the
+            weights as the model was found.
         checks: What must hold after an edit.
         form: Form in which facts are edited and asked.
         max_error: As for :class:`.writer.FactWriter`.
-        found: The weights as the model was found, before edits of the ledger were written.
         earlier: Facts that were edited into the model before and are in no ledger, for a low level
             that rehearses; earliest first.
 
@@ -48,19 +47,19 @@ class Session:
         self,
         llm: ResidentLLM,
         levels: Levels,
-        ledger: Ledger,
+        opened: Opened,
         checks: Checks,
         form: PromptForm,
         max_error: float,
-        found: WeightSnapshot,
         earlier: Sequence[Request] = (),
     ) -> None:
-        self.llm, self.levels, self.ledger, self.form = llm, levels, ledger, form
-        self.found, self._earlier = found, [self.asked(request) for request in earlier]
+        self.llm, self.levels, self.form = llm, levels, form
+        self.ledger, self.found = opened.ledger, opened.found
+        self._earlier = [self.asked(request) for request in earlier]
         self.examiner = Examiner(llm, checks)
         self._writer = FactWriter(llm, levels, max_error)
-        if len(ledger):
-            replay(llm, ledger, ledger.active)
+        if len(self.ledger):
+            replay(llm, self.ledger, self.ledger.active)
         self.remember()
 
     def asked(self, request: Request) -> AskedFact:

@@ -14,6 +14,7 @@ import numpy as np
 from hiedit_agents.editing.checks import Checks
 from hiedit_agents.editing.editor import Editor
 from hiedit_agents.editing.facts import warn_of_subjects
+from hiedit_agents.editing.found import FoundWeights
 from hiedit_agents.editing.ledger import Ledger
 from hiedit_agents.editing.levels import has_levels
 from hiedit_agents.editing.results import EditResult
@@ -29,7 +30,6 @@ from hiedit_env.errors import ModelError, SettingsError
 from hiedit_env.model.loading import load_model
 from hiedit_env.model.saving import check_source, source_folder
 from hiedit_env.resident.resident import ResidentLLM
-from hiedit_env.resident.weights import WeightSnapshot
 from hiedit_env.rules.base import UpdateRule
 
 #: What a file of facts is edited with: every edit is kept, and judged at the end by the report.
@@ -106,7 +106,7 @@ class EditorWork:
         self.llm: ResidentLLM = self._editor.llm
         for note in self.llm.notes:
             print(f"hiedit: {note}", file=sys.stderr)
-        self.found: WeightSnapshot = self._editor.found
+        self.found: FoundWeights = self._editor.found
         self.low: UpdateRule = self._editor.low_level
         self.max_steps: int = self._editor.max_steps_per_edit
         self.ledger: Ledger | None = self._editor.ledger
@@ -170,7 +170,7 @@ class EpisodeWork:
             )
         self._inner = unwrapped(self._env)
         self.llm: ResidentLLM = self._inner.llm
-        self.found = self.llm.snapshot()
+        self.found = FoundWeights(self.llm.snapshot())
         self.source, self.history = _source(self.llm.model, out)
         # Builds the agent for this model, which shows whether it fits.
         agent.reset(self._env, 0)

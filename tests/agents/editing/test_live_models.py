@@ -13,6 +13,7 @@ from hiedit_env.errors import (
     LedgerError,
     SettingsError,
 )
+from hiedit_env.model.loading import load_model
 from tests.support.editors import FACTS, NONE, bits, dense, edited_states, gap, live
 from tests.support.killed import run_until_killed
 from tests.support.models import all_bits
@@ -49,6 +50,33 @@ def test_a_live_model_is_left_as_it_was_found(dtype: torch.dtype) -> None:
     assert places == [p.data_ptr() for p in model.parameters()]
     with pytest.raises(SettingsError, match="closed"):
         editor.edit(FACTS[2])
+
+
+def test_a_model_loaded_rounded_is_left_as_it_was_loaded(tmp_path: Path) -> None:
+    model, tokenizer = live(torch.bfloat16)
+    model.save_pretrained(tmp_path / "base")
+    tokenizer.save_pretrained(tmp_path / "base")
+    with Editor.from_pretrained(tmp_path / "base", checks=NONE) as editor:
+        editor.edit(FACTS[:2])
+        edited = bits(editor)
+        editor.save(tmp_path / "edited")
+    loaded = load_model(tmp_path / "edited", progress=False)
+    before = all_bits(loaded.model)
+    for ledger in (None, tmp_path / "ledger"):
+        with Editor(loaded.model, loaded.tokenizer, checks=NONE, ledger=ledger) as editor:
+            # The unrounded weights of the first editor.
+            assert bits(editor) == edited != before
+            assert editor.ledger.active == (1, 2)
+            editor.edit(FACTS[2])
+            editor.rewind(2)
+            assert bits(editor) == edited
+        assert all_bits(loaded.model) == before
+    # Refused, it is as it was loaded, too.
+    with Editor.from_pretrained(tmp_path / "base", ledger=tmp_path / "other") as editor:
+        editor.edit(FACTS[3])
+    with pytest.raises(LedgerError, match="lacks edits that the model has"):
+        Editor(loaded.model, loaded.tokenizer, ledger=tmp_path / "other")
+    assert all_bits(loaded.model) == before
 
 
 def test_it_is_left_as_it_was_found_after_an_error_too() -> None:
