@@ -386,6 +386,7 @@ class Editor:
                 try:
                     yield
                 finally:
+                    self.llm.upper.drop_copies()
                     self._fingerprint = self.llm.weights_fingerprint()
 
     def _refuse_foreign_changes(self) -> None:

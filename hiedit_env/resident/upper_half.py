@@ -67,7 +67,9 @@ class UpperHalf:
         self._own = list(split.blocks[first - split.first :])
         self.blocks = self._own
         self._head = llm.head
-        if dtype != llm.dtype:
+        #: Whether it holds weights of its own.
+        self.is_copy = dtype != llm.dtype
+        if self.is_copy:
             self.blocks = [copy.deepcopy(block).to(dtype) for block in self._own]
             if isinstance(llm.head, CappedHead):
                 self._head = llm.head.to(dtype)
@@ -170,9 +172,13 @@ class UpperHalves:
         key = first, dtype
         if key not in self._made:
             # Of copies only the last ones are kept.
-            kept = {k: half for k, half in self._made.items() if k[1] == llm.dtype}
-            self._made = {**kept, key: UpperHalf(llm, llm.halves, first, dtype)}
+            self.drop_copies()
+            self._made[key] = UpperHalf(llm, llm.halves, first, dtype)
         return self._made[key]
+
+    def drop_copies(self) -> None:
+        """Frees what is in another precision than the model; :meth:`find` makes it anew."""
+        self._made = {key: half for key, half in self._made.items() if not half.is_copy}
 
 
 def cast_all(value: Any, dtype: torch.dtype) -> Any:

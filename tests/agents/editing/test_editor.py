@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import math
+import weakref
 from collections.abc import Iterator
 from typing import Any
 
@@ -360,3 +362,16 @@ def test_earlier_facts_are_rehearsed_until_they_are_edited_again() -> None:
         assert [p.prompt_ids for p in low._past] == first[:2]
         # Of the ledger now, with the answer that was given there.
         assert editor.ledger.active == (1,)
+
+
+def test_between_edits_no_copy_of_the_model_is_kept() -> None:
+    with Editor.from_pretrained("tiny", checks=NONE) as editor:
+        llm = editor.llm
+        half = llm.upper.find(llm, llm.layers[0].block, torch.bfloat16)
+        assert half is not None
+        assert half.is_copy
+        copy = weakref.ref(half)
+        del half
+        editor.edit(FACTS[0])
+        gc.collect()
+        assert copy() is None

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
 from typing import Any
 
 import pytest
@@ -86,6 +88,21 @@ def test_copies_follow_every_change_of_the_weights() -> None:
         block = llm.halves.blocks[-1]  # type: ignore[attr-defined]
         block.input_layernorm.weight.mul_(3.0)
     assert float((after(llm) - unedited).abs().max()) > 0.05
+
+
+def test_copies_are_freed_and_made_anew() -> None:
+    llm = resident("llama")
+    own, rough = (llm.upper.find(llm, 1, dtype) for dtype in (torch.float32, ROUGH))
+    assert own is not None is not rough
+    before = after(llm)
+    copy = weakref.ref(rough)
+    del rough
+    assert copy() is not None
+    llm.upper.drop_copies()
+    gc.collect()
+    assert copy() is None
+    assert llm.upper.find(llm, 1, torch.float32) is own
+    torch.testing.assert_close(after(llm), before, atol=0, rtol=0)
 
 
 def test_forks_may_run_in_turn_with_the_same_copies() -> None:
