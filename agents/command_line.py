@@ -167,5 +167,7 @@ def _in_one_line(text: str, program: str) -> str:
             return f"{found[1]} must be {right}, got {', '.join(map(repr, values))}; {more}"
     if found := re.match(r"[Ii]nvalid choice (.+) for argument '([^']+)'.*\((.+)\)", message):
         return f"{found[2]} must be one of {found[3].removesuffix(',')}, got {found[1]}; {more}"
+    if found := re.search(r"invalid literal for int\(\) with base 10: (.+)$", message):
+        return f"a whole number is wanted, got {found[1]}; {more}"
     message = re.sub(r"^Error parsing (?=[^-])\S+: ", "", message)
     return message[0].lower() + message[1:]

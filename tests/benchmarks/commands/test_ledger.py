@@ -145,7 +145,7 @@ def test_several_files_and_a_moved_base(tmp_path: Path, capsys: pytest.CaptureFi
         (["revoke", "9"], "there is no edit 9; the edits are 1, 2, 3"),
         (["rewind", "9"], "there is no event 9"),
         (["show", "9"], "there is no event 9"),
-        (["revoke", "x"], "x"),
+        (["revoke", "x"], "a whole number is wanted, got 'x'"),
     ],
 )
 def test_an_unknown_id_is_one_line_and_nothing_changes(
