@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import cast
 
@@ -29,9 +30,7 @@ class FoundWeights:
 
     def weights(self, llm: ResidentLLM) -> dict[str, Tensor]:
         """Copies of them by parameter, in their own layout; the model stays as it is."""
-        present = llm.snapshot()
-        llm.restore(self.snapshot)
-        try:
+        with self.in_place(llm):
             found = {
                 f"{name}.weight": cast(Tensor, llm.model.get_submodule(name).weight).detach()
                 for name in llm.names
@@ -39,6 +38,14 @@ class FoundWeights:
             for i, weight in self.loaded.items():
                 found[f"{llm.names[i]}.weight"] = weight
             return {name: weight.clone() for name, weight in found.items()}
+
+    @contextmanager
+    def in_place(self, llm: ResidentLLM) -> Iterator[None]:
+        """Runs the body with the weights of ``snapshot``."""
+        present = llm.snapshot()
+        llm.restore(self.snapshot)
+        try:
+            yield
         finally:
             llm.restore(present)
 

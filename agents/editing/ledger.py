@@ -129,7 +129,7 @@ class Ledger:
         ledger = cls.open(folder, write=True)
         try:
             ledger.base.refuse_other(base)
-            if begin is not None and not ledger._begins_with(begin):
+            if begin is not None and not ledger.begins_with(begin):
                 raise LedgerError(
                     f"the ledger in {folder} lacks edits that the model has; give another folder"
                 )
@@ -206,7 +206,7 @@ class Ledger:
         self._connection.backup(connection)
         return Ledger(connection, "the ledger", None, True)
 
-    def _begins_with(self, other: Ledger) -> bool:
+    def begins_with(self, other: Ledger) -> bool:
         """Whether the first events of this ledger are all those of another one."""
         if len(other) > len(self):
             return False

@@ -11,7 +11,8 @@ Format 1 (``PRAGMA user_version``; ``PRAGMA application_id`` is 0x68694564, "hiE
 ========== ====================================== ===========================================
 ``edit``   NULL                                   ``facts`` (one, or those written together:
                                                   ``request``, what was said ``before`` and
-                                                  ``after``, the id of the edit that it
+                                                  ``after``, whether all its tokens were
+                                                  ``answered``, the id of the edit that it
                                                   ``replaces``, ``problems``), ``agent``,
                                                   ``layers``, ``steps``, losses, checks,
                                                   fingerprints, ``time``

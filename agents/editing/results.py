@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from hiedit_agents.editing.checks import AskedFact
+from hiedit_agents.editing.ledger_format import Event
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,3 +67,29 @@ def told(
     return EditResult(
         status, None, request.prompt, request.answer, request.subject, before, after, **more
     )
+
+
+def recorded(event: Event) -> list[EditResult]:
+    """The results of an edit's facts, as its record says them."""
+    record = event.record
+    return [
+        EditResult(
+            "written",
+            event.id,
+            fact["request"]["prompt"],
+            fact["request"]["answer"],
+            fact["request"]["subject"],
+            fact["before"],
+            fact["after"],
+            tuple(record["layers"]),
+            record["steps"],
+            fact.get("answered", True),  # not in ledgers of older versions
+            record["holds"],
+            tuple(fact["problems"]),
+            fact["replaces"],
+            record["agreement"],
+            record["earlier"],
+            record["kept"],
+        )
+        for fact in record["facts"]
+    ]

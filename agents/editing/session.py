@@ -187,6 +187,7 @@ class Session:
                     "request": request_record(fact.request),
                     "before": dict(result.before),
                     "after": dict(result.after),
+                    "answered": result.answered,
                     "replaces": result.replaces,
                     "problems": list(result.problems),
                 }

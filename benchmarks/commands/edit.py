@@ -7,6 +7,7 @@ The parts: what was edited before is in :mod:`.edit_history`, the editing itself
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -22,6 +23,7 @@ from hiedit_benchmarks.commands.edit_history import FORMAT
 from hiedit_benchmarks.commands.edit_questions import Questions, forms_of
 from hiedit_benchmarks.commands.edit_report import Report, Said, before_and_after
 from hiedit_benchmarks.commands.edit_work import EditorWork, EpisodeWork, begin_work
+from hiedit_benchmarks.commands.unfinished import Unfinished, tidy
 from hiedit_benchmarks.comparison.asking import settle_asking
 from hiedit_benchmarks.comparison.compare import recorded
 from hiedit_benchmarks.comparison.results import versions, write_json
@@ -30,6 +32,7 @@ from hiedit_benchmarks.comparison.settings import CompareSettings
 from hiedit_env.datasets.load import load_requests
 from hiedit_env.datasets.requests import PromptForm, Request
 from hiedit_env.envs.units import check_units
+from hiedit_env.errors import ResultsExistError
 from hiedit_env.evaluation.matching import is_match, starts_with
 from hiedit_env.evaluation.metrics import evaluate
 from hiedit_env.model.memory_budget import auto_class
@@ -98,8 +101,9 @@ def edit_model(
         settings: ``dataset`` is the file of facts; ``num_edits`` and ``generation`` are not used.
         agent: Name for :func:`hiedit_agents.registry.make_agent`.
         out: A folder that does not exist or is empty.
-        ledger: Folder of the ledger while it is written; a run that was interrupted goes on from
-            there. By default it is kept in memory.
+        ledger: Folder of the ledger while it is written; by default ``OUT.unfinished``, which is
+            removed at the end. A run that was interrupted goes on from there, see
+            :mod:`.unfinished`.
         progress: Whether to show progress on standard error.
 
     Raises:
@@ -108,10 +112,15 @@ def edit_model(
             was.
         CheckpointError: the agent does not fit the model; nothing has been generated.
         LedgerError: a ledger of another model, or a damaged one.
+        SettingsError: another run with this ``out`` was interrupted.
         SettingsError: unknown agent, or ``out`` cannot be written; that is found before the model
             is loaded, so far as it can be.
     """
-    place = OutFolder(out)
+    try:
+        place = OutFolder(out)
+    except ResultsExistError:
+        tidy(Path(os.path.realpath(out)))
+        raise
     known = find_folder(settings.model)
     if known is not None:
         check_source(known, out)
@@ -126,7 +135,10 @@ def edit_model(
     refuse_unused_size([editor], settings.layers_per_edit)
     settings = settle_asking(settings, both=True)
     requests = load_requests(settings.facts)
-    work = begin_work(settings, name, editor, requests, out, ledger, progress)
+    given = {"agent": name, **recorded(settings)}
+    del given["dataset"]  # the facts themselves are compared
+    unfinished = Unfinished(place.out, ledger, given, requests)
+    work = begin_work(settings, name, editor, requests, out, unfinished, progress)
     try:
         return _edit(settings, label, name, editor, requests, place, work, progress)
     finally:
@@ -153,7 +165,8 @@ def _edit(
     if history.facts:
         print(f"hiedit: {history.text(rehearsed)}", file=sys.stderr)
     questions = Questions(llm, requests, history.requests, form)
-    before = questions.before(progress)
+    with work.found.in_place(llm):  # edits of a run that was interrupted may be in the model
+        before = questions.before(progress)
     written = work.write(requests)
     in_chat = any("chat" in forms_of(llm, r, form) for r in requests)
     bare = [replace(r, paraphrases=(), locality=(), portability=()) for r in requests]
@@ -199,6 +212,7 @@ def _edit(
     matrices = edited_matrices(llm, work.found, places)
     left_out = place.save(source, matrices, record, work.ledger)
     out = place.given
+    work.saved()
     reloaded = reload(out, source, llm, matrices, settings, requests)
     report = questions.report(reloaded.llm or llm, before, progress)
     for i, fact in enumerate(facts):

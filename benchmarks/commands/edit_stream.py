@@ -9,16 +9,18 @@ order of the lines, each as soon as its fact is written:
 - ``{"health": {"edits": …, "asked": …, "given": …, "agreement": …}}`` every ``health_every`` edits
   and at the end: a sample of the facts in place, and control prompts.
 
-At the end of the input the model is saved. With a ledger on disk nothing is lost before: started
-again with the same ledger and the same lines, the command finds the facts known that it had
-written.
+At the end of the input the model is saved. Nothing is lost before, since the ledger is on disk
+(see :mod:`.unfinished`): the same command, started again with the same lines, answers those that it
+had written as before and goes on with the others.
 """
 
 from __future__ import annotations
 
 import json
+import os
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import BinaryIO, TextIO
@@ -31,10 +33,11 @@ from hiedit_agents.editing.out_folder import OutFolder
 from hiedit_agents.editing.results import EditResult
 from hiedit_benchmarks.commands.live_editor import live_editor
 from hiedit_benchmarks.commands.stream_settings import StreamSettings
+from hiedit_benchmarks.commands.unfinished import Unfinished, tidy
 from hiedit_benchmarks.comparison.settings import EditSettings
 from hiedit_env.datasets.files import MAX_LINE_BYTES
 from hiedit_env.datasets.requests import Request
-from hiedit_env.errors import DatasetError, PromptError
+from hiedit_env.errors import DatasetError, PromptError, ResultsExistError
 
 #: Exit status where the stream was stopped, or no fact is in the model at the end.
 STOPPED = 3
@@ -62,16 +65,45 @@ def main(
         Exit status: 0, or :data:`STOPPED`.
     """
     # Refuses a folder that cannot be written before hours of editing.
-    OutFolder(out)
+    try:
+        place = OutFolder(out)
+    except ResultsExistError:
+        tidy(Path(os.path.realpath(out)))
+        raise
     checks = Checks(min_agreement=stream.min_agreement, max_lost=stream.max_lost)
-    editor = live_editor(settings, agent, end_token, stream.ledger, checks)
-    with editor:
+    given = {"agent": agent, **asdict(settings), "end_token": end_token, **asdict(checks)}
+    unfinished = Unfinished(place.out, stream.ledger, given)
+    with _opened(settings, agent, end_token, checks, unfinished) as editor:
         print(f"hiedit: agent {editor.agent}", file=sys.stderr)
-        batch = settings.edits_per_step
-        healthy = Stream(editor, stream, batch, sys.stdin.buffer, sys.stdout).run()
+        batch, done = settings.edits_per_step, unfinished.written(editor.ledger)
+        healthy = Stream(editor, stream, batch, sys.stdin.buffer, sys.stdout, done).run()
         saved: Saved = editor.save(out)
     print(f"hiedit: saved to {out}; {saved.measured.text}", file=sys.stderr)
     return 0 if healthy and saved.measured.given else STOPPED
+
+
+@contextmanager
+def _opened(
+    settings: EditSettings,
+    agent: str | None,
+    end_token: bool | None,
+    checks: Checks,
+    unfinished: Unfinished,
+) -> Iterator[Editor]:
+    """The editor, with its ledger in the folder of ``unfinished``."""
+    try:
+        editor = live_editor(settings, agent, end_token, unfinished.folder, checks)
+    except BaseException:
+        unfinished.end(None, saved=False)
+        raise
+    with editor:
+        unfinished.begin(editor.ledger)
+        try:
+            yield editor
+        except BaseException:
+            unfinished.end(editor.ledger, saved=False)
+            raise
+        unfinished.end(editor.ledger, saved=True)
 
 
 class Stream:
@@ -83,6 +115,8 @@ class Stream:
         batch: Facts that are written together.
         source: Lines of JSON.
         answers: Where the answers go, a line each.
+        done: What became of facts that the same command wrote before it was interrupted, by prompt
+            and answer. The first lines that ask for them are answered so, and nothing is written.
     """
 
     def __init__(
@@ -92,7 +126,9 @@ class Stream:
         batch: int,
         source: BinaryIO,
         answers: TextIO,
+        done: Mapping[tuple[str, str], list[EditResult]] | None = None,
     ) -> None:
+        self._done = {pair: list(results) for pair, results in (done or {}).items()}
         self._editor, self._settings, self._batch = editor, settings, batch
         self._source, self._answers = source, answers
         self._written = 0
@@ -105,11 +141,13 @@ class Stream:
         """
         waiting: list[tuple[int, Request]] = []
         for number, found in self._lines():
-            if isinstance(found, str):
+            done = None if isinstance(found, str) else self._written_before(found)
+            if isinstance(found, str) or done is not None:
                 # In the order of the lines.
                 healthy = self._edit(waiting)
                 waiting = []
-                self._say({"line": number, "status": "refused", "problems": [found]})
+                refused = {"status": "refused", "problems": [found]}
+                self._say({"line": number, **(refused if done is None else _told(done))})
             else:
                 waiting.append((number, found))
                 healthy = len(waiting) < self._batch or self._edit(waiting)
@@ -140,6 +178,11 @@ class Stream:
                 yield number, str(error)
             except (ValueError, RecursionError) as error:  # no JSON, or no UTF-8
                 yield number, f"the line is no JSON: {error}"
+
+    def _written_before(self, request: Request) -> EditResult | None:
+        """What became of a fact that the command had written before it was interrupted."""
+        done = self._done.get((request.prompt, request.answer))
+        return done.pop(0) if done else None
 
     def _edit(self, waiting: Sequence[tuple[int, Request]]) -> bool:
         """Writes some facts and tells the results.

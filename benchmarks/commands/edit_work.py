@@ -17,11 +17,12 @@ from hiedit_agents.editing.facts import warn_of_subjects
 from hiedit_agents.editing.found import FoundWeights
 from hiedit_agents.editing.ledger import Ledger
 from hiedit_agents.editing.levels import has_levels
-from hiedit_agents.editing.results import EditResult
+from hiedit_agents.editing.results import EditResult, recorded
 from hiedit_agents.editing.session import NO_LAYERS
 from hiedit_agents.named.candidates import candidates_for
 from hiedit_agents.protocol import Agent
 from hiedit_benchmarks.commands.edit_history import History, read_history
+from hiedit_benchmarks.commands.unfinished import Unfinished
 from hiedit_benchmarks.comparison.compare import make_env
 from hiedit_benchmarks.comparison.episode import bar, play, unwrapped
 from hiedit_benchmarks.comparison.settings import CompareSettings
@@ -60,7 +61,7 @@ class EditorWork:
         agent: The agent itself, for its candidate layers.
         requests: The facts.
         out: Where the model will be saved.
-        ledger: Folder of the ledger while it is written; None for memory.
+        unfinished: Where the ledger is while it is written.
         progress: Whether to show progress on standard error.
     """
 
@@ -71,9 +72,10 @@ class EditorWork:
         agent: Agent,
         requests: Sequence[Request],
         out: Path,
-        ledger: Path | None,
+        unfinished: Unfinished,
         progress: bool,
     ) -> None:
+        self._unfinished = unfinished
         self._batch, self._name, self._progress = settings.edits_per_step, name, progress
         with candidates_for([agent], settings.model, settings.layers) as layers:
             loaded = load_model(
@@ -87,22 +89,26 @@ class EditorWork:
                 memory=settings.memory_check,
             )
             self.source, self.history = _source(loaded.model, out)
-            self._editor = Editor(
-                loaded.model,
-                loaded.tokenizer,
-                agent=name,
-                layers=layers,
-                ledger=ledger,
-                checks=_NO_CHECKS,
-                prompt_form=settings.prompt_form,
-                end_token=bool(settings.end_token),
-                name=settings.model,
-                earlier=self.history.requests,
-                layers_per_edit=settings.layers_per_edit,
-                max_steps_per_edit=settings.max_steps_per_edit,
-                step_size=settings.step_size,
-                update_rule=settings.update_rule,
-            )
+            try:
+                self._editor = Editor(
+                    loaded.model,
+                    loaded.tokenizer,
+                    agent=name,
+                    layers=layers,
+                    ledger=unfinished.folder,
+                    checks=_NO_CHECKS,
+                    prompt_form=settings.prompt_form,
+                    end_token=bool(settings.end_token),
+                    name=settings.model,
+                    earlier=self.history.requests,
+                    layers_per_edit=settings.layers_per_edit,
+                    max_steps_per_edit=settings.max_steps_per_edit,
+                    step_size=settings.step_size,
+                    update_rule=settings.update_rule,
+                )
+            except BaseException:
+                unfinished.end(None, saved=False)
+                raise
         self.llm: ResidentLLM = self._editor.llm
         for note in self.llm.notes:
             print(f"hiedit: {note}", file=sys.stderr)
@@ -110,6 +116,8 @@ class EditorWork:
         self.low: UpdateRule = self._editor.low_level
         self.max_steps: int = self._editor.max_steps_per_edit
         self.ledger: Ledger | None = self._editor.ledger
+        self._unfinished.begin(self._editor.ledger)
+        self._is_open = True
 
     def write(self, requests: Sequence[Request]) -> list[WrittenFact]:
         """Writes all of them.
@@ -118,30 +126,56 @@ class EditorWork:
             ModelError: the model collapsed.
         """
         known = self._editor.ledger.facts()
-        done: list[WrittenFact] = []
+        before = self._unfinished.written(self._editor.ledger)
+        told: dict[int, WrittenFact] = {}
+        left: list[int] = []
+        for i, request in enumerate(requests):
+            pair = request.prompt, request.answer
+            if before.get(pair):
+                # Also where the model does not give it: nothing is written twice.
+                told[i] = _written(before[pair].pop(0))
+            else:
+                left.append(i)
+        places = iter(left)
         with bar(f"{self._name}: editing", len(requests), self._progress) as shown:
+            shown.update(len(told))
 
             def add(results: Sequence[EditResult]) -> None:
                 for result in results:
                     if result.status == "rolled back" and result.problems != (NO_LAYERS,):
-                        raise _collapsed(len(done), "; ".join(result.problems))
-                    done.append(self._told(result, known))
+                        raise _collapsed(len(told), "; ".join(result.problems))
+                    told[next(places)] = self._told(result, known)
                 shown.update(len(results))
 
-            self._editor.edit(requests, together=self._batch, on_results=add)
-        return done
+            chosen = [requests[i] for i in left]
+            self._editor.edit(chosen, together=self._batch, on_results=add)
+        return [told[i] for i in range(len(requests))]
 
     def _told(self, result: EditResult, known: dict[str, tuple[int, Any]]) -> WrittenFact:
         number, request = known.get(result.prompt, (0, {}))
         if result.status == "known" and request.get("answer") == result.answer:
-            # By a run that was interrupted, or an earlier one.
-            record = self._editor.ledger[number].record
-            return WrittenFact(record["steps"], tuple(record["layers"]), True)
-        return WrittenFact(result.steps, result.layers, result.answered)
+            # By an earlier run.
+            edit = recorded(self._editor.ledger[number])
+            return _written(next(one for one in edit if one.prompt == result.prompt))
+        return _written(result)
 
-    def close(self) -> None:
-        """Closes the ledger; the model stays edited."""
-        self._editor.ledger.close()
+    def saved(self) -> None:
+        """The edits are in the saved model now; the ledger is needed no more."""
+        self.close(saved=True)
+
+    def close(self, *, saved: bool = False) -> None:
+        """Closes the ledger; the model stays edited.
+
+        Args:
+            saved: Whether the edits are in a saved model.
+        """
+        if self._is_open:
+            self._is_open = False
+            self._unfinished.end(self._editor.ledger, saved)
+
+
+def _written(result: EditResult) -> WrittenFact:
+    return WrittenFact(result.steps, result.layers, result.answered)
 
 
 class EpisodeWork:
@@ -205,6 +239,9 @@ class EpisodeWork:
             for edit in episode.edits
         ]
 
+    def saved(self) -> None:
+        """Nothing is kept elsewhere."""
+
     def close(self) -> None:
         """Closes the environment."""
         self._env.close()
@@ -216,13 +253,13 @@ def begin_work(
     agent: Agent,
     requests: Sequence[Request],
     out: Path,
-    ledger: Path | None,
+    unfinished: Unfinished,
     progress: bool,
 ) -> EditorWork | EpisodeWork:
     """Loads the model and makes the agent ready for it; arguments as for :class:`EditorWork`."""
     if has_levels(agent):
-        return EditorWork(settings, name, agent, requests, out, ledger, progress)
-    if ledger is not None:
+        return EditorWork(settings, name, agent, requests, out, unfinished, progress)
+    if unfinished.is_named:
         raise SettingsError(
             f"--ledger: agent {name!r} acts in an environment only, where no updates are recorded; "
             "leave it out, or give an agent that is made of a high and a low level"

@@ -12,6 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
+from hiedit_agents.editing.ledger import Ledger
 from hiedit_benchmarks.commands import edit, edit_folder
 from hiedit_benchmarks.commands.edit import edit_model
 from hiedit_benchmarks.comparison.settings import CompareSettings
@@ -148,10 +149,17 @@ def test_what_is_half_written_is_removed(
         (target / "model.safetensors").write_text("half")
         raise OSError("disk full")
 
-    monkeypatch.setattr(edit_folder, "save_edited", half)
-    with pytest.raises(SettingsError, match=r"cannot be saved.*disk full"):
+    with monkeypatch.context() as patched:
+        patched.setattr(edit_folder, "save_edited", half)
+        with pytest.raises(SettingsError, match=r"cannot be saved.*disk full"):
+            run(settings, tmp_path / "out")
+    # Of the model nothing; the edits are kept, and the same command saves them.
+    assert files(tmp_path) == ["facts.json", "out.unfinished"]
+    assert files(tmp_path / "out.unfinished") == [".lock", "command.json", "ledger.sqlite"]
+    with monkeypatch.context() as patched:
+        patched.setattr(Ledger, "append", forbidden)
         run(settings, tmp_path / "out")
-    assert files(tmp_path) == ["facts.json"]
+    assert files(tmp_path) == ["facts.json", "out"]
 
 
 def test_a_difference_is_named_and_the_result_kept(

@@ -162,7 +162,6 @@ def test_a_ledger_that_cannot_go_on_is_said_and_a_new_one_begins(
         assert len(record(place)["facts"]) == 2
         return told
 
-    whole: PreTrainedModel = AutoModelForCausalLM.from_pretrained(model)
     assert edit(tmp_path, model, FACT) == 0
     assert "other candidate layers" in again(layers="*.mlp.up_proj")
     moved = model.rename(tmp_path / "moved")

@@ -7,7 +7,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from hiedit_benchmarks.studies.kills import WORKS, Work, kill_at_random, main, run_until
+from hiedit_benchmarks.studies.killed_work import WORKS, Work
+from hiedit_benchmarks.studies.kills import kill_at_random, main, run_until
 
 _NAMES = [work.name for work in WORKS]
 
