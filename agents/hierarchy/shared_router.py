@@ -18,9 +18,10 @@ from hiedit_env.envs.observations import (
     STANDING_FEATURES,
     size_of,
 )
+from hiedit_env.envs.effects import EFFECTS
 from hiedit_env.errors import SettingsError
 from hiedit_env.resident.capture import Capture
-from hiedit_env.wrappers.observe_effects import EFFECTS
+
 
 #: Features of a layer that mean the same in all layers and worlds: all but the projections.
 COMMON_FEATURES = 6

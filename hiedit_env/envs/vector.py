@@ -28,6 +28,7 @@ from hiedit_env.envs.tried_options import (
     stacked,
     try_options,
 )
+from hiedit_env.envs.vector_arguments import action_rows, check_reset_mask, seeds_of
 from hiedit_env.errors import ActionError, SettingsError, whole_number
 from hiedit_env.evaluation.unedited import UneditedModel
 
@@ -132,6 +133,7 @@ class VectorEditing(VectorEnv[Observations, Any, NDArray[Any]], EzPickle, Generi
         self._observations = torch.zeros(num_envs, first.observer.size, device=first.llm.device)
         self._ended = np.zeros(num_envs, bool)
         self._steps = np.zeros(num_envs, np.int64)
+        self._watch: Callable[[Sequence[int]], None] | None = None
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Self:
         """A copy with a model of its own that goes on from the present state."""
@@ -169,8 +171,8 @@ class VectorEditing(VectorEnv[Observations, Any, NDArray[Any]], EzPickle, Generi
             PromptError: a request cannot be tokenised; nothing has changed.
         """
         rest = dict(options or {})
-        mask = self._mask(rest.pop("reset_mask", None))
-        seeds = self._seeds(seed)
+        mask = check_reset_mask(rest.pop("reset_mask", None), self.num_envs)
+        seeds = seeds_of(seed, self.num_envs)
         chosen = [i for i in range(self.num_envs) if mask[i]]
         with self._all_or_nothing():
             infos = self._run([self.envs[i].begin(seed=seeds[i], options=rest) for i in chosen])
@@ -187,7 +189,7 @@ class VectorEditing(VectorEnv[Observations, Any, NDArray[Any]], EzPickle, Generi
             SettingsError: an ended environment is stepped although ``autoreset_mode`` is
                 ``"Disabled"``.
         """
-        rows = self._rows(actions)
+        rows = action_rows(actions, self.num_envs, self.action_space)
         fresh = [i for i in range(self.num_envs) if self._ended[i]]
         if fresh and self.autoreset_mode is AutoresetMode.DISABLED:
             raise SettingsError(
@@ -249,6 +251,21 @@ class VectorEditing(VectorEnv[Observations, Any, NDArray[Any]], EzPickle, Generi
         """
         own = check_masks_of_several(masks, self.num_envs, len(self.envs[0].llm.layers))
         return stacked(try_options(self.envs, own, chunk))
+
+    @contextmanager
+    def watched(self, watch: Callable[[Sequence[int]], None]) -> Iterator[None]:
+        """Within the body, says which environments are observed anew, for vector wrappers.
+
+        Args:
+            watch: Called with their numbers right after they were observed: once in ``reset`` and
+                in ``step``; a second time in a step within which episodes ended and new ones
+                began (``"SameStep"``), with those.
+        """
+        self._watch = watch
+        try:
+            yield
+        finally:
+            self._watch = None
 
     def render(self) -> tuple[Any, ...] | None:
         """The pictures or texts of all environments; see the single environment."""
@@ -323,6 +340,8 @@ class VectorEditing(VectorEnv[Observations, Any, NDArray[Any]], EzPickle, Generi
             found = self.envs[0].observer.batch(views)
             index = torch.tensor(list(chosen), device=found.device)
             self._observations = self._observations.index_copy(0, index, found)
+            if self._watch is not None:
+                self._watch(chosen)
 
     def _shown(self) -> Any:
         """The observations as they are handed out, the caller's to keep."""
@@ -334,46 +353,6 @@ class VectorEditing(VectorEnv[Observations, Any, NDArray[Any]], EzPickle, Generi
         for i in sorted(infos):
             collected = self._add_info(collected, copy.copy(infos[i]), i)
         return collected
-
-    def _rows(self, actions: Any) -> list[Any]:
-        """One action per environment."""
-        if isinstance(actions, Mapping):
-            parts = {name: self._rows(part) for name, part in actions.items()}
-            return [{name: part[i] for name, part in parts.items()} for i in range(self.num_envs)]
-        try:
-            if isinstance(actions, torch.Tensor):
-                actions = actions.detach().cpu().numpy()
-            count = len(actions)
-        except TypeError:
-            count = -1
-        if count != self.num_envs:
-            got = getattr(actions, "shape", None)
-            raise ActionError(
-                f"actions must hold one action per environment, {self.num_envs} of them, as in "
-                f"{self.action_space}; got "
-                + (f"shape {tuple(got)}" if got is not None else f"{actions!r:.100}")
-            )
-        return [actions[i] for i in range(self.num_envs)]
-
-    def _seeds(self, seed: int | Sequence[int | None] | None) -> list[int | None]:
-        if seed is None:
-            return [None] * self.num_envs
-        if isinstance(seed, int | np.integer):
-            return [int(seed) + i for i in range(self.num_envs)]
-        if len(seed) != self.num_envs:
-            raise SettingsError(f"there must be {self.num_envs} seeds, got {len(seed)}")
-        return list(seed)
-
-    def _mask(self, mask: Any) -> NDArray[np.bool_]:
-        if mask is None:
-            return np.ones(self.num_envs, bool)
-        found = np.asarray(mask)
-        if found.shape != (self.num_envs,) or found.dtype != np.bool_ or not found.any():
-            raise SettingsError(
-                f"reset_mask must be {self.num_envs} booleans, at least one of them True, got "
-                f"{mask!r:.200}"
-            )
-        return found
 
 
 class VectorLifelongEdit(VectorEditing[LifelongEdit]):

@@ -13,10 +13,11 @@ SequentialSelection   ``MultiBinary(L)``          ``Discrete(L + 1)``: one layer
 NormalizeObservation  any Box observation         mean 0, variance 1; statistics in a file
 ObserveEffects        any id with a model         five more numbers per layer: what a write to it
                                                   does to the fact, controls and earlier facts
+VectorObserveEffects  the same, many of them      the same for each environment
 ===================== =========================== =============================================
 
 ``MultiBinary(L)`` are the actions of ``hiedit/LayerSelection-v1``, of ``hiedit/Toy-v1`` and of
-``FixedStepSize`` around ``hiedit/LifelongEdit-v1``. All of them are recorded in ``env.spec``.
+``FixedStepSize`` around ``hiedit/LifelongEdit-v1``. All but the last are recorded in ``env.spec``.
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ from hiedit_env.wrappers.flatten_action import FlattenAction
 from hiedit_env.wrappers.normalize_observation import NormalizeObservation
 from hiedit_env.wrappers.observe_effects import ObserveEffects
 from hiedit_env.wrappers.sequential_selection import SequentialSelection
+from hiedit_env.wrappers.vector_observe_effects import VectorObserveEffects
 
 __all__ = [
     "BoxLayers",
@@ -38,4 +40,5 @@ __all__ = [
     "NormalizeObservation",
     "ObserveEffects",
     "SequentialSelection",
+    "VectorObserveEffects",
 ]

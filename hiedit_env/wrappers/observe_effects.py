@@ -11,15 +11,11 @@ from gymnasium import spaces
 from numpy.typing import NDArray
 
 from hiedit_env.datasets.requests import Probe
+from hiedit_env.envs.effects import EFFECTS, Effects, choose_controls, control_keys
 from hiedit_env.errors import SettingsError
 
 if TYPE_CHECKING:
     from hiedit_env.envs.base import EditingEnv
-
-#: Numbers per layer, see :class:`ObserveEffects`.
-EFFECTS = 5
-#: Share of the largest squared gradient below which a layer counts as one without any.
-NOTHING = 1e-6
 
 
 class ObserveEffects(
@@ -76,93 +72,44 @@ class ObserveEffects(
             raise SettingsError(
                 f"ObserveEffects wraps a hiedit environment with a model, got {env}"
             )
-        if inner.settings.edits_per_step > 1:
-            raise SettingsError(
-                f"ObserveEffects looks at one fact per step, got edits_per_step="
-                f"{inner.settings.edits_per_step}; set it to 1"
-            )
         self._inner: EditingEnv = inner
-        chosen = getattr(inner, "controls", ()) if controls is None else controls
-        if not chosen:
-            raise SettingsError(
-                "ObserveEffects needs prompts that must not change; give it controls"
-            )
-        self.controls = tuple(chosen)
+        self.controls = choose_controls(inner, controls, "ObserveEffects")
         self._step_size = step_size
-        self._controls: list[Any] | None = None
-        self._edited: list[list[Any]] = []
-        count = len(inner.llm.layers)
-        low, high = env.observation_space.low, env.observation_space.high
-        self.observation_space = spaces.Box(
-            np.concatenate((low, np.zeros(EFFECTS * count, np.float32))),
-            np.concatenate((high, np.ones(EFFECTS * count, np.float32))),
-            dtype=np.float32,
-        )
+        self._effects: Effects | None = None
+        self.observation_space = with_effects(env.observation_space, len(inner.llm.layers))
 
     def reset(
         self, *, seed: int | None = None, options: dict[str, Any] | None = None
     ) -> tuple[NDArray[np.float32], dict[str, Any]]:
         """As the environment's, with a longer observation."""
         observation, info = self.env.reset(seed=seed, options=options)
-        self._edited = [[] for _ in self._inner.llm.layers]
-        if self._controls is None:
-            # The model is unedited now.
-            self._controls = self._read_controls()
         return self._longer(observation), info
 
     def step(self, action: Any) -> tuple[NDArray[np.float32], float, bool, bool, dict[str, Any]]:
         """As the environment's, with a longer observation."""
-        keys = self._answer_keys(self._inner.episode.capture)
+        # An episode that has ended or not begun says so itself.
+        if self._effects is not None and not self._inner.episode.ended:
+            self._effects.keep(self._inner)
         observation, reward, terminated, truncated, info = self.env.step(action)
-        if info["edit_over"]:
-            for known, own in zip(self._edited, keys, strict=True):
-                known.append(own)
         return self._longer(observation), float(reward), terminated, truncated, info
 
-    # -- inside -----------------------------------------------------------------------------------
-
     def _longer(self, observation: NDArray[np.float32]) -> NDArray[np.float32]:
-        found = self._effects().clip(0.0, 1.0).astype(np.float32)
-        return np.concatenate((observation, np.nan_to_num(found).ravel()))
+        if self._effects is None:
+            found = control_keys(self._inner.llm, self.controls)
+            self._effects = Effects(found, self._step_size)
+        return np.concatenate((observation, self._effects.now(self._inner).ravel()))
 
-    def _effects(self) -> NDArray[np.float64]:
-        """L × EFFECTS; 0 in layers where the fact has hardly any gradient."""
-        inner, capture = self._inner, self._inner.episode.capture
-        step = inner.rule.step_size if self._step_size is None else self._step_size
-        assert self._controls is not None
-        pairs = list(zip(capture.keys, capture.value_gradients, strict=True))
-        pairs = [(u.float(), v.float()) for u, v in pairs]
-        grams = [float(((u @ u.mT) * (v @ v.mT)).sum().clamp_min(0)) for u, v in pairs]
-        rows = np.zeros((len(pairs), EFFECTS))
-        rows[:, 0] = np.log10(1 + step * np.array(grams)) / 2
-        for layer, own in enumerate(self._answer_keys(capture)):
-            if grams[layer] <= NOTHING * max(grams):
-                continue
-            u, v = pairs[layer]
-            size = float(((own @ u.mT) @ v).norm(dim=1).mean())
-            for place, others in ((1, self._controls[layer]), (3, self._edited[layer])):
-                moved = [float(((k @ u.mT) @ v).norm(dim=1).mean()) / size for k in others]
-                if moved:
-                    rows[layer, place] = np.sqrt(np.mean(np.square(moved)))
-                    rows[layer, place + 1] = max(moved)
-        return rows
 
-    def _read_controls(self) -> list[Any]:
-        """Per layer the keys of every control."""
-        llm = self._inner.llm
-        found: list[list[Any]] = [[] for _ in llm.layers]
-        for control in self.controls:
-            capture = llm.read(llm.encode(control.prompt, control.answer)).capture()
-            for known, own in zip(found, self._answer_keys(capture), strict=True):
-                known.append(own)
-        return found
+def with_effects(space: spaces.Box, num_layers: int) -> spaces.Space[NDArray[np.float32]]:
+    """An observation space with the effects of L layers at its end.
 
-    def _answer_keys(self, capture: Any) -> list[Any]:
-        """Per layer the keys at the tokens that predict the answers, float32."""
-        places: list[int] = []
-        start = 0
-        for prompt in capture.prompts:
-            first = start + len(prompt.prompt_ids) - 1
-            places += range(first, first + len(prompt.answer_ids))
-            start += prompt.length
-        return [keys[places].float() for keys in capture.keys]
+    Args:
+        space: D numbers.
+        num_layers: L.
+    """
+    count = EFFECTS * num_layers
+    return spaces.Box(
+        np.concatenate((space.low, np.zeros(count, np.float32))),
+        np.concatenate((space.high, np.ones(count, np.float32))),
+        dtype=np.float32,
+    )

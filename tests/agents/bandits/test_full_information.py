@@ -15,11 +15,12 @@ from hiedit_agents.hierarchy.options import HierarchicalAgent, HighLevel
 from hiedit_agents.hierarchy.shared_router import SharedRouter
 from hiedit_agents.protocol import begin_episode
 from hiedit_benchmarks.worlds.headroom import masks_of
+from hiedit_env.envs.effects import EFFECTS
 from hiedit_env.envs.observations import LAYER_FEATURES, size_of
 from hiedit_env.envs.tried_options import TriedOptions
 from hiedit_env.errors import SettingsError
 from hiedit_env.wrappers import ObserveEffects
-from hiedit_env.wrappers.observe_effects import EFFECTS
+
 
 LAYERS = 4
 MASKS = masks_of(LAYERS).astype(bool)

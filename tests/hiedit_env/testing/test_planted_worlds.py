@@ -13,11 +13,11 @@ from gymnasium.utils.env_checker import check_env
 import hiedit_env  # noqa: F401
 from hiedit_env.datasets.difficulty import WorldName, world_seeds
 from hiedit_env.datasets.planted import World, make_world
+from hiedit_env.envs.effects import EFFECTS
 from hiedit_env.envs.planted import Planted
 from hiedit_env.errors import SettingsError
 from hiedit_env.testing.planted_worlds import PlantedWorlds
 from hiedit_env.wrappers import ObserveEffects
-from hiedit_env.wrappers.observe_effects import EFFECTS
 
 
 @pytest.fixture(autouse=True)
