@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, TypeVar
 
 from transformers import AutoTokenizer
 
+from hiedit_env.datasets.difficulty import is_world
 from hiedit_env.envs.settings import AskingSettings
 from hiedit_env.errors import SettingsError
 from hiedit_env.model.asking import end_of_turn
@@ -25,7 +26,7 @@ def settle_asking(settings: S, *, both: bool = False, in_chat: bool = False) -> 
     """Settings with the form of the prompts and the end token filled in.
 
     Where nothing is given, the form is plain, and the end token is put behind answers, except for
-    the toy models and where the tokenizer has none.
+    the toy models, worlds made on demand among them, and where the tokenizer has none.
 
     Args:
         settings: Which model, and what was given.
@@ -38,7 +39,8 @@ def settle_asking(settings: S, *, both: bool = False, in_chat: bool = False) -> 
         ModelError: no such model.
     """
     form, end = settings.prompt_form, settings.end_token
-    toy = built_in(known_as(settings.model)).shipped
+    # The models of worlds made on demand have single answers to give, and no end after them.
+    toy = is_world(settings.model) or built_in(known_as(settings.model)).shipped
     if end is None and toy:
         end = False
     if form is None and not both:

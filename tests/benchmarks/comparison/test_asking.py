@@ -152,3 +152,17 @@ def test_a_comparison_in_batches(tmp_path: Path) -> None:
         assert (row["num_edits"], row["settings"]["edits_per_step"]) == (3, n)
         edits = found.details["all-layers", 0]["edits"]
         assert len({edit["reward"] for edit in edits}) == rewards
+
+
+def test_a_world_made_on_demand_is_asked_without_an_end_token(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("HIEDIT_CACHE", str(tmp_path))
+    found = settle_asking(CompareSettings(model="planted:pairs:0"))
+    assert (found.prompt_form, found.end_token) == ("plain", False)
+    # Its model was made with one token per answer, so behind one there is no end to learn.
+    settings = replace(
+        QUICK, model="planted:plain:0", dataset=None, update_rule=None, num_edits=2, generation=()
+    )
+    episode = play(make_env(settle_asking(settings), False), make_agent("oracle"), 0)
+    assert [edit.metrics["answered"] for edit in episode.edits] == [1.0, 1.0]
