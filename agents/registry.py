@@ -4,7 +4,8 @@
 ``all-layers``, …         a simple choice of layers over the environment's update rule
 ``hiedit``, ``rledit``, … a named agent with the weights that ship with it
 ``oracle``                the best choice, on ``hiedit/Planted-v1`` only
-``DIR``                   a trained agent: a folder that ``hiedit train`` wrote
+``DIR``                   a trained agent: a folder that ``hiedit train`` wrote, or
+                          :mod:`hiedit_agents.bandits.train_shared`
 ``HIGH+LOW``              any high level over any low level; either may also be a DIR, of which
                           that level is taken, or a ``module:Class`` of your own
 ``ppo:DIR``               a policy that ``python -m hiedit_agents.rl.ppo`` trained; so do
@@ -31,9 +32,12 @@ from types import MappingProxyType
 from typing import Any
 
 from hiedit_agents.bandits.agent import FixedBest, LinearBanditAgent
+from hiedit_agents.bandits.shared_agent import SharedAgent
 from hiedit_agents.hierarchy.simple import LayerChoiceAgent, OracleAgent
 from hiedit_agents.named.checkpoints import (
+    LEVELS,
     POLICY,
+    SHARED,
     kind_of,
     refuse_folder,
 )
@@ -121,6 +125,8 @@ def make_agent(
     low = {
         "max_steps_per_edit": max_steps_per_edit, "step_size": step_size, "update_rule": update_rule
     }  # fmt: skip
+    if kind_of(Path(name)) == SHARED:
+        return SharedAgent(Path(name))
     if not is_trained(name):
         refuse_old_syntax(name)
     if name in CHOICES:
@@ -128,6 +134,8 @@ def make_agent(
     if name == OracleAgent.name:
         return OracleAgent()
     base, pairs = (name, []) if is_trained(name) else split_settings(name)
+    if kind_of(Path(base)) == SHARED:
+        raise SettingsError(f"{base} holds a shared router, which takes no settings: name it alone")
     if base in RIVALS:
         return _rival(base, dict(pairs))
     if is_spec_file(base):
@@ -176,7 +184,7 @@ def labelled(text: str) -> tuple[str, str]:
     Raises:
         SettingsError: settings after ``?``, as they were written in earlier versions.
     """
-    label, name = split_label(text, is_trained)
+    label, name = split_label(text, lambda part: kind_of(Path(part)) in (LEVELS, SHARED))
     if label is not None and "?" in label:
         # The "=" was that of the first setting.
         refuse_old_syntax(text)
@@ -213,6 +221,11 @@ def spec_agent(name: str, layers_per_edit: int | None = None) -> SpecAgent:
     if kind_of(Path(name)) == POLICY:
         library = library_of(Path(name))
         raise CheckpointError(f"{name} holds a policy of {library}; name it {library}:{name}")
+    if kind_of(Path(name)) == SHARED:
+        raise CheckpointError(
+            f"{name} holds a shared router, which has no levels and plays planted worlds only: "
+            "give it to hiedit compare --agents"
+        )
     if name == OracleAgent.name or split_settings(name)[0] in RIVALS:
         raise SettingsError(f"agent {name!r} has no levels, so nothing to train")
     refuse_folder(Path(name))

@@ -12,22 +12,28 @@ from torch import Tensor, nn
 from hiedit_agents.hierarchy.options import Choice
 from hiedit_agents.hierarchy.routers import seeded_linear
 from hiedit_agents.protocol import Observation
+from hiedit_env.envs.effects import EFFECTS
 from hiedit_env.envs.observations import (
     GLOBAL_FEATURES,
     LAYER_FEATURES,
     STANDING_FEATURES,
     size_of,
 )
-from hiedit_env.envs.effects import EFFECTS
 from hiedit_env.errors import SettingsError
 from hiedit_env.resident.capture import Capture
-
 
 #: Features of a layer that mean the same in all layers and worlds: all but the projections.
 COMMON_FEATURES = 6
 #: Numbers per layer and about fact and stream that are read.
 PER_LAYER = COMMON_FEATURES + 1 + EFFECTS
 PER_FACT = GLOBAL_FEATURES + STANDING_FEATURES
+#: Names of what is read: about a layer, then about fact and stream.
+FEATURES = (
+    *("key_size", "gradient_size", "gradient_share", "change", "gradient_cosine", "written_share"),
+    *("overlap", "effect", "spill", "largest_spill", "interference", "largest_interference"),
+    *("loss", "token_accuracy", "answered", "steps_share", "stream_share"),
+    *("recent_retention", "agreement"),
+)
 #: What standardised features are clipped to.
 _MOST = 5.0
 
@@ -52,7 +58,7 @@ class SharedScores(nn.Module, ABC):
 
     def __init__(self, count: int, inputs: int, *, hidden: int = 64, seed: int = 0) -> None:
         super().__init__()
-        self.count = count
+        self.count, self.hidden = count, hidden
         generator = torch.Generator().manual_seed(seed)
         self.first = seeded_linear(inputs, hidden, generator)
         self.second = seeded_linear(3 * hidden, hidden, generator)

@@ -1,9 +1,10 @@
 """Agents on disk: ``agent.json`` and ``agent.safetensors``, one format for every kind of agent.
 
 ``agent.json`` says format, kind, how to build the agent, how it was trained, and the SHA-256 digest
-of the tensors. Both files are data: reading them runs no code. There are two kinds: ``levels``, a
-high and a low level that ``hiedit train`` wrote, and ``policy``, a policy of an RL library or of
-:mod:`hiedit_agents.rl.ppo`. What each kind records is checked by :mod:`.schema`.
+of the tensors. Both files are data: reading them runs no code. There are three kinds: ``levels``, a
+high and a low level that ``hiedit train`` wrote; ``policy``, a policy of an RL library or of
+:mod:`hiedit_agents.rl.ppo`; and ``shared``, a router of planted worlds that
+:mod:`hiedit_agents.bandits.train_shared` wrote. What each records is checked by :mod:`.schema`.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ from hiedit_env.model.relatives import sample
 from hiedit_env.resident.resident import ResidentLLM
 
 FORMAT = 2
-LEVELS, POLICY = "levels", "policy"
+LEVELS, POLICY, SHARED = "levels", "policy", "shared"
 JSON_FILE = "agent.json"
 TENSOR_FILE = "agent.safetensors"
 #: Key of a training's record: the hashes of its facts, one text, since a line each would bury the
@@ -53,7 +54,7 @@ def write_agent(
 
     Args:
         folder: Made if need be.
-        kind: ``"levels"`` or ``"policy"``.
+        kind: ``"levels"``, ``"policy"`` or ``"shared"``.
         record: Plain JSON, what :mod:`.schema` asks for this kind.
         tensors: Its trained numbers by name.
 
@@ -106,7 +107,8 @@ def read_record(folder: Path, kind: str | None = LEVELS) -> dict[str, Any]:
     if kind is not None and record["kind"] != kind:
         raise CheckpointError(
             f"{folder} holds an agent of the kind {record['kind']!r}, and {kind!r} is wanted here: "
-            "hiedit train writes 'levels', the scripts of RL libraries write 'policy'"
+            "hiedit train writes 'levels', the scripts of RL libraries write 'policy', and "
+            "hiedit_agents.bandits.train_shared writes 'shared'"
         )
     return record
 
@@ -153,7 +155,8 @@ def kind_of(folder: Path) -> str | None:
         record = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return LEVELS
-    return POLICY if isinstance(record, dict) and record.get("kind") == POLICY else LEVELS
+    kind = record.get("kind") if isinstance(record, dict) else None
+    return kind if kind in (POLICY, SHARED) else LEVELS
 
 
 def read_tensors(folder: Path, record: Mapping[str, Any]) -> dict[str, Tensor]:

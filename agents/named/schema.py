@@ -112,8 +112,24 @@ class PolicyOfLibrary(_Part):
     tensors: Tensors
 
 
+class SharedTraining(Training):
+    """What a shared router learned from."""
+
+    worlds: list[str]
+
+
+class Shared(_Part):
+    """A router with one network for all layers, see :mod:`hiedit_agents.bandits.shared_agent`."""
+
+    kind: Literal["shared"]
+    features: list[str]
+    hidden: Annotated[int, Field(ge=1)]
+    training: SharedTraining
+    tensors: Tensors
+
+
 _RECORD: TypeAdapter[Any] = TypeAdapter(
-    Annotated[Levels | PolicyOfLibrary, Field(discriminator="kind")]
+    Annotated[Levels | PolicyOfLibrary | Shared, Field(discriminator="kind")]
 )
 
 

@@ -21,8 +21,8 @@ from numpy.typing import NDArray
 from scipy import stats
 
 import hiedit_env  # noqa: F401
+from hiedit_agents.bandits.worlds import MOST_LAYERS, masks_of
 from hiedit_agents.command_line import parse, run_script
-from hiedit_benchmarks.worlds.headroom import MOST_LAYERS, masks_of
 from hiedit_env.envs.reward_weights import Version, default_weights
 from hiedit_env.envs.settings import AtLeast1, Dataset, Name, settings
 from hiedit_env.envs.vector import VectorEditing

@@ -4,7 +4,8 @@ Training worlds are recorded once, with the outcome of every set of layers on ev
 training seed draws some of them; fixed-best, linear bandit, PPO and the router of ``hiedit`` learn
 from the same facts, all with the environment's own update rule. Then all agents play the same
 streams of test worlds. Episodes are compared by outcomes, see
-:mod:`hiedit_benchmarks.worlds.headroom`. Writes ``results.json``, ``table.md`` and ``regret.png``::
+:mod:`hiedit_benchmarks.worlds.headroom`. Writes ``results.json``, ``table.md`` and ``regret.png``,
+and each seed's router as an agent of ``hiedit compare`` in ``router-SEED``::
 
     python -m hiedit_benchmarks.studies.unseen_worlds --difficulty pairs --out runs/unseen-pairs
 """
@@ -15,10 +16,10 @@ import json
 import sys
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import gymnasium as gym
 import numpy as np
 import torch
 from numpy.typing import NDArray
@@ -28,19 +29,19 @@ from hiedit_agents.bandits.fixed_best import greedy_search, recorded_score
 from hiedit_agents.bandits.full_information import LearnSettings, Pool, learn
 from hiedit_agents.bandits.linear import LinearBandit
 from hiedit_agents.bandits.recorded_env import RecordedFacts
-from hiedit_agents.bandits.recording import mostly_best, record
+from hiedit_agents.bandits.shared_agent import save_shared
+from hiedit_agents.bandits.worlds import masks_of, open_world, record_world
 from hiedit_agents.command_line import parse, run_script
 from hiedit_agents.hierarchy.shared_router import SharedRouter
 from hiedit_benchmarks.comparison.results import versions
 from hiedit_benchmarks.studies.unseen_report import draw, summarise, table
-from hiedit_benchmarks.worlds.headroom import Choose, masks_of, measure, play
+from hiedit_benchmarks.worlds.headroom import Choose, measure, play
 from hiedit_env.datasets.difficulty import WorldName, read_difficulty, require_apart, world_seeds
 from hiedit_env.envs.base import EditingEnv
 from hiedit_env.envs.settings import AtLeast0, AtLeast1, settings
 from hiedit_env.errors import ResultsExistError, SettingsError, require_libraries
 from hiedit_env.files import write_bytes
 from hiedit_env.rules.layer_choice import make_choice
-from hiedit_env.wrappers.observe_effects import ObserveEffects
 
 PROGRAM = "python -m hiedit_benchmarks.studies.unseen_worlds"
 #: Settings of Stable-Baselines3's PPO; an episode is one fact, so there is nothing to discount.
@@ -78,14 +79,6 @@ class Options:
     """recorded facts that PPO sees, again and again; 0 leaves it out"""
 
 
-def open_world(name: WorldName, num_edits: int) -> gym.Env[Any, Any]:
-    """The environment of a world, with effects in the observation."""
-    env = gym.make(
-        "hiedit/Planted-v2", disable_env_checker=True, model=str(name), num_edits=num_edits
-    )
-    return ObserveEffects(env)
-
-
 def record_worlds(given: Options, masks: NDArray[np.int8]) -> dict[str, NDArray[Any]]:
     """Training worlds with every option tried; kept in ``recorded.safetensors``.
 
@@ -102,8 +95,8 @@ def record_worlds(given: Options, masks: NDArray[np.int8]) -> dict[str, NDArray[
         return found
     observations, rewards = [], []
     for seed in world_seeds("train", given.worlds):
-        env = open_world(WorldName(read_difficulty(given.difficulty), seed), given.num_edits)
-        one = record(env, masks, [0], behaviour=mostly_best)
+        name = WorldName(read_difficulty(given.difficulty), seed)
+        one = record_world(name, given.num_edits)
         observations.append(one.observations)
         rewards.append(one.rewards)
         say(f"recorded world {seed}")
@@ -127,8 +120,15 @@ def pool_of(
     )
 
 
-def learners(given: Options, pool: Pool, seed: int) -> dict[str, Choose]:
-    """Agents that learned from a pool, by name."""
+def learners(given: Options, pool: Pool, worlds: Sequence[str], seed: int) -> dict[str, Choose]:
+    """Agents that learned from a pool, by name; the router also as an agent in ``router-SEED``.
+
+    Args:
+        given: The settings.
+        pool: The recorded facts.
+        worlds: Names of the worlds that they are of.
+        seed: Of everything that learns or draws.
+    """
     count = pool.masks.shape[1]
     fixed = greedy_search(recorded_score(pool.masks, pool.rewards), count).layers
     router = SharedRouter(count, seed=seed)
@@ -156,10 +156,8 @@ def learners(given: Options, pool: Pool, seed: int) -> dict[str, Choose]:
         ],
         "hiedit": route,
     }
-    save_file(
-        {name: value.numpy() for name, value in router.state_dict().items()},
-        given.out / f"router-{seed}.safetensors",
-    )
+    training = {"worlds": list(worlds), "num_edits": given.num_edits, "seed": seed}
+    save_shared(given.out / f"router-{seed}", router, {**training, "settings": asdict(how)})
     if given.ppo_steps:
         found["ppo"] = learn_ppo(pool, given.ppo_steps, seed)
     return found
@@ -213,8 +211,9 @@ def study(given: Options) -> dict[str, Any]:
             "recorded; raise --worlds"
         )
     difficulty = read_difficulty(given.difficulty)
+    training = world_seeds("train", given.worlds)
     test = world_seeds("test", given.test_worlds)
-    require_apart(world_seeds("train", given.worlds), test)
+    require_apart(training, test)
     given.out.mkdir(parents=True, exist_ok=True)
     masks = masks_of(difficulty.layers)
     started = time.process_time()
@@ -224,8 +223,11 @@ def study(given: Options) -> dict[str, Any]:
     started = time.process_time()
     for seed in range(given.training_seeds):
         drawn = np.random.default_rng([seed, 10]).permutation(given.worlds)
-        pool = pool_of(recorded, masks, drawn[: given.worlds_per_seed])
-        agents.append({**learners(given, pool, seed), **untrained(given, difficulty.layers, seed)})
+        places = drawn[: given.worlds_per_seed]
+        pool = pool_of(recorded, masks, places)
+        names = [str(WorldName(difficulty, training[place])) for place in places]
+        learned = learners(given, pool, names, seed)
+        agents.append({**learned, **untrained(given, difficulty.layers, seed)})
         say(f"learned with seed {seed}")
     seconds["learning"] = time.process_time() - started
     outcomes: dict[str, list[list[float]]] = {name: [[] for _ in agents] for name in agents[0]}

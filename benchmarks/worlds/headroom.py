@@ -15,47 +15,23 @@ import json
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from itertools import combinations
 from typing import Any, cast
 
 import gymnasium as gym
 import numpy as np
 from numpy.typing import NDArray
 
+from hiedit_agents.bandits.worlds import masks_of
 from hiedit_agents.command_line import parse, run_script
 from hiedit_benchmarks.comparison.results import versions
 from hiedit_env.datasets.difficulty import LEVELS, WorldName, read_difficulty, world_seeds
 from hiedit_env.envs.base import EditingEnv
 from hiedit_env.envs.settings import AtLeast1, settings
 from hiedit_env.envs.vector import VectorEditing
-from hiedit_env.errors import SettingsError
 
 PROGRAM = "python -m hiedit_benchmarks.worlds.headroom"
-#: Most layers whose subsets are all played.
-MOST_LAYERS = 8
 #: From the environment to the layers of its present fact, L zeros and ones.
 Choose = Callable[[EditingEnv, NDArray[np.float32]], NDArray[Any]]
-
-
-def masks_of(count: int) -> NDArray[np.int8]:
-    """All subsets of the layers, fewest first: 2^L × L.
-
-    Raises:
-        SettingsError: more than 8 layers.
-
-    >>> masks_of(2).tolist()
-    [[0, 0], [1, 0], [0, 1], [1, 1]]
-    """
-    if count > MOST_LAYERS:
-        raise SettingsError(
-            f"all subsets of at most {MOST_LAYERS} layers are played, got {count} layers; take a "
-            "difficulty with fewer"
-        )
-    chosen = [c for size in range(count + 1) for c in combinations(range(count), size)]
-    masks = np.zeros((len(chosen), count), np.int8)
-    for row, layers in enumerate(chosen):
-        masks[row, list(layers)] = 1
-    return masks
 
 
 @dataclass(frozen=True, slots=True)

@@ -11,16 +11,15 @@ from gymnasium.utils.env_checker import check_env
 from hiedit_agents.bandits.full_information import LearnSettings, Pool, learn, pooled
 from hiedit_agents.bandits.recorded_env import RecordedFacts
 from hiedit_agents.bandits.recording import any_option, mostly_best, record
+from hiedit_agents.bandits.worlds import masks_of
 from hiedit_agents.hierarchy.options import HierarchicalAgent, HighLevel
 from hiedit_agents.hierarchy.shared_router import SharedRouter
 from hiedit_agents.protocol import begin_episode
-from hiedit_benchmarks.worlds.headroom import masks_of
 from hiedit_env.envs.effects import EFFECTS
 from hiedit_env.envs.observations import LAYER_FEATURES, size_of
 from hiedit_env.envs.tried_options import TriedOptions
 from hiedit_env.errors import SettingsError
 from hiedit_env.wrappers import ObserveEffects
-
 
 LAYERS = 4
 MASKS = masks_of(LAYERS).astype(bool)

@@ -8,8 +8,8 @@ import gymnasium as gym
 import numpy as np
 import pytest
 
+from hiedit_agents.bandits.worlds import masks_of
 from hiedit_benchmarks.studies.constant_policies import Options, main, play
-from hiedit_benchmarks.worlds.headroom import masks_of
 from hiedit_env.errors import SettingsError
 
 

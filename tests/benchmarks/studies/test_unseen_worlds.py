@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from hiedit_agents.registry import make_agent
 from hiedit_benchmarks.studies.unseen_report import draw, interval, rows_of, summarise, table
 from hiedit_benchmarks.studies.unseen_worlds import Options, main, study
 from hiedit_env.errors import ResultsExistError, SettingsError
@@ -65,6 +66,8 @@ def test_a_small_study_from_end_to_end(tmp_path: Path, capsys: pytest.CaptureFix
     assert rows_of(results)[:3] == ["oracle", "hiedit", "best-constant"]
     assert printed.strip() == (tmp_path / "one" / "table.md").read_text().strip() == table(results)
     assert (tmp_path / "one" / "regret.png").read_bytes() == draw(results)
+    # The routers are agents.
+    assert make_agent(str(tmp_path / "one" / "router-1")).name.endswith("router-1")
     # Nothing is random but what follows from the seeds.
     assert main([*given, "--out", str(tmp_path / "two")]) == 0
     again = json.loads((tmp_path / "two" / "results.json").read_text())

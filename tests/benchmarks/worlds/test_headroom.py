@@ -8,7 +8,8 @@ import gymnasium as gym
 import numpy as np
 import pytest
 
-from hiedit_benchmarks.worlds.headroom import main, masks_of, measure, play, play_constants
+from hiedit_agents.bandits.worlds import masks_of
+from hiedit_benchmarks.worlds.headroom import main, measure, play, play_constants
 from hiedit_env.datasets.difficulty import WorldName
 from hiedit_env.errors import SettingsError
 
