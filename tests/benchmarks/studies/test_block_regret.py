@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -166,6 +167,22 @@ def test_nobody_learns_from_what_it_is_evaluated_on(folds: int) -> None:
     # What was chosen for a fact is scored on it.
     assert list(test) == sorted(chosen_for)
     assert (weights == test[:, None, None]).all()
+
+
+@pytest.mark.parametrize("name", [*sorted(LEARNERS), "best fixed", "best per relation"])
+def test_no_outcome_of_a_fact_decides_what_is_chosen_for_it(name: str) -> None:
+    table = outcome_table(records(by_number, 24, noise=0.3), "smooth")
+    train, test = np.arange(0, 24, 2), np.arange(1, 24, 2)
+    first = AGENTS[name](Task(table, train, test, test, 0))
+    # On the facts to choose for, the option that was chosen least is now the only good one.
+    changed = table.outcomes.copy()
+    changed[test] = 0
+    changed[test, :, first[:, :, :-1].sum((0, 1)).argmin()] = 1
+    other = replace(table, outcomes=changed)
+    np.testing.assert_array_equal(AGENTS[name](Task(other, train, test, test, 0)), first)
+    # Told the same of the facts to learn from, it would choose otherwise.
+    told = AGENTS[name](Task(other, np.arange(24), test, test, 0))
+    assert (told != first).any()
 
 
 def test_the_share_of_the_headroom_and_no_share_of_none() -> None:
