@@ -1,8 +1,11 @@
-"""How constant policies rank under the rewards of versions 1 and 2.
+"""How constant policies rank under versions 1 and 2.
 
 Every subset of the candidate layers is written for every fact of a stream, in its own episode; all
-episodes advance together. The policies are ranked by reward per fact under both versions of the
-reward, and by what the edits are for: the mean of the metrics right after each edit. Prints JSON::
+episodes advance together. The policies are ranked by the reward of version 1 per fact, which counts
+final terms; by the outcome of version 2 per fact, see :mod:`hiedit_benchmarks.worlds.headroom`; and
+by what the edits are for: the mean of the metrics right after each edit. The reward of version 2 is
+shown beside, but ranks nothing: summed over an episode it pays for the repair of what earlier edits
+broke. Prints JSON::
 
     python -m hiedit_benchmarks.studies.constant_policies --model tiny --num-edits 24
 """
@@ -23,6 +26,7 @@ from scipy import stats
 import hiedit_env  # noqa: F401
 from hiedit_agents.bandits.worlds import MOST_LAYERS, masks_of
 from hiedit_agents.command_line import parse, run_script
+from hiedit_benchmarks.worlds.headroom import error_types, terms_before
 from hiedit_env.envs.reward_weights import Version, default_weights
 from hiedit_env.envs.settings import AtLeast1, Dataset, Name, settings
 from hiedit_env.envs.vector import VectorEditing
@@ -54,8 +58,9 @@ def play(given: Options, version: Version, seed: int) -> tuple[NDArray[Any], dic
     """Episodes of all constant policies on one stream.
 
     Returns:
-        The masks, and by name numbers of every policy: ``reward`` per fact, ``steps`` per fact,
-        ``collapsed``, and every metric.
+        The masks, and by name numbers of every policy: ``reward`` per fact, ``outcome`` per fact
+        (version 2; of version 1 the reward), ``untouched``, the terms of the first fact before any
+        edit, ``steps`` per fact, ``collapsed``, and every metric.
 
     Raises:
         SettingsError: more than 8 candidate layers.
@@ -84,11 +89,18 @@ def play(given: Options, version: Version, seed: int) -> tuple[NDArray[Any], dic
     envs.reset(seed=[seed] * len(masks))
     going = np.ones(len(masks), bool)
     reward, steps = np.zeros(len(masks)), np.zeros(len(masks))
+    outcome, last = np.zeros(len(masks)), np.zeros(len(masks))
+    untouched = np.array([terms_before(env) for env in envs.envs])
     sums = {name: np.zeros(len(masks)) for name in METRICS}
     known = {name: np.zeros(len(masks)) for name in METRICS}
     collapsed = np.zeros(len(masks), bool)
     for _ in range(given.num_edits):
+        before = np.array([terms_before(env) for env in envs.envs])
+        left = np.array([env.episode.units_left for env in envs.envs])
         _, rewards, ended, _, info = envs.step(masks)
+        own = before + rewards / np.where(error_types(info) != 0, left, 1)
+        last = np.where(going, own, last)
+        outcome += last
         found = [_of(info, i) for i in range(len(masks))]
         for i in np.flatnonzero(going):
             reward[i] += rewards[i]
@@ -105,6 +117,8 @@ def play(given: Options, version: Version, seed: int) -> tuple[NDArray[Any], dic
     edits = given.num_edits
     return masks, {
         "reward": reward / edits,
+        "outcome": (outcome if version == 2 else reward) / edits,
+        "untouched": untouched,
         "steps": steps / edits,
         "collapsed": collapsed,
         **metrics,
@@ -132,20 +146,22 @@ def main(arguments: Sequence[str] | None = None) -> int:
         masks = played[0][0]
         runs[version] = {n: np.mean([run[n] for _, run in played], 0) for n in played[0][1]}
     wanted = np.mean([runs[1][name] for name in WANTED], 0)
-    rewards = {version: run["reward"] for version, run in runs.items()}
+    # By what policies are ranked.
+    ranked = {"v1": runs[1]["reward"], "outcome_v2": runs[2]["outcome"]}
     names = ["".join(map(str, mask)) for mask in masks]
 
     def row(i: int) -> dict[str, Any]:
         own = {name: round(float(runs[1][name][i]), 3) for name in WANTED}
         ranks = {
-            f"rank_v{version}": int(1 + (reward > reward[i]).sum())
-            for version, reward in rewards.items()
+            f"rank_{name}": int(1 + (worth > worth[i]).sum()) for name, worth in ranked.items()
         }
-        paid = {f"v{version}": round(float(reward[i]), 3) for version, reward in rewards.items()}
-        return {"layers": names[i], **paid, **ranks, "metrics": round(float(wanted[i]), 3), **own}
+        shown = {name: round(float(worth[i]), 3) for name, worth in ranked.items()}
+        shown["reward_v2"] = round(float(runs[2]["reward"][i]), 3)
+        return {"layers": names[i], **shown, **ranks, "metrics": round(float(wanted[i]), 3), **own}
 
     shown = {
-        f"best_v{v}": [row(int(i)) for i in np.argsort(-r)[: given.top]] for v, r in rewards.items()
+        f"best_{name}": [row(int(i)) for i in np.argsort(-worth)[: given.top]]
+        for name, worth in ranked.items()
     }
     result = {
         "model": given.model,
@@ -158,12 +174,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         # To die with the first step: what an episode would earn for each of its facts.
         "collapse_at_once": {
             "v1": -default_weights(1)["collapse"] / given.num_edits,
-            "v2": -default_weights(2)["collapse"],
+            "outcome_v2": float(runs[2]["untouched"][0]) - default_weights(2)["collapse"],
         },
         "spearman_with_metrics": {
-            f"v{v}": float(stats.spearmanr(r, wanted).statistic) for v, r in rewards.items()
+            name: float(stats.spearmanr(worth, wanted).statistic) for name, worth in ranked.items()
         },
-        "spearman_v1_v2": float(stats.spearmanr(rewards[1], rewards[2]).statistic),
+        "spearman_v1_outcome_v2": float(stats.spearmanr(*ranked.values()).statistic),
         "threads": torch.get_num_threads(),
     }
     print(json.dumps(result, indent=2))

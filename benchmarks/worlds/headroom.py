@@ -6,6 +6,10 @@ terms before the fact, so within one state both rank options alike. Summed over 
 not: an agent that breaks facts which are edited later is rewarded for their repair, and can earn
 more than the oracle. Outcomes pay nothing for it.
 
+A fact that is lost because the episode ended early counts as left alone, minus the price of a
+collapse. What it would be without an edit is known of the fact at which the episode ended, which
+stands for the others.
+
 ``python -m hiedit_benchmarks.worlds.headroom`` measures difficulties and prints JSON.
 """
 
@@ -84,17 +88,18 @@ def measure(world: WorldName, num_edits: int, seed: int = 0) -> Headroom:
 
 
 def play(env: gym.Env[Any, Any], choose: Choose, seed: int) -> list[float]:
-    """One episode of version 2; the outcome of each fact, and of each that is lost the last one."""
+    """The outcome of each fact of one episode of version 2."""
     inner = env.unwrapped
     assert isinstance(inner, EditingEnv)
     observation, _ = env.reset(seed=seed)
     outcomes: list[float] = []
     ended = False
     while not ended:
-        before = terms_before(inner)
+        before, left = terms_before(inner), inner.episode.units_left
         action = np.asarray(choose(inner, observation), np.int8)
-        observation, reward, ended, _, _ = env.step(action)
-        outcomes.append(before + float(reward))
+        observation, reward, ended, _, info = env.step(action)
+        # A collapse is charged with all facts that are lost.
+        outcomes.append(before + float(reward) / (left if info["error_type"] else 1))
     return outcomes + outcomes[-1:] * (len(inner.stream) - len(outcomes))
 
 
@@ -105,6 +110,19 @@ def terms_before(env: EditingEnv) -> float:
         return 0.0
     terms = standing.terms.items()
     return float(sum(env.weights_of_terms[name] * value for name, value in terms))
+
+
+def error_types(info: dict[str, Any]) -> NDArray[np.int64]:
+    """Why episodes ended early in a step of a vector environment, N; 0 where they did not.
+
+    Args:
+        info: The step's information; of an episode that ended within it, its last one counts.
+    """
+    found = np.array(info["error_type"], np.int64)
+    if "final_info" in info:
+        over = info["_final_info"]
+        found[over] = info["final_info"]["error_type"][over]
+    return found
 
 
 def play_constants(
@@ -119,7 +137,7 @@ def play_constants(
         seed: Of the stream.
 
     Returns:
-        M float64; a fact that was lost with its episode counts as the one that ended it.
+        M float64.
     """
     envs = cast(
         VectorEditing[Any],
@@ -137,8 +155,10 @@ def play_constants(
     last, going = np.zeros(len(masks)), np.ones(len(masks), bool)
     for _ in range(num_edits):
         before = np.array([terms_before(env) for env in envs.envs])
-        _, rewards, ended, _, _ = envs.step(masks)
-        last = np.where(going, before + rewards, last)
+        left = np.array([env.episode.units_left for env in envs.envs])
+        _, rewards, ended, _, info = envs.step(masks)
+        own = before + rewards / np.where(error_types(info) != 0, left, 1)
+        last = np.where(going, own, last)
         total += last
         going &= ~ended
     envs.close()
