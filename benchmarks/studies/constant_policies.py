@@ -59,8 +59,7 @@ def play(given: Options, version: Version, seed: int) -> tuple[NDArray[Any], dic
 
     Returns:
         The masks, and by name numbers of every policy: ``reward`` per fact, ``outcome`` per fact
-        (version 2; of version 1 the reward), ``untouched``, the terms of the first fact before any
-        edit, ``steps`` per fact, ``collapsed``, and every metric.
+        (version 2; of version 1 the reward), ``steps`` per fact, ``collapsed``, and every metric.
 
     Raises:
         SettingsError: more than 8 candidate layers.
@@ -89,18 +88,15 @@ def play(given: Options, version: Version, seed: int) -> tuple[NDArray[Any], dic
     envs.reset(seed=[seed] * len(masks))
     going = np.ones(len(masks), bool)
     reward, steps = np.zeros(len(masks)), np.zeros(len(masks))
-    outcome, last = np.zeros(len(masks)), np.zeros(len(masks))
-    untouched = np.array([terms_before(env) for env in envs.envs])
+    outcome, price = np.zeros(len(masks)), envs.envs[0].weights_of_terms["collapse"]
     sums = {name: np.zeros(len(masks)) for name in METRICS}
     known = {name: np.zeros(len(masks)) for name in METRICS}
     collapsed = np.zeros(len(masks), bool)
     for _ in range(given.num_edits):
         before = np.array([terms_before(env) for env in envs.envs])
-        left = np.array([env.episode.units_left for env in envs.envs])
         _, rewards, ended, _, info = envs.step(masks)
-        own = before + rewards / np.where(error_types(info) != 0, left, 1)
-        last = np.where(going, own, last)
-        outcome += last
+        kept = going & (error_types(info) == 0)
+        outcome += np.where(kept, before + rewards, before[0] + rewards[0] - price)
         found = [_of(info, i) for i in range(len(masks))]
         for i in np.flatnonzero(going):
             reward[i] += rewards[i]
@@ -118,7 +114,6 @@ def play(given: Options, version: Version, seed: int) -> tuple[NDArray[Any], dic
     return masks, {
         "reward": reward / edits,
         "outcome": (outcome if version == 2 else reward) / edits,
-        "untouched": untouched,
         "steps": steps / edits,
         "collapsed": collapsed,
         **metrics,
@@ -174,7 +169,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         # To die with the first step: what an episode would earn for each of its facts.
         "collapse_at_once": {
             "v1": -default_weights(1)["collapse"] / given.num_edits,
-            "outcome_v2": float(runs[2]["untouched"][0]) - default_weights(2)["collapse"],
+            "outcome_v2": float(runs[2]["outcome"][0]) - default_weights(2)["collapse"],
         },
         "spearman_with_metrics": {
             name: float(stats.spearmanr(worth, wanted).statistic) for name, worth in ranked.items()

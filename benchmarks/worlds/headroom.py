@@ -6,9 +6,8 @@ terms before the fact, so within one state both rank options alike. Summed over 
 not: an agent that breaks facts which are edited later is rewarded for their repair, and can earn
 more than the oracle. Outcomes pay nothing for it.
 
-A fact that is lost because the episode ended early counts as left alone, minus the price of a
-collapse. What it would be without an edit is known of the fact at which the episode ended, which
-stands for the others.
+A fact that is lost because the episode ended early counts as in the unedited model, minus the
+price of a collapse, so that an early end never pays.
 
 ``python -m hiedit_benchmarks.worlds.headroom`` measures difficulties and prints JSON.
 """
@@ -93,14 +92,20 @@ def play(env: gym.Env[Any, Any], choose: Choose, seed: int) -> list[float]:
     assert isinstance(inner, EditingEnv)
     observation, _ = env.reset(seed=seed)
     outcomes: list[float] = []
-    ended = False
+    ended, lost = False, False
     while not ended:
-        before, left = terms_before(inner), inner.episode.units_left
+        before = terms_before(inner)
         action = np.asarray(choose(inner, observation), np.int8)
         observation, reward, ended, _, info = env.step(action)
-        # A collapse is charged with all facts that are lost.
-        outcomes.append(before + float(reward) / (left if info["error_type"] else 1))
-    return outcomes + outcomes[-1:] * (len(inner.stream) - len(outcomes))
+        outcomes.append(before + float(reward))
+        lost = bool(info["error_type"])
+    if lost:
+        finished = len(outcomes) - 1
+        nothing = np.zeros(len(inner.llm.layers), np.int8)
+        alone = play(env, lambda _, seen: nothing, seed)
+        price = inner.weights_of_terms["collapse"]
+        outcomes[finished:] = [outcome - price for outcome in alone[finished:]]
+    return outcomes
 
 
 def terms_before(env: EditingEnv) -> float:
@@ -132,7 +137,7 @@ def play_constants(
 
     Args:
         world: Which.
-        masks: M × L.
+        masks: M × L, the first of them without any layer.
         num_edits: Facts of the stream.
         seed: Of the stream.
 
@@ -152,14 +157,12 @@ def play_constants(
     )
     envs.reset(seed=[seed] * len(masks))
     total = np.zeros(len(masks))
-    last, going = np.zeros(len(masks)), np.ones(len(masks), bool)
+    going, price = np.ones(len(masks), bool), envs.envs[0].weights_of_terms["collapse"]
     for _ in range(num_edits):
         before = np.array([terms_before(env) for env in envs.envs])
-        left = np.array([env.episode.units_left for env in envs.envs])
         _, rewards, ended, _, info = envs.step(masks)
-        own = before + rewards / np.where(error_types(info) != 0, left, 1)
-        last = np.where(going, own, last)
-        total += last
+        going &= error_types(info) == 0
+        total += np.where(going, before + rewards, before[0] + rewards[0] - price)
         going &= ~ended
     envs.close()
     return total / num_edits

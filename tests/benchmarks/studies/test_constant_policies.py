@@ -49,19 +49,20 @@ def test_an_outcome_is_what_version_1_pays_with_the_prices_of_version_2() -> Non
     assert np.abs(two["reward"] - two["outcome"]).min() > 1
 
 
-def test_what_is_lost_counts_as_left_alone_minus_the_price(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_is_lost_counts_as_unedited_minus_the_price(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(gym, "make_vec", partial(gym.make_vec, step_size=1e30))
     masks, found = play(Options(num_edits=3), 2, 0)
     assert found["collapsed"].sum() == len(masks) - 1
-    # The first fact stands for the three that are lost.
-    np.testing.assert_allclose(found["outcome"][1:], found["untouched"][1:] - 10, atol=1e-3)
-    env = gym.make("hiedit/LayerSelection-v2", num_edits=3, step_size=1e30)
-    outcomes = play_one(env, lambda inner, seen: masks[63], 0)
-    assert outcomes == pytest.approx([found["untouched"][0] - 10] * 3, abs=1e-3)
-    # And the terms of a fact that is left alone are those that version 1 pays for that.
+    # Version 1 pays the final terms of facts that are left alone, and 0.1 for the layers.
     alone = gym.make("hiedit/LayerSelection-v1", num_edits=3)
     alone.reset(seed=0)
-    assert alone.step(masks[0])[1] - 0.1 == pytest.approx(found["untouched"][0], abs=1e-3)
+    untouched = [float(alone.step(masks[0])[1]) - 0.1 for _ in range(3)]
+    assert found["outcome"][0] == pytest.approx(np.mean(untouched), abs=1e-3)
+    np.testing.assert_allclose(found["outcome"][1:], np.mean(untouched) - 10, atol=1e-3)
+    env = gym.make("hiedit/LayerSelection-v2", num_edits=3, step_size=1e30)
+    turns = iter([masks[0], masks[63]])
+    outcomes = play_one(env, lambda inner, seen: next(turns), 0)
+    assert outcomes == pytest.approx(np.array(untouched) - [0, 10, 10], abs=1e-3)
 
 
 def test_it_reports_rankings(capsys: pytest.CaptureFixture[str]) -> None:
