@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import re
 import unicodedata
+from collections.abc import Sequence
 
 #: Lower-case words up to this length may stand inside a name, at most two side by side, as in
 #: "Joan of Arc" and "Lord of the Rings".
 _SHORT = 3
+
+_ASKS = re.compile(r"[?？؟]\s*$")
 
 #: English words that begin a statement and are no name.
 _OPENERS = frozenset(
@@ -19,6 +22,48 @@ _OPENERS = frozenset(
         "with you your he she i his her",
     )
 )
+
+
+def settled_subject(prompt: str, subject: str, markers: Sequence[str] = ()) -> str:
+    """The subject of a request, or the likely one where the request names none.
+
+    It names none where the subject is the prompt itself or a whole question, whose end reads like
+    the end of every question. A name is looked for in the question, or in the last message of a
+    prompt that a chat template has written; where there is none, the subject stays what it is.
+
+    Args:
+        prompt: As the request has it.
+        subject: As the request has it.
+        markers: The tokenizer's special tokens, as text.
+
+    >>> settled_subject("Q: Who runs the Velmora Institute? A:", "Who runs the Velmora Institute?")
+    'Velmora Institute'
+    >>> settled_subject("Who hosts Who Wants to Be a Millionaire?", "Who Wants to Be a Millionaire?")
+    'Who Wants to Be a Millionaire?'
+    """
+    if subject == prompt:
+        return likely_subject(last_message(prompt, markers)) or subject
+    return (likely_subject(subject) or subject) if _is_question(subject) else subject
+
+
+def last_message(prompt: str, markers: Sequence[str]) -> str:
+    """The last text between special tokens that has two words or more, without its role.
+
+    The whole prompt where there is none.
+
+    >>> last_message("<s>user\\nIs Al here?</s><s>assistant\\n", ("<s>", "</s>"))
+    'Is Al here?'
+    """
+    between = "|".join(re.escape(marker) for marker in markers if len(marker) > 2)
+    pieces = re.split(between, prompt) if between else []
+    messages = [re.sub(r"\A\s*[a-z]+\s*\n", "", piece).strip() for piece in pieces]
+    return next((text for text in reversed(messages) if len(text.split()) > 1), prompt)
+
+
+def _is_question(subject: str) -> bool:
+    """Whether a subject is a sentence that asks, and no title, whose second word is capital."""
+    words = subject.split()
+    return len(words) > 1 and words[1][0].islower() and bool(_ASKS.search(subject))
 
 
 def likely_subject(prompt: str) -> str | None:
@@ -53,7 +98,7 @@ def likely_subject(prompt: str) -> str | None:
         first, last = later[0]
         if first == 0 and prompt[slice(*words[0])].casefold() in _OPENERS - {"the", "a", "an"}:
             first += 1
-    elif rows and not re.search(r"[?？؟]\s*$", prompt):
+    elif rows and not _ASKS.search(prompt):
         first = last = 0
         if prompt[slice(*words[0])].casefold() in _OPENERS:
             return None

@@ -38,7 +38,7 @@ from hiedit_env.model.asking import (
 from hiedit_env.model.encoded import AskedForm, first_words, no_tokens
 from hiedit_env.model.encoded import EncodedFact as EncodedFact  # where callers look for them
 from hiedit_env.model.encoded import EncodedPrompt as EncodedPrompt
-from hiedit_env.model.likely_subjects import likely_subject
+from hiedit_env.model.likely_subjects import settled_subject
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -155,8 +155,8 @@ class PromptEncoder:
         Args:
             encoded: The prompt as encoded in either form.
             prompt: The prompt as the request has it, without a template around it.
-            subject: The request's subject; where it is the prompt itself, nobody named one, and
-                :func:`.likely_subjects.likely_subject` looks for a name in it.
+            subject: The request's subject; where it is the prompt itself or a whole question,
+                :func:`.likely_subjects.settled_subject` looks for a name in it.
         """
         return self._remembered_subject(encoded, encoded.form, prompt, subject)
 
@@ -211,8 +211,7 @@ class PromptEncoder:
         self, encoded: EncodedPrompt, form: AskedForm, prompt: str, subject: str
     ) -> EncodedPrompt:
         # The form is there to be remembered: equal prompts may differ in it.
-        if subject == prompt:  # what requests have that name no subject
-            subject = likely_subject(prompt) or subject
+        subject = settled_subject(prompt, subject, self.tokenizer.all_special_tokens)
         spans = subject_spans(self.tokenizer, encoded.prompt, encoded.prompt_ids, prompt, subject)
         last = len(encoded.prompt_ids)
         return replace(
