@@ -67,6 +67,8 @@ class Editor:
             rehearses; those of its ledger are known without.
         layers_per_edit, max_steps_per_edit, step_size, update_rule: As for
             :func:`hiedit_agents.make_agent`.
+        memory_check: What is done with a model or a fact that seems not to fit into memory:
+            ``"refuse"``, ``"warn"`` or ``"off"``; None for ``$HIEDIT_MEMORY_CHECK``, else refuse.
         seed: Of everything that is drawn.
 
     Raises:
@@ -99,6 +101,7 @@ class Editor:
         max_steps_per_edit: int | None = None,
         step_size: float | None = None,
         update_rule: str | None = None,
+        memory_check: str | None = None,
         seed: int = 0,
     ) -> None:
         share(max_error, "max_error")
@@ -129,9 +132,8 @@ class Editor:
             levels = make_levels(self._how, made, self.llm, name)
             opened = open_ledger(self.llm, name, ledger)
             try:
-                self._session = Session(
-                    self.llm, levels, opened, checks or Checks(), form, max_error, earlier
-                )
+                rest = (checks or Checks(), form, max_error, earlier, memory_check)
+                self._session = Session(self.llm, levels, opened, *rest)
             except BaseException:
                 opened.found.put_back(self.llm)
                 opened.ledger.close()
@@ -152,9 +154,7 @@ class Editor:
 
         Args:
             name: ``"smollm2-135m"``, ``"tiny"``, a folder, or a Hugging Face id.
-            device: ``"cpu"``, ``"cuda"``, ``"cuda:N"`` or ``"mps"``.
-            dtype: ``"float32"``, ``"bfloat16"`` or ``"float16"``.
-            trust_remote_code: Whether to run Python code that comes with the model.
+            device, dtype, trust_remote_code: As for :func:`hiedit_env.load_model`.
             **settings: As for :class:`Editor`.
 
         Raises:
@@ -167,6 +167,7 @@ class Editor:
             trust_remote_code=trust_remote_code,
             progress=False,
             layers=settings.get("layers"),
+            memory=settings.get("memory_check"),
         )
         editor = cls(loaded.model, loaded.tokenizer, **{"name": str(name), **settings})
         editor._folder = source_folder(loaded.model)
@@ -198,6 +199,7 @@ class Editor:
 
         Raises:
             DatasetError, PromptError: a fact that cannot be read or tokenised; nothing has changed.
+            NotEnoughMemoryError: a fact too long for the memory there is; nothing has changed.
             LedgerError: the weights were changed by somebody else since the last call.
 
         Whatever is raised later, the model holds the edits of the ledger and no others.
@@ -205,7 +207,7 @@ class Editor:
         whole_number(together, "together", 1)
         requests = as_requests(facts)
         with self._at_work():
-            asked = [self._session.asked(request) for request in requests]
+            asked = [self._session.arriving(request) for request in requests]
             warn_of_subjects(self.low_level, [(fact.request, fact.prompts) for fact in asked])
             results: list[EditResult] = []
             while len(results) < len(asked):
@@ -221,10 +223,10 @@ class Editor:
         """Checks that a fact can be edited; nothing is run or changed.
 
         Raises:
-            DatasetError, PromptError: it cannot be read or tokenised.
+            DatasetError, PromptError, NotEnoughMemoryError: it cannot be read, tokenised or run.
         """
         for request in as_requests(fact):
-            self._session.asked(request)
+            self._session.arriving(request)
 
     def undo(self, id: int) -> None:
         """Takes one edit back, see :mod:`hiedit_agents.editing.undo`.
@@ -262,8 +264,7 @@ class Editor:
         """Greedy continuations at the present weights.
 
         Args:
-            prompts: One or several.
-            max_new_tokens: Budget of each.
+            prompts: One or several, each with a budget of ``max_new_tokens``.
             chat: Whether they are messages of a user in the tokenizer's chat template.
 
         Raises:
@@ -391,8 +392,7 @@ class Editor:
 
     def _refuse_foreign_changes(self) -> None:
         device = self.llm.layers[0].module.weight.device
-        same = device == self.llm.device and self.llm.weights_fingerprint() == self._fingerprint
-        if not same:
+        if device != self.llm.device or self.llm.weights_fingerprint() != self._fingerprint:
             raise LedgerError(
                 "the model's weights, dtype or device were changed outside of the editor since its "
                 "last call; make a new Editor for the model as it is now"

@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from datetime import UTC, datetime
-from typing import Any
+from typing import Any, cast
+
+from transformers import PreTrainedModel
 
 from hiedit_agents.editing.checks import AskedFact, Checks, Examiner, Verdict, as_asked
 from hiedit_agents.editing.facts import as_requests, request_record
@@ -17,6 +19,7 @@ from hiedit_agents.editing.undo import replay
 from hiedit_agents.editing.writer import FactWriter, Written
 from hiedit_env.datasets.requests import Request
 from hiedit_env.model.asking import PromptForm
+from hiedit_env.model.memory_budget import require_room
 from hiedit_env.resident.resident import ResidentLLM
 
 #: The problem of a fact for which nothing was to be written.
@@ -38,6 +41,8 @@ class Session:
         max_error: As for :class:`.writer.FactWriter`.
         earlier: Facts that were edited into the model before and are in no ledger, for a low level
             that rehearses; earliest first.
+        memory: What is done with a fact that seems not to fit, see
+            :func:`~hiedit_env.model.memory_budget.require_room`.
 
     Raises:
         LedgerError: the recorded updates cannot be read; the weights are as they were.
@@ -52,7 +57,9 @@ class Session:
         form: PromptForm,
         max_error: float,
         earlier: Sequence[Request] = (),
+        memory: str | None = None,
     ) -> None:
+        self._memory = memory
         self.llm, self.levels, self.form = llm, levels, form
         self.ledger, self.found = opened.ledger, opened.found
         self._earlier = [self.asked(request) for request in earlier]
@@ -65,6 +72,17 @@ class Session:
     def asked(self, request: Request) -> AskedFact:
         """A fact in the session's form."""
         return as_asked(self.llm, request, self.form)
+
+    def arriving(self, request: Request) -> AskedFact:
+        """A fact that is to be edited, in the session's form.
+
+        Raises:
+            NotEnoughMemoryError: it does not fit beside the model.
+        """
+        found = self.asked(request)
+        model = cast(PreTrainedModel, self.llm.model)
+        require_room(model, self.llm.tokenizer, request, self._memory)
+        return found
 
     @property
     def facts(self) -> list[AskedFact]:

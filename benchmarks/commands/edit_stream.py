@@ -37,7 +37,7 @@ from hiedit_benchmarks.commands.unfinished import Unfinished, tidy
 from hiedit_benchmarks.comparison.settings import EditSettings
 from hiedit_env.datasets.files import MAX_LINE_BYTES
 from hiedit_env.datasets.requests import Request
-from hiedit_env.errors import DatasetError, PromptError, ResultsExistError
+from hiedit_env.errors import DatasetError, NotEnoughMemoryError, PromptError, ResultsExistError
 
 #: Exit status where the stream was stopped, or no fact is in the model at the end.
 STOPPED = 3
@@ -174,7 +174,7 @@ class Stream:
                 for request in as_requests(json.loads(line)):
                     self._editor.check(request)
                     yield number, request
-            except (DatasetError, PromptError) as error:
+            except (DatasetError, PromptError, NotEnoughMemoryError) as error:
                 yield number, str(error)
             except (ValueError, RecursionError) as error:  # no JSON, or no UTF-8
                 yield number, f"the line is no JSON: {error}"

@@ -105,6 +105,7 @@ class EditorWork:
                     max_steps_per_edit=settings.max_steps_per_edit,
                     step_size=settings.step_size,
                     update_rule=settings.update_rule,
+                    memory_check=settings.memory_check,
                 )
             except BaseException:
                 unfinished.end(None, saved=False)

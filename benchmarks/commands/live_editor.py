@@ -45,4 +45,5 @@ def live_editor(
         max_steps_per_edit=settings.max_steps_per_edit,
         step_size=settings.step_size,
         update_rule=settings.update_rule,
+        memory_check=settings.memory_check,
     )

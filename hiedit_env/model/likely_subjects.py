@@ -38,7 +38,9 @@ def settled_subject(prompt: str, subject: str, markers: Sequence[str] = ()) -> s
 
     >>> settled_subject("Q: Who runs the Velmora Institute? A:", "Who runs the Velmora Institute?")
     'Velmora Institute'
-    >>> settled_subject("Who hosts Who Wants to Be a Millionaire?", "Who Wants to Be a Millionaire?")
+    >>> settled_subject(
+    ...     "Who hosts Who Wants to Be a Millionaire?", "Who Wants to Be a Millionaire?"
+    ... )
     'Who Wants to Be a Millionaire?'
     """
     if subject == prompt:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 import sys
+import warnings
 from collections.abc import Mapping, Sequence
 from collections.abc import Set as AbstractSet
 from contextlib import suppress
@@ -19,7 +20,7 @@ from transformers.models.auto import modeling_auto
 from transformers.pytorch_utils import Conv1D
 
 from hiedit_env.datasets.requests import Request
-from hiedit_env.errors import LayerError, NotEnoughMemoryError, SettingsError
+from hiedit_env.errors import HieditWarning, LayerError, NotEnoughMemoryError, SettingsError
 from hiedit_env.model.architectures import find_candidates
 
 #: Tokens of the longest prompt that every estimate has room for.
@@ -79,13 +80,58 @@ def estimate_memory(
         if layers is not None:
             raise
         candidates = statistics = parameters // 4
+    in_dtype = parameters + _of_a_pass(model, tokens, answer) + candidates
+    return in_dtype * dtype.itemsize + (2 * candidates + 4 * statistics) * 4
+
+
+def _of_a_pass(model: PreTrainedModel, tokens: int, answer: int) -> int:
+    """Numbers that a pass takes beside the weights; see :func:`estimate_memory`."""
     matrices = (m.weight for m in model.modules() if isinstance(m, nn.Linear | Conv1D))
     activations = sum(sum(weight.shape) for weight in matrices)
     passes = TOKENS + 2 * max(0, tokens - TOKENS)
-    vocabulary = int(getattr(config.get_text_config(decoder=True), "vocab_size", 0) or 0)
-    judged = vocabulary * max(0, 6 * answer - passes)
-    in_dtype = parameters + passes * activations + judged + candidates
-    return in_dtype * dtype.itemsize + (2 * candidates + 4 * statistics) * 4
+    text = model.config.get_text_config(decoder=True)
+    vocabulary = int(getattr(text, "vocab_size", 0) or 0)
+    return passes * activations + vocabulary * max(0, 6 * answer - passes)
+
+
+def require_room(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    request: Request,
+    check: str | None = None,
+) -> None:
+    """Checks that a fact which was not known when the model was loaded fits beside it.
+
+    What loading left room for, a prompt of :data:`TOKENS` tokens, is not looked at. A longer one
+    needs its pass, as :func:`estimate_memory` counts it, in what is free now.
+
+    Args:
+        model: As it is loaded.
+        tokenizer: Its own.
+        request: The fact, with all that judges it.
+        check: As for :func:`memory_check`.
+
+    Raises:
+        NotEnoughMemoryError: more is needed than is free, and ``check`` is ``"refuse"``.
+    """
+    chosen = memory_check(check)
+    tokens, answer = (0, 0) if chosen == "off" else longest_texts(tokenizer, [request])
+    if tokens <= TOKENS:
+        return
+    needed = _of_a_pass(model, tokens, answer) * model.dtype.itemsize
+    free = available_memory(model.device)
+    if free is None or needed <= free:
+        return
+    text = (
+        f"{request.source}: its longest prompt of {tokens:,} tokens needs about "
+        f"{needed / 1e9:.2g} GB, and {free / 1e9:.2g} GB are free; shorten it"
+    )
+    if chosen == "refuse":
+        raise NotEnoughMemoryError(
+            f"{text}, free some memory, or go on all the same with --memory-check warn (or "
+            "HIEDIT_MEMORY_CHECK=warn)"
+        )
+    warnings.warn(text, HieditWarning, stacklevel=2)
 
 
 def longest_texts(

@@ -11,6 +11,7 @@ from __future__ import annotations
 import fnmatch
 import os
 import shutil
+import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,7 +22,7 @@ from huggingface_hub import try_to_load_from_cache
 from huggingface_hub.errors import HFValidationError
 from torch import Tensor
 
-from hiedit_env.errors import ModelError
+from hiedit_env.errors import HieditWarning, ModelError
 from hiedit_env.model.folders import (
     DTYPES,
     OTHER_WEIGHTS,
@@ -197,6 +198,8 @@ def save_edited(folder: Path, target: Path, matrices: Sequence[EditedMatrix]) ->
 def copy_folder(folder: Path, target: Path) -> list[str]:
     """Copies the files of a model; each copy is a plain file with the mode of any new file.
 
+    Warns of what is neither a file nor a folder, since it is not copied.
+
     Args:
         folder: The model's folder.
         target: Does not exist; its parent does.
@@ -208,6 +211,14 @@ def copy_folder(folder: Path, target: Path) -> list[str]:
         OSError: something cannot be read or written.
     """
     target.mkdir()
+    if odd := [name for path, name in _all(folder) if not path.is_file()]:
+        more = f" and {len(odd) - 5} more" if len(odd) > 5 else ""
+        warnings.warn(
+            f"not copied from {folder}, since they are neither files nor folders but links to "
+            f"folders, links that lead nowhere, pipes or the like: {', '.join(odd[:5])}{more}",
+            HieditWarning,
+            stacklevel=2,
+        )
     left_out = []
     for path, name in _files(folder):
         if _other(path):
@@ -289,11 +300,16 @@ def _common_end(one: str, two: str) -> int:
 
 def _files(folder: Path) -> Iterable[tuple[Path, str]]:
     """Regular files of a model's folder, with their names relative to it."""
+    return ((path, name) for path, name in _all(folder) if path.is_file())
+
+
+def _all(folder: Path) -> Iterable[tuple[Path, str]]:
+    """All that a model's folder holds, with names relative to it, but for true folders."""
     for above, folders, names in os.walk(folder):
         folders[:] = sorted(f for f in folders if f not in _NOT_OF_THE_MODEL)
-        for name in sorted(names):
-            path = Path(above, name)
-            if name not in _LEFT_BEHIND and path.is_file():
+        for name in sorted((*names, *(f for f in folders if Path(above, f).is_symlink()))):
+            if name not in _LEFT_BEHIND:
+                path = Path(above, name)
                 yield path, os.path.relpath(path, folder)
 
 

@@ -19,6 +19,8 @@ from hiedit_agents.editing.ledger import Ledger
 from hiedit_benchmarks.commands.cli import main
 from hiedit_benchmarks.commands.edit_stream import Stream
 from hiedit_benchmarks.commands.stream_settings import StreamSettings
+from hiedit_env.errors import NotEnoughMemoryError
+from hiedit_env.model import memory_budget
 from tests.support.editors import FACTS, NONE
 from tests.support.models import all_bits
 
@@ -115,6 +117,42 @@ def test_it_stops_when_the_model_breaks(capsys: pytest.CaptureFixture[str]) -> N
     error = capsys.readouterr().err
     assert "stopped after" in error
     assert "under --stop-below 0.9" in error
+
+
+def test_a_fact_too_long_for_the_memory_is_refused_and_the_stream_goes_on(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    with Editor.from_pretrained("tiny", checks=NONE) as editor:
+        # The toy's context holds no prompt that a machine could not.
+        monkeypatch.setattr(memory_budget, "TOKENS", 30)
+        monkeypatch.setattr(memory_budget, "available_memory", lambda _: 1)
+        long = {**LINES[1], "prompt": "and " * 60 + LINES[1]["prompt"]}
+        reached, answers = streamed(editor, [LINES[0], long, LINES[2]])
+        with pytest.raises(NotEnoughMemoryError):
+            editor.edit(long)
+        assert len(editor.ledger.active) == 2
+    assert reached
+    statuses = [answer.get("status") for answer in answers[:3]]
+    assert statuses == ["written", "refused", "written"]
+    assert "--memory-check warn" in answers[1]["problems"][0]
+
+
+def test_the_memory_check_that_was_asked_for_is_the_one_that_is_made(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(memory_budget, "available_memory", lambda _: 1)
+    words = ["edit", "--facts", "-", "--model", "tiny", "--out", str(tmp_path / "out")]
+
+    def run(*more: str) -> int:
+        line = io.BytesIO(json.dumps(LINES[0]).encode())
+        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(line))
+        return main([*words, *more])
+
+    assert run() == 2
+    assert "needs about" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+    assert run("--memory-check", "off") == 0
+    assert '"status": "written"' in capsys.readouterr().out
 
 
 def test_the_command_saves_and_its_folder_answers(

@@ -10,13 +10,18 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import LlamaConfig
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from hiedit_env.datasets.requests import Probe, Request
-from hiedit_env.errors import LayerError, NotEnoughMemoryError, SettingsError
+from hiedit_env.errors import HieditWarning, LayerError, NotEnoughMemoryError, SettingsError
 from hiedit_env.model import loading, memory_budget
 from hiedit_env.model.loading import load_model
-from hiedit_env.model.memory_budget import available_memory, estimate_memory, longest_texts
+from hiedit_env.model.memory_budget import (
+    available_memory,
+    estimate_memory,
+    longest_texts,
+    require_room,
+)
 from tests.hiedit_env.model.test_loading import CONFIG, PARAMETERS, forbidden, save_model
 from tests.support.models import byte_tokenizer
 from tests.support.models import tokenizer as word_tokenizer
@@ -252,3 +257,29 @@ def test_a_model_without_known_layers_counts_a_quarter(monkeypatch: pytest.Monke
     quarter = PARAMETERS // 4
     wanted = usual - 12 * 2 * 16 * 24 - 16 * 2 * 16**2 + 28 * quarter
     assert estimate_memory(config, torch.float32) == wanted
+
+
+def test_a_fact_that_comes_later_is_refused_where_its_pass_does_not_fit(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    model = LlamaForCausalLM(CONFIG)
+
+    def fact(words: int) -> Request:
+        return Request("w5 " * (words - 1) + "w5", "w6", "w5", source="line 3")
+
+    # 2,000 tokens with the answer: 256 once and 1,744 twice, as many numbers as columns, above.
+    needed = 4 * (256 + 2 * 1744) * (3 * (4 * 32 + 3 * 40) + 24)
+    for free in (needed, None):
+        monkeypatch.setattr(memory_budget, "available_memory", lambda _, free=free: free)
+        require_room(model, word_tokenizer(), fact(1999), "refuse")
+    monkeypatch.setattr(memory_budget, "available_memory", lambda _: needed - 1)
+    with pytest.raises(NotEnoughMemoryError, match=r"^line 3: its longest prompt of 2,000 tokens"):
+        require_room(model, word_tokenizer(), fact(1999))
+    with pytest.warns(HieditWarning, match="2,000 tokens needs about 0.012 GB"):
+        require_room(model, word_tokenizer(), fact(1999), "warn")
+    require_room(model, word_tokenizer(), fact(1999), "off")
+    # 256 tokens are in the estimate of the loading.
+    monkeypatch.setattr(memory_budget, "available_memory", lambda _: 1)
+    require_room(model, word_tokenizer(), fact(255))
+    with pytest.raises(NotEnoughMemoryError):
+        require_room(model, word_tokenizer(), fact(256))

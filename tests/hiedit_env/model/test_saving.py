@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import warnings
 from pathlib import Path
 
 import pytest
@@ -12,7 +13,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from hiedit_env.errors import ModelError
+from hiedit_env.errors import HieditWarning, ModelError
 from hiedit_env.model.folders import stored_tensors
 from hiedit_env.model.saving import (
     EditedMatrix,
@@ -161,6 +162,33 @@ def test_unedited_weights_in_other_formats_are_left_out(folder: Path, tmp_path: 
     assert not [name for name in left_out if (tmp_path / "out" / name).exists()]
 
 
+def test_what_is_no_file_is_named_and_not_copied(folder: Path, tmp_path: Path) -> None:
+    (folder / "sub" / "deep").mkdir(parents=True)
+    (folder / "sub" / "deep" / "notes.txt").write_text("kept")
+    os.mkfifo(folder / "sub" / "pipe")
+    (folder / "gone").symlink_to(folder / "nowhere")
+    (folder / "linked").symlink_to(folder / "sub", target_is_directory=True)
+    (folder / "alias.txt").symlink_to(folder / "sub" / "deep" / "notes.txt")
+    # No part of the model, so nothing is said of it.
+    (folder / ".git").mkdir()
+    (folder / ".git" / "gone").symlink_to(folder / "nowhere")
+    check_source(folder, tmp_path / "out")
+    with pytest.warns(HieditWarning) as said:
+        assert save_edited(folder, tmp_path / "out", []) == []
+    [line] = [str(warning.message) for warning in said]
+    assert line.startswith(f"not copied from {folder}, since they are neither files nor folders")
+    assert line.endswith(": gone, linked, sub/pipe")
+    names = {str(p.relative_to(tmp_path / "out")) for p in (tmp_path / "out").rglob("*")}
+    before = {str(p.relative_to(folder)) for p in folder.rglob("*") if ".git" not in p.parts}
+    assert names == before - {"gone", "linked", "linked/deep", "linked/deep/notes.txt", "sub/pipe"}
+
+
+def test_a_folder_of_files_is_copied_without_a_word(folder: Path, tmp_path: Path) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        save_edited(folder, tmp_path / "out", [])
+
+
 def test_links_out_of_the_folder_are_refused(folder: Path, tmp_path: Path) -> None:
     (tmp_path / "secret").write_text("mine")
     (folder / "notes.txt").symlink_to(tmp_path / "secret")
@@ -189,7 +217,8 @@ def test_folders_that_are_links_are_not_followed(folder: Path, tmp_path: Path) -
     (tmp_path / "private").mkdir()
     (tmp_path / "private" / "key").write_text("mine")
     (folder / "extra").symlink_to(tmp_path / "private", target_is_directory=True)
-    save_edited(folder, tmp_path / "out", [])
+    with pytest.warns(HieditWarning, match="extra"):
+        save_edited(folder, tmp_path / "out", [])
     assert not (tmp_path / "out" / "extra").exists()
 
 
@@ -197,7 +226,8 @@ def test_folders_that_are_links_are_not_followed(folder: Path, tmp_path: Path) -
 def test_what_is_no_file_is_not_read(folder: Path, tmp_path: Path) -> None:
     os.mkfifo(folder / "pipe")
     check_source(folder, tmp_path / "out")
-    save_edited(folder, tmp_path / "out", [])
+    with pytest.warns(HieditWarning, match="pipe"):
+        save_edited(folder, tmp_path / "out", [])
     assert not (tmp_path / "out" / "pipe").exists()
 
 
