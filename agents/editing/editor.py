@@ -67,8 +67,7 @@ class Editor:
             rehearses; those of its ledger are known without.
         layers_per_edit, max_steps_per_edit, step_size, update_rule: As for
             :func:`hiedit_agents.make_agent`.
-        memory_check: What is done with a model or a fact that seems not to fit into memory:
-            ``"refuse"``, ``"warn"`` or ``"off"``; None for ``$HIEDIT_MEMORY_CHECK``, else refuse.
+        memory_check: As ``memory`` of :func:`hiedit_env.load_model`; for facts that come as well.
         seed: Of everything that is drawn.
 
     Raises:
@@ -154,7 +153,9 @@ class Editor:
 
         Args:
             name: ``"smollm2-135m"``, ``"tiny"``, a folder, or a Hugging Face id.
-            device, dtype, trust_remote_code: As for :func:`hiedit_env.load_model`.
+            device: ``"cpu"``, ``"cuda"``, ``"cuda:N"`` or ``"mps"``.
+            dtype: ``"float32"``, ``"bfloat16"`` or ``"float16"``.
+            trust_remote_code: Whether to run Python code that comes with the model.
             **settings: As for :class:`Editor`.
 
         Raises:
@@ -198,8 +199,8 @@ class Editor:
             One result per fact, in order.
 
         Raises:
-            DatasetError, PromptError: a fact that cannot be read or tokenised; nothing has changed.
-            NotEnoughMemoryError: a fact too long for the memory there is; nothing has changed.
+            DatasetError, PromptError, NotEnoughMemoryError: a fact that cannot be read, tokenised
+                or run; nothing has changed.
             LedgerError: the weights were changed by somebody else since the last call.
 
         Whatever is raised later, the model holds the edits of the ledger and no others.
@@ -264,7 +265,8 @@ class Editor:
         """Greedy continuations at the present weights.
 
         Args:
-            prompts: One or several, each with a budget of ``max_new_tokens``.
+            prompts: One or several.
+            max_new_tokens: Budget of each.
             chat: Whether they are messages of a user in the tokenizer's chat template.
 
         Raises:

@@ -49,11 +49,11 @@ def settled_subject(prompt: str, subject: str, markers: Sequence[str] = ()) -> s
 
 
 def last_message(prompt: str, markers: Sequence[str]) -> str:
-    """The last text between special tokens that has two words or more, without its role.
+    r"""The last text between special tokens that has two words or more, without its role.
 
     The whole prompt where there is none.
 
-    >>> last_message("<s>user\\nIs Al here?</s><s>assistant\\n", ("<s>", "</s>"))
+    >>> last_message("<s>user\nIs Al here?</s><s>assistant\n", ("<s>", "</s>"))
     'Is Al here?'
     """
     between = "|".join(re.escape(marker) for marker in markers if len(marker) > 2)

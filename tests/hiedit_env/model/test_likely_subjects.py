@@ -64,7 +64,8 @@ _CHAT = (
         # A question stands where the subject should.
         (_CHAT.format("Who runs the Velmora Institute?"), "Who runs the Velmora Institute?",
          "Velmora Institute"),
-        ("Q: Which river flows through Quellby? A:", "Which river flows through Quellby?", "Quellby"),
+        ("Q: Which river flows through Quellby? A:", "Which river flows through Quellby?",
+         "Quellby"),
         ("Wer leitet Velmora？", "Wer leitet Velmora？", "Velmora"),
         # Titles are subjects, and so is a question without a name in it.
         ("Who hosts Where's Wally?", "Where's Wally?", "Where's Wally?"),
