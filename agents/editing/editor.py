@@ -199,8 +199,7 @@ class Editor:
             One result per fact, in order.
 
         Raises:
-            DatasetError, PromptError, NotEnoughMemoryError: a fact that cannot be read, tokenised
-                or run; nothing has changed.
+            DatasetError, PromptError, NotEnoughMemoryError: of :meth:`check`; nothing has changed.
             LedgerError: the weights were changed by somebody else since the last call.
 
         Whatever is raised later, the model holds the edits of the ledger and no others.
@@ -272,8 +271,8 @@ class Editor:
         Raises:
             PromptError: a prompt that cannot be tokenised, or no chat template.
         """
-        texts = [prompts] if isinstance(prompts, str) else list(prompts)
         with self._at_work():
+            texts = [prompts] if isinstance(prompts, str) else list(prompts)
             encoded = [self.llm.encoder.encode_chat(t, "x") if chat else t for t in texts]
             return self.llm.generate(encoded, [max_new_tokens] * len(texts))
 
