@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import bz2
+import codecs
 import gzip
 import io
 import json
@@ -206,9 +208,15 @@ def test_tables_are_refused_with_the_line_that_turns_them(
     [
         (gzip.compress(b"[]"), "compressed; unpack it first"),
         (lzma.compress(b"[]"), "compressed; unpack it first"),
+        (bz2.compress(b"[]"), "compressed; unpack it first"),
+        # An empty frame of Zstandard (RFC 8878, section 3.1.1).
+        (b"\x28\xb5\x2f\xfd\x20\x00\x01\x00\x00", "compressed; unpack it first"),
+        (b"ARROW1\x00\x00", "an Arrow table; write it as one: pandas.read_feather(FILE)"),
+        (b"SQLite format 3\x00", "a database of SQLite; write its rows as JSON"),
         (b"PAR1\x15\x04", "a Parquet table; write it as one: pandas.read_parquet(FILE)"),
         (b"PK\x03\x04\x14", "a zip archive or an Excel table"),
         ("[{}]".encode("utf-16"), "UTF-16 or UTF-32 text; save it as UTF-8"),
+        (codecs.BOM_UTF16_BE + "[{}]".encode("utf-16-be"), "UTF-16 or UTF-32 text; save it"),
         ("[{}]".encode("utf-16-be"), "UTF-16 or UTF-32 text; save it as UTF-8"),
         ("[{}]".encode("utf-32"), "UTF-16 or UTF-32 text; save it as UTF-8"),
     ],
