@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import gymnasium
 import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
@@ -283,3 +285,16 @@ def test_a_fact_that_comes_later_is_refused_where_its_pass_does_not_fit(
     require_room(model, word_tokenizer(), fact(255))
     with pytest.raises(NotEnoughMemoryError):
         require_room(model, word_tokenizer(), fact(256))
+
+
+def test_the_facts_of_an_environment_are_counted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "facts.json"
+    path.write_text(json.dumps([{"prompt": "and " * 40 + "Tarn lies in", "answer": "Norland"}]))
+    monkeypatch.setattr(memory_budget, "TOKENS", 10)
+    seen: list[int] = []
+    monkeypatch.setattr(loading, "require_memory", lambda *given: seen.append(given[-1]))
+    gymnasium.make("hiedit/LifelongEdit-v1", model="tiny", dataset=str(path), num_edits=1).close()
+    assert seen
+    assert min(seen) > 40
