@@ -318,20 +318,32 @@ class Neuron(FactMemory):
         return home
 
     def _search(self, targets: Sequence[Target]) -> Tensor:
-        """What the neurons of F facts are to write: F × d_out float32."""
-        numbers = self.step_size, self.momentum, self.search_steps, self.enough, self.noise
-        form = SearchForm(*numbers, self.search_dtype)
-        if self.reworded:
-            targets = [replace(t, prompts=(*t.prompts, *self._rewordings(t))) for t in targets]
-        return seek(self.llm, self.mlps, targets, form)
+        """What the neurons of F facts are to write: F × d_out float32.
+
+        A vector that several facts share has to say more, and is sought without noise and
+        rewordings, which would take several times as long.
+        """
+        width = self.mlps[targets[0].home].hidden
+        found = torch.zeros(len(targets), width, device=self.llm.device)
+        alone = [len(units_of(self.llm, target.prompts)) == 1 for target in targets]
+        for noise, chosen in (
+            (self.noise, [i for i, one in enumerate(alone) if one]),
+            (0.0, [i for i, one in enumerate(alone) if not one]),
+        ):
+            if not chosen:
+                continue
+            sought = [targets[i] for i in chosen]
+            if alone[chosen[0]] and self.reworded:
+                sought = [replace(t, prompts=(*t.prompts, *self._rewordings(t))) for t in sought]
+            numbers = self.step_size, self.momentum, self.search_steps, self.enough, noise
+            form = SearchForm(*numbers, self.search_dtype)
+            found[chosen] = seek(self.llm, self.mlps, sought, form)
+        return found
 
     def _rewordings(self, target: Target) -> list[EncodedPrompt]:
-        """The facts of a neuron in another sentence each, in chat where they are asked in chat."""
-        found = []
-        for unit in units_of(self.llm, target.prompts):
-            form: AskedForm = "chat" if any(p.form == "chat" for p in unit) else "plain"
-            found += rewordings(self.llm.encoder, unit, (form,))
-        return found
+        """The fact of a neuron in another sentence, in chat where it is asked in chat."""
+        form: AskedForm = "chat" if any(p.form == "chat" for p in target.prompts) else "plain"
+        return rewordings(self.llm.encoder, target.prompts, (form,))
 
     def _written(self, index: int, changes: NeuronChanges) -> Tensor:
         """Which neurons of an MLP were written by whatever, now or before it was saved: I bool."""

@@ -15,6 +15,7 @@ from torch.nn import functional as F
 from hiedit_agents.hierarchy.neuron import Neuron
 from hiedit_agents.hierarchy.neuron_changes import NeuronChanges
 from hiedit_agents.hierarchy.neuron_plan import Planner, ShapeForm, Target
+from hiedit_agents.hierarchy.neuron_search import SearchForm
 from hiedit_env.errors import SettingsError
 from hiedit_env.model.encoded import AskedForm
 from hiedit_env.model.tokenization import EncodedPrompt
@@ -429,6 +430,30 @@ def test_values_are_sought_for_a_rewording_in_chat_where_facts_are_asked_in_chat
         neuron(llm, reworded=reworded).propose(llm.read(*prompts).capture(), FIRST)
     assert asked == [(llm.encoder, tuple(prompts), (forms[-1],))]
     assert [target.prompts for target in sought] == [(*prompts, extra), tuple(prompts)]
+
+
+def test_a_vector_that_facts_share_is_sought_without_noise_and_rewordings(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    llm = model()
+    extra = unit(llm, ("w3 w21 w8", "w5", "w21")).prompt
+    calls: list[tuple[list[str], float, bool]] = []
+
+    def noted(_llm: object, _mlps: object, targets: Sequence[Target], form: SearchForm) -> Tensor:
+        for target in targets:
+            answers = [prompt.answer for prompt in target.prompts if prompt is not extra]
+            calls.append((answers, form.noise, extra in target.prompts))
+        return torch.arange(1.0, len(targets) + 1)[:, None] * (1 + form.noise) * torch.ones(HIDDEN)
+
+    monkeypatch.setattr("hiedit_agents.hierarchy.neuron.rewordings", lambda *_: [extra])
+    monkeypatch.setattr("hiedit_agents.hierarchy.neuron.seek", noted)
+    low = neuron(llm, noise=0.5)
+    capture = unit(llm, FACTS[0], FACTS[1], SAME, FACTS[2])
+    targets = low.plan(capture, FIRST)
+    found = low._search(targets)
+    # Two facts share a subject; they stand where the first of them stood.
+    assert calls == [(["w12"], 0.5, True), (["w30"], 0.5, True), (["w7 w3", "w13"], 0.0, False)]
+    assert found[:, 0].tolist() == [1.0, 1.5, 3.0]
 
 
 @pytest.mark.parametrize("noise", [-0.1, 2, float("nan"), "much"])
