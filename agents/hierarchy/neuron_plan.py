@@ -291,8 +291,10 @@ class Planner:
         others = keys[[starts[p] + i for p in prompts for i in _elsewhere(p, at_end)]].float()
         swapped = self._ends(mlp, self._swapped(prompts[0], at_end))
         near = self._ends(mlp, alike)
-        scores = self._readings[home].detector(own, torch.cat((others, swapped))).scores(near)
-        return _Rows(own, others, swapped, near[scores > _NEAR])
+        if len(near):
+            detector = self._readings[home].detector(own, torch.cat((others, swapped)))
+            near = near[detector.scores(near) > _NEAR]
+        return _Rows(own, others, swapped, near)
 
     def _shape(
         self, home: int, rows: _Rows, weight: float = 0.0, swapped: bool = True

@@ -14,7 +14,6 @@ from typing import Any, NoReturn
 import pytest
 import torch
 from huggingface_hub import HfApi
-from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Whitespace
@@ -484,29 +483,3 @@ def test_hub_instead_of_the_wheel_is_said(
         load_model("smollm2-135m", progress=False)
     assert caught[0].filename == __file__
     assert asked == ["HuggingFaceTB/SmolLM2-135M-Instruct"]
-
-
-@pytest.mark.parametrize(
-    ("data", "message"),
-    [
-        (b"version https://git-lfs.github.com/spec/v1\n", "with 'git lfs pull'$"),
-        (b"", r"as safetensors: a header of 0 bytes in a file of 0; copy the file again$"),
-        (b"\xff" * 90, r"as safetensors: a header of \d+ bytes in a file of 90; copy the file"),
-    ],
-)
-def test_a_damaged_file_of_weights_is_named(tmp_path: Path, data: bytes, message: str) -> None:
-    save_model(tmp_path)
-    (tmp_path / "model.safetensors").write_bytes(data)
-    with pytest.raises(ModelError, match=message) as caught:
-        load_model(str(tmp_path), progress=False)
-    assert str(caught.value).count(str(tmp_path / "model.safetensors")) == 1
-
-
-def test_a_matrix_of_another_shape_is_named_with_both(tmp_path: Path) -> None:
-    save_model(tmp_path)
-    file = tmp_path / "model.safetensors"
-    weights = load_file(file)
-    name = "model.layers.1.mlp.up_proj.weight"
-    save_file({**weights, name: weights[name][:5].clone()}, file, metadata={"format": "pt"})
-    with pytest.raises(ModelError, match=rf"'{name}' has the shape \(5, 16\), .* needs \(24, 16\)"):
-        load_model(str(tmp_path), progress=False)
