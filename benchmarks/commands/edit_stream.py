@@ -17,7 +17,6 @@ had written as before and goes on with the others.
 from __future__ import annotations
 
 import json
-import os
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -33,11 +32,11 @@ from hiedit_agents.editing.out_folder import OutFolder
 from hiedit_agents.editing.results import EditResult
 from hiedit_benchmarks.commands.live_editor import live_editor
 from hiedit_benchmarks.commands.stream_settings import StreamSettings
-from hiedit_benchmarks.commands.unfinished import Unfinished, tidy
+from hiedit_benchmarks.commands.unfinished import Unfinished, tidied
 from hiedit_benchmarks.comparison.settings import EditSettings
 from hiedit_env.datasets.files import MAX_LINE_BYTES
 from hiedit_env.datasets.requests import Request
-from hiedit_env.errors import DatasetError, NotEnoughMemoryError, PromptError, ResultsExistError
+from hiedit_env.errors import DatasetError, NotEnoughMemoryError, PromptError
 
 #: Exit status where the stream was stopped, or no fact is in the model at the end.
 STOPPED = 3
@@ -65,11 +64,8 @@ def main(
         Exit status: 0, or :data:`STOPPED`.
     """
     # Refuses a folder that cannot be written before hours of editing.
-    try:
+    with tidied(out):
         place = OutFolder(out)
-    except ResultsExistError:
-        tidy(Path(os.path.realpath(out)))
-        raise
     checks = Checks(min_agreement=stream.min_agreement, max_lost=stream.max_lost)
     given = {"agent": agent, **asdict(settings), "end_token": end_token, **asdict(checks)}
     unfinished = Unfinished(place.out, stream.ledger, given)

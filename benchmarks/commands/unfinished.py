@@ -19,7 +19,8 @@ import hashlib
 import json
 import os
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +30,7 @@ from hiedit_agents.editing.ledger_format import Event
 from hiedit_agents.editing.results import EditResult, recorded
 from hiedit_benchmarks.comparison.results import plain, write_json
 from hiedit_env.datasets.requests import Request
-from hiedit_env.errors import LedgerError, SettingsError
+from hiedit_env.errors import LedgerError, ResultsExistError, SettingsError
 from hiedit_env.files import lock_folder
 
 #: Prompt and answer of a fact.
@@ -211,7 +212,17 @@ def folder_of(out: Path) -> Path:
     return out.with_name(name)
 
 
-def tidy(out: Path) -> None:
+@contextmanager
+def tidied(out: Path) -> Iterator[None]:
+    """Tidies up behind an earlier command where the body finds ``out`` to be there already."""
+    try:
+        yield
+    except ResultsExistError:
+        _tidy(Path(os.path.realpath(out)))
+        raise
+
+
+def _tidy(out: Path) -> None:
     """Removes the folder of a command that was killed after its model had been saved.
 
     Args:
