@@ -343,7 +343,7 @@ class Neuron(FactMemory):
     def _rewordings(self, target: Target) -> list[EncodedPrompt]:
         """The fact of a neuron in another sentence, in chat where it is asked in chat."""
         form: AskedForm = "chat" if any(p.form == "chat" for p in target.prompts) else "plain"
-        return rewordings(self.llm.encoder, target.prompts, (form,))
+        return rewordings(self.llm.encoder, (*target.prompts, *target.besides), (form,))
 
     def _written(self, index: int, changes: NeuronChanges) -> Tensor:
         """Which neurons of an MLP were written by whatever, now or before it was saved: I bool."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from hiedit_agents.hierarchy.neuron_plan import NeuronShape
+from hiedit_agents.hierarchy.neuron_shape import NeuronShape
 from hiedit_env.model.mlps import CandidateMLP, Read, bias
 from hiedit_env.resident.low_rank import LowRankUpdate
 from hiedit_env.resident.resident import ResidentLLM

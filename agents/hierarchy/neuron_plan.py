@@ -11,71 +11,14 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from hiedit_agents.hierarchy.detectors import Detector, Readings, inputs
+from hiedit_agents.hierarchy.detectors import Readings, inputs
 from hiedit_agents.hierarchy.fact_memory import Unit, subject_of
+from hiedit_agents.hierarchy.neuron_shape import NeuronShape
 from hiedit_env.errors import HieditWarning
-from hiedit_env.model.asking import Tokens
 from hiedit_env.model.mlps import CandidateMLP
 from hiedit_env.model.tokenization import EncodedPrompt
 from hiedit_env.resident.capture import Capture
 from hiedit_env.resident.resident import ResidentLLM
-
-#: The score at which a neuron with a gate fires most, between what a fact's own prompts score (1)
-#: and what other words for it score.
-PEAK = 0.9
-
-#: Smallest distance of the peak from the threshold.
-_RISE = 0.35
-
-
-@dataclass(frozen=True, slots=True)
-class NeuronShape:
-    """When a neuron fires, and how strongly.
-
-    With a gate, activation(β (s − θ)) (c − s), where c puts the peak at :data:`PEAK`, or further
-    right where θ is large; without one, activation(β (s − θ)). Both over their value at the reading
-    itself.
-
-    Args:
-        mlp: Its MLP.
-        detector: Gives the score s.
-        reading: d float32, the reading it is made for, where s is 1.
-        threshold: θ.
-        sharpness: β.
-    """
-
-    mlp: CandidateMLP
-    detector: Detector
-    reading: Tensor
-    threshold: float
-    sharpness: float
-
-    def _raw(self, readings: Tensor) -> Tensor:
-        fires = self.mlp.activation(readings @ self.gate_row())
-        return fires if self.mlp.up is None else fires * (readings @ self.up_row())
-
-    @property
-    def _ceiling(self) -> float:
-        # A neuron that begins to fire later is strongest later, so that it is as broad.
-        return 2 * max(PEAK, self.threshold + _RISE) - self.threshold
-
-    @property
-    def full(self) -> float:
-        """What the two rows give at the reading, before the second is scaled."""
-        return float(self._raw(self.reading[None]).clamp_min(1e-6))
-
-    def firing(self, readings: Tensor) -> Tensor:
-        """Strength at P × d readings, 1 at the reading itself: P float32."""
-        return self._raw(readings) / self.full
-
-    def gate_row(self) -> Tensor:
-        """D float32."""
-        return self.sharpness * (self.detector.row - self.threshold * self.detector.constant)
-
-    def up_row(self) -> Tensor:
-        """As long as :meth:`gate_row`; its scale is free, since the column is divided by it."""
-        return self._ceiling * self.detector.constant - self.detector.row
-
 
 #: What stands in the place of a subject's first tokens where a neuron must not fire.
 NAMES = (
@@ -91,6 +34,11 @@ _USUAL = 0.9
 
 #: Largest threshold, and how far it is above the score of an earlier fact's subject.
 _HIGHEST, _ABOVE = 0.75, 0.05
+
+#: Threshold of a neuron for a single prompt, whose own score is 1 whatever stands around it; how
+#: many tokens behind a subject are looked at. SmolLM2, block 7: a subject of one token that begins
+#: a text has a spread of 3.8 to 4.1 over √d, the next token 1.3, the prompt's end 2.6 to 2.8.
+_ALONE, _NEXT = 0.7, 8
 
 #: Score from which a neuron is kept from an earlier fact's subject; how many facts are looked at.
 _NEAR, _ALIKE = 0.25, 16
@@ -114,12 +62,14 @@ class Target:
         home: Index of its MLP.
         prompts: What is to be answered with it, earlier facts about the same subject last.
         shape: When it fires.
+        besides: Prompts of the same facts that other neurons answer.
     """
 
     fact: tuple[int, ...]
     home: int
     prompts: tuple[EncodedPrompt, ...]
     shape: NeuronShape
+    besides: tuple[EncodedPrompt, ...] = ()
 
 
 @dataclass(frozen=True, eq=False, slots=True)
@@ -219,7 +169,8 @@ class Planner:
                 shape = self._firm(place, rows)
                 if shape is not None:
                     own = (*inside, *earlier)
-                    found.append(Target(inside[0].prompt_ids, place, own, shape))
+                    besides = tuple(p for p in prompts if p not in inside)
+                    found.append(Target(inside[0].prompt_ids, place, own, shape, besides))
                     groups = []
             alone = [p for p in prompts if p not in inside or groups]
             for prompt in alone:
@@ -243,20 +194,26 @@ class Planner:
         starts: Starts,
         alike: Sequence[EncodedPrompt],
     ) -> list[Target]:
-        """A neuron for one prompt: at its subject, or at its end where the subject says little.
+        """A neuron for one prompt: at its subject, or behind it where the subject says little.
 
-        None where both read like much else, since it would fire everywhere.
+        Behind it, at the token that is read least like what is read elsewhere. None where all are
+        read like much else, since it would fire everywhere.
         """
         if prompt.positions("subject")[0] > 0:
             shape = self._shape(home, self._rows(capture, home, [prompt], starts, alike))
             if self._is_apart(shape):
                 return [Target(prompt.prompt_ids, home, (prompt,), shape)]
-        # Its spans stay known, for other names in their place.
-        shape = self._shape(home, self._rows(capture, home, [prompt], starts, at_end=True))
-        if not self._is_apart(shape):
+        apart = []
+        for place in _behind(prompt):
+            # Its spans stay known, for other names in their place.
+            rows = self._rows(capture, home, [prompt], starts, place=place)
+            shape = replace(self._shape(home, rows), threshold=_ALONE)
+            if self._is_apart(shape):
+                apart.append((shape.detector.spread, place, shape))
+        if not apart:
             return []
-        end = len(prompt.prompt_ids)
-        moved = replace(prompt, subject_spans=((end - 1, end),), subject_missing=True)
+        _, place, shape = min(apart, key=lambda one: one[:2])
+        moved = replace(prompt, subject_spans=((place, place + 1),), subject_missing=True)
         return [Target(prompt.prompt_ids, home, (moved,), shape)]
 
     def _firm(self, home: int, rows: _Rows) -> NeuronShape | None:
@@ -281,15 +238,15 @@ class Planner:
         prompts: Sequence[EncodedPrompt],
         starts: Starts,
         alike: Sequence[EncodedPrompt] = (),
-        at_end: bool = False,
+        place: int | None = None,
     ) -> _Rows:
-        """What an MLP reads at the subjects, or at the ends, of some prompts, and elsewhere."""
+        """What an MLP reads at the subjects, or at one place, of some prompts, and elsewhere."""
         mlp = self._mlps[home]
-        tokens: Tokens = "last" if at_end else "subject"
         keys = capture.keys[mlp.gate.layer]
-        own = keys[[starts[p] + p.positions(tokens)[0] for p in prompts]].float()
-        others = keys[[starts[p] + i for p in prompts for i in _elsewhere(p, at_end)]].float()
-        swapped = self._ends(mlp, self._swapped(prompts[0], at_end))
+        here = [p.positions("subject")[0] if place is None else place for p in prompts]
+        own = keys[[starts[p] + at for p, at in zip(prompts, here, strict=True)]].float()
+        others = keys[[starts[p] + i for p in prompts for i in _elsewhere(p, place)]].float()
+        swapped = self._ends(mlp, self._swapped(prompts[0], place))
         near = self._ends(mlp, alike)
         if len(near):
             detector = self._readings[home].detector(own, torch.cat((others, swapped)))
@@ -303,6 +260,9 @@ class Planner:
         others = [rows.others, *([rows.swapped] if swapped else [])]
         if weight:
             others.append(known.mean + math.sqrt(weight / mlp.hidden) * (rows.alike - known.mean))
+        if len(rows.own) > 1:
+            # What the own readings differ in, as plain and chat form do, has no part in the score.
+            others.append(known.mean + rows.own - rows.own.mean(0))
         detector = known.detector(rows.own, torch.cat(others))
         lowest = float(detector.scores(rows.own).min())
         threshold = min(form.threshold, max(form.threshold * lowest / _USUAL, LOWEST))
@@ -340,18 +300,18 @@ class Planner:
         usual = self._form.widest / math.sqrt(shape.mlp.hidden)
         return shape.detector.spread < usual * shape.threshold / self._form.threshold
 
-    def _swapped(self, prompt: EncodedPrompt, at_end: bool) -> list[EncodedPrompt]:
+    def _swapped(self, prompt: EncodedPrompt, place: int | None) -> list[EncodedPrompt]:
         """The prompt with other names, up to the token that is read.
 
-        At the subject, names that end in the subject's own last token.
+        At the subject (``place`` None), names that end in the subject's own last token.
         """
         if prompt.subject_missing or not prompt.subject_spans:
             return []
         start, stop = prompt.subject_spans[-1]
-        if stop - start < 2 and not at_end:
+        if place is None and stop - start < 2:
             return []
         before, subject = prompt.prompt_ids[:start], prompt.prompt_ids[start:stop]
-        after = prompt.prompt_ids[stop:] if at_end else subject[-1:]
+        after = subject[-1:] if place is None else prompt.prompt_ids[stop : place + 1]
         if not after:
             return []
         found = []
@@ -377,14 +337,25 @@ def _end_of(prompt: EncodedPrompt) -> str:
     return text if len(text) <= 100 else f"…{text[-100:]}"
 
 
-def _elsewhere(prompt: EncodedPrompt, at_end: bool) -> list[int]:
+def _behind(prompt: EncodedPrompt) -> list[int]:
+    """Places behind the subject where a prompt can be read: the next ones, and its end."""
+    end = len(prompt.prompt_ids) - 1
+    if prompt.subject_missing or not prompt.subject_spans:
+        return [end]
+    stop = prompt.subject_spans[-1][1]
+    return sorted({*range(stop, min(stop + _NEXT, end)), end})
+
+
+def _elsewhere(prompt: EncodedPrompt, place: int | None) -> list[int]:
     """Positions that a neuron must not fire at.
 
     Above all not at a text's first token: all others attend to it, so what is added there is added
     to everything.
     """
-    here = prompt.positions("last" if at_end else "subject")[0]
-    mentions = () if at_end else {stop - 1 for _, stop in prompt.subject_spans}
+    if place is not None:
+        return [i for i in range(prompt.length) if i != place]
+    mentions = {stop - 1 for _, stop in prompt.subject_spans}
+    here = prompt.positions("subject")[0]
     return [i for i in range(prompt.length) if i != here and i not in mentions]
 
 

@@ -48,8 +48,8 @@ def seek(
     """What the neurons of F facts are to write: F × d_out float32.
 
     In two rounds: first for the prompts that take few tokens behind the subject, which is most of
-    the way and costs half as much, then for all. A fact that cannot be answered under noise is
-    sought once more without.
+    the way and costs half as much, then for all at which the neuron fires. A fact that cannot be
+    answered under noise is sought once more without.
 
     Args:
         llm: The model.
@@ -76,6 +76,10 @@ _HALF = math.log(2)
 
 #: Tokens.
 _HARDLY = 2
+
+#: Strength of a neuron from which a prompt can be answered by it. Below, no vector of a usual
+#: length answers it, and the search for one would take all its steps.
+REACHED = 0.1
 
 
 class _Search:
@@ -111,6 +115,8 @@ class _Search:
         )[:, None]
         self.owners = torch.tensor(owners, device=device)
         homes = torch.tensor([target.home for target in targets], device=device)[self.owners]
+        #: P bool on the CPU, at which prompts a neuron fires at all.
+        self._reached = (self._fires[:, 0] >= REACHED).tolist()
         self._here = [(homes == i).float()[:, None] for i in used]
         self._width = mlps[targets[0].home].hidden
         self._numbers = torch.bincount(self.owners, minlength=len(targets)).float()
@@ -127,9 +133,11 @@ class _Search:
         Returns:
             F × d_out float32, and F bool, which facts were not answered well enough at the end.
         """
-        everything, prompts = range(len(self.owners)), iter(range(len(self.owners)))
-        places = [[next(prompts) for _ in target.prompts] for target in self._targets]
-        short = [_short(t.prompts, own) for t, own in zip(self._targets, places, strict=True)]
+        prompts = [prompt for target in self._targets for prompt in target.prompts]
+        numbers = iter(range(len(prompts)))
+        places = [self._sought([next(numbers) for _ in t.prompts]) for t in self._targets]
+        everything = [i for own in places for i in own]
+        short = [_short([prompts[i] for i in own], own) for own in places]
         left = torch.tensor([len(a) < len(b) for a, b in zip(short, places, strict=True)])
         left = left.to(self.owners.device)
         nothing = torch.zeros(len(places), self._width, device=left.device)
@@ -141,6 +149,10 @@ class _Search:
         second = left if sought is None else left & sought
         vectors, still = self.descend(vectors, everything, noise, second)
         return vectors, torch.where(left, still, busy)
+
+    def _sought(self, places: Sequence[int]) -> list[int]:
+        """Those of a target's prompts at which its neuron fires; all where it fires at none."""
+        return [i for i in places if self._reached[i]] or list(places)
 
     @torch.inference_mode(False)
     @torch.enable_grad()

@@ -47,10 +47,11 @@ def revoke(folder: Path, id: int, base: Path | None) -> str:
         done = saved.revoke(id)
     text = f"edit {id} is taken back as event {done.event}; {_written(done)}"
     if later:
-        text += (
-            f"\n{len(later)} later edits stay as they are; their updates were computed while it "
-            "was in place"
+        one = len(later) == 1
+        stay = (
+            "1 later edit stays as it is" if one else f"{len(later)} later edits stay as they are"
         )
+        text += f"\n{stay}; what was written later was computed while edit {id} was in place"
     return text
 
 

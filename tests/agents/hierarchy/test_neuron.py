@@ -432,6 +432,35 @@ def test_values_are_sought_for_a_rewording_in_chat_where_facts_are_asked_in_chat
     assert [target.prompts for target in sought] == [(*prompts, extra), tuple(prompts)]
 
 
+def test_the_words_of_a_prompt_that_another_neuron_answers_are_reworded_too(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    llm = model()
+    plain = unit(llm, ("w9 w4 w8", "w13", "w9")).prompt
+    chat = replace(unit(llm, ("w5 w9 w4 w8", "w13", "w9")).prompt, form="chat")
+    asked: list[tuple[EncodedPrompt, ...]] = []
+
+    def noted(_encoder: object, prompts: Sequence[EncodedPrompt], _forms: object) -> list[Any]:
+        asked.append(tuple(prompts))
+        return []
+
+    monkeypatch.setattr("hiedit_agents.hierarchy.neuron.rewordings", noted)
+    monkeypatch.setattr(
+        "hiedit_agents.hierarchy.neuron.seek", lambda *args: torch.zeros(len(args[2]), HIDDEN)
+    )
+    low = neuron(llm, widest=9.0)
+    capture = llm.read(plain, chat).capture()
+    monkeypatch.setattr("hiedit_agents.hierarchy.neuron.units_of", lambda _, prompts: [prompts])
+    in_chat, moved = low.plan(capture, FIRST)
+    # The plain prompt begins with its subject, so another neuron reads it behind.
+    assert in_chat.prompts == (chat,)
+    assert in_chat.besides == (plain,)
+    assert moved.prompts[0].prompt_ids == plain.prompt_ids
+    assert moved.besides == ()
+    low._search([in_chat, moved])
+    assert asked == [(chat, plain), moved.prompts]
+
+
 def test_a_vector_that_facts_share_is_sought_without_noise_and_rewordings(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:

@@ -69,6 +69,25 @@ def test_the_threshold_falls_with_what_the_facts_own_prompts_score(
     assert shape.threshold == pytest.approx(threshold, abs=1e-3)
 
 
+def test_a_fact_scores_alike_in_all_of_its_prompts() -> None:
+    llm = model()
+    low = neuron(llm)
+    texts = ("w5 w9 w4", "w3 w30 w9 w6 w4", "w11 w12 w7 w9 w4")
+    prompts = [llm.encoder.with_subject(llm.encode(text, "w7"), text, "w9") for text in texts]
+    capture = llm.read(*prompts).capture()
+    starts = dict(zip(prompts, (0, 3, 8), strict=True))
+    planner = Planner(llm, low.mlps, low._readings, ShapeForm(0.5, 30.0, 0, 1.8))
+    rows = planner._rows(capture, 0, prompts, starts)
+    # Of least variance with 1 at the mean alone, they would differ.
+    others = torch.cat((rows.others, rows.swapped))
+    free = low._readings[0].detector(rows.own, others).scores(rows.own)
+    assert float(free.max() - free.min()) > 0.05
+    shape = planner._shape(0, rows)
+    scores = shape.detector.scores(rows.own)
+    torch.testing.assert_close(scores, torch.ones(3), atol=0.02, rtol=0)
+    torch.testing.assert_close(shape.firing(rows.own), torch.ones(3), atol=0.05, rtol=0)
+
+
 def test_a_warning_shows_where_a_long_prompt_ends() -> None:
     short, long = (EncodedPrompt(text, "a", (1, 2), (3,)) for text in ("who", "b" * 70 + "e" * 60))
     assert _end_of(short) == "who"
@@ -114,19 +133,32 @@ def test_what_reads_like_much_else_is_not_written_and_said() -> None:
     assert low.statistics()["held"] == {}
 
 
-def test_a_subject_that_begins_the_text_is_read_at_the_end_of_the_prompt() -> None:
+@pytest.mark.parametrize("prompt", ["w9 w4 w8", "w9 w4 w8 w6 w10 w3", "w9 w8"])
+def test_a_subject_that_begins_the_text_is_read_at_the_best_place_behind_it(prompt: str) -> None:
     llm = model()
     low = neuron(llm)
-    capture = unit(llm, ("w9 w4 w8", "w13", "w9"))
-    planner = Planner(llm, low.mlps, low._readings, ShapeForm(0.4, 30.0, 8, 1.8))
+    capture = unit(llm, (prompt, "w13", "w9"))
+    planner = Planner(llm, low.mlps, low._readings, ShapeForm(0.4, 30.0, 8, 4.0))
     (target,) = planner.targets(capture, [capture.prompts], lambda _: 0, [], 0)
-    assert [list(prompt.positions("subject")) for prompt in target.prompts] == [[2]]
-    reading = capture.keys[low.mlps[0].gate.layer][2]
-    torch.testing.assert_close(target.shape.reading, reading)
-    # Other names in the subject's place give readings at which it does not fire.
-    others = planner._swapped(capture.prompt, at_end=True)
-    assert others
-    assert all(other.prompt_ids[1:] == capture.prompt.prompt_ids[1:] for other in others)
+    keys = capture.keys[low.mlps[0].gate.layer]
+    spreads = {}
+    for place in range(1, len(prompt.split())):
+        # Other names in the subject's place, up to the token that is read.
+        others = planner._swapped(capture.prompt, place)
+        assert len(others) >= 7
+        after = capture.prompt.prompt_ids[1 : place + 1]
+        assert all(other.prompt_ids[1:] == after for other in others)
+        rest = [i for i in range(capture.prompt.length) if i != place]
+        elsewhere = torch.cat((keys[rest], planner._ends(low.mlps[0], others)))
+        spreads[place] = low._readings[0].detector(keys[[place]], elsewhere).spread
+    best = min(spreads, key=lambda place: spreads[place])
+    assert [list(prompt.positions("subject")) for prompt in target.prompts] == [[best]]
+    torch.testing.assert_close(target.shape.reading, keys[best])
+    assert target.shape.detector.spread == pytest.approx(spreads[best], rel=1e-4)
+    # Its own score is 1 in the only prompt it is for, so it can begin to fire late.
+    assert target.shape.threshold == 0.7
+    # At the text's first token, to which all others attend, it does not fire.
+    assert abs(float(target.shape.firing(keys[:1])[0])) < 0.05
 
 
 # -- earlier facts --------------------------------------------------------------------------------

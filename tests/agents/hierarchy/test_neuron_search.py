@@ -13,6 +13,7 @@ from torch import Tensor
 from hiedit_agents.hierarchy import neuron_search
 from hiedit_agents.hierarchy.neuron_plan import Planner, ShapeForm, Target
 from hiedit_agents.hierarchy.neuron_search import SearchForm, seek
+from hiedit_agents.hierarchy.neuron_shape import NeuronShape
 from hiedit_env.resident.nudges import Nudges
 from hiedit_env.resident.resident import ResidentLLM
 from tests.agents.hierarchy.test_neuron import model, neuron
@@ -119,6 +120,35 @@ def test_short_prompts_by_hand() -> None:
     (target,) = targets(llm, ("w5 w9 w4", "w5 w9 w21 w8 w6 w3 w4", "w3 w9 w6 w4"))
     # Behind the subject stand 1 + 1, 5 + 1 and 2 + 1 tokens, the answer's among them.
     assert neuron_search._short(target.prompts, (4, 5, 6)) == [4, 6]
+
+
+class _Silent:
+    """The shape of a neuron that does not fire in the prompts at some places."""
+
+    def __init__(self, shape: NeuronShape, silent: Sequence[int]) -> None:
+        self._shape, self._silent, self._seen = shape, silent, 0
+
+    def firing(self, readings: Tensor) -> Tensor:
+        number, self._seen = self._seen, self._seen + 1
+        return self._shape.firing(readings) * (0.01 if number in self._silent else 1)
+
+
+def test_a_prompt_that_the_neuron_does_not_fire_in_is_not_sought(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    llm = model()
+    (target,) = targets(llm)
+    mlps = neuron(llm).mlps
+    alone = seek(llm, mlps, [replace(target, prompts=target.prompts[:1])], FORM)
+    seen = counted(monkeypatch)
+    silent = replace(target, shape=_Silent(target.shape, [1]))  # type: ignore[arg-type]
+    torch.testing.assert_close(seek(llm, mlps, [silent], FORM), alone, rtol=1e-4, atol=1e-4)
+    assert set(seen) == {1}
+    # One that fires nowhere is sought in vain, but sought.
+    del seen[:]
+    mute = replace(target, shape=_Silent(target.shape, [0, 1]))  # type: ignore[arg-type]
+    seek(llm, mlps, [mute], FORM)
+    assert 2 in seen
 
 
 def test_strengths_are_known_before_a_vector_counts_as_good_enough(

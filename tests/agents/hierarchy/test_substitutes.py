@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from hiedit_agents.hierarchy.neuron_changes import NeuronChanges
-from hiedit_agents.hierarchy.neuron_plan import NeuronShape
+from hiedit_agents.hierarchy.neuron_shape import NeuronShape
 from hiedit_agents.hierarchy.substitutes import of_neuron
 from tests.agents.hierarchy.test_neuron import (
     FACTS,

@@ -105,6 +105,14 @@ def test_revoke_gives_what_the_other_recorded_updates_give(
         assert given or i == 1
 
 
+def test_revoke_counts_the_later_edits(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    saved(tmp_path / "out")
+    assert main(["revoke", str(tmp_path / "out"), "3"]) == 0
+    assert "\n1 later edit stays as it is;" in capsys.readouterr().out
+    assert main(["revoke", str(tmp_path / "out"), "4"]) == 0
+    assert "later" not in capsys.readouterr().out
+
+
 @pytest.mark.parametrize("stored", [torch.bfloat16, torch.float16])
 def test_folders_of_another_dtype(stored: torch.dtype, tmp_path: Path) -> None:
     loaded = load_model("tiny", progress=False)
