@@ -91,7 +91,8 @@ class SharedAgent(FixedAgent):
         if not getattr(inner, "controls", ()):
             raise SettingsError(
                 f"agent {self.name!r} looks at prompts that no fact asks, which planted worlds "
-                f"have and {inner.model_name!r} has not; take --model planted:pairs:3"
+                f"have and {inner.model_name!r} has not; take a world, such as --model "
+                "planted:pairs:1000000"
             )
         inner.use_low_level(None)
         if self._seen is None or self._seen[0] is not inner:

@@ -152,7 +152,11 @@ class EditingEpisode:
     @property
     def remembered(self) -> tuple[EncodedFact, ...]:
         """The last k facts edited before the present unit, latest first."""
-        return self.facts[max(0, self._present - self.retention_window) : self._present][::-1]
+        return self.last_edited(self.retention_window)
+
+    def last_edited(self, count: int) -> tuple[EncodedFact, ...]:
+        """At most so many facts edited before the present unit, latest first."""
+        return self.facts[max(0, self._present - count) : self._present][::-1]
 
     @property
     def _present(self) -> int:

@@ -14,6 +14,8 @@ from hiedit_env.envs.effects import Effects, choose_controls, control_keys
 from hiedit_env.envs.episode import EditingEpisode
 from hiedit_env.envs.observations import Observer
 from hiedit_env.envs.scheduler import Judge, Passes, run
+from hiedit_env.envs.settings import EditingSettings
+from hiedit_env.errors import whole_number
 from hiedit_env.evaluation.reward_terms import Metrics, Quality
 
 
@@ -28,13 +30,22 @@ class FullObservation:
     Args:
         env: An environment of one fact per step on a language model.
         controls: As for :class:`~hiedit_env.wrappers.observe_effects.ObserveEffects`.
+        retention_window: Number of past facts that ``recent_retention`` is of, whatever the
+            environment's own window is.
 
     Raises:
-        SettingsError: several facts per step, or no controls.
+        SettingsError: several facts per step, no controls, or a negative window.
     """
 
-    def __init__(self, env: EditingEnv, controls: Sequence[Probe] | None = None) -> None:
+    def __init__(
+        self,
+        env: EditingEnv,
+        controls: Sequence[Probe] | None = None,
+        *,
+        retention_window: int = EditingSettings.retention_window,
+    ) -> None:
         self._env = env
+        self._window = whole_number(retention_window, "retention_window", 0)
         chosen = choose_controls(env, controls, "FullObservation")
         self._effects = Effects(control_keys(env.llm, chosen))
         self._observer = Observer(env.llm, version=2)
@@ -48,17 +59,16 @@ class FullObservation:
         env = self._env
         env._require_running()
         view = env.view()
-        if view.standing is None:
-            view = replace(view, standing=run(_judged(env.episode)))
+        if view.standing is None or env.episode.retention_window != self._window:
+            view = replace(view, standing=run(_judged(env.episode, self._window)))
         observation: NDArray[np.float32] = self._observer.batch([view])[0].cpu().numpy()
         effects = self._effects.now(env).ravel()
         self._effects.keep(env)
         return np.concatenate((observation, effects))
 
 
-def _judged(episode: EditingEpisode) -> Passes[Metrics]:
+def _judged(episode: EditingEpisode, window: int) -> Passes[Metrics]:
     """What the model is like on the present unit; unlike ``judge``, counts nothing."""
-    quality: Quality = yield Judge(
-        episode.evaluator, episode.unit, episode.remembered, episode.reading
-    )
+    past = episode.last_edited(window)
+    quality: Quality = yield Judge(episode.evaluator, episode.unit, past, episode.reading)
     return quality.metrics

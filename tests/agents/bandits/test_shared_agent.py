@@ -97,14 +97,16 @@ def test_every_feature_has_a_name() -> None:
     assert len(FEATURES) == PER_LAYER + PER_FACT == len(set(FEATURES))
 
 
+@pytest.mark.parametrize("window", [0, 3, 10])
 @pytest.mark.parametrize("version", [1, 2])
-def test_either_version_shows_it_what_it_learned_from(version: int) -> None:
-    env, wrapped = world(UNSEEN, 3, version), ObserveEffects(world(UNSEEN, 3))
+def test_any_environment_shows_it_what_it_learned_from(version: int, window: int) -> None:
+    env = world(UNSEEN, 3, version, retention_window=window)
+    wrapped = ObserveEffects(world(UNSEEN, 3))
     observation, _ = wrapped.reset(seed=1)
     env.reset(seed=1)
     inner: Any = env.unwrapped
     look = FullObservation(inner)
-    twin = world(UNSEEN, 3, version)
+    twin = world(UNSEEN, 3, version, retention_window=window)
     twin.reset(seed=1)
     for step in range(6):
         np.testing.assert_allclose(look.read(), observation, atol=1e-6)
@@ -215,7 +217,7 @@ def test_a_folder_that_does_not_fit_is_refused_in_one_line(tmp_path: Path) -> No
         assert any(word in str(refused.value) for word in ("earn it again", "into another one"))
         change(folder, **{name: record[name] for name in fields})
     agent = make_agent(str(folder))
-    with pytest.raises(SettingsError, match="take --model planted:pairs:3"):
+    with pytest.raises(SettingsError, match="take a world, .*planted:pairs:1000000"):
         agent.reset(gym.make("hiedit/LayerSelection-v2", num_edits=2), 0)
     with pytest.raises(SettingsError, match="must be reset before it can act"):
         agent.select_action(np.zeros(1, np.float32), {})
