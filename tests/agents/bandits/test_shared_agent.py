@@ -217,7 +217,7 @@ def test_a_folder_that_does_not_fit_is_refused_in_one_line(tmp_path: Path) -> No
         assert any(word in str(refused.value) for word in ("earn it again", "into another one"))
         change(folder, **{name: record[name] for name in fields})
     agent = make_agent(str(folder))
-    with pytest.raises(SettingsError, match="take a world, .*planted:pairs:1000000"):
+    with pytest.raises(SettingsError, match=r"take a world, .*planted:pairs:1000000"):
         agent.reset(gym.make("hiedit/LayerSelection-v2", num_edits=2), 0)
     with pytest.raises(SettingsError, match="must be reset before it can act"):
         agent.select_action(np.zeros(1, np.float32), {})
