@@ -47,7 +47,6 @@ from hiedit_agents.hierarchy.neuron_search import SearchForm, seek
 from hiedit_agents.hierarchy.rewordings import rewordings
 from hiedit_agents.hierarchy.substitutes import of_neuron
 from hiedit_env.errors import SettingsError, as_float, whole_number
-from hiedit_env.model.encoded import AskedForm
 from hiedit_env.model.mlps import candidate_mlps
 from hiedit_env.model.tokenization import EncodedPrompt
 from hiedit_env.resident.capture import Capture
@@ -341,9 +340,9 @@ class Neuron(FactMemory):
         return found
 
     def _rewordings(self, target: Target) -> list[EncodedPrompt]:
-        """The fact of a neuron in another sentence, in chat where it is asked in chat."""
-        form: AskedForm = "chat" if any(p.form == "chat" for p in target.prompts) else "plain"
-        return rewordings(self.llm.encoder, (*target.prompts, *target.besides), (form,))
+        """The fact of a neuron in another sentence, in every form in which it answers the fact."""
+        forms = tuple(dict.fromkeys(p.form for p in target.prompts))
+        return rewordings(self.llm.encoder, (*target.prompts, *target.besides), forms)
 
     def _written(self, index: int, changes: NeuronChanges) -> Tensor:
         """Which neurons of an MLP were written by whatever, now or before it was saved: I bool."""

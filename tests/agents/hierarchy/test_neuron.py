@@ -407,7 +407,7 @@ def test_bad_settings_and_a_missing_calibration_are_named() -> None:
 
 
 @pytest.mark.parametrize("forms", [("plain",), ("plain", "chat")])
-def test_values_are_sought_for_a_rewording_in_chat_where_facts_are_asked_in_chat(
+def test_values_are_sought_for_a_rewording_in_every_form_in_which_facts_are_asked(
     forms: Sequence[AskedForm], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     llm = model()
@@ -428,7 +428,7 @@ def test_values_are_sought_for_a_rewording_in_chat_where_facts_are_asked_in_chat
     monkeypatch.setattr("hiedit_agents.hierarchy.neuron.seek", noted)
     for reworded in (True, False):
         neuron(llm, reworded=reworded).propose(llm.read(*prompts).capture(), FIRST)
-    assert asked == [(llm.encoder, tuple(prompts), (forms[-1],))]
+    assert asked == [(llm.encoder, tuple(prompts), tuple(forms))]
     assert [target.prompts for target in sought] == [(*prompts, extra), tuple(prompts)]
 
 
