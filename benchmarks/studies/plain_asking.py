@@ -34,7 +34,7 @@ def generated(
     found = _continued(llm, prompts, budgets)
     ends = set(llm.end_ids)
     texts = [[*itertools.takewhile(lambda token: token not in ends, own)] for own in found]
-    return [llm.tokenizer.decode(own, skip_special_tokens=True) for own in texts]
+    return [llm.encoder.decode(own) for own in texts]
 
 
 def first_tokens(
@@ -49,7 +49,7 @@ def first_tokens(
     """
     found = _continued(llm, prompts, [number] * len(prompts))
     return [
-        replace(p, answer=llm.tokenizer.decode(own), answer_ids=tuple(own))
+        replace(p, answer=llm.encoder.decode(own), answer_ids=tuple(own))
         for p, own in zip(prompts, found, strict=True)
     ]
 

@@ -45,7 +45,7 @@ def test_texts_and_tokens_are_those_of_whole_passes() -> None:
     budgets = [5, 2, 7, 4, 1]
     with torch.no_grad():
         wanted = [alone(llm, p.prompt_ids, n) for p, n in zip(prompts, budgets, strict=True)]
-        shown = [llm.tokenizer.decode(ids, skip_special_tokens=True) for ids in wanted]
+        shown = [llm.encoder.decode(ids) for ids in wanted]
         assert generated(llm, prompts, budgets) == shown
         own = first_tokens(llm, prompts, 4)
         assert [list(p.answer_ids) for p in own] == [alone(llm, p.prompt_ids, 4) for p in prompts]
