@@ -74,14 +74,16 @@ class Neuron(FactMemory):
         enough: −log p per answer token, in nats, below which a prompt needs no more, if every token
             has more than one half as well.
         threshold: θ, the score above which a neuron fires; lower where a prompt of the fact itself
-            scores less than 0.9.
+            scores less than 0.9, higher where an earlier fact's subject reads alike, and 0.7 for a
+            prompt that is read behind its subject.
         sharpness: β, how steeply the gate rises with the score.
         ridge: Share of the mean diagonal that is added to the covariance of what MLPs read.
         companions: Earlier facts about the same subject that are sought again with a new one.
         swaps: Other names with the same last token that a neuron must not fire at.
         widest: Largest spread of a neuron's score over everything that is read, as a multiple of
-            1/√d; where it is larger, a subject cannot be told from the rest. On SmolLM2 most have
-            0.4 to 0.7, and one neuron of 1.1 did more damage than 37 others together.
+            1/√d, at this threshold, and larger in proportion at a higher one; where it is larger, a
+            subject cannot be told from the rest. On SmolLM2 most have 0.4 to 0.7, and one neuron of
+            1.1 did more damage than 37 others together.
         substitutes: Whether other neurons take over what a rewritten one did (:mod:`.substitutes`).
         noise: Length of the noise that is added to a vector in every pass of the search, as a share
             of its own; 0 for none.
@@ -340,9 +342,13 @@ class Neuron(FactMemory):
         return found
 
     def _rewordings(self, target: Target) -> list[EncodedPrompt]:
-        """The fact of a neuron in another sentence, in every form in which it answers the fact."""
+        """The fact of a neuron in another sentence, in every form in which it answers the fact.
+
+        None for a fact without a plain prompt, whose words are then not known.
+        """
         forms = tuple(dict.fromkeys(p.form for p in target.prompts))
-        return rewordings(self.llm.encoder, (*target.prompts, *target.besides), forms)
+        # Earlier facts about the subject stand behind the fact's own prompts.
+        return rewordings(self.llm.encoder, (*target.besides, *target.prompts), forms)
 
     def _written(self, index: int, changes: NeuronChanges) -> Tensor:
         """Which neurons of an MLP were written by whatever, now or before it was saved: I bool."""

@@ -62,7 +62,7 @@ class Target:
         home: Index of its MLP.
         prompts: What is to be answered with it, earlier facts about the same subject last.
         shape: When it fires.
-        besides: Prompts of the same facts that other neurons answer.
+        besides: Other prompts of the fact, which other neurons answer.
     """
 
     fact: tuple[int, ...]
@@ -134,8 +134,9 @@ class Planner:
     ) -> list[Target]:
         """One neuron for every subject, or several where its prompts read too differently.
 
-        None fires at the subject of an earlier fact that ends in the same token, as two rivers do.
-        A prompt in which nothing can be told from what is read elsewhere has none.
+        One that reads all prompts of a fact at the subject does not fire at the subject of an
+        earlier fact that ends in the same token, as two rivers do. A prompt in which nothing can be
+        told from what is read elsewhere has none.
 
         Args:
             capture: Of the present prompts.
@@ -169,21 +170,22 @@ class Planner:
                 shape = self._firm(place, rows)
                 if shape is not None:
                     own = (*inside, *earlier)
-                    besides = tuple(p for p in prompts if p not in inside)
+                    besides = _besides(inside[0], inside, units)
                     found.append(Target(inside[0].prompt_ids, place, own, shape, besides))
                     groups = []
             alone = [p for p in prompts if p not in inside or groups]
             for prompt in alone:
                 one = self._alone(capture, prompt, home(prompt.prompt_ids), starts, alike)
-                if not one:
+                if one is None:
                     warnings.warn(
-                        f"{_end_of(prompt)!r}: what the model reads at the subject and at the "
-                        "end is like much else, so no neuron is written for it; name the fact's "
+                        f"{_end_of(prompt)!r}: what the model reads at the subject and behind it "
+                        "is like much else, so no neuron is written for it; name the fact's "
                         "subject, or put a word before it",
                         HieditWarning,
                         stacklevel=2,
                     )
-                found += one
+                else:
+                    found.append(replace(one, besides=_besides(prompt, [prompt], units)))
         return found
 
     def _alone(
@@ -193,7 +195,7 @@ class Planner:
         home: int,
         starts: Starts,
         alike: Sequence[EncodedPrompt],
-    ) -> list[Target]:
+    ) -> Target | None:
         """A neuron for one prompt: at its subject, or behind it where the subject says little.
 
         Behind it, at the token that is read least like what is read elsewhere. None where all are
@@ -202,7 +204,7 @@ class Planner:
         if prompt.positions("subject")[0] > 0:
             shape = self._shape(home, self._rows(capture, home, [prompt], starts, alike))
             if self._is_apart(shape):
-                return [Target(prompt.prompt_ids, home, (prompt,), shape)]
+                return Target(prompt.prompt_ids, home, (prompt,), shape)
         apart = []
         for place in _behind(prompt):
             # Its spans stay known, for other names in their place.
@@ -211,10 +213,10 @@ class Planner:
             if self._is_apart(shape):
                 apart.append((shape.detector.spread, place, shape))
         if not apart:
-            return []
+            return None
         _, place, shape = min(apart, key=lambda one: one[:2])
         moved = replace(prompt, subject_spans=((place, place + 1),), subject_missing=True)
-        return [Target(prompt.prompt_ids, home, (moved,), shape)]
+        return Target(prompt.prompt_ids, home, (moved,), shape)
 
     def _firm(self, home: int, rows: _Rows) -> NeuronShape | None:
         """The first shape that is apart and fires in all own prompts; None where there is none.
@@ -308,6 +310,8 @@ class Planner:
         if prompt.subject_missing or not prompt.subject_spans:
             return []
         start, stop = prompt.subject_spans[-1]
+        # The end of a prompt that ends with its subject is the subject's own last token.
+        place = None if place is not None and place < stop else place
         if place is None and stop - start < 2:
             return []
         before, subject = prompt.prompt_ids[:start], prompt.prompt_ids[start:stop]
@@ -338,12 +342,22 @@ def _end_of(prompt: EncodedPrompt) -> str:
 
 
 def _behind(prompt: EncodedPrompt) -> list[int]:
-    """Places behind the subject where a prompt can be read: the next ones, and its end."""
+    """Places behind the subject where a prompt can be read: the next ones, and its end.
+
+    None is the first token of the text.
+    """
     end = len(prompt.prompt_ids) - 1
     if prompt.subject_missing or not prompt.subject_spans:
-        return [end]
+        return [end] if end else []
     stop = prompt.subject_spans[-1][1]
-    return sorted({*range(stop, min(stop + _NEXT, end)), end})
+    return [*range(stop, min(stop + _NEXT, end)), *([end] if end else [])]
+
+
+def _besides(
+    prompt: EncodedPrompt, taken: Sequence[EncodedPrompt], units: Sequence[Unit]
+) -> tuple[EncodedPrompt, ...]:
+    """The other prompts of a prompt's fact that are not taken."""
+    return tuple(p for unit in units if prompt in unit for p in unit if p not in taken)
 
 
 def _elsewhere(prompt: EncodedPrompt, place: int | None) -> list[int]:

@@ -119,9 +119,11 @@ class _Search:
         self._reached = (self._fires[:, 0] >= REACHED).tolist()
         self._here = [(homes == i).float()[:, None] for i in used]
         self._width = mlps[targets[0].home].hidden
-        self._numbers = torch.bincount(self.owners, minlength=len(targets)).float()
-        sizes = torch.zeros_like(self._numbers).index_add(0, self.owners, self._nudges.lengths)
-        self._length = sizes / self._numbers * form.step_size
+        rows = iter(range(len(prompts)))
+        #: Per target the places of its prompts that are sought.
+        self._places = [self._sought([next(rows) for _ in t.prompts]) for t in targets]
+        lengths = [self._nudges.lengths[own].mean() for own in self._places]
+        self._length = torch.stack(lengths) * form.step_size
 
     def rounds(self, noise: float, sought: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """The rounds, from nothing.
@@ -134,8 +136,7 @@ class _Search:
             F × d_out float32, and F bool, which facts were not answered well enough at the end.
         """
         prompts = [prompt for target in self._targets for prompt in target.prompts]
-        numbers = iter(range(len(prompts)))
-        places = [self._sought([next(numbers) for _ in t.prompts]) for t in self._targets]
+        places = self._places
         everything = [i for own in places for i in own]
         short = [_short([prompts[i] for i in own], own) for own in places]
         left = torch.tensor([len(a) < len(b) for a, b in zip(short, places, strict=True)])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import statistics
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -16,13 +17,17 @@ RESAMPLES = 2000
 COLUMNS: Mapping[str, tuple[str, ...]] = {
     "facts": ("efficacy", "chat_efficacy"),
     "paraphrases": ("generalization", "chat_generalization"),
-    "other subjects": ("neighbours", "chat_neighbours"),
-    "control questions in chat": ("controls",),
+    "unrelated prompts": ("specificity", "chat_specificity"),
+    "control prompts": ("controls",),
 }
 
 
+#: Columns that are lines of the picture.
+DRAWN = ("facts", "paraphrases", "unrelated prompts")
+
+
 def interval(shares: Sequence[float | None], seed: int = 0) -> tuple[float, float, float] | None:
-    """Mean in percent, with a 95 % bootstrap interval over facts; None without numbers.
+    """Mean in percent, with a 95 % bootstrap interval over facts or prompts; None without numbers.
 
     >>> interval([None, 1.0, 1.0])
     (100.0, 100.0, 100.0)
@@ -51,30 +56,34 @@ def report(checks: Sequence[Mapping[str, Any]]) -> str:
             " / ".join(_shown(check["shares"].get(name, ())) for name in names)
             for names in COLUMNS.values()
         ]
-        lines.append(f"| {check['edits']} | {' | '.join(cells)} | {check['seconds']:.1f} |")
+        seconds = statistics.median(fact["seconds"] for fact in check["written"])
+        lines.append(f"| {check['edits']} | {' | '.join(cells)} | {seconds:.1f} |")
     return "\n".join(lines) + "\n"
 
 
 def draw(checks: Sequence[Mapping[str, Any]]) -> bytes:
-    """The picture as PNG: facts, paraphrases and other subjects over the stream.
+    """The picture as PNG: :data:`DRAWN` over the stream, plain and, where there is one, in chat.
 
     Raises:
         MissingLibraryError: matplotlib is not installed.
     """
-    figure = new_figure(9, 4, dpi=110, layout="constrained")
-    panels = figure.subplots(1, 2, sharey=True)
+    titles = ["plain"]
+    if any(interval(check["shares"].get("chat_efficacy", ())) for check in checks):
+        titles.append("in chat")
+    figure = new_figure(4.5 * len(titles), 4, dpi=110, layout="constrained")
+    panels = figure.subplots(1, len(titles), sharey=True, squeeze=False)[0]
     edits = [check["edits"] for check in checks]
-    for form, title, axes in zip((0, 1), ("plain", "in chat"), panels, strict=True):
-        for index, (label, names) in enumerate(COLUMNS.items()):
-            if form >= len(names):
+    for form, (title, axes) in enumerate(zip(titles, panels, strict=True)):
+        for index, label in enumerate(DRAWN):
+            name = COLUMNS[label][form]
+            found = [interval(check["shares"].get(name, ())) for check in checks]
+            known = [(n, one) for n, one in zip(edits, found, strict=True) if one is not None]
+            if not known:
                 continue
-            found = [interval(check["shares"].get(names[form], ())) for check in checks]
-            if any(one is None for one in found):
-                continue
-            rows = np.array(found)
-            style = line_style(index)
-            axes.plot(edits, rows[:, 0], marker="o", markersize=4, label=label, **style)
-            axes.fill_between(edits, rows[:, 1], rows[:, 2], color=style["color"], alpha=0.15)
+            rows = np.array([one for _, one in known])
+            places, style = [n for n, _ in known], line_style(index)
+            axes.plot(places, rows[:, 0], marker="o", markersize=4, label=label, **style)
+            axes.fill_between(places, rows[:, 1], rows[:, 2], color=style["color"], alpha=0.15)
         axes.set_title(title, fontsize=10)
         axes.set_xlabel("edits", fontsize=9)
         axes.set_ylim(0, 102)

@@ -17,13 +17,15 @@ from hiedit_env.envs.scheduler import Judge, Passes, run
 from hiedit_env.envs.settings import EditingSettings
 from hiedit_env.errors import whole_number
 from hiedit_env.evaluation.reward_terms import Metrics, Quality
+from hiedit_env.model.encoded import EncodedFact
 
 
 class FullObservation:
     """The observation of version 2 behind ``ObserveEffects``, whatever environment is played.
 
-    An agent that learned from such observations can so act where they are shorter. In version 1
-    the model is judged on the fact before it is edited, which costs a pass; nothing else changes.
+    An agent that learned from such observations can so act where they are shorter. In version 1,
+    and where the environment remembers other facts, the model is judged on the fact before it is
+    edited, which costs a pass; nothing else changes.
 
     Call :meth:`read` before every step.
 
@@ -31,7 +33,7 @@ class FullObservation:
         env: An environment of one fact per step on a language model.
         controls: As for :class:`~hiedit_env.wrappers.observe_effects.ObserveEffects`.
         retention_window: Number of past facts that ``recent_retention`` is of, whatever the
-            environment's own window is.
+            environment's own window is; their weights are the environment's own.
 
     Raises:
         SettingsError: several facts per step, no controls, or a negative window.
@@ -59,16 +61,16 @@ class FullObservation:
         env = self._env
         env._require_running()
         view = env.view()
-        if view.standing is None or env.episode.retention_window != self._window:
-            view = replace(view, standing=run(_judged(env.episode, self._window)))
+        past = env.episode.last_edited(self._window)
+        if view.standing is None or past != env.episode.remembered:
+            view = replace(view, standing=run(_judged(env.episode, past)))
         observation: NDArray[np.float32] = self._observer.batch([view])[0].cpu().numpy()
         effects = self._effects.now(env).ravel()
         self._effects.keep(env)
         return np.concatenate((observation, effects))
 
 
-def _judged(episode: EditingEpisode, window: int) -> Passes[Metrics]:
+def _judged(episode: EditingEpisode, past: Sequence[EncodedFact]) -> Passes[Metrics]:
     """What the model is like on the present unit; unlike ``judge``, counts nothing."""
-    past = episode.last_edited(window)
     quality: Quality = yield Judge(episode.evaluator, episode.unit, past, episode.reading)
     return quality.metrics

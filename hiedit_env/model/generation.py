@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any, cast
 
 import torch
@@ -26,7 +26,6 @@ def end_ids(model: PreTrainedModel, encoder: PromptEncoder) -> frozenset[int]:
     return frozenset(i for i in known if i is not None)
 
 
-@torch.inference_mode()
 def generate(
     model: PreTrainedModel,
     encoder: PromptEncoder,
@@ -34,9 +33,24 @@ def generate(
     max_new_tokens: Sequence[int],
     max_batch: int,
     max_tokens: int = MAX_TOKENS,
-    use_cache: bool = True,
 ) -> list[str]:
-    """Greedy continuations, without the prompt and without special tokens.
+    """Greedy continuations as texts; arguments of :func:`continuations`."""
+    found = continuations(model, encoder, prompts, max_new_tokens, max_batch, max_tokens)
+    ends = end_ids(model, encoder)
+    return [text_of(encoder, tokens, ends) for tokens in found]
+
+
+@torch.inference_mode()
+def continuations(
+    model: PreTrainedModel,
+    encoder: PromptEncoder,
+    prompts: Sequence[str | EncodedPrompt],
+    max_new_tokens: Sequence[int],
+    max_batch: int,
+    max_tokens: int = MAX_TOKENS,
+    use_cache: bool = True,
+) -> list[list[int]]:
+    """Tokens of greedy continuations, each up to the first of :func:`end_ids`, which is kept.
 
     Args:
         model: Causal LM; its own generation settings are in place again afterwards.
@@ -58,7 +72,7 @@ def generate(
     # The last new token is never read, so it needs no position.
     room = [(encoder.max_length or sys.maxsize) + 1 - len(ids) for ids in encoded]
     budgets = [min(pair) for pair in zip(max_new_tokens, room, strict=True)]
-    texts = [""] * len(prompts)
+    found: list[list[int]] = [[] for _ in prompts]
     tokenizer = encoder.tokenizer
     pad, ends = tokenizer.pad_token_id or 0, end_ids(model, encoder)
     make_config = cast(Any, GenerationConfig)  # untyped in transformers
@@ -78,8 +92,7 @@ def generate(
         )
         if not use_cache:
             (i,) = group
-            new = _plain(model, encoded[i], budgets[i], ends)
-            texts[i] = encoder.decode(new)
+            found[i] = _plain(model, encoded[i], budgets[i], ends)
             continue
         # Penalties and sampling settings that came with the model would be taken from its own.
         own, model.generation_config = model.generation_config, make_config()
@@ -94,22 +107,34 @@ def generate(
         for row, i in enumerate(group):
             new = output[row, longest : longest + budgets[i]].tolist()
             # What pads a row that has ended need not be a special token.
-            stop = next((place for place, token in enumerate(new) if token in ends), None)
-            texts[i] = encoder.decode(new[:stop])
-    return texts
+            stop = next((place for place, token in enumerate(new) if token in ends), len(new))
+            found[i] = new[: stop + 1]
+    return found
+
+
+def text_of(encoder: PromptEncoder, tokens: Sequence[int], ends: Collection[int]) -> str:
+    """A continuation as text, without the token that ends it and without special tokens.
+
+    Args:
+        encoder: As for :func:`continuations`.
+        tokens: What that gave.
+        ends: What :func:`end_ids` gives.
+    """
+    whole = not tokens or tokens[-1] not in ends
+    return encoder.decode(tokens if whole else tokens[:-1])
 
 
 def _plain(
     model: PreTrainedModel, prompt: Sequence[int], budget: int, ends: frozenset[int]
 ) -> list[int]:
-    """Greedy continuation by whole passes, up to an end token, which is left out."""
+    """Greedy continuation by whole passes, up to an end token, which is kept."""
     ids = list(prompt)
     for _ in range(budget):
         read = torch.tensor([ids], dtype=torch.int64, device=model.device)
         token = int(model(input_ids=read, use_cache=False).logits[0, -1].argmax())
+        ids.append(token)
         if token in ends:
             break
-        ids.append(token)
     return ids[len(prompt) :]
 
 

@@ -18,7 +18,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from hiedit_env.errors import SettingsError
 from hiedit_env.model.architectures import CandidateLayer
 from hiedit_env.model.batches import PromptBatch, length_buckets, make_batch
-from hiedit_env.model.generation import end_ids, generate
+from hiedit_env.model.generation import continuations, end_ids, text_of
 from hiedit_env.model.structure import text_config
 from hiedit_env.model.tokenization import EncodedPrompt, PromptEncoder
 from hiedit_env.resident.capture import GradientRows, LayerRecorder, as_rows
@@ -274,12 +274,19 @@ class ResidentLLM(EditableWeights):
     def generate(
         self, prompts: Sequence[str | EncodedPrompt], max_new_tokens: Sequence[int]
     ) -> list[str]:
-        """Greedy continuations, see :func:`.generation.generate`.
+        """Greedy continuations as texts, without special tokens.
 
         Args:
             prompts: Texts to continue, or encoded prompts.
             max_new_tokens: Budget of each.
         """
+        found = self.continuations(prompts, max_new_tokens)
+        return [text_of(self.encoder, tokens, self.end_ids) for tokens in found]
+
+    def continuations(
+        self, prompts: Sequence[str | EncodedPrompt], max_new_tokens: Sequence[int]
+    ) -> list[list[int]]:
+        """The tokens of what :meth:`generate` gives, see :func:`.generation.continuations`."""
         size = 1 if self._way.generates_alone else max(1, self.max_batch_tokens // 64)
         encoded = [
             self.encoder.encode_prompt(p) if isinstance(p, str) else p.prompt_ids for p in prompts
@@ -290,11 +297,11 @@ class ResidentLLM(EditableWeights):
             0 < limit < len(ids) + budget
             for ids, budget in zip(encoded, max_new_tokens, strict=True)
         ]
-        texts = [""] * len(prompts)
+        tokens: list[list[int]] = [[] for _ in prompts]
         with self._edited((self,)):
             for most, kind in ((size, False), (1, True)):
                 chosen = [i for i, by_itself in enumerate(alone) if by_itself is kind]
-                found = generate(
+                found = continuations(
                     self.model,
                     self.encoder,
                     [prompts[i] for i in chosen],
@@ -304,9 +311,9 @@ class ResidentLLM(EditableWeights):
                     4 * self.max_batch_tokens,
                     use_cache=not self.generates_whole,
                 )
-                for i, text in zip(chosen, found, strict=True):
-                    texts[i] = text
-        return texts
+                for i, own in zip(chosen, found, strict=True):
+                    tokens[i] = own
+        return tokens
 
     # -- inside -------------------------------------------------------------------------------
 

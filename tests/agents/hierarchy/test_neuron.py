@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from hiedit_agents.hierarchy.fact_memory import units_of
 from hiedit_agents.hierarchy.neuron import Neuron
 from hiedit_agents.hierarchy.neuron_changes import NeuronChanges
 from hiedit_agents.hierarchy.neuron_plan import Planner, ShapeForm, Target
@@ -456,9 +457,23 @@ def test_the_words_of_a_prompt_that_another_neuron_answers_are_reworded_too(
     assert in_chat.prompts == (chat,)
     assert in_chat.besides == (plain,)
     assert moved.prompts[0].prompt_ids == plain.prompt_ids
-    assert moved.besides == ()
+    assert moved.besides == (chat,)
     low._search([in_chat, moved])
-    assert asked == [(chat, plain), moved.prompts]
+    assert asked == [(plain, chat), (chat, *moved.prompts)]
+    # So it is where every prompt has a neuron of its own.
+    monkeypatch.setattr("hiedit_agents.hierarchy.neuron_plan.Planner._firm", lambda *_: None)
+    found = {target.fact: target.besides for target in low.plan(capture, FIRST)}
+    assert found == {chat.prompt_ids: (plain,), plain.prompt_ids: (chat,)}
+
+
+def test_the_words_of_another_fact_are_not_reworded() -> None:
+    llm = model()
+    plain = unit(llm, ("w9 w4 w8", "w13", "w9")).prompt
+    other = replace(unit(llm, ("w5 w9 w10", "w12", "w9")).prompt, form="chat")
+    capture = llm.read(plain, other).capture()
+    targets = neuron(llm, widest=9.0).plan(capture, FIRST)
+    assert len(units_of(llm, capture.prompts)) == 2
+    assert [target.besides for target in targets] == [(), ()]
 
 
 def test_a_vector_that_facts_share_is_sought_without_noise_and_rewordings(

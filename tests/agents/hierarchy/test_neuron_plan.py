@@ -17,6 +17,7 @@ from hiedit_agents.hierarchy.neuron_plan import (
     NeuronShape,
     Planner,
     ShapeForm,
+    _behind,
     _end_of,
     _Rows,
 )
@@ -67,6 +68,21 @@ def test_the_threshold_falls_with_what_the_facts_own_prompts_score(
     rows = planner._rows(capture, 0, [capture.prompt], {capture.prompt: 0})
     shape = planner._shape(0, rows)
     assert shape.threshold == pytest.approx(threshold, abs=1e-3)
+
+
+def test_places_behind_the_subject_by_hand() -> None:
+    def behind(length: int, *spans: tuple[int, int], missing: bool = False) -> list[int]:
+        prompt = EncodedPrompt("p", "a", tuple(range(1, length + 1)), (99,))
+        return _behind(replace(prompt, subject_spans=spans, subject_missing=missing))
+
+    assert behind(4, (0, 1)) == [1, 2, 3]
+    # Not too many of a long prompt, but its end.
+    assert behind(20, (0, 1)) == [*range(1, 9), 19]
+    assert behind(20, (0, 1), (15, 17)) == [17, 18, 19]
+    # Where the subject ends the prompt or is not known, the end; never the first token of a text.
+    assert behind(4, (2, 4)) == [3]
+    assert behind(4, missing=True) == [3]
+    assert behind(1, (0, 1)) == behind(1, missing=True) == []
 
 
 def test_a_fact_scores_alike_in_all_of_its_prompts() -> None:

@@ -137,8 +137,12 @@ def test_a_prompt_that_the_neuron_does_not_fire_in_is_not_sought(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     llm = model()
-    (target,) = targets(llm)
+    # With other tokens before the subject, hidden states have another length there.
+    (target,) = targets(llm, (PROMPTS[0], f"w30 w31 {PROMPTS[1]}"))
     mlps = neuron(llm).mlps
+    both = neuron_search._Search(llm, mlps, [target], FORM)._length
+    one = neuron_search._Search(llm, mlps, [replace(target, prompts=target.prompts[:1])], FORM)
+    assert abs(float(one._length / both) - 1) > 1e-3
     alone = seek(llm, mlps, [replace(target, prompts=target.prompts[:1])], FORM)
     seen = counted(monkeypatch)
     silent = replace(target, shape=_Silent(target.shape, [1]))  # type: ignore[arg-type]

@@ -1,91 +1,106 @@
-"""The study of long streams: what it asks is what transformers alone says of the edited weights."""
+"""The study of long streams: its shares are those of asking the edited model prompt by prompt."""
 
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
-from hiedit_benchmarks.studies import held_out
+from hiedit_benchmarks.studies import held_out, held_out_report
 from hiedit_benchmarks.studies.held_out import main
-from hiedit_benchmarks.studies.held_out_report import interval, report
-from hiedit_benchmarks.studies.plain_asking import first_tokens, generated, tokens_kept
-from hiedit_env.datasets.load import load_requests
-from hiedit_env.errors import ResultsExistError, SettingsError
+from hiedit_benchmarks.studies.held_out_report import draw, interval, report
+from hiedit_env.errors import OutputError, ResultsExistError, SettingsError
 from hiedit_env.evaluation.matching import EXTRA_TOKENS, is_match
-from hiedit_env.model.architectures import find_candidates
-from hiedit_env.model.loading import load_model
 from hiedit_env.resident.resident import ResidentLLM
-
-
-def tiny() -> ResidentLLM:
-    loaded = load_model("tiny", progress=False)
-    return ResidentLLM(loaded.model, loaded.tokenizer, find_candidates(loaded.model, None, "tiny"))
-
-
-def alone(llm: ResidentLLM, ids: tuple[int, ...], budget: int) -> list[int]:
-    """Greedy tokens of one prompt by whole passes, without cache, padding or ``generate``."""
-    text = list(ids)
-    for _ in range(budget):
-        token = int(llm.model(input_ids=torch.tensor([text])).logits[0, -1].argmax())
-        text.append(token)
-        if token in llm.end_ids:
-            break
-    return text[len(ids) :]
-
-
-def test_texts_and_tokens_are_those_of_whole_passes() -> None:
-    llm = tiny()
-    texts = [r.prompt for r in load_requests("tiny-facts")[:3]]
-    prompts = [llm.encode(text, "x") for text in (*texts, f"{texts[0]} {texts[1]}", texts[2][:9])]
-    assert len({len(p.prompt_ids) for p in prompts}) > 1
-    budgets = [5, 2, 7, 4, 1]
-    with torch.no_grad():
-        wanted = [alone(llm, p.prompt_ids, n) for p, n in zip(prompts, budgets, strict=True)]
-        shown = [llm.encoder.decode(ids) for ids in wanted]
-        assert generated(llm, prompts, budgets) == shown
-        own = first_tokens(llm, prompts, 4)
-        assert [list(p.answer_ids) for p in own] == [alone(llm, p.prompt_ids, 4) for p in prompts]
-        assert tokens_kept(llm, own) == [1.0] * 5
-        ids = own[0].answer_ids
-        other = type(own[0])(own[0].prompt, "x", own[0].prompt_ids, (*ids[:-1], ids[-1] ^ 1))
-        assert tokens_kept(llm, [other, own[1]]) == [pytest.approx(1 - 1 / len(ids)), 1.0]
 
 
 def rows(folder: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (folder / "results.jsonl").read_text().splitlines()]
 
 
+def alone(llm: ResidentLLM, ids: Sequence[int], budget: int) -> list[int]:
+    """Greedy tokens of one prompt by whole passes, without cache, padding or ``generate``."""
+    text = list(ids)
+    while len(text) < len(ids) + budget:
+        with torch.no_grad():
+            text.append(int(llm.model(input_ids=torch.tensor([text])).logits[0, -1].argmax()))
+        if text[-1] in llm.end_ids:
+            break
+    return text[len(ids) :]
+
+
 def test_a_stream_is_asked_on_the_way(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    asked: list[tuple[str, str]] = []
-    own = held_out.generated
+    """Every share is that of asking the model at this moment, prompt by prompt."""
+    own = held_out.Stream.ask
+    wanted: list[dict[str, list[float]]] = []
+    said: dict[str, list[int]] = {}
 
-    def noted(llm: ResidentLLM, prompts: Any, budgets: Any) -> list[str]:
-        texts = own(llm, prompts, budgets)
-        for prompt, text, budget in zip(prompts, texts, budgets, strict=True):
-            assert budget == len(prompt.answer_ids) + EXTRA_TOKENS
-            asked.append((prompt.answer, text))
-        return texts
+    def by_hand(self: held_out.Stream, edits: int, number: int) -> Any:
+        right, left = [], []
+        for request in self.requests[: min(edits, number)]:
+            prompt = self.llm.encode(request.prompt, request.answer)
+            new = alone(self.llm, prompt.prompt_ids, len(prompt.answer_ids) + EXTRA_TOKENS)
+            right.append(float(is_match(self.llm.encoder.decode(new), request.answer)))
+            shares = []
+            for probe in request.locality[:2]:
+                ids = self.llm.encode(probe.prompt, probe.answer).prompt_ids
+                with self.llm.unedited():
+                    answer = said.setdefault(probe.prompt, alone(self.llm, ids, 5))
+                with torch.no_grad():
+                    best = self.llm.model(input_ids=torch.tensor([[*ids, *answer]])).logits[0]
+                tokens = best.argmax(-1)[len(ids) - 1 : -1].tolist()
+                shares.append(np.mean([a == b for a, b in zip(tokens, answer, strict=True)]))
+            left.append(float(np.mean(shares)))
+        wanted.append({"efficacy": right, "specificity": left})
+        return own(self, edits, number)
 
-    monkeypatch.setattr(held_out, "generated", noted)
+    monkeypatch.setattr(held_out.Stream, "ask", by_hand)
     where = ["tiny-facts", "--model", "tiny", "--agent", "all-layers", "--out", str(tmp_path / "a")]
-    assert main([*where, "--edits", "5", "--check-at", "2", "5", "--ask", "4"]) == 0
+    more = ["--edits", "5", "--check-at", "2", "--ask", "5", "--unrelated", "2"]
+    assert main([*where, *more]) == 0
     first, last = rows(tmp_path / "a")
-    assert (first["edits"], first["asked"]) == (2, [0, 1])
-    # At most four of the five, evenly spaced.
-    assert (last["edits"], last["asked"], len(last["steps"])) == (5, [0, 1, 2, 3], 3)
-    facts = [float(is_match(text, answer)) for answer, text in asked[:2]]
-    assert first["shares"]["efficacy"] == facts
-    assert sum(facts) > 0
-    assert all(0 <= share <= 1 for share in last["shares"]["neighbours"])
-    assert "chat_efficacy" not in last["shares"]
+    assert (first["edits"], first["asked"], len(first["written"])) == (2, [0, 1], 2)
+    assert (last["edits"], last["asked"], len(last["written"])) == (5, [0, 1, 2, 3, 4], 3)
+    for row, found in zip((first, last), wanted, strict=True):
+        assert row["shares"]["efficacy"] == found["efficacy"]
+        assert row["shares"]["specificity"] == pytest.approx(found["specificity"])
+        assert "chat_efficacy" not in row["shares"]
+    assert sum(wanted[0]["efficacy"]) > 0
+    assert min(wanted[1]["specificity"]) < 1
     assert (tmp_path / "a" / "results.md").read_text() == report([first, last])
-    assert (tmp_path / "a" / "results.png").read_bytes()[:4] == b"\x89PNG"
-    with pytest.raises(ResultsExistError, match="exists; give another --out"):
+    assert (tmp_path / "a" / "results.png").read_bytes() == draw([first, last])
+    with pytest.raises(ResultsExistError, match=r"exists; give another --out"):
         main(where)
+
+
+def test_at_most_so_many_facts_are_asked_evenly_spaced() -> None:
+    assert held_out._places(7, 10) == list(range(7))
+    assert held_out._places(10, 4) == [0, 2, 5, 7]
+
+
+def test_a_fact_that_is_broken_off_leaves_the_model_as_it_was(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given = held_out.Options(facts=("tiny-facts",), out=tmp_path, model="tiny", agent="all-layers")
+    facts = held_out.Stream(replace(given, edits=2), [2])
+    before = facts.llm.weights_fingerprint()
+    own = facts._writer.write
+
+    def broken(*args: Any) -> Any:
+        return replace(own(*args), problem="broken off")
+
+    monkeypatch.setattr(facts._writer, "write", broken)
+    assert [one.problem for one in facts.write(0, 2, 1)] == ["broken off"] * 2
+    assert facts.llm.weights_fingerprint() == before
+    monkeypatch.undo()
+    assert [one.problem for one in facts.write(0, 2, 2)] == [None] * 2
+    assert facts.llm.weights_fingerprint() != before
 
 
 def test_what_was_asked_stays_when_the_work_is_broken_off(
@@ -101,8 +116,27 @@ def test_what_was_asked_stays_when_the_work_is_broken_off(
     monkeypatch.setattr(held_out.Stream, "write", once)
     where = ["tiny-facts", "--model", "tiny", "--agent", "all-layers", "--out", str(tmp_path / "a")]
     with pytest.raises(KeyboardInterrupt):
-        main([*where, "--edits", "4", "--check-at", "2", "4", "--together", "2"])
+        main([*where, "--edits", "4", "--check-at", "2", "--together", "2"])
     assert [row["edits"] for row in rows(tmp_path / "a")] == [2]
+
+
+def test_the_picture_has_a_panel_for_every_form(monkeypatch: pytest.MonkeyPatch) -> None:
+    drawn: list[tuple[str, list[str]]] = []
+
+    def note(figure: Any) -> bytes:
+        for axes in figure.axes:
+            drawn.append((axes.get_title(), [line.get_label() for line in axes.get_lines()]))
+        return b""
+
+    monkeypatch.setattr(held_out_report, "png", note)
+    shares = {"efficacy": [1.0], "chat_efficacy": [0.5], "chat_specificity": [1.0], "controls": [1]}
+    draw([{"edits": n, "shares": shares} for n in (1, 2)])
+    draw([{"edits": n, "shares": {"efficacy": [1.0]}} for n in (1, 2)])
+    assert drawn == [
+        ("plain", ["facts"]),
+        ("in chat", ["facts", "unrelated prompts"]),
+        ("plain", ["facts"]),
+    ]
 
 
 def test_intervals_and_table_by_hand() -> None:
@@ -113,7 +147,8 @@ def test_intervals_and_table_by_hand() -> None:
     # 50 ± 1.96 · 50 / √100
     assert found[0] == 50.0
     assert found[1:] == pytest.approx((40.2, 59.8), abs=1.5)
-    check = {"edits": 7, "seconds": 1.25, "shares": {"efficacy": [1.0], "controls": [0.5]}}
+    written = [{"seconds": second} for second in (1.0, 1.25, 9.0)]
+    check = {"edits": 7, "written": written, "shares": {"efficacy": [1.0], "controls": [0.5]}}
     assert report([check]).splitlines()[2] == (
         "| 7 | 100.0 [100, 100] / – | – / – | – / – | 50.0 [50, 50] | 1.2 |"
     )
@@ -131,3 +166,9 @@ def test_what_it_refuses(arguments: list[str], said: str, tmp_path: Path) -> Non
     with pytest.raises(SettingsError, match=said):
         main([*arguments, "--model", "tiny", "--out", str(tmp_path / "a")])
     assert not (tmp_path / "a").exists()
+
+
+def test_a_place_that_cannot_be_written_is_named_before_anything_is_loaded(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(OutputError, match=r"file/a/results.jsonl cannot be written"):
+        main(["tiny-facts", "--model", "no such model", "--out", str(tmp_path / "file" / "a")])
