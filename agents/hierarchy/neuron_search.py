@@ -115,13 +115,14 @@ class _Search:
         )[:, None]
         self.owners = torch.tensor(owners, device=device)
         homes = torch.tensor([target.home for target in targets], device=device)[self.owners]
-        #: P bool on the CPU, at which prompts a neuron fires at all.
-        self._reached = (self._fires[:, 0] >= REACHED).tolist()
         self._here = [(homes == i).float()[:, None] for i in used]
         self._width = mlps[targets[0].home].hidden
-        rows = iter(range(len(prompts)))
-        #: Per target the places of its prompts that are sought.
-        self._places = [self._sought([next(rows) for _ in t.prompts]) for t in targets]
+        #: Per target its prompts in which its neuron fires, by place; all where it fires in none.
+        self._places: list[list[int]] = []
+        reached = (self._fires[:, 0] >= REACHED).tolist()
+        for index in range(len(targets)):
+            own = [row for row, owner in enumerate(owners) if owner == index]
+            self._places.append([row for row in own if reached[row]] or own)
         lengths = [self._nudges.lengths[own].mean() for own in self._places]
         self._length = torch.stack(lengths) * form.step_size
 
@@ -150,10 +151,6 @@ class _Search:
         second = left if sought is None else left & sought
         vectors, still = self.descend(vectors, everything, noise, second)
         return vectors, torch.where(left, still, busy)
-
-    def _sought(self, places: Sequence[int]) -> list[int]:
-        """Those of a target's prompts at which its neuron fires; all where it fires at none."""
-        return [i for i in places if self._reached[i]] or list(places)
 
     @torch.inference_mode(False)
     @torch.enable_grad()

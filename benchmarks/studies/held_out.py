@@ -19,7 +19,8 @@ import statistics
 import sys
 import time
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any, TextIO
@@ -282,8 +283,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 0
 
 
-def _new_file(path: Path) -> TextIO:
-    """A file in a folder of its own.
+@contextmanager
+def _new_file(path: Path) -> Iterator[TextIO]:
+    """A file in a folder of its own; one that nothing was written to is removed at the end.
 
     Raises:
         ResultsExistError: it is there.
@@ -291,11 +293,19 @@ def _new_file(path: Path) -> TextIO:
     """
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        return path.open("x", encoding="utf-8")
+        file = path.open("x", encoding="utf-8")
     except FileExistsError as error:
         raise ResultsExistError(f"{path} exists; give another --out") from error
     except OSError as error:
         raise OutputError(f"{path} cannot be written: {error}") from error
+    try:
+        with file:
+            yield file
+    finally:
+        if not path.stat().st_size:
+            path.unlink()
+            with suppress(OSError):  # there is something else in it
+                path.parent.rmdir()
 
 
 if __name__ == "__main__":

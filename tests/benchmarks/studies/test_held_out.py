@@ -15,7 +15,7 @@ import torch
 from hiedit_benchmarks.studies import held_out, held_out_report
 from hiedit_benchmarks.studies.held_out import main
 from hiedit_benchmarks.studies.held_out_report import draw, interval, report
-from hiedit_env.errors import OutputError, ResultsExistError, SettingsError
+from hiedit_env.errors import HieditError, OutputError, ResultsExistError, SettingsError
 from hiedit_env.evaluation.matching import EXTRA_TOKENS, is_match
 from hiedit_env.resident.resident import ResidentLLM
 
@@ -166,6 +166,20 @@ def test_what_it_refuses(arguments: list[str], said: str, tmp_path: Path) -> Non
     with pytest.raises(SettingsError, match=said):
         main([*arguments, "--model", "tiny", "--out", str(tmp_path / "a")])
     assert not (tmp_path / "a").exists()
+
+
+def test_what_cannot_begin_leaves_nothing(tmp_path: Path) -> None:
+    out = tmp_path / "a"
+    where = ["tiny-facts", "--model", "tiny", "--agent", "all-layers", "--out", str(out)]
+    with pytest.raises(HieditError, match="there are only 160 facts"):
+        main([*where, "--edits", "9999"])
+    assert not out.exists()
+    # What was there before stays.
+    out.mkdir()
+    (out / "mine.txt").write_text("x")
+    with pytest.raises(HieditError, match="there are only 160 facts"):
+        main([*where, "--edits", "9999"])
+    assert [path.name for path in out.iterdir()] == ["mine.txt"]
 
 
 def test_a_place_that_cannot_be_written_is_named_before_anything_is_loaded(tmp_path: Path) -> None:
