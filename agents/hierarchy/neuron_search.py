@@ -172,16 +172,21 @@ class _Search:
         Returns:
             As :meth:`rounds`.
         """
-        form, chosen = self._form, torch.tensor(list(rows), device=start.device)
-        owners, fires = self.owners[chosen], self._fires[chosen]
-        numbers = torch.bincount(owners, minlength=len(start)).float()
+        form = self._form
         vectors = start.clone().requires_grad_(True)
         speed = torch.zeros_like(start)
-        busy = torch.ones_like(numbers, dtype=torch.bool)
+        busy = torch.ones(len(start), dtype=torch.bool, device=start.device)
         busy = busy if sought is None else sought
         # The same noise for a fact, whatever is sought with it or was sought before.
         generators = [torch.Generator().manual_seed(0) for _ in range(len(start))]
         for step in range(form.steps + 1):
+            # A fact that rests is not run again.
+            rows = [row for row in rows if busy[self.owners[row]]]
+            if not rows:
+                break
+            chosen = torch.tensor(rows, device=start.device)
+            owners, fires = self.owners[chosen], self._fires[chosen]
+            numbers = torch.bincount(owners, minlength=len(start)).clamp_min(1).float()
             drawn = [generators[i] for i in owners.tolist()] if noise else []
             added = _with_noise(vectors[owners] * fires, noise, drawn)
             losses = self._nudges.losses(

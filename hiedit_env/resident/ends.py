@@ -197,7 +197,8 @@ class Ends(Runner):
     def logits(self, chosen: Chosen) -> Tensor:
         """As in the base class, float32."""
         if chosen not in self._parts:
-            self._parts[chosen] = self._part(chosen)
+            # Only the last one is kept: those of many prompts are large.
+            self._parts = {chosen: self._part(chosen)}
         part, batch = self._parts[chosen], self.batch(chosen)
         # Copies are shared with forks, which may have run since.
         self._half.update(self.llm)

@@ -19,8 +19,13 @@ from hiedit_env.wrappers.observe_effects import with_effects
 if TYPE_CHECKING:
     from hiedit_env.envs.vector import VectorEditing
 
+    VectorWrapper = gym.vector.VectorWrapper[Any, Any, Any, Any, Any]
+else:
+    # Before Gymnasium 1.4 the class takes no parameters.
+    VectorWrapper = gym.vector.VectorWrapper
 
-class VectorObserveEffects(gym.vector.VectorWrapper[Any, Any, Any, Any, Any]):
+
+class VectorObserveEffects(VectorWrapper):
     """:class:`~hiedit_env.wrappers.observe_effects.ObserveEffects` around a vector environment.
 
     Every environment has the observations that it would have alone, up to rounding. Each remembers
