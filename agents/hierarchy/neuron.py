@@ -40,7 +40,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from hiedit_agents.hierarchy.detectors import Readings, reading_statistics, readings
-from hiedit_agents.hierarchy.fact_memory import FactMemory, units_of
+from hiedit_agents.hierarchy.fact_memory import FactMemory, Unit, units_of
 from hiedit_agents.hierarchy.neuron_changes import NeuronChanges
 from hiedit_agents.hierarchy.neuron_plan import NAMES, Planner, ShapeForm, Target
 from hiedit_agents.hierarchy.neuron_search import SearchForm, seek
@@ -237,6 +237,8 @@ class Neuron(FactMemory):
     def plan(self, capture: Capture, layers: NDArray[np.bool_]) -> list[Target]:
         """The neurons that :meth:`compute` would write, before their vectors are sought.
 
+        Facts that are answered in all of their prompts are left alone, unless all facts are.
+
         Args:
             capture: Its prompts are what is edited; its keys are read, not its gradients.
             layers: L bool, the layers to update.
@@ -251,7 +253,7 @@ class Neuron(FactMemory):
         chosen = [i for i, mlp in enumerate(self.mlps) if all(layers[j] for j in mlp.layers)]
         if not chosen:
             return []
-        units = units_of(self.llm, capture.prompts)
+        units = _open(capture, units_of(self.llm, capture.prompts))
         form = ShapeForm(self.threshold, self.sharpness, self.swaps, self.widest)
         planner = Planner(self.llm, self.mlps, self._readings, form)
         return planner.targets(
@@ -374,3 +376,10 @@ class Neuron(FactMemory):
             return None
         found = of_neuron(table, self._statistics[f"order.{index}"], place)
         return found.masked_fill(self._written(index, changes), 0)
+
+
+def _open(capture: Capture, units: list[Unit]) -> list[Unit]:
+    """Those of the facts of a capture of which a prompt is not answered; all where none is left."""
+    parts = torch.split(capture.correct, [len(p.answer_ids) for p in capture.prompts])
+    right = {p: bool(part.all()) for p, part in zip(capture.prompts, parts, strict=True)}
+    return [unit for unit in units if not all(right[p] for p in unit)] or units

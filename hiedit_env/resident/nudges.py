@@ -6,7 +6,8 @@ section 3.1, step 2), here for several layers and several prompts at once.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import math
+from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -26,6 +27,10 @@ TOLERANCE = 2e-3
 
 #: The same in a precision that is not the model's own.
 ROUGH_TOLERANCE = 0.1
+
+#: Most prompts that are padded to one length; where there are more, those of like lengths share a
+#: batch. With 16 ends the weights no longer cost more than the tokens.
+TOGETHER = 16
 
 
 class Nudges:
@@ -70,13 +75,17 @@ class Nudges:
                 )
         self.llm, self.layers = llm, tuple(layers)
         self._all: Chosen = tuple(range(len(prompts)))
-        self._alone: list[Nudges] = []
+        #: Prompts that run apart from the others, if there are such: their places, and they.
+        self._parts: list[tuple[Chosen, Nudges]] = []
         self.lengths: Tensor
-        if len(prompts) > 1 and not llm.can_share(llm.batch(prompts)):
-            pairs = zip(prompts, positions, strict=True)
-            self._alone = [Nudges(llm, [p], [at], layers, dtype) for p, at in pairs]
-            self._gather(self._alone)
-            self.lengths = torch.cat([one.lengths for one in self._alone])
+        self._sizes = [len(prompt.answer_ids) for prompt in prompts]
+        groups = _groups(llm, prompts, positions)
+        if len(groups) > 1:
+            for group in groups:
+                own = [prompts[i] for i in group], [positions[i] for i in group]
+                self._parts.append((group, Nudges(llm, *own, layers, dtype)))
+            self._gather(self._all)
+            self.lengths = self._in_order([(g, one.lengths) for g, one in self._parts], self._all)
             return
         self._run = self._chosen(prompts, positions, dtype or llm.dtype)
         self.keys, self.lengths = self._run.keys, self._run.lengths
@@ -94,12 +103,12 @@ class Nudges:
             P' float32; the layers' inputs at the positions are left in ``keys``.
         """
         chosen = self._all if rows is None else tuple(rows)
-        if not self._alone:
+        if not self._parts:
             losses, self.worst = _losses(self._run, chosen, self.logits(vectors, chosen))
             return losses
-        found = [one.losses(own) for one, own in self._apart(vectors, chosen)]
-        self._gather([self._alone[i] for i in chosen])
-        return torch.cat(found)
+        found = [(own, one.losses(*given)) for own, one, given in self._apart(vectors, chosen)]
+        self._gather(chosen)
+        return self._in_order(found, chosen)
 
     def logits(self, vectors: Sequence[Tensor | None], rows: Sequence[int] | None = None) -> Tensor:
         """Logits at the answer tokens, prompt after prompt; arguments of :meth:`losses`.
@@ -108,24 +117,50 @@ class Nudges:
             Answer tokens × vocabulary.
         """
         chosen = self._all if rows is None else tuple(rows)
-        if self._alone:
-            return torch.cat([one.logits(own) for one, own in self._apart(vectors, chosen)])
+        if self._parts:
+            found = {}
+            for own, one, (given, places) in self._apart(vectors, chosen):
+                sizes = [self._sizes[i] for i in own]
+                found.update(zip(own, one.logits(given, places).split(sizes), strict=True))
+            return torch.cat([found[i] for i in chosen])
         self.keys = list(self.keys)
         with self._run.hooked(self._hooks(self._run.columns(chosen), vectors)):
             return self._run.logits(chosen)
 
     def _apart(
         self, vectors: Sequence[Tensor | None], chosen: Chosen
-    ) -> list[tuple[Nudges, list[Tensor | None]]]:
-        """Prompts that run alone, each with its own vectors."""
-        return [
-            (self._alone[i], [v if v is None or len(v) == 1 else v[row : row + 1] for v in vectors])
-            for row, i in enumerate(chosen)
-        ]
+    ) -> Iterator[tuple[Chosen, Nudges, tuple[list[Tensor | None], Chosen]]]:
+        """The parts with chosen prompts: which these are, the part, its vectors and its places."""
+        rows = {place: row for row, place in enumerate(chosen)}
+        for group, one in self._parts:
+            own = tuple(i for i in group if i in rows)
+            if own:
+                at = [rows[i] for i in own]
+                given = [v if v is None or len(v) == 1 else v[at] for v in vectors]
+                yield own, one, (given, tuple(group.index(i) for i in own))
 
-    def _gather(self, alone: Sequence[Nudges]) -> None:
-        self.keys = [torch.cat(keys) for keys in zip(*(n.keys for n in alone), strict=True)]
-        self.worst = torch.cat([one.worst for one in alone])
+    def _gather(self, chosen: Chosen) -> None:
+        """Takes over what the parts' last runs left for chosen prompts."""
+        wanted = set(chosen)
+        ran = [
+            (tuple(i for i in group if i in wanted), one)
+            for group, one in self._parts
+            if wanted.intersection(group)
+        ]
+        self.keys = [
+            self._in_order([(own, one.keys[at]) for own, one in ran], chosen)
+            for at in range(len(self.layers))
+        ]
+        self.worst = torch.empty(0)
+        if all(len(one.worst) for _, one in ran):
+            self.worst = self._in_order([(own, one.worst) for own, one in ran], chosen)
+
+    @staticmethod
+    def _in_order(found: Sequence[tuple[Chosen, Tensor]], chosen: Chosen) -> Tensor:
+        """Rows of the parts in the order of the chosen prompts."""
+        places = [i for own, _ in found for i in own]
+        back = [places.index(i) for i in chosen]
+        return torch.cat([rows for _, rows in found])[back]
 
     def _hooks(
         self, columns: Sequence[int], vectors: Sequence[Tensor | None]
@@ -176,6 +211,23 @@ class Nudges:
         if own is None:
             whole.measured()
         return whole
+
+
+def _groups(
+    llm: ResidentLLM, prompts: Sequence[EncodedPrompt], positions: Sequence[int]
+) -> list[Chosen]:
+    """Which prompts share a batch, as rising places."""
+    places = range(len(prompts))
+    if len(prompts) > 1 and not llm.can_share(llm.batch(prompts)):
+        return [(i,) for i in places]
+    if len(prompts) <= TOGETHER:
+        return [tuple(places)]
+    like = sorted(places, key=lambda i: (prompts[i].length - positions[i], positions[i]))
+    number = math.ceil(len(like) / TOGETHER)
+    return [
+        tuple(sorted(like[k * len(like) // number : (k + 1) * len(like) // number]))
+        for k in range(number)
+    ]
 
 
 def _losses(run: Runner, chosen: Chosen, logits: Tensor) -> tuple[Tensor, Tensor]:

@@ -193,6 +193,21 @@ def test_facts_written_together_are_those_written_alone() -> None:
     assert all(u is not None and len(u.left) == 3 for u in together[:3])
 
 
+def test_a_fact_of_a_batch_that_is_answered_is_not_sought_again() -> None:
+    llm = model()
+    low = neuron(llm)
+    llm.commit(low.propose(unit(llm, FACTS[0]), FIRST))
+    pair = unit(llm, *FACTS[:2])
+    facts = [prompt.prompt_ids for prompt in pair.prompts]
+    assert [t.fact for t in low.plan(pair, FIRST)] == facts[1:]
+    both = low.propose(pair, FIRST)
+    assert all(u is not None and len(u.left) == 1 for u in both[:3])
+    llm.commit(both)
+    answered = unit(llm, *FACTS[:2])
+    assert answered.answered
+    assert [t.fact for t in low.plan(answered, FIRST)] == facts
+
+
 def test_facts_about_one_subject_share_a_neuron_and_are_both_answered() -> None:
     llm = model()
     low = neuron(llm, search_steps=60)

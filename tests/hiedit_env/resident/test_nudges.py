@@ -11,6 +11,7 @@ from torch.nn import functional as F
 
 from hiedit_env.errors import SettingsError
 from hiedit_env.model.tokenization import EncodedPrompt
+from hiedit_env.resident import nudges as nudges_module
 from hiedit_env.resident.nudges import Nudges
 from hiedit_env.resident.resident import ResidentLLM
 from tests.support.models import normal, prompt, random_updates, resident
@@ -126,6 +127,31 @@ def test_prompts_that_cannot_share_a_batch_run_alone(monkeypatch: pytest.MonkeyP
     torch.testing.assert_close(alone.losses(zeros(llm)), wanted, atol=1e-5, rtol=1e-5)
     assert [len(rows) for rows in alone.keys] == [3, 3]
     assert alone.lengths.shape == (3,)
+
+
+def test_many_prompts_in_batches_of_like_lengths_are_as_in_one(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    llm = resident("llama")
+    prompts = [*PROMPTS, prompt((3, 3, 3, 3, 3, 3, 8), (2,)), prompt((9, 1), (7, 7))]
+    positions, rows = [*POSITIONS, 0, 1], (0, 1, 3, 4)
+    vectors = [normal(i, 5, llm.shapes[layer][1]) for i, layer in enumerate(LAYERS)]
+
+    def asked(chosen: tuple[int, ...]) -> tuple[Tensor, ...]:
+        nudges = Nudges(llm, prompts, positions, LAYERS)
+        before = (*nudges.keys, nudges.lengths)
+        given = [v[list(chosen)].clone().requires_grad_() for v in vectors]
+        losses = nudges.losses(given, chosen)
+        gradients = torch.autograd.grad((losses * torch.arange(1.0, 1 + len(chosen))).sum(), given)
+        kept = losses, nudges.worst, *nudges.keys
+        return (*before, *kept, nudges.logits(given, chosen), *gradients)
+
+    wanted = [asked(tuple(range(5))), asked(rows)]
+    monkeypatch.setattr(nudges_module, "TOGETHER", 2)
+    assert len(Nudges(llm, prompts, positions, LAYERS)._parts) == 3
+    for chosen, want in zip([tuple(range(5)), rows], wanted, strict=True):
+        for got, one in zip(asked(chosen), want, strict=True):
+            torch.testing.assert_close(got, one, atol=1e-5, rtol=1e-5)
 
 
 def test_lengths_are_those_of_the_hidden_states_behind_the_blocks() -> None:
