@@ -96,7 +96,7 @@ class Neuron(FactMemory):
     """
 
     name: ClassVar[str] = "neuron"
-    default_step_size: ClassVar[float] = 0.3
+    default_step_size: ClassVar[float] = 0.6
     default_tokens = "subject"
     #: What a training shows it: all prompts, in every form.
     calibrates_on: ClassVar[str] = "all"

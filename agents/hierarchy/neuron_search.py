@@ -12,7 +12,6 @@ from torch.nn import functional as F
 
 from hiedit_agents.hierarchy.neuron_plan import Target
 from hiedit_env.model.mlps import CandidateMLP
-from hiedit_env.model.tokenization import EncodedPrompt
 from hiedit_env.resident.nudges import Nudges
 from hiedit_env.resident.resident import ResidentLLM
 
@@ -25,7 +24,7 @@ class SearchForm:
         step_size: Length of a step, as a share of the mean length of the hidden states that the
             vector is added to.
         momentum: Share of the last step that is taken again.
-        steps: Largest number of steps in each of the two rounds.
+        steps: Largest number of steps.
         enough: −log p per answer token, in nats, below which a prompt needs no more, if every token
             has more than one half as well.
         noise: Length of what is added to a vector in a random direction in every pass, as a share
@@ -47,9 +46,7 @@ def seek(
 ) -> Tensor:
     """What the neurons of F facts are to write: F × d_out float32.
 
-    In two rounds: first for the prompts that take few tokens behind the subject, which is most of
-    the way and costs half as much, then for all at which the neuron fires. A fact that cannot be
-    answered under noise is sought once more without.
+    A fact that cannot be answered under noise is sought once more without.
 
     Args:
         llm: The model.
@@ -58,24 +55,15 @@ def seek(
         form: How.
     """
     search = _Search(llm, mlps, targets, form)
-    vectors, busy = search.rounds(form.noise)
+    vectors, busy = search.descend(form.noise)
     if form.noise and bool(busy.any()):
-        quiet, _ = search.rounds(0.0, busy)
+        quiet, _ = search.descend(0.0, busy)
         vectors = torch.where(busy[:, None], quiet, vectors)
     return vectors
 
 
-def _short(prompts: Sequence[EncodedPrompt], places: Sequence[int]) -> list[int]:
-    """Places of the prompts with the fewest tokens behind the subject, or hardly more."""
-    ends = [p.length - p.positions("subject")[0] for p in prompts]
-    return [at for at, end in zip(places, ends, strict=True) if end <= min(ends) + _HARDLY]
-
-
 #: −log p of a token with p = 1/2, in nats.
 _HALF = math.log(2)
-
-#: Tokens.
-_HARDLY = 2
 
 #: Strength of a neuron from which a prompt can be answered by it. Below, no vector of a usual
 #: length answers it, and the search for one would take all its steps.
@@ -126,8 +114,10 @@ class _Search:
         lengths = [self._nudges.lengths[own].mean() for own in self._places]
         self._length = torch.stack(lengths) * form.step_size
 
-    def rounds(self, noise: float, sought: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """The rounds, from nothing.
+    @torch.inference_mode(False)
+    @torch.enable_grad()
+    def descend(self, noise: float, sought: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """The descent, from nothing.
 
         Args:
             noise: As of the form.
@@ -136,57 +126,22 @@ class _Search:
         Returns:
             F × d_out float32, and F bool, which facts were not answered well enough at the end.
         """
-        prompts = [prompt for target in self._targets for prompt in target.prompts]
-        places = self._places
-        everything = [i for own in places for i in own]
-        short = [_short([prompts[i] for i in own], own) for own in places]
-        left = torch.tensor([len(a) < len(b) for a, b in zip(short, places, strict=True)])
-        left = left.to(self.owners.device)
-        nothing = torch.zeros(len(places), self._width, device=left.device)
-        if not bool(left.any()):
-            return self.descend(nothing, everything, noise, sought)
-        first = [i for own in short for i in own]
-        vectors, busy = self.descend(nothing, first, noise, sought)
-        # A fact whose prompts were all among them is found as if it were alone.
-        second = left if sought is None else left & sought
-        vectors, still = self.descend(vectors, everything, noise, second)
-        return vectors, torch.where(left, still, busy)
-
-    @torch.inference_mode(False)
-    @torch.enable_grad()
-    def descend(
-        self,
-        start: Tensor,
-        rows: Sequence[int],
-        noise: float = 0.0,
-        sought: Tensor | None = None,
-    ) -> tuple[Tensor, Tensor]:
-        """One round, from the vectors it starts from, for some of the prompts.
-
-        Args:
-            start: F × d_out float32.
-            rows: Indices of prompts, rising.
-            noise: As of the form.
-            sought: F bool, whether a fact's vector is still sought; all where None.
-
-        Returns:
-            As :meth:`rounds`.
-        """
-        form = self._form
-        vectors = start.clone().requires_grad_(True)
-        speed = torch.zeros_like(start)
-        busy = torch.ones(len(start), dtype=torch.bool, device=start.device)
+        form, number = self._form, len(self._targets)
+        rows = sorted(row for own in self._places for row in own)
+        vectors = torch.zeros(number, self._width, device=self.owners.device, requires_grad=True)
+        speed = torch.zeros_like(vectors)
+        busy = torch.ones(number, dtype=torch.bool, device=vectors.device)
         busy = busy if sought is None else sought
         # The same noise for a fact, whatever is sought with it or was sought before.
-        generators = [torch.Generator().manual_seed(0) for _ in range(len(start))]
+        generators = [torch.Generator().manual_seed(0) for _ in range(number)]
         for step in range(form.steps + 1):
             # A fact that rests is not run again.
             rows = [row for row in rows if busy[self.owners[row]]]
             if not rows:
                 break
-            chosen = torch.tensor(rows, device=start.device)
+            chosen = torch.tensor(rows, device=vectors.device)
             owners, fires = self.owners[chosen], self._fires[chosen]
-            numbers = torch.bincount(owners, minlength=len(start)).clamp_min(1).float()
+            numbers = torch.bincount(owners, minlength=number).clamp_min(1).float()
             drawn = [generators[i] for i in owners.tolist()] if noise else []
             added = _with_noise(vectors[owners] * fires, noise, drawn)
             losses = self._nudges.losses(

@@ -1,4 +1,4 @@
-"""The search for what a neuron is to write: its two rounds, and when it ends."""
+"""The search for what a neuron is to write, and when it ends."""
 
 from __future__ import annotations
 
@@ -48,12 +48,6 @@ def losses(llm: ResidentLLM, target: Target, vector: Tensor) -> Tensor:
     return nudges.losses([fires[:, None] * vector])
 
 
-def descend(llm: ResidentLLM, target: Target, start: Tensor) -> Tensor:
-    """One round over all prompts."""
-    search = neuron_search._Search(llm, neuron(llm).mlps, [target], FORM)
-    return search.descend(start, range(len(target.prompts)))[0]
-
-
 def counted(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """Numbers of prompts of each pass that is run from now on."""
     seen: list[int] = []
@@ -89,39 +83,6 @@ def test_every_token_has_more_than_one_half_at_the_end() -> None:
     assert float(nudges.worst) < 0.69 + 0.02
 
 
-def test_the_first_round_is_of_the_prompt_with_few_tokens_behind_the_subject(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    llm = model()
-    (target,) = targets(llm)
-    mlps = neuron(llm).mlps
-    seen = counted(monkeypatch)
-    seek(llm, mlps, [target], FORM)
-    first = seen.index(2)
-    assert first > 1
-    assert seen == [1] * first + [2] * (len(seen) - first)
-    # From the vector of the first round, fewer steps are left than from nothing.
-    left = len(seen) - first
-    del seen[:]
-    descend(llm, target, torch.zeros(1, mlps[0].hidden))
-    assert left < len(seen)
-
-
-def test_one_round_where_all_prompts_are_as_long(monkeypatch: pytest.MonkeyPatch) -> None:
-    llm = model()
-    (target,) = targets(llm, ("w5 w9 w4", "w5 w9 w21 w4"))
-    seen = counted(monkeypatch)
-    seek(llm, neuron(llm).mlps, [target], FORM)
-    assert set(seen) == {2}
-
-
-def test_short_prompts_by_hand() -> None:
-    llm = model()
-    (target,) = targets(llm, ("w5 w9 w4", "w5 w9 w21 w8 w6 w3 w4", "w3 w9 w6 w4"))
-    # Behind the subject stand 1 + 1, 5 + 1 and 2 + 1 tokens, the answer's among them.
-    assert neuron_search._short(target.prompts, (4, 5, 6)) == [4, 6]
-
-
 class _Silent:
     """The shape of a neuron that does not fire in the prompts at some places."""
 
@@ -155,19 +116,12 @@ def test_a_prompt_that_the_neuron_does_not_fire_in_is_not_sought(
     assert 2 in seen
 
 
-def test_strengths_are_known_before_a_vector_counts_as_good_enough(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    """A second round begins with a vector; its strength in the other prompts is not 1."""
+def test_a_vector_is_sought_for_the_strength_that_the_neuron_has() -> None:
     llm = model()
     (target,) = targets(llm)
-    mlps = neuron(llm).mlps
     weak = replace(target, shape=_Half(target.shape))  # type: ignore[arg-type]
-    full = descend(llm, target, torch.zeros(1, mlps[0].hidden))
-    seen = counted(monkeypatch)
-    found = descend(llm, weak, full)
-    assert len(seen) > 2
-    assert float(losses(llm, target, 0.5 * found[0]).max()) < 2 * FORM.enough
+    (found,) = seek(llm, neuron(llm).mlps, [weak], FORM)
+    assert float(losses(llm, target, 0.5 * found).max()) < FORM.enough + 0.02
 
 
 class _Half:
@@ -223,54 +177,33 @@ def test_noise_has_its_length_and_passes_gradients_on() -> None:
     assert torch.equal(gradient, torch.ones(2, 3))
 
 
-def test_who_rests_stays_at_rest() -> None:
-    """A fact that is answered well enough at once is left as it is while another is sought."""
+@pytest.mark.parametrize("noise", [0.0, 0.6])
+def test_who_rests_is_not_run_again(noise: float, monkeypatch: pytest.MonkeyPatch) -> None:
     llm = model()
-    (target,) = targets(llm)
-    mlps = neuron(llm).mlps
-    (vector,) = seek(llm, mlps, [target], FORM)
-    search = neuron_search._Search(llm, mlps, [target, target], NOISY)
-    start = torch.stack([vector, torch.zeros_like(vector)])
-    sought = torch.tensor([False, True])
-    found, busy = search.descend(start, range(2 * len(target.prompts)), 0.6, sought)
-    assert torch.equal(found[0], vector)
-    assert not torch.equal(found[1], torch.zeros_like(vector))
-    assert not busy[0]
+    facts = [targets(llm, ("w5 w9 w4",))[0], targets(llm)[0]]
+    mlps, form = neuron(llm).mlps, replace(FORM, step_size=0.1, noise=noise)
+    seen, alone, passes = counted(monkeypatch), [], []
+    for fact in facts:
+        alone.append(seek(llm, mlps, [fact], form)[0])
+        passes.append(len(seen))
+        del seen[:]
+    together = seek(llm, mlps, facts, form)
+    first, second = passes
+    assert first != second
+    wanted = [(i < first) * 1 + (i < second) * 2 for i in range(max(passes))]
+    assert seen == wanted
+    torch.testing.assert_close(together, torch.stack(alone), rtol=1e-3, atol=1e-3)
 
 
-def test_a_fact_is_found_as_if_alone_when_another_needs_a_second_round() -> None:
-    llm = model()
-    (short,), (long,) = targets(llm, ("w5 w9 w4",)), targets(llm)
-    mlps = neuron(llm).mlps
-    (alone,) = seek(llm, mlps, [short], NOISY)
-    together = seek(llm, mlps, [short, long], NOISY)
-    torch.testing.assert_close(together[0], alone, rtol=1e-3, atol=1e-3)
-    torch.testing.assert_close(together[1], seek(llm, mlps, [long], NOISY)[0], rtol=1e-3, atol=1e-3)
-
-
-@pytest.mark.parametrize("given", [None, torch.tensor([True, True])])
-def test_only_facts_with_longer_prompts_have_a_second_round(
-    given: Tensor | None,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def test_only_the_facts_that_are_sought_are_run(monkeypatch: pytest.MonkeyPatch) -> None:
     llm = model()
     (short,), (long,) = targets(llm, ("w5 w9 w4",)), targets(llm)
-    search = neuron_search._Search(llm, neuron(llm).mlps, [short, long], NOISY)
-    seen: list[tuple[list[int], Tensor | None]] = []
-
-    def noted(
-        start: Tensor, rows: Sequence[int], noise: float, sought: Tensor | None
-    ) -> tuple[Tensor, Tensor]:
-        seen.append((list(rows), sought))
-        return start, torch.tensor([True, True])
-
-    monkeypatch.setattr(search, "descend", noted)
-    _, busy = search.rounds(0.6, given)
-    assert [rows for rows, _ in seen] == [[0, 1], [0, 1, 2]]
-    assert seen[0][1] is given
-    assert seen[1][1] is not None
-    assert seen[1][1].tolist() == [False, True]
-    assert busy.tolist() == [True, True]
+    search = neuron_search._Search(llm, neuron(llm).mlps, [short, long], FORM)
+    seen = counted(monkeypatch)
+    vectors, busy = search.descend(0.0, torch.tensor([False, True]))
+    assert set(seen) == {2}
+    assert torch.equal(vectors[0], torch.zeros_like(vectors[0]))
+    assert busy.tolist() == [False, False]
 
 
 def test_what_cannot_be_found_under_noise_is_sought_without() -> None:
@@ -279,7 +212,7 @@ def test_what_cannot_be_found_under_noise_is_sought_without() -> None:
     mlps = neuron(llm).mlps
     hopeless = replace(FORM, noise=1.9, steps=10)
     search = neuron_search._Search(llm, mlps, [target], hopeless)
-    _, busy = search.rounds(1.9)
+    _, busy = search.descend(1.9)
     assert busy.tolist() == [True]
     found = seek(llm, mlps, [target], hopeless)
     assert torch.equal(found, seek(llm, mlps, [target], replace(FORM, steps=10)))
