@@ -26,6 +26,13 @@ HIDDEN, INNER = 48, 64
 FACTS = (("w5 w9 w4", "w7 w3", "w9"), ("w6 w11 w8 w4", "w12", "w11"), ("w3 w20 w15", "w30", "w20"))
 SAME = ("w5 w9 w21 w8", "w13", "w9")  # of the subject of the first
 ALL = np.ones(6, bool)
+#: In a model this small, a step of the usual length crosses what several are to approach.
+OWN: dict[str, Any] = {
+    "step_size": 0.3,
+    "search_steps": 40,
+    "substitutes": False,
+    "widest": 1.8,
+}
 FIRST = np.array([True] * 3 + [False] * 3)
 
 
@@ -65,9 +72,7 @@ def elsewhere(llm: ResidentLLM, count: int = 60) -> list[EncodedPrompt]:
 
 
 def neuron(llm: ResidentLLM, **settings: Any) -> Neuron:
-    # In a model this small, one step of the usual length crosses what several are to approach.
-    own = {"step_size": 0.3, "search_steps": 40, "substitutes": False, "widest": 1.8}
-    low = Neuron(llm, **{**own, **settings})
+    low = Neuron(llm, **{**OWN, **settings})
     low.calibrate_on(elsewhere(llm))
     return low
 
@@ -330,7 +335,7 @@ def test_neurons_that_hold_facts_in_a_saved_model_are_left_alone() -> None:
     llm.commit(low.propose(unit(llm, FACTS[0]), ALL))
     saved = low.state_dict()
     other = resident("llama", (0, 1), model=llm.model)  # its weights are the edited ones
-    later = Neuron(other, search_steps=40, substitutes=False, widest=1.8)
+    later = Neuron(other, **OWN)
     later.load_state_dict(saved)
     later.propose(unit(other, FACTS[1]), FIRST)
     assert list(later.statistics()["held"].values()) == [(0, int(saved["order.0"][1]))]
@@ -375,7 +380,7 @@ def test_statistics_come_back_and_a_saved_calibration_is_the_same() -> None:
     assert same(first, low.propose(unit(llm, FACTS[0]), ALL))
     low.reset()
     assert low.statistics() == {"past": (), "held": {}, "next": (0, 0)}
-    other = Neuron(llm, search_steps=40, substitutes=False, widest=1.8)
+    other = Neuron(llm, **OWN)
     assert other.wants_calibration
     other.load_state_dict({name: x.clone() for name, x in low.state_dict().items()})
     assert not other.wants_calibration
