@@ -8,10 +8,11 @@ For the facts of an edit unit, at the present weights, all in the first chosen M
    below a bound.
 2. **Detector.** From what the MLP reads at these tokens and what it reads elsewhere comes a
    direction whose product s with the reading is 1 at the subject and about 0 at other tokens,
-   whatever the form and the words before it (:mod:`.detectors`).
+   whatever the form and the words before it (:mod:`.detectors`). What the prompts and the rewording
+   differ in at the subject has no part in it.
 3. **Neuron.** The neuron that matters least and holds no fact yet is written anew: its gate gives
-   β (s − θ), its other row a number that falls as s rises, so that their product changes little for
-   s from 0.7 to 1.1 and is 0 below θ; its column is the vector. Below θ nothing is added, however
+   β (s − θ), its other row a number that falls as s rises, so that their product is largest near s =
+   1 and 0 below θ; its column is the vector. Below θ nothing is added, however
    many facts are written: what a linear memory adds up over edits, the activation cuts off.
 
 Facts stay in one MLP, since its neurons do not read what they write. Those of a later MLP do, as
@@ -24,7 +25,7 @@ takes back one fact alone.
 Neurons as key and value memories: Geva et al., arXiv 2012.14913; a neuron added per fact:
 T-Patcher, arXiv 2301.09785, eq. 5; the value: ROME, arXiv 2202.05262, section 3.1. Ours are
 rewriting the least used neurons of the middle of the model, so that the model keeps its shape, the
-detector in closed form, and its flat top.
+detector in closed form, and where it fires most.
 """
 
 from __future__ import annotations
@@ -44,7 +45,6 @@ from hiedit_agents.hierarchy.fact_memory import FactMemory, Unit, units_of
 from hiedit_agents.hierarchy.neuron_changes import NeuronChanges
 from hiedit_agents.hierarchy.neuron_plan import NAMES, Planner, ShapeForm, Target
 from hiedit_agents.hierarchy.neuron_search import SearchForm, seek
-from hiedit_agents.hierarchy.rewordings import rewordings
 from hiedit_agents.hierarchy.substitutes import of_neuron
 from hiedit_env.errors import SettingsError, as_float, whole_number
 from hiedit_env.model.mlps import candidate_mlps
@@ -73,9 +73,10 @@ class Neuron(FactMemory):
         search_steps: Largest number of steps of the search.
         enough: −log p per answer token, in nats, below which a prompt needs no more, if every token
             has more than one half as well.
-        threshold: θ, the score above which a neuron fires; lower where a prompt of the fact itself
-            scores less than 0.9, higher where an earlier fact's subject reads alike, and 0.7 for a
-            prompt that is read behind its subject.
+        threshold: θ, the score above which a neuron fires; two thirds of it where it is made
+            without a rewording; lower where a prompt of the fact itself scores less than 0.9,
+            higher where an earlier fact's subject reads alike, and 0.7 for a prompt that is read
+            behind its subject.
         sharpness: β, how steeply the gate rises with the score.
         ridge: Share of the mean diagonal that is added to the covariance of what MLPs read.
         companions: Earlier facts about the same subject that are sought again with a new one.
@@ -87,7 +88,7 @@ class Neuron(FactMemory):
         substitutes: Whether other neurons take over what a rewritten one did (:mod:`.substitutes`).
         noise: Length of the noise that is added to a vector in every pass of the search, as a share
             of its own; 0 for none.
-        reworded: Whether values are sought for a rewording of each fact as well.
+        reworded: Whether neurons are made for a rewording of each fact as well.
         search_dtype: The precision of the search's passes: ``"own"`` for the model's,
             ``"bfloat16"``, or ``"auto"`` for bfloat16 where that is faster.
 
@@ -110,12 +111,12 @@ class Neuron(FactMemory):
         momentum: float = 0.5,
         search_steps: int = 20,
         enough: float = 0.3,
-        threshold: float = 0.5,
+        threshold: float = 0.75,
         sharpness: float = 60.0,
         ridge: float = 0.01,
         companions: int = 2,
         swaps: int = 2,
-        widest: float = 1.3,
+        widest: float = 1.95,
         substitutes: bool = True,
         noise: float = 0.3,
         reworded: bool = True,
@@ -123,8 +124,8 @@ class Neuron(FactMemory):
     ) -> None:
         if not 0 <= as_float(momentum) < 1:
             raise SettingsError(f"momentum must be a number in [0, 1), got {momentum!r}")
-        if not 0 < as_float(threshold) < 0.7:
-            raise SettingsError(f"threshold must be a number in (0, 0.7), got {threshold!r}")
+        if not 0 < as_float(threshold) < 0.9:
+            raise SettingsError(f"threshold must be a number in (0, 0.9), got {threshold!r}")
         self.momentum, self.threshold = momentum, threshold
         self.search_steps = whole_number(search_steps, "search_steps", 1)
         self.companions = whole_number(companions, "companions", 0)
@@ -254,7 +255,8 @@ class Neuron(FactMemory):
         if not chosen:
             return []
         units = _open(capture, units_of(self.llm, capture.prompts))
-        form = ShapeForm(self.threshold, self.sharpness, self.swaps, self.widest)
+        numbers = self.threshold, self.sharpness, self.swaps, self.widest
+        form = ShapeForm(*numbers, self.reworded)
         planner = Planner(self.llm, self.mlps, self._readings, form)
         return planner.targets(
             capture, units, self._homes(chosen), self.others(units), self.companions
@@ -336,21 +338,12 @@ class Neuron(FactMemory):
             if not chosen:
                 continue
             sought = [targets[i] for i in chosen]
-            if alone[chosen[0]] and self.reworded:
-                sought = [replace(t, prompts=(*t.prompts, *self._rewordings(t))) for t in sought]
+            if alone[chosen[0]]:
+                sought = [replace(t, prompts=(*t.prompts, *t.rewordings)) for t in sought]
             numbers = self.step_size, self.momentum, self.search_steps, self.enough, noise
             form = SearchForm(*numbers, self.search_dtype)
             found[chosen] = seek(self.llm, self.mlps, sought, form)
         return found
-
-    def _rewordings(self, target: Target) -> list[EncodedPrompt]:
-        """The fact of a neuron in another sentence, in every form in which it answers the fact.
-
-        None for a fact without a plain prompt, whose words are then not known.
-        """
-        forms = tuple(dict.fromkeys(p.form for p in target.prompts))
-        # Earlier facts about the subject stand behind the fact's own prompts.
-        return rewordings(self.llm.encoder, (*target.besides, *target.prompts), forms)
 
     def _written(self, index: int, changes: NeuronChanges) -> Tensor:
         """Which neurons of an MLP were written by whatever, now or before it was saved: I bool."""

@@ -14,6 +14,13 @@ from torch import Tensor
 from hiedit_agents.hierarchy.detectors import Readings, inputs
 from hiedit_agents.hierarchy.fact_memory import Unit, subject_of
 from hiedit_agents.hierarchy.neuron_shape import NeuronShape
+from hiedit_agents.hierarchy.reading_places import (
+    behind,
+    elsewhere,
+    subject_ids,
+    up_to_subject,
+)
+from hiedit_agents.hierarchy.rewordings import rewordings
 from hiedit_env.errors import HieditWarning
 from hiedit_env.model.mlps import CandidateMLP
 from hiedit_env.model.tokenization import EncodedPrompt
@@ -32,13 +39,17 @@ LOWEST = 0.3
 #: Smallest score of a fact's own prompts at which the threshold is the usual one.
 _USUAL = 0.9
 
-#: Largest threshold, and how far it is above the score of an earlier fact's subject.
-_HIGHEST, _ABOVE = 0.75, 0.05
+#: How far the threshold is above the score of an earlier fact's subject.
+_ABOVE = 0.05
 
-#: Threshold of a neuron for a single prompt, whose own score is 1 whatever stands around it; how
-#: many tokens behind a subject are looked at. SmolLM2, block 7: a subject of one token that begins
-#: a text has a spread of 3.8 to 4.1 over √d, the next token 1.3, the prompt's end 2.6 to 2.8.
-_ALONE, _NEXT = 0.7, 8
+#: What the usual threshold is multiplied by where a neuron was made without other sentences.
+#: SmolLM2, block 7: paraphrases score less than 0.75 for 22 % of such neurons, for 3 % of others.
+_UNSURE = 2 / 3
+
+#: Threshold of a neuron for a single prompt, whose own score is 1 whatever stands around it.
+#: SmolLM2, block 7: a subject of one token that begins a text has a spread of 3.8 to 4.1 over √d,
+#: the next token 1.3, the prompt's end 2.6 to 2.8.
+_ALONE = 0.7
 
 #: Score from which a neuron is kept from an earlier fact's subject; how many facts are looked at.
 _NEAR, _ALIKE = 0.25, 16
@@ -62,14 +73,14 @@ class Target:
         home: Index of its MLP.
         prompts: What is to be answered with it, earlier facts about the same subject last.
         shape: When it fires.
-        besides: Other prompts of the fact, which other neurons answer.
+        rewordings: The fact in other sentences, which the value is sought for as well.
     """
 
     fact: tuple[int, ...]
     home: int
     prompts: tuple[EncodedPrompt, ...]
     shape: NeuronShape
-    besides: tuple[EncodedPrompt, ...] = ()
+    rewordings: tuple[EncodedPrompt, ...] = ()
 
 
 @dataclass(frozen=True, eq=False, slots=True)
@@ -77,16 +88,18 @@ class _Rows:
     """What one MLP reads, each … × d float32.
 
     Args:
-        own: Where a neuron is to fire.
+        own: Where a neuron is to fire, in the prompts and in other sentences.
         others: At the other tokens of the same prompts.
         swapped: At other names that end in the subject's last token.
         alike: At subjects of earlier facts that it would fire at.
+        reworded: Whether there are other sentences among them.
     """
 
     own: Tensor
     others: Tensor
     swapped: Tensor
     alike: Tensor
+    reworded: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,12 +110,14 @@ class ShapeForm:
         threshold, sharpness: As of :class:`NeuronShape`.
         swaps: Number of :data:`NAMES` that each must not fire at.
         widest: Largest spread of a score at that threshold, over 1/√d.
+        reworded: Whether neurons are made for other sentences of their facts as well.
     """
 
     threshold: float
     sharpness: float
     swaps: int
     widest: float
+    reworded: bool = True
 
 
 class Planner:
@@ -166,12 +181,16 @@ class Planner:
             groups = [inside] if inside else []
             if inside:
                 place = home(inside[0].prompt_ids)
-                rows = self._rows(capture, place, inside, starts, alike)
-                shape = self._firm(place, rows)
+                sentences = self._reworded(units, inside)
+                shape = self._firm(
+                    place, self._rows(capture, place, inside, starts, alike, sentences)
+                )
+                if shape is None and sentences:
+                    # A sentence in which the subject reads too differently is left out.
+                    shape = self._firm(place, self._rows(capture, place, inside, starts, alike))
                 if shape is not None:
                     own = (*inside, *earlier)
-                    besides = _besides(inside[0], inside, units)
-                    found.append(Target(inside[0].prompt_ids, place, own, shape, besides))
+                    found.append(Target(inside[0].prompt_ids, place, own, shape, sentences))
                     groups = []
             alone = [p for p in prompts if p not in inside or groups]
             for prompt in alone:
@@ -185,7 +204,8 @@ class Planner:
                         stacklevel=2,
                     )
                 else:
-                    found.append(replace(one, besides=_besides(prompt, [prompt], units)))
+                    sentences = self._reworded(units, [prompt], one.prompts)
+                    found.append(replace(one, rewordings=sentences))
         return found
 
     def _alone(
@@ -206,7 +226,7 @@ class Planner:
             if self._is_apart(shape):
                 return Target(prompt.prompt_ids, home, (prompt,), shape)
         apart = []
-        for place in _behind(prompt):
+        for place in behind(prompt):
             # Its spans stay known, for other names in their place.
             rows = self._rows(capture, home, [prompt], starts, place=place)
             shape = replace(self._shape(home, rows), threshold=_ALONE)
@@ -217,6 +237,27 @@ class Planner:
         _, place, shape = min(apart, key=lambda one: one[:2])
         moved = replace(prompt, subject_spans=((place, place + 1),), subject_missing=True)
         return Target(prompt.prompt_ids, home, (moved,), shape)
+
+    def _reworded(
+        self,
+        units: Sequence[Unit],
+        taken: Sequence[EncodedPrompt],
+        read: Sequence[EncodedPrompt] = (),
+    ) -> tuple[EncodedPrompt, ...]:
+        """The facts of some prompts in other sentences, in the forms of these prompts.
+
+        Args:
+            units: All prompts by fact.
+            taken: The prompts that one neuron answers.
+            read: They as it reads them, where that is another place; whose words are not known.
+        """
+        found: list[EncodedPrompt] = []
+        for unit in units if self._form.reworded else ():
+            own = [p for p in unit if p in taken]
+            forms = tuple(dict.fromkeys(p.form for p in own))
+            words = (*(p for p in unit if p not in taken), *(read or own))
+            found += rewordings(self._llm.encoder, words, forms) if own else []
+        return tuple(found)
 
     def _firm(self, home: int, rows: _Rows) -> NeuronShape | None:
         """The first shape that is apart and fires in all own prompts; None where there is none.
@@ -240,20 +281,25 @@ class Planner:
         prompts: Sequence[EncodedPrompt],
         starts: Starts,
         alike: Sequence[EncodedPrompt] = (),
+        sentences: Sequence[EncodedPrompt] = (),
         place: int | None = None,
     ) -> _Rows:
-        """What an MLP reads at the subjects, or at one place, of some prompts, and elsewhere."""
+        """What an MLP reads at the subjects, or at one place, of some prompts, and elsewhere.
+
+        The sentences, which the capture does not have, are read up to their subjects.
+        """
         mlp = self._mlps[home]
         keys = capture.keys[mlp.gate.layer]
         here = [p.positions("subject")[0] if place is None else place for p in prompts]
         own = keys[[starts[p] + at for p, at in zip(prompts, here, strict=True)]].float()
-        others = keys[[starts[p] + i for p in prompts for i in _elsewhere(p, place)]].float()
+        own = torch.cat((own, self._ends(mlp, [up_to_subject(p) for p in sentences])))
+        others = keys[[starts[p] + i for p in prompts for i in elsewhere(p, place)]].float()
         swapped = self._ends(mlp, self._swapped(prompts[0], place))
         near = self._ends(mlp, alike)
         if len(near):
             detector = self._readings[home].detector(own, torch.cat((others, swapped)))
             near = near[detector.scores(near) > _NEAR]
-        return _Rows(own, others, swapped, near)
+        return _Rows(own, others, swapped, near, bool(sentences))
 
     def _shape(
         self, home: int, rows: _Rows, weight: float = 0.0, swapped: bool = True
@@ -267,10 +313,12 @@ class Planner:
             others.append(known.mean + rows.own - rows.own.mean(0))
         detector = known.detector(rows.own, torch.cat(others))
         lowest = float(detector.scores(rows.own).min())
-        threshold = min(form.threshold, max(form.threshold * lowest / _USUAL, LOWEST))
+        # Without other sentences, it is not known how much less the subject scores in them.
+        usual = form.threshold * (1 if rows.reworded else _UNSURE)
+        threshold = min(usual, max(usual * lowest / _USUAL, LOWEST))
         if weight:
             highest = float(detector.scores(rows.alike).max()) + _ABOVE
-            threshold = max(threshold, min(highest, _HIGHEST))
+            threshold = max(threshold, min(highest, (1 + usual) / 2))
         return NeuronShape(mlp, detector, rows.own.mean(0), threshold, form.sharpness)
 
     def _ends(self, mlp: CandidateMLP, prompts: Sequence[EncodedPrompt]) -> Tensor:
@@ -283,15 +331,15 @@ class Planner:
 
     def _alike(self, prompt: EncodedPrompt, known: Sequence[Unit]) -> tuple[EncodedPrompt, ...]:
         """Earlier facts' prompts, up to their subjects, that end in a subject's last token."""
-        last = _subject_ids(prompt)[-1:]
+        last = subject_ids(prompt)[-1:]
         if not last:
             return ()
-        units = [u for u in known if any(_subject_ids(p)[-1:] == last for p in u)]
+        units = [u for u in known if any(subject_ids(p)[-1:] == last for p in u)]
         return tuple(
-            replace(p, prompt_ids=p.prompt_ids[: p.subject_spans[-1][1]], answer_ids=last)
+            up_to_subject(p)
             for unit in units[-_ALIKE:]
             for p in unit
-            if _subject_ids(p)[-1:] == last
+            if subject_ids(p)[-1:] == last
         )
 
     def _is_apart(self, shape: NeuronShape) -> bool:
@@ -327,50 +375,10 @@ class Planner:
         return found
 
 
-def _subject_ids(prompt: EncodedPrompt) -> tuple[int, ...]:
-    """The tokens of the subject's last mention; none where the prompt has no subject."""
-    if prompt.subject_missing or not prompt.subject_spans:
-        return ()
-    start, stop = prompt.subject_spans[-1]
-    return prompt.prompt_ids[start:stop]
-
-
 def _end_of(prompt: EncodedPrompt) -> str:
     """The last 100 characters: in chat form a prompt begins like all others."""
     text = prompt.prompt
     return text if len(text) <= 100 else f"…{text[-100:]}"
-
-
-def _behind(prompt: EncodedPrompt) -> list[int]:
-    """Places behind the subject where a prompt can be read: the next ones, and its end.
-
-    None is the first token of the text.
-    """
-    end = len(prompt.prompt_ids) - 1
-    if prompt.subject_missing or not prompt.subject_spans:
-        return [end] if end else []
-    stop = prompt.subject_spans[-1][1]
-    return [*range(stop, min(stop + _NEXT, end)), *([end] if end else [])]
-
-
-def _besides(
-    prompt: EncodedPrompt, taken: Sequence[EncodedPrompt], units: Sequence[Unit]
-) -> tuple[EncodedPrompt, ...]:
-    """The other prompts of a prompt's fact that are not taken."""
-    return tuple(p for unit in units if prompt in unit for p in unit if p not in taken)
-
-
-def _elsewhere(prompt: EncodedPrompt, place: int | None) -> list[int]:
-    """Positions that a neuron must not fire at.
-
-    Above all not at a text's first token: all others attend to it, so what is added there is added
-    to everything.
-    """
-    if place is not None:
-        return [i for i in range(prompt.length) if i != place]
-    mentions = {stop - 1 for _, stop in prompt.subject_spans}
-    here = prompt.positions("subject")[0]
-    return [i for i in range(prompt.length) if i != here and i not in mentions]
 
 
 def _last(rows: Tensor, lengths: Tensor) -> Tensor:

@@ -14,7 +14,7 @@ from hiedit_env.model.mlps import CandidateMLP
 PEAK = 0.9
 
 #: Smallest distance of the peak from the threshold.
-_RISE = 0.35
+_RISE = 0.25
 
 
 @dataclass(frozen=True, slots=True)

@@ -31,7 +31,7 @@ OWN: dict[str, Any] = {
     "step_size": 0.3,
     "search_steps": 40,
     "substitutes": False,
-    "widest": 1.8,
+    "widest": 2.7,
 }
 FIRST = np.array([True] * 3 + [False] * 3)
 
@@ -148,7 +148,7 @@ def test_what_the_mlp_gives_changes_by_the_vector_and_by_the_neuron_that_is_gone
 
 def seek(low: Neuron, capture: Capture) -> Tensor:
     """The vector of the one fact of a capture, at the present weights."""
-    planner = Planner(low.llm, low.mlps, low._readings, ShapeForm(0.4, 20.0, 8, 1.8))
+    planner = Planner(low.llm, low.mlps, low._readings, ShapeForm(0.6, 20.0, 8, 2.7))
     targets = planner.targets(capture, [capture.prompts], lambda _: 0, [], 0)
     return low._search(targets)[0]
 

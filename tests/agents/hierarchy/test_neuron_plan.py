@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -17,7 +18,7 @@ from hiedit_agents.hierarchy.neuron_plan import (
     NeuronShape,
     Planner,
     ShapeForm,
-    _behind,
+    Target,
     _end_of,
     _Rows,
 )
@@ -64,25 +65,25 @@ def test_the_threshold_falls_with_what_the_facts_own_prompts_score(
         return replace(found := own(readings, others), row=score * found.row)
 
     monkeypatch.setattr(low._readings[0], "detector", weaker)
-    planner = Planner(llm, low.mlps, low._readings, ShapeForm(0.55, 20.0, 0, 1.8))
+    planner = Planner(llm, low.mlps, low._readings, ShapeForm(0.825, 20.0, 0, 2.7))
     rows = planner._rows(capture, 0, [capture.prompt], {capture.prompt: 0})
     shape = planner._shape(0, rows)
     assert shape.threshold == pytest.approx(threshold, abs=1e-3)
 
 
 def test_places_behind_the_subject_by_hand() -> None:
-    def behind(length: int, *spans: tuple[int, int], missing: bool = False) -> list[int]:
+    def places(length: int, *spans: tuple[int, int], missing: bool = False) -> list[int]:
         prompt = EncodedPrompt("p", "a", tuple(range(1, length + 1)), (99,))
-        return _behind(replace(prompt, subject_spans=spans, subject_missing=missing))
+        return behind(replace(prompt, subject_spans=spans, subject_missing=missing))
 
-    assert behind(4, (0, 1)) == [1, 2, 3]
+    assert places(4, (0, 1)) == [1, 2, 3]
     # Not too many of a long prompt, but its end.
-    assert behind(20, (0, 1)) == [*range(1, 9), 19]
-    assert behind(20, (0, 1), (15, 17)) == [17, 18, 19]
+    assert places(20, (0, 1)) == [*range(1, 9), 19]
+    assert places(20, (0, 1), (15, 17)) == [17, 18, 19]
     # Where the subject ends the prompt or is not known, the end; never the first token of a text.
-    assert behind(4, (2, 4)) == [3]
-    assert behind(4, missing=True) == [3]
-    assert behind(1, (0, 1)) == behind(1, missing=True) == []
+    assert places(4, (2, 4)) == [3]
+    assert places(4, missing=True) == [3]
+    assert places(1, (0, 1)) == places(1, missing=True) == []
 
 
 def test_a_fact_scores_alike_in_all_of_its_prompts() -> None:
@@ -92,7 +93,7 @@ def test_a_fact_scores_alike_in_all_of_its_prompts() -> None:
     prompts = [llm.encoder.with_subject(llm.encode(text, "w7"), text, "w9") for text in texts]
     capture = llm.read(*prompts).capture()
     starts = dict(zip(prompts, (0, 3, 8), strict=True))
-    planner = Planner(llm, low.mlps, low._readings, ShapeForm(0.5, 30.0, 0, 1.8))
+    planner = Planner(llm, low.mlps, low._readings, ShapeForm(0.75, 30.0, 0, 2.7))
     rows = planner._rows(capture, 0, prompts, starts)
     # Of least variance with 1 at the mean alone, they would differ.
     others = torch.cat((rows.others, rows.swapped))
@@ -133,7 +134,7 @@ def test_a_name_like_others_with_its_last_token_is_told_from_the_rest_alone(
 def test_nothing_fires_at_the_first_token_of_a_text() -> None:
     llm = model()
     low = neuron(llm)
-    planner = Planner(llm, low.mlps, low._readings, ShapeForm(0.4, 30.0, 0, 1.8))
+    planner = Planner(llm, low.mlps, low._readings, ShapeForm(0.6, 30.0, 0, 2.7))
     capture = unit(llm, FACTS[0])
     (target,) = planner.targets(capture, [capture.prompts], lambda _: 0, [], 0)
     first = capture.keys[low.mlps[0].gate.layer][0]
@@ -154,7 +155,7 @@ def test_a_subject_that_begins_the_text_is_read_at_the_best_place_behind_it(prom
     llm = model()
     low = neuron(llm)
     capture = unit(llm, (prompt, "w13", "w9"))
-    planner = Planner(llm, low.mlps, low._readings, ShapeForm(0.4, 30.0, 8, 4.0))
+    planner = Planner(llm, low.mlps, low._readings, ShapeForm(0.6, 30.0, 8, 6))
     (target,) = planner.targets(capture, [capture.prompts], lambda _: 0, [], 0)
     keys = capture.keys[low.mlps[0].gate.layer]
     spreads = {}
@@ -187,7 +188,9 @@ LATER = ("w6 w11 w9 w8", "w13", "w11 w9")
 def planned(llm: ResidentLLM, past: Sequence[Capture], widest: float = 4.0) -> NeuronShape:
     """The shape for the later fact, behind some earlier ones."""
     low, capture = neuron(llm, widest=widest), unit(llm, LATER)
-    planner = Planner(llm, low.mlps, low._readings, ShapeForm(0.5, 60.0, 0, widest))
+    planner = Planner(
+        llm, low.mlps, low._readings, ShapeForm(0.75, 60.0, 0, widest, reworded=False)
+    )
     known = [one.prompts for one in past]
     (target,) = planner.targets(capture, [capture.prompts], lambda _: 0, known, 0)
     return target.shape
@@ -213,7 +216,7 @@ def test_a_neuron_is_kept_from_an_earlier_fact_whose_name_ends_alike() -> None:
 def test_facts_of_one_batch_are_kept_apart_as_one_after_another() -> None:
     llm = model()
     low, both = neuron(llm), unit(llm, EARLIER, LATER)
-    planner = Planner(llm, low.mlps, low._readings, ShapeForm(0.5, 60.0, 0, 4.0))
+    planner = Planner(llm, low.mlps, low._readings, ShapeForm(0.75, 60.0, 0, 6, reworded=False))
     first, second = planner.targets(both, [(p,) for p in both.prompts], lambda _: 0, [], 0)
     after = planned(llm, [unit(llm, EARLIER)])
     torch.testing.assert_close(second.shape.detector.row, after.detector.row, rtol=1e-3, atol=1e-4)
@@ -228,7 +231,7 @@ def test_the_threshold_stands_above_what_an_earlier_subject_scores(
 ) -> None:
     llm = model()
     low, capture = neuron(llm), unit(llm, LATER)
-    planner = Planner(llm, low.mlps, low._readings, ShapeForm(0.5, 60.0, 0, 1.8))
+    planner = Planner(llm, low.mlps, low._readings, ShapeForm(0.75, 60.0, 0, 2.7))
     rows = planner._rows(capture, 0, [capture.prompt], {capture.prompt: 0})
     # A reading between the mean, where the score is 0, and the own one, where it is 1.
     mean = low._readings[0].mean
@@ -244,11 +247,11 @@ def test_a_neuron_is_as_broad_wherever_it_begins_to_fire(threshold: float) -> No
     """The product of gate and up row over its peak, by hand: (s − θ)(c − s) for large β."""
     llm = model()
     low, capture = neuron(llm), unit(llm, LATER)
-    planner = Planner(llm, low.mlps, low._readings, ShapeForm(0.5, 1e4, 0, 1.8))
+    planner = Planner(llm, low.mlps, low._readings, ShapeForm(0.75, 1e4, 0, 2.7))
     rows = planner._rows(capture, 0, [capture.prompt], {capture.prompt: 0})
     shape = replace(planner._shape(0, rows), threshold=threshold)
     mean = low._readings[0].mean
-    peak = max(0.9, threshold + 0.35)
+    peak = max(0.9, threshold + 0.25)
     for score in (threshold + 0.05, 0.85, 1.0, peak, 1.1):
         reading = mean + score * (rows.own - mean)
         wanted = (score - threshold) * (2 * peak - threshold - score)
@@ -281,7 +284,7 @@ def test_a_name_that_cannot_be_told_from_an_earlier_one_takes_its_place(
 def test_which_earlier_facts_read_alike() -> None:
     llm = model()
     low = neuron(llm)
-    planner = Planner(llm, low.mlps, low._readings, ShapeForm(0.4, 30.0, 0, 1.8))
+    planner = Planner(llm, low.mlps, low._readings, ShapeForm(0.6, 30.0, 0, 2.7))
     names = ["w10 w9", "w9 w10", *[f"w{i} w9" for i in range(12, 12 + _ALIKE)]]
     known = [unit(llm, (f"w5 {name} w4", "w7", name)).prompts for name in names]
     nameless = replace(known[0][0], subject_spans=())
@@ -291,3 +294,63 @@ def test_which_earlier_facts_read_alike() -> None:
     assert [p.prompt_ids for p in found] == [(5, i, 9) for i in range(12, 12 + _ALIKE)]
     assert {p.length for p in found} == {3}
     assert planner._alike(missing, known) == ()
+
+
+# -- other sentences ------------------------------------------------------------------------------
+
+
+def test_a_neuron_fires_in_the_sentences_that_its_value_is_sought_for() -> None:
+    llm = model()
+    low, capture = neuron(llm), unit(llm, LATER)
+
+    def shape(reworded: bool) -> Target:
+        form = ShapeForm(0.5, 60.0, 0, 4.0, reworded)
+        planner = Planner(llm, low.mlps, low._readings, form)
+        (target,) = planner.targets(capture, [capture.prompts], lambda _: 0, [], 0)
+        return target
+
+    aware, plain = shape(True), shape(False)
+    assert plain.rewordings == ()
+    assert aware.prompts == plain.prompts == capture.prompts
+    (sentence,) = aware.rewordings
+    assert sentence.positions("subject")[0] > 0
+    read = llm.read(sentence).capture()
+    for one in (capture, read):
+        assert float(at_subject(llm, aware.shape, one)) == pytest.approx(1, abs=0.02)
+    assert float(at_subject(llm, plain.shape, capture)) == pytest.approx(1, abs=1e-3)
+    assert abs(float(at_subject(llm, plain.shape, read)) - 1) > 0.5
+
+
+def test_a_neuron_made_without_another_sentence_fires_from_a_lower_score_on() -> None:
+    llm = model()
+    low, capture = neuron(llm), unit(llm, LATER)
+    found = []
+    for reworded in (True, False):
+        form = ShapeForm(0.75, 60.0, 0, 6.0, reworded)
+        planner = Planner(llm, low.mlps, low._readings, form)
+        (target,) = planner.targets(capture, [capture.prompts], lambda _: 0, [], 0)
+        found.append(target.shape.threshold)
+    assert found == pytest.approx([0.75, 0.5])
+
+
+def test_a_sentence_in_which_the_subject_reads_too_differently_is_left_out(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    llm = model()
+    low, capture = neuron(llm), unit(llm, LATER)
+    own, seen = Planner._firm, []
+
+    def firm(planner: Planner, home: int, rows: Any) -> NeuronShape | None:
+        seen.append(len(rows.own))
+        return own(planner, home, rows) if len(rows.own) == 1 else None
+
+    monkeypatch.setattr(Planner, "_firm", firm)
+    planner = Planner(llm, low.mlps, low._readings, ShapeForm(0.75, 60.0, 0, 6))
+    (target,) = planner.targets(capture, [capture.prompts], lambda _: 0, [], 0)
+    assert seen == [2, 1]
+    torch.testing.assert_close(
+        target.shape.reading[None],
+        planner._rows(capture, 0, [capture.prompt], {capture.prompt: 0}).own,
+    )
+    # The value is sought for it all the same; where the neuron is silent, the search leaves it out.
+    assert len(target.rewordings) == 1

@@ -36,7 +36,7 @@ def test_values_are_sought_for_a_rewording_in_every_form_in_which_facts_are_aske
         sought.extend(args[2])
         return torch.zeros(len(args[2]), HIDDEN)
 
-    monkeypatch.setattr("hiedit_agents.hierarchy.neuron.rewordings", made)
+    monkeypatch.setattr("hiedit_agents.hierarchy.neuron_plan.rewordings", made)
     monkeypatch.setattr("hiedit_agents.hierarchy.neuron.seek", noted)
     for reworded in (True, False):
         neuron(llm, reworded=reworded).propose(llm.read(*prompts).capture(), FIRST)
@@ -56,35 +56,37 @@ def test_the_words_of_a_prompt_that_another_neuron_answers_are_reworded_too(
         asked.append(tuple(prompts))
         return []
 
-    monkeypatch.setattr("hiedit_agents.hierarchy.neuron.rewordings", noted)
-    monkeypatch.setattr(
-        "hiedit_agents.hierarchy.neuron.seek", lambda *args: torch.zeros(len(args[2]), HIDDEN)
-    )
-    low = neuron(llm, widest=9.0)
+    monkeypatch.setattr("hiedit_agents.hierarchy.neuron_plan.rewordings", noted)
+    low = neuron(llm, widest=13.5)
     capture = llm.read(plain, chat).capture()
     monkeypatch.setattr("hiedit_agents.hierarchy.neuron.units_of", lambda _, prompts: [prompts])
     in_chat, moved = low.plan(capture, FIRST)
     # The plain prompt begins with its subject, so another neuron reads it behind.
     assert in_chat.prompts == (chat,)
-    assert in_chat.besides == (plain,)
     assert moved.prompts[0].prompt_ids == plain.prompt_ids
-    assert moved.besides == (chat,)
-    low._search([in_chat, moved])
     assert asked == [(plain, chat), (chat, *moved.prompts)]
     # So it is where every prompt has a neuron of its own.
+    del asked[:]
     monkeypatch.setattr("hiedit_agents.hierarchy.neuron_plan.Planner._firm", lambda *_: None)
-    found = {target.fact: target.besides for target in low.plan(capture, FIRST)}
-    assert found == {chat.prompt_ids: (plain,), plain.prompt_ids: (chat,)}
+    assert [t.fact for t in low.plan(capture, FIRST)] == [plain.prompt_ids, chat.prompt_ids]
+    assert asked == [(plain, chat), (chat, *moved.prompts), (plain, chat)]
 
 
-def test_the_words_of_another_fact_are_not_reworded() -> None:
+def test_the_words_of_another_fact_are_not_reworded(monkeypatch: pytest.MonkeyPatch) -> None:
     llm = model()
     plain = unit(llm, ("w9 w4 w8", "w13", "w9")).prompt
     other = replace(unit(llm, ("w5 w9 w10", "w12", "w9")).prompt, form="chat")
     capture = llm.read(plain, other).capture()
-    targets = neuron(llm, widest=9.0).plan(capture, FIRST)
+    asked: list[tuple[EncodedPrompt, ...]] = []
+
+    def noted(_encoder: object, prompts: Sequence[EncodedPrompt], _forms: object) -> list[Any]:
+        asked.append(tuple(prompts))
+        return []
+
+    monkeypatch.setattr("hiedit_agents.hierarchy.neuron_plan.rewordings", noted)
+    in_chat, moved = neuron(llm, widest=13.5).plan(capture, FIRST)
     assert len(units_of(llm, capture.prompts)) == 2
-    assert [target.besides for target in targets] == [(), ()]
+    assert asked == [in_chat.prompts, moved.prompts]
 
 
 def test_a_vector_that_facts_share_is_sought_without_noise_and_rewordings(
@@ -100,7 +102,7 @@ def test_a_vector_that_facts_share_is_sought_without_noise_and_rewordings(
             calls.append((answers, form.noise, extra in target.prompts))
         return torch.arange(1.0, len(targets) + 1)[:, None] * (1 + form.noise) * torch.ones(HIDDEN)
 
-    monkeypatch.setattr("hiedit_agents.hierarchy.neuron.rewordings", lambda *_: [extra])
+    monkeypatch.setattr("hiedit_agents.hierarchy.neuron_plan.rewordings", lambda *_: [extra])
     monkeypatch.setattr("hiedit_agents.hierarchy.neuron.seek", noted)
     low = neuron(llm, noise=0.5)
     capture = unit(llm, FACTS[0], FACTS[1], SAME, FACTS[2])
