@@ -22,6 +22,7 @@ from hiedit_agents.hierarchy.neuron_plan import (
     _end_of,
     _Rows,
 )
+from hiedit_agents.hierarchy.reading_places import behind
 from hiedit_env.errors import HieditWarning
 from hiedit_env.model.tokenization import EncodedPrompt
 from hiedit_env.resident.capture import Capture
