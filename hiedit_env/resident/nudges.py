@@ -118,11 +118,12 @@ class Nudges:
         """
         chosen = self._all if rows is None else tuple(rows)
         if self._parts:
-            found = {}
+            logits: dict[int, Tensor] = {}
             for own, one, (given, places) in self._apart(vectors, chosen):
                 sizes = [self._sizes[i] for i in own]
-                found.update(zip(own, one.logits(given, places).split(sizes), strict=True))
-            return torch.cat([found[i] for i in chosen])
+                parts = torch.split(one.logits(given, places), sizes)
+                logits.update(zip(own, parts, strict=True))
+            return torch.cat([logits[i] for i in chosen])
         self.keys = list(self.keys)
         with self._run.hooked(self._hooks(self._run.columns(chosen), vectors)):
             return self._run.logits(chosen)
