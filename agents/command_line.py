@@ -6,8 +6,11 @@ A field is an option, its type says which values there are, and the docstring be
 from __future__ import annotations
 
 import contextlib
+import difflib
+import errno
 import io
 import itertools
+import os
 import re
 import sys
 from collections.abc import Callable, Sequence
@@ -24,6 +27,9 @@ from tyro.constructors import (
 
 from hiedit_env.errors import HieditError, SettingsError
 
+#: The exit status of shells for it.
+_NOBODY_READS = 141
+
 T = TypeVar("T")
 #: A flag without a value; ``--no-NAME`` only where the default is true.
 Switch = tyro.conf.FlagCreatePairsOff[bool]
@@ -31,6 +37,11 @@ Switch = tyro.conf.FlagCreatePairsOff[bool]
 _CONFIG = (tyro.conf.OmitArgPrefixes, tyro.conf.OmitSubcommandPrefixes)
 #: Lines that tyro draws around and between the parts of its errors.
 _RULE = re.compile(r"[─╰╯]+|-{3,}")
+_SECTIONS = re.compile(r"^[│| ] [─-]{5,} ?[│| ]?$", re.MULTILINE)
+#: An option as it is typed.
+_OPTION = re.compile(r"(?<!\S)--?[a-zA-Z][\w-]*")
+#: Why printing may fail, beside a reader that has gone.
+_CANNOT_PRINT = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EBADF})
 #: A line of its list of what is missing that holds a name, and not the name's meaning.
 _NAME = re.compile(r"^[│| ] {4,6}(--[\w-]+|[A-Z]+\b)", re.MULTILINE)
 
@@ -92,13 +103,26 @@ def run_script(main: Callable[[], int | None], program: str = "") -> int:
 
     Returns:
         Exit status: what ``main`` returns (0 for None), 2 for an error of the user's, 130 when
-        interrupted.
+        interrupted, 141 when nobody reads what is printed.
     """
     prefix = f"{program}: " if program else ""
     try:
         status = main()
+        if sys.stdout is not None:
+            sys.stdout.flush()
     except HieditError as error:
         print(f"{prefix}error: {error}", file=sys.stderr)
+        return 2
+    except OSError as error:
+        # Errors of files are told apart where these are opened; what is left is what is printed to.
+        if error.errno not in {*_CANNOT_PRINT, errno.EPIPE}:
+            raise
+        with contextlib.suppress(OSError, ValueError):
+            # So that Python does not try to print it once more when it ends.
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        if error.errno == errno.EPIPE:
+            return _NOBODY_READS
+        print(f"{prefix}error: cannot write: {error.strerror}; free some space", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print(f"{prefix}interrupted", file=sys.stderr)
@@ -146,10 +170,16 @@ def _in_one_line(text: str, program: str) -> str:
     more = f"see {program} --help"
     if message.startswith("Missing from"):
         # Names are indented by four, their meanings by eight.
-        wanted = _NAME.findall(text)
+        wanted = _NAME.findall(_SECTIONS.split(text)[0])
+        rest = text.partition("Unrecognized options:")[2]
+        unknown = _OPTION.findall(rest.partition("For full")[0])
+        if unknown:
+            near = difflib.get_close_matches(unknown[0], wanted, 1)
+            remedy = f"did you mean {near[0]}?" if near else more
+            return f"there is no option {unknown[0]}; {remedy}"
         return f"{', '.join(wanted) or 'an argument'} must be given; {more}"
     if message.startswith("Unrecognized options"):
-        names = re.findall(r"(?<!\S)--?[a-zA-Z][\w-]*", message.partition(":")[2])
+        names = _OPTION.findall(message.partition(":")[2])
         if not names:
             word = message.partition(":")[2].strip().partition(",")[0]
             return f"{word!r} belongs to no option; {more}"

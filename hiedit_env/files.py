@@ -5,15 +5,34 @@ Also locks of folders, which only one process at a time may write.
 
 from __future__ import annotations
 
+import json
 import os
 import tempfile
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from hiedit_env.errors import OutputError
 
 if TYPE_CHECKING:
     from filelock import FileLock
+
+
+def parse_json(text: str | bytes) -> Any:
+    """What a JSON text says.
+
+    Raises:
+        ValueError: it is none, or its lists and objects are nested too deep to be read.
+
+    >>> parse_json('{"layers": [1, 2]}')
+    {'layers': [1, 2]}
+    >>> parse_json("[" * 100_000)
+    Traceback (most recent call last):
+    ValueError: lists or objects are nested too deep
+    """
+    try:
+        return json.loads(text)
+    except RecursionError:
+        raise ValueError("lists or objects are nested too deep") from None
 
 
 def write_bytes(path: Path, data: bytes) -> None:
@@ -42,6 +61,23 @@ def _write(path: Path, data: bytes) -> None:
     except BaseException:
         Path(name).unlink(missing_ok=True)
         raise
+
+
+def make_folder(folder: Path) -> Path:
+    """A folder, made if it does not exist.
+
+    Raises:
+        OutputError: it cannot be made, for instance because a file is there.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except FileExistsError as error:
+        raise OutputError(f"{folder} is a file; give the name of a folder") from error
+    except OSError as error:
+        raise OutputError(
+            f"folder {folder} cannot be made: {error.strerror or error}; give another one"
+        ) from error
+    return folder
 
 
 def lock_folder(folder: Path) -> FileLock:

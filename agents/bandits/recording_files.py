@@ -24,7 +24,7 @@ from numpy.typing import NDArray
 
 from hiedit_agents.bandits.recording import Origin, Recording
 from hiedit_env.errors import DatasetError, MissingLibraryError
-from hiedit_env.files import write_bytes
+from hiedit_env.files import parse_json, write_bytes
 
 FORMAT = 1
 RECORD, FACTS, MINARI = "record.json", "facts.parquet", "minari"
@@ -79,7 +79,7 @@ def read_recording(folder: Path) -> Recording:
     _, parquet = _arrow()
     path = folder / RECORD
     try:
-        about = json.loads(path.read_text(encoding="utf-8"))
+        about = parse_json(path.read_text(encoding="utf-8"))
         if about.get("format") != FORMAT:
             raise DatasetError(
                 f"{path} has format {about.get('format')!r}, and this version reads {FORMAT}; "

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from hiedit_agents.editing.ledger_format import Base, base_of
 from hiedit_env.errors import LedgerError
-from hiedit_env.files import write_bytes
+from hiedit_env.files import parse_json, write_bytes
 from hiedit_env.model.architectures import CandidateLayer
 from hiedit_env.resident.weights import EditableWeights
 
@@ -66,7 +66,7 @@ def apply_delta(model: nn.Module, path: str | PathLike[str]) -> list[str]:
             metadata = file.metadata() or {}
             if metadata.get("format") != DELTA_FORMAT:
                 raise LedgerError(f"{path} holds no edits of hiedit ({DELTA_FORMAT})")
-            base = base_of(json.loads(metadata["base"]))
+            base = base_of(parse_json(metadata["base"]))
             edited = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     except (OSError, SafetensorError, ValueError, KeyError, TypeError) as error:
         if isinstance(error, LedgerError):

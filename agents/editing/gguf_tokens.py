@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,6 +9,7 @@ import gguf
 from transformers import PreTrainedTokenizerBase
 
 from hiedit_env.errors import SettingsError
+from hiedit_env.files import parse_json
 
 #: How text is cut before it is split into tokens, as ``tokenizer.json`` has it → llama.cpp's name.
 _CUTS = {
@@ -68,7 +68,7 @@ def vocabulary_of(tokenizer: PreTrainedTokenizerBase, size: int) -> Vocabulary:
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is None:
         raise SettingsError(f"GGUF needs a fast tokenizer, and the model has none; {_REMEDY}")
-    described = json.loads(backend.to_str())
+    described = parse_json(backend.to_str())
     model, cut = described["model"], _cut_of(described["pre_tokenizer"])
     if model["type"] != "BPE" or model.get("byte_fallback") or described["normalizer"] or not cut:
         raise SettingsError(

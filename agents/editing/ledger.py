@@ -28,7 +28,6 @@ from hiedit_agents.editing.ledger_file import (
     connect_to_read,
     copy_to_file,
     is_blank,
-    make_folder,
     make_tables,
     reading,
     transaction,
@@ -49,7 +48,7 @@ from hiedit_agents.editing.ledger_format import (
     steps_of,
 )
 from hiedit_env.errors import LedgerError, OutputError
-from hiedit_env.files import lock_folder
+from hiedit_env.files import lock_folder, make_folder, parse_json
 from hiedit_env.resident.low_rank import Updates
 
 if TYPE_CHECKING:
@@ -75,7 +74,7 @@ class Ledger:
             [(text,)] = connection.execute("SELECT record FROM base").fetchall() or [(None,)]
             if text is None:
                 raise ValueError("it names no model")
-            self.base = base_of(json.loads(text))
+            self.base = base_of(parse_json(text))
             self._digest = hashlib.sha256(text.encode()).digest()
             self._read_events()
 
@@ -254,7 +253,7 @@ class Ledger:
             row = self._connection.execute(
                 "SELECT kind, target, record FROM events WHERE id = ?", (number,)
             ).fetchone()
-            return Event(number, row[0], row[1], json.loads(row[2]))
+            return Event(number, row[0], row[1], parse_json(row[2]))
 
     @property
     def active(self) -> tuple[int, ...]:

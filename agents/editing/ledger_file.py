@@ -117,16 +117,3 @@ def copy_to_file(connection: sqlite3.Connection, path: Path) -> None:
         os.replace(work, path)
     except (sqlite3.Error, OSError) as error:
         raise OutputError(f"{path} cannot be written: {error}") from error
-
-
-def make_folder(folder: Path) -> Path:
-    """A folder, made if it does not exist.
-
-    Raises:
-        OutputError: it cannot be made.
-    """
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise OutputError(f"{folder} cannot be made: {error}") from error
-    return folder

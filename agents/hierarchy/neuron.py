@@ -11,8 +11,8 @@ For the facts of an edit unit, at the present weights, all in the first chosen M
    whatever the form and the words before it (:mod:`.detectors`). What the prompts and the rewording
    differ in at the subject has no part in it.
 3. **Neuron.** The neuron that matters least and holds no fact yet is written anew: its gate gives
-   β (s − θ), its other row a number that falls as s rises, so that their product is largest near s =
-   1 and 0 below θ; its column is the vector. Below θ nothing is added, however
+   β (s − θ), its other row a number that falls as s rises, so that their product is largest where s
+   is about 1, and 0 below θ; its column is the vector. Below θ nothing is added, however
    many facts are written: what a linear memory adds up over edits, the activation cuts off.
 
 Facts stay in one MLP, since its neurons do not read what they write. Those of a later MLP do, as

@@ -26,7 +26,7 @@ from hiedit_agents.named.schema import check_record
 from hiedit_agents.named.spec import AgentSpec
 from hiedit_env.datasets.requests import Request
 from hiedit_env.errors import CheckpointError
-from hiedit_env.files import write_bytes
+from hiedit_env.files import parse_json, write_bytes
 from hiedit_env.model.relatives import sample
 from hiedit_env.resident.resident import ResidentLLM
 
@@ -93,7 +93,7 @@ def read_record(folder: Path, kind: str | None = LEVELS) -> dict[str, Any]:
     file = folder / JSON_FILE
     refuse_folder(folder, "policy" if kind == POLICY else "trained agent")
     try:
-        record = json.loads(file.read_text(encoding="utf-8"))
+        record = parse_json(file.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         what = "policy" if kind == POLICY else "trained agent"
         raise CheckpointError(f"{folder} holds no {what}: {error}; {_REMEDY}") from error
@@ -152,7 +152,7 @@ def kind_of(folder: Path) -> str | None:
     if not os.path.isfile(file):  # which is False also for names that are too long
         return None
     try:
-        record = json.loads(file.read_text(encoding="utf-8"))
+        record = parse_json(file.read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return LEVELS
     kind = record.get("kind") if isinstance(record, dict) else None

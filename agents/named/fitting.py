@@ -8,7 +8,6 @@ those in the agent's record. Only headers, these entries and the tokenizer are r
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -19,6 +18,7 @@ from transformers import AutoTokenizer
 
 from hiedit_agents.named.checkpoints import LEVELS, PANGRAM, kind_of, read_record
 from hiedit_env.errors import HieditError
+from hiedit_env.files import parse_json
 from hiedit_env.model.folders import DTYPES, StoredTensor, stored_tensors, weight_files
 from hiedit_env.model.relatives import RELATED, cosine, file_stamp, sample
 from hiedit_env.model.saving import find_folder
@@ -80,7 +80,7 @@ def _why(record: Mapping[str, Any], folder: Path) -> str | None:
     """Why an agent fits a folder; None if it does not."""
     trained = record["model"]
     try:
-        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        config = parse_json((folder / "config.json").read_text(encoding="utf-8"))
         if config.get("model_type") != trained["model_type"]:
             return None
         stored = {t.name: t for file in weight_files(folder) for t in stored_tensors(file)}

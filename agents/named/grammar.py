@@ -8,7 +8,6 @@ is named in a spec file.
 
 from __future__ import annotations
 
-import json
 import os
 import re
 from collections.abc import Callable, Mapping
@@ -19,6 +18,7 @@ import yaml
 
 from hiedit_env.envs.settings import settings
 from hiedit_env.errors import SettingsError
+from hiedit_env.files import parse_json
 
 #: One setting: ``name``, ``high.name`` or ``low.name``, and its value.
 Pair = tuple[str, Any]
@@ -74,7 +74,7 @@ def read_value(text: str) -> Any:
     if re.fullmatch(r"\d+(:\d+)+", text):
         return [int(part) for part in text.split(":")]
     try:
-        return json.loads(text)
+        return parse_json(text)
     except ValueError:
         return text
 

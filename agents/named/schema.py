@@ -46,7 +46,7 @@ class Model(_Part):
     model_type: str
     layers: list[str]
     shapes: list[Annotated[list[Count], Field(min_length=2, max_length=2)]]
-    tokenizer: list[Count]
+    tokenizer: Annotated[list[Count], Field(min_length=1)]
     sample: list[list[float]] = []
 
 

@@ -297,7 +297,7 @@ class SpecAgent(FixedAgent):
                 check_fits(found, record, llm)
                 try:
                     level.load_state_dict(part(read_state(found, record, llm.device), kind))
-                except (RuntimeError, KeyError, TypeError) as error:
+                except (RuntimeError, KeyError, TypeError, ValueError, OverflowError) as error:
                     raise CheckpointError(
                         f"the {kind} level in {found} does not fit its own settings: {error}"
                     ) from error

@@ -7,6 +7,7 @@ The parts: what was edited before is in :mod:`.edit_history`, the editing itself
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -31,6 +32,7 @@ from hiedit_benchmarks.comparison.settings import CompareSettings
 from hiedit_env.datasets.load import load_requests
 from hiedit_env.datasets.requests import PromptForm, Request
 from hiedit_env.envs.units import check_units
+from hiedit_env.errors import SettingsError
 from hiedit_env.evaluation.matching import is_match, starts_with
 from hiedit_env.evaluation.metrics import evaluate
 from hiedit_env.model.memory_budget import auto_class
@@ -116,6 +118,11 @@ def edit_model(
     """
     with tidied(out):
         place = OutFolder(out)
+    if ledger is not None and _overlap(place.out, Path(os.path.realpath(ledger))):
+        raise SettingsError(
+            f"--ledger {ledger} and --out {out} must be folders beside each other; give another "
+            "--ledger"
+        )
     known = find_folder(settings.model)
     if known is not None:
         check_source(known, out)
@@ -138,6 +145,11 @@ def edit_model(
         return _edit(settings, label, name, editor, requests, place, work, progress)
     finally:
         work.close()
+
+
+def _overlap(one: Path, other: Path) -> bool:
+    """Whether two folders are the same, or one is in the other."""
+    return one == other or one in other.parents or other in one.parents
 
 
 def _edit(

@@ -22,7 +22,6 @@ run, are read as well.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -32,6 +31,7 @@ from hiedit_agents.editing.ledger import Ledger
 from hiedit_agents.editing.ledger_format import FILE as LEDGER
 from hiedit_env.datasets.requests import Request
 from hiedit_env.errors import HieditError, LedgerError, ModelError
+from hiedit_env.files import parse_json
 
 FORMAT = 3
 FILE = "edits.json"
@@ -75,7 +75,7 @@ def read_history(folder: Path) -> History:
     facts: list[dict[str, Any]] = []
     try:
         if file.is_file():
-            record = json.loads(file.read_text(encoding="utf-8"))
+            record = parse_json(file.read_text(encoding="utf-8"))
             version = record.get("format", 1)
             if version not in (1, 2, FORMAT):
                 raise ValueError(f"format {version!r}; this version reads {FORMAT}")

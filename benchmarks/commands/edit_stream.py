@@ -36,7 +36,8 @@ from hiedit_benchmarks.commands.unfinished import Unfinished, tidied
 from hiedit_benchmarks.comparison.settings import EditSettings
 from hiedit_env.datasets.files import MAX_LINE_BYTES
 from hiedit_env.datasets.requests import Request
-from hiedit_env.errors import DatasetError, NotEnoughMemoryError, PromptError
+from hiedit_env.errors import DatasetError, NotEnoughMemoryError, PromptError, SettingsError
+from hiedit_env.files import parse_json
 
 #: Exit status where the stream was stopped, or no fact is in the model at the end.
 STOPPED = 3
@@ -72,6 +73,8 @@ def main(
     with _opened(settings, agent, end_token, checks, unfinished) as editor:
         print(f"hiedit: agent {editor.agent}", file=sys.stderr)
         batch, done = settings.edits_per_step, unfinished.written(editor.ledger)
+        if sys.stdin is None:
+            raise SettingsError("facts were to come from standard input, which is closed")
         healthy = Stream(editor, stream, batch, sys.stdin.buffer, sys.stdout, done).run()
         saved: Saved = editor.save(out)
     print(f"hiedit: saved to {out}; {saved.measured.text}", file=sys.stderr)
@@ -167,12 +170,15 @@ class Stream:
             if not line.strip():
                 continue
             try:
-                for request in as_requests(json.loads(line)):
+                found = as_requests(parse_json(line))
+                if not found:
+                    yield number, "the line holds no fact"
+                for request in found:
                     self._editor.check(request)
                     yield number, request
             except (DatasetError, PromptError, NotEnoughMemoryError) as error:
                 yield number, str(error)
-            except (ValueError, RecursionError) as error:  # no JSON, or no UTF-8
+            except ValueError as error:  # no JSON, or no UTF-8
                 yield number, f"the line is no JSON: {error}"
 
     def _written_before(self, request: Request) -> EditResult | None:

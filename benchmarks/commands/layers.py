@@ -27,7 +27,13 @@ from hiedit_benchmarks.layers.settings import LayerScanSettings
 from hiedit_env.datasets.load import load_requests
 from hiedit_env.datasets.streams import fingerprint
 from hiedit_env.envs.settings import rule_settings
-from hiedit_env.errors import DatasetError, LayerError, MissingLibraryError, OutputError
+from hiedit_env.errors import (
+    DatasetError,
+    LayerError,
+    MissingLibraryError,
+    OutputError,
+    ResultsExistError,
+)
 from hiedit_env.evaluation.unedited import UneditedModel
 from hiedit_env.files import write_bytes
 from hiedit_env.model.architectures import (
@@ -205,11 +211,14 @@ def _check_place(path: Path | None, suffix: str, option: str) -> None:
 
     Raises:
         OutputError: another ending, or no folder to write to.
+        ResultsExistError: the file is there.
     """
     if path is None:
         return
     if path.suffix != suffix:
         raise OutputError(f"{option} must end in {suffix}, got {path}")
+    if path.is_file():
+        raise ResultsExistError(f"{path} exists; give another {option}")
     if path.is_dir() or not path.parent.is_dir():
         raise OutputError(f"{path} cannot be written: its folder must exist; make it first")
 

@@ -19,7 +19,7 @@ from hiedit_benchmarks.comparison.episode import bar
 from hiedit_benchmarks.comparison.results import versions
 from hiedit_env.envs.base import EditingEnv
 from hiedit_env.envs.settings import EditingSettings, EnvSettings
-from hiedit_env.errors import ResultsExistError, SettingsError
+from hiedit_env.errors import OutputError, ResultsExistError, SettingsError
 from hiedit_env.model.relatives import environment_for
 
 #: Most layers whose subsets are all tried.
@@ -64,9 +64,12 @@ def main(given: RecordSettings, editing: EditingSettings, out: Path) -> int:
         out: A new folder.
 
     Raises:
+        OutputError: ``out`` is a file.
         ResultsExistError: ``out`` holds something.
         MissingLibraryError: pyarrow or minari is not installed.
     """
+    if out.exists() and not out.is_dir():
+        raise OutputError(f"{out} is a file; give a new folder with --out")
     if out.exists() and any(out.iterdir()):
         raise ResultsExistError(f"{out} is not empty; give another folder with --out")
     name = environment_for(editing.model, editing.dataset).removesuffix("-v1")

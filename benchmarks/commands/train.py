@@ -35,6 +35,7 @@ from hiedit_env.envs.base import EditingEnv
 from hiedit_env.errors import MissingLibraryError, SettingsError, whole_number
 from hiedit_env.evaluation.metrics import evaluate
 from hiedit_env.evaluation.unedited import UneditedModel
+from hiedit_env.files import parse_json
 
 #: Exit status of ``hiedit train`` where the training collapsed.
 TRAINING_COLLAPSED = 3
@@ -83,9 +84,10 @@ def train(
         env = stack.enter_context(closing(make_env(run, settings, editor, progress)))
         inner = unwrapped(env)
         excluded = [] if run.exclude is None else load_requests(run.exclude)
-        training, held_out = split_by_subject(
-            without(inner.requests, excluded), held_out=settings.held_out, seed=settings.seed
-        )
+        left = without(inner.requests, excluded)
+        if not left:
+            raise SettingsError(f"--exclude {run.exclude} leaves no fact of {run.dataset}")
+        training, held_out = split_by_subject(left, held_out=settings.held_out, seed=settings.seed)
         training = without(training, held_out)
         agent, spec = build(editor, inner, run, settings.seed)
         # What the files of facts hold has to be the same too when a run is resumed.
@@ -134,12 +136,12 @@ def collapse(out: Path) -> str | None:
     """
     file = out / "train.jsonl"
     lines = file.read_text(encoding="utf-8").splitlines() if file.is_file() else []
-    rows = [json.loads(line) for line in lines]
+    rows = [parse_json(line) for line in lines]
     if rows and rows[-1].get("collapsed"):
         count = sum(bool(row.get("collapsed")) for row in rows)
         return f"{count} of {len(rows)} episodes, the last one among them, ended early"
     file = out / "evaluation.json"
-    found = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    found = parse_json(file.read_text(encoding="utf-8")) if file.is_file() else {}
     if found.get("error_type"):
         return f"the episode on held-out facts ended early ({found['error_type']})"
     return None

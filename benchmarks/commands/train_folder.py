@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 import sys
 from collections.abc import Iterator, Mapping
@@ -26,9 +25,10 @@ from hiedit_agents.named.spec import AgentSpec
 from hiedit_benchmarks.comparison.results import plain
 from hiedit_env.envs.base import EditingEnv
 from hiedit_env.errors import CheckpointError, ResultsExistError, SettingsError
-from hiedit_env.files import lock_folder
+from hiedit_env.files import lock_folder, make_folder, parse_json
 
 #: Files of a training that ended before its first checkpoint, and the lock of the folder.
+_CHECKPOINTS = "checkpoint-*"
 _BEGUN = frozenset({".lock", "train.jsonl", "tensorboard"})
 
 
@@ -65,7 +65,8 @@ class TrainingFolder:
                 f"{self.out} holds a trained agent already; give another --out, or --resume to see "
                 "what it reached"
             )
-        if self._all() and not self.resume:
+        # One that was being written when the training was killed counts as well.
+        if not self.resume and any(self.out.glob(_CHECKPOINTS)):
             raise ResultsExistError(
                 f"{self.out} holds checkpoints already; give another --out, or --resume to go on"
             )
@@ -87,7 +88,7 @@ class TrainingFolder:
         Raises:
             OutputError: another process trains into it.
             ResultsExistError: one has done so since it was looked at.
-            SettingsError: it cannot be made.
+            OutputError: it cannot be made.
         """
         self.create()
         lock = lock_folder(self.out)
@@ -101,12 +102,9 @@ class TrainingFolder:
         """Makes the folder; called once everything that can be wrong has been checked.
 
         Raises:
-            SettingsError: it cannot be made.
+            OutputError: it cannot be made.
         """
-        try:
-            self.out.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise SettingsError(f"folder {self.out} cannot be made: {error}") from error
+        make_folder(self.out)
 
     def save(
         self, trainer: Trainer, spec: AgentSpec, about: Mapping[str, Any], rows: list[LogRow]
@@ -168,7 +166,7 @@ class TrainingFolder:
         file = self.out / "evaluation.json"
         if not file.exists():
             return {}
-        found: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+        found: dict[str, Any] = parse_json(file.read_text(encoding="utf-8"))
         return found
 
     def _check_same(self, record: Mapping[str, Any]) -> None:
@@ -191,5 +189,5 @@ class TrainingFolder:
             shutil.rmtree(folder)
 
     def _all(self) -> list[Path]:
-        complete = [f for f in self.out.glob("checkpoint-*") if (f / JSON_FILE).is_file()]
+        complete = [f for f in self.out.glob(_CHECKPOINTS) if (f / JSON_FILE).is_file()]
         return sorted(complete)

@@ -31,7 +31,7 @@ from hiedit_agents.editing.results import EditResult, recorded
 from hiedit_benchmarks.comparison.results import plain, write_json
 from hiedit_env.datasets.requests import Request
 from hiedit_env.errors import LedgerError, ResultsExistError, SettingsError
-from hiedit_env.files import lock_folder
+from hiedit_env.files import lock_folder, parse_json
 
 #: Prompt and answer of a fact.
 Pair = tuple[str, str]
@@ -149,7 +149,7 @@ class Unfinished:
         if not (file.is_file() and Ledger.is_in(self.folder)):
             return None
         try:
-            found: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+            found: dict[str, Any] = parse_json(file.read_text(encoding="utf-8"))
             if found["format"] != FORMAT:
                 raise ValueError(f"format {found['format']!r}; this version reads {FORMAT}")
             if not isinstance(found["begins"], int) or not isinstance(found["settings"], dict):

@@ -17,8 +17,8 @@ import numpy as np
 from filelock import FileLock
 
 from hiedit_env import __version__
-from hiedit_env.errors import HieditError, OutputError, ResultsExistError, SettingsError
-from hiedit_env.files import lock_folder, write_bytes
+from hiedit_env.errors import HieditError, ResultsExistError, SettingsError
+from hiedit_env.files import lock_folder, make_folder, parse_json, write_bytes
 
 Row = dict[str, Any]
 #: The agent of the unedited model, whose rows every comparison has.
@@ -79,10 +79,7 @@ class ResultsFolder:
             OutputError: it cannot be made, or another process writes into it.
             ResultsExistError, SettingsError: as at the beginning.
         """
-        try:
-            (self.path / "runs").mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise OutputError(f"folder {self.path} cannot be made: {error}") from error
+        make_folder(make_folder(self.path) / "runs")
         self._lock = lock_folder(self.path)
         try:
             self.rows = self._present_rows()
@@ -132,7 +129,7 @@ class ResultsFolder:
         """
         path = self._details_path(agent, seed)
         try:
-            found = json.loads(path.read_text(encoding="utf-8"))
+            found = parse_json(path.read_text(encoding="utf-8"))
             for name in DETAILS:
                 found[name]
         except (OSError, ValueError, KeyError, TypeError) as error:
@@ -188,7 +185,7 @@ def read_rows(file: Path) -> list[Row]:
             continue
         where = f"{file.parent} holds no results of a comparison: line {number} of {file.name}"
         try:
-            row = json.loads(line)
+            row = parse_json(line)
         except ValueError as error:
             raise SettingsError(f"{where} is not JSON: {error}") from error
         if not isinstance(row, dict):

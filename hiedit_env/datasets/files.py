@@ -39,9 +39,11 @@ def read_rows(label: str, built_in: Traversable | None, names: str) -> list[obje
     if built_in is not None:
         return _document(_decode(built_in.read_bytes(), label), label)
     if label == "-":
+        if sys.stdin is None:
+            raise DatasetError("facts were to come from standard input, which is closed")
         return _document(_decode(_read_all(sys.stdin.buffer, label), label), label)
     path = Path(label)
-    if not os.path.exists(path):
+    if not label.strip() or not os.path.exists(path):
         raise DatasetError(
             f"no data set {label!r}: neither a built-in name ({names}) "
             "nor the path of an existing .json or .jsonl file"

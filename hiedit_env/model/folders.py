@@ -6,7 +6,6 @@ every tensor. https://github.com/huggingface/safetensors describes the format.
 
 from __future__ import annotations
 
-import json
 import math
 import os
 from collections.abc import Collection, Mapping, Sequence
@@ -20,6 +19,7 @@ from transformers import PreTrainedConfig
 from transformers.models.auto import modeling_auto
 
 from hiedit_env.errors import ModelError
+from hiedit_env.files import parse_json
 
 #: The files that ``from_pretrained`` takes the weights from, the first one that exists.
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -98,7 +98,7 @@ def stored_tensors(file: Path) -> list[StoredTensor]:
             length = int.from_bytes(start, "little")
             if not 2 <= length <= min(size - 8, _MAX_HEADER):
                 raise ValueError(f"a header of {length} bytes in a file of {size}")
-            header = json.loads(opened.read(length))
+            header = parse_json(opened.read(length))
         header.pop("__metadata__", None)
         found = [
             StoredTensor(
@@ -138,7 +138,7 @@ def weight_files(folder: Path) -> list[Path]:
     if not index.is_file():
         return []
     try:
-        names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+        names = sorted(set(parse_json(index.read_text(encoding="utf-8"))["weight_map"].values()))
         files = [folder / name for name in names]
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise ModelError(
@@ -292,7 +292,7 @@ def _check_tokenizer(file: Path) -> None:
     if not file.is_file():
         return
     try:
-        model = json.loads(file.read_text(encoding="utf-8"))["model"]
+        model = parse_json(file.read_text(encoding="utf-8"))["model"]
         problem = None if isinstance(model, dict) else "its field 'model' is no object"
     except (OSError, ValueError) as error:
         problem = str(error)
@@ -305,7 +305,7 @@ def _check_tokenizer(file: Path) -> None:
 def _read_json(file: Path) -> dict[str, Any]:
     """A JSON object; empty where there is none that can be read, which loading will say."""
     try:
-        found = json.loads(file.read_text(encoding="utf-8"))
+        found = parse_json(file.read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return {}
     return found if isinstance(found, dict) else {}

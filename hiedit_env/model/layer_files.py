@@ -21,7 +21,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from hiedit_env.errors import LayerError
-from hiedit_env.files import write_bytes
+from hiedit_env.files import parse_json, write_bytes
 from hiedit_env.model.structure import sizes
 
 FORMAT = "hiedit-layers"
@@ -109,7 +109,7 @@ def read_layers(path: str, structure: str, modules: Mapping[str, nn.Module]) -> 
 def _read(path: str) -> dict[str, Any]:
     """The content of a file of layers of this version."""
     try:
-        content = json.loads(Path(path).read_text(encoding="utf-8"))
+        content = parse_json(Path(path).read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise LayerError(
             f"there is no file of layers {path!r}; 'hiedit layers --out {path}' writes one"

@@ -8,6 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from hiedit_env.errors import SettingsError, shown, whole_number
+
+#: Up to here a float holds every whole number.
+_MOST = 2**53
 _TINY = torch.finfo(torch.float32).eps
 
 
@@ -88,8 +92,15 @@ class RunningMoments:
         return {"count": self.count, "mean": self.mean, "squares": self.squares}
 
     def load_statistics(self, statistics: Mapping[str, Any]) -> None:
-        """Puts saved statistics back, bit for bit."""
-        self.count = int(statistics["count"])
+        """Puts saved statistics back, bit for bit.
+
+        Raises:
+            SettingsError: the number of rows is none.
+        """
+        count = whole_number(statistics["count"], "the number of rows seen", 0)
+        if count > _MOST:
+            raise SettingsError(f"the number of rows seen must be ≤ 2**53, got {shown(count)}")
+        self.count = count
         self.mean, self.squares = statistics["mean"], statistics["squares"]
         self._deviation = None
 

@@ -137,6 +137,7 @@ FIELDS: tuple[tuple[tuple[str, ...], Any], ...] = (
     (("model", "layers"), "all"),
     (("model", "shapes"), [[37], [56]]),
     (("model", "tokenizer"), ["a"]),
+    (("model", "tokenizer"), []),
     (("training",), "long"),
     (("training", "run"), None),
     (("training", "settings"), 1),
@@ -199,7 +200,7 @@ def test_files_of_earlier_versions_are_refused_with_the_remedy(
 
 
 def test_no_json_is_refused(levels: Path) -> None:
-    for text in ("", "[]", "{", '"x"'):
+    for text in ("", "[]", "{", '"x"', "[" * 100_000):
         (levels / JSON_FILE).write_text(text)
         with pytest.raises(CheckpointError):
             spec_agent(str(levels))

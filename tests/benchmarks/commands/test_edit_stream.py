@@ -39,6 +39,14 @@ def streamed(
     return reached, [json.loads(line) for line in answers.getvalue().splitlines()]
 
 
+def test_a_line_without_a_fact_is_answered_too() -> None:
+    with Editor.from_pretrained("tiny", checks=NONE) as editor:
+        _, answers = streamed(editor, ["[]", "[" * 100_000])
+    told = {answer.get("line"): str(answer) for answer in answers}
+    assert "the line holds no fact" in told[1]
+    assert "nested too deep" in told[2]
+
+
 def test_every_line_gets_its_answer_in_order() -> None:
     with Editor.from_pretrained("tiny", checks=NONE) as editor:
         reached, answers = streamed(

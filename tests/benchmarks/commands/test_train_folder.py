@@ -119,3 +119,19 @@ def test_the_form_and_the_end_token_reach_the_environment(
     assert set(seen) == {("both", 2)}  # the id of <eos>
     metrics = json.loads((tmp_path / "out" / "evaluation.json").read_text())["metrics"]
     assert {"efficacy", "chat_efficacy"} <= set(metrics)
+
+
+def test_a_training_killed_at_its_first_checkpoint_names_the_way_on(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "checkpoint-000001").mkdir()
+    assert main([*TRAIN, "--out", str(tmp_path)]) == 2
+    assert "--resume to go on" in capsys.readouterr().err
+    assert main([*TRAIN, "--out", str(tmp_path), "--resume"]) == 0
+
+
+def test_facts_that_are_all_excluded_are_named(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main([*TRAIN, "--out", str(tmp_path / "a"), "--exclude", "tiny-facts"]) == 2
+    assert "--exclude tiny-facts leaves no fact of tiny-facts" in capsys.readouterr().err

@@ -119,6 +119,16 @@ def test_moments_are_finite_before_there_is_a_spread() -> None:
         assert moments.normalise(row, [0]).tolist() == [[[0, 0]]]
 
 
+@pytest.mark.parametrize("count", [math.nan, -5, "x", 10**400, 2.0, True])
+def test_a_number_of_rows_that_is_none_is_refused(count: Any) -> None:
+    moments = RunningMoments(1, 2, CPU)
+    moments.update(torch.tensor([[[1.0, 2.0]]]))
+    before = moments.statistics()
+    with pytest.raises(SettingsError, match="the number of rows seen must be"):
+        moments.load_statistics({**before, "count": count})
+    assert moments.statistics() == before
+
+
 def test_moments_of_half_precision_rows_are_kept_in_float32() -> None:
     moments = RunningMoments(1, 1, CPU)
     for _ in range(1000):
