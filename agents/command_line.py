@@ -174,8 +174,8 @@ def _in_one_line(text: str, program: str) -> str:
         rest = text.partition("Unrecognized options:")[2]
         unknown = _OPTION.findall(rest.partition("For full")[0])
         if unknown:
-            near = difflib.get_close_matches(unknown[0], wanted, 1)
-            remedy = f"did you mean {near[0]}?" if near else more
+            like = difflib.get_close_matches(unknown[0], wanted, 1)
+            remedy = f"did you mean {like[0]}?" if like else more
             return f"there is no option {unknown[0]}; {remedy}"
         return f"{', '.join(wanted) or 'an argument'} must be given; {more}"
     if message.startswith("Unrecognized options"):
