@@ -13,8 +13,11 @@ from hiedit_env.model.mlps import CandidateMLP
 #: and what other words for it score.
 PEAK = 0.9
 
-#: Smallest distance of the peak from the threshold.
-_RISE = 0.25
+#: Smallest distance of the peak from the threshold. SmolLM2, block 7, θ = 0.75: behind quotation
+#: marks, in lists, in chat with other instructions and in later turns, 10 % of the subjects score
+#: less than 0.9 and some 1.1; the neurons' strength is above 0.7 for 95.1, 96.7 and 95.9 % of them
+#: with 0.25, 0.3 and 0.35 (30 training facts, 13 contexts).
+_RISE = 0.3
 
 
 @dataclass(frozen=True, slots=True)

@@ -252,7 +252,7 @@ def test_a_neuron_is_as_broad_wherever_it_begins_to_fire(threshold: float) -> No
     rows = planner._rows(capture, 0, [capture.prompt], {capture.prompt: 0})
     shape = replace(planner._shape(0, rows), threshold=threshold)
     mean = low._readings[0].mean
-    peak = max(0.9, threshold + 0.25)
+    peak = max(0.9, threshold + 0.3)
     for score in (threshold + 0.05, 0.85, 1.0, peak, 1.1):
         reading = mean + score * (rows.own - mean)
         wanted = (score - threshold) * (2 * peak - threshold - score)
