@@ -37,6 +37,7 @@ Switch = tyro.conf.FlagCreatePairsOff[bool]
 _CONFIG = (tyro.conf.OmitArgPrefixes, tyro.conf.OmitSubcommandPrefixes)
 #: Lines that tyro draws around and between the parts of its errors.
 _RULE = re.compile(r"[─╰╯]+|-{3,}")
+#: A line between two parts of a complaint.
 _SECTIONS = re.compile(r"^[│| ] [─-]{5,} ?[│| ]?$", re.MULTILINE)
 #: An option as it is typed.
 _OPTION = re.compile(r"(?<!\S)--?[a-zA-Z][\w-]*")

@@ -137,8 +137,6 @@ class _Search:
         for step in range(form.steps + 1):
             # A fact that rests is not run again.
             rows = [row for row in rows if busy[self.owners[row]]]
-            if not rows:
-                break
             chosen = torch.tensor(rows, device=vectors.device)
             owners, fires = self.owners[chosen], self._fires[chosen]
             numbers = torch.bincount(owners, minlength=number).clamp_min(1).float()

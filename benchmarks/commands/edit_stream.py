@@ -34,9 +34,9 @@ from hiedit_benchmarks.commands.live_editor import live_editor
 from hiedit_benchmarks.commands.stream_settings import StreamSettings
 from hiedit_benchmarks.commands.unfinished import Unfinished, tidied
 from hiedit_benchmarks.comparison.settings import EditSettings
-from hiedit_env.datasets.files import MAX_LINE_BYTES
+from hiedit_env.datasets.files import MAX_LINE_BYTES, standard_input
 from hiedit_env.datasets.requests import Request
-from hiedit_env.errors import DatasetError, NotEnoughMemoryError, PromptError, SettingsError
+from hiedit_env.errors import DatasetError, NotEnoughMemoryError, PromptError
 from hiedit_env.files import parse_json
 
 #: Exit status where the stream was stopped, or no fact is in the model at the end.
@@ -73,9 +73,7 @@ def main(
     with _opened(settings, agent, end_token, checks, unfinished) as editor:
         print(f"hiedit: agent {editor.agent}", file=sys.stderr)
         batch, done = settings.edits_per_step, unfinished.written(editor.ledger)
-        if sys.stdin is None:
-            raise SettingsError("facts were to come from standard input, which is closed")
-        healthy = Stream(editor, stream, batch, sys.stdin.buffer, sys.stdout, done).run()
+        healthy = Stream(editor, stream, batch, standard_input(), sys.stdout, done).run()
         saved: Saved = editor.save(out)
     print(f"hiedit: saved to {out}; {saved.measured.text}", file=sys.stderr)
     return 0 if healthy and saved.measured.given else STOPPED

@@ -8,7 +8,7 @@ import sys
 from collections.abc import Mapping
 from importlib.resources.abc import Traversable
 from pathlib import Path
-from typing import IO
+from typing import IO, BinaryIO
 
 from hiedit_env.datasets.formats import recognise
 from hiedit_env.datasets.other_files import kind_by_start, remedy_by_ending
@@ -39,9 +39,7 @@ def read_rows(label: str, built_in: Traversable | None, names: str) -> list[obje
     if built_in is not None:
         return _document(_decode(built_in.read_bytes(), label), label)
     if label == "-":
-        if sys.stdin is None:
-            raise DatasetError("facts were to come from standard input, which is closed")
-        return _document(_decode(_read_all(sys.stdin.buffer, label), label), label)
+        return _document(_decode(_read_all(standard_input(), label), label), label)
     path = Path(label)
     if not label.strip() or not os.path.exists(path):
         raise DatasetError(
@@ -146,6 +144,17 @@ def _loads(text: str, label: str, first_line: int = 1) -> object:
             f"{label} cannot be read as JSON: a number has more than "
             f"{sys.get_int_max_str_digits()} digits; write it as text"
         ) from error
+
+
+def standard_input() -> BinaryIO:
+    """The bytes of standard input.
+
+    Raises:
+        DatasetError: it is closed.
+    """
+    if sys.stdin is None:
+        raise DatasetError("facts were to come from standard input, which is closed")
+    return sys.stdin.buffer
 
 
 def _document(text: str, label: str) -> list[object]:
