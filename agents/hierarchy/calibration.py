@@ -1,13 +1,19 @@
-"""The prompts that a low level is shown at the unedited weights, before its first edit."""
+"""What a low level is shown at the unedited weights, before its first edit."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 
 from hiedit_env.datasets.requests import Probe, Request
+from hiedit_env.model.asking import mentions
+from hiedit_env.model.sampling import chat_beginning, sampled_texts, text_beginning
 from hiedit_env.model.tokenization import EncodedPrompt, PromptEncoder
+from hiedit_env.resident.resident import ResidentLLM
+
+#: Tokens of a text that the model writes from nothing, and of a prompt that it goes on with.
+TEXT_TOKENS, PROMPT_TOKENS = 224, 48
 
 
 def calibration_prompts(
@@ -35,3 +41,64 @@ def calibration_prompts(
         encoder.encode_forms(p.prompt, p.answer, "chat" if chat and not i % 4 else "plain")[0]
         for i, p in enumerate(chosen)
     ]
+
+
+def own_texts(
+    llm: ResidentLLM,
+    requests: Sequence[Request],
+    count: int,
+    seed: int,
+    on_texts: Callable[[int], None] | None = None,
+) -> list[EncodedPrompt]:
+    """Texts that the model writes itself (:func:`.sampling.sampled_texts`).
+
+    One third begins with nothing, or with the user's turn of a chat; two thirds go on, in both
+    forms as well, with the facts' prompts up to their subjects, so that they are about other
+    subjects in the same relations.
+
+    Args:
+        llm: The model, whose unedited weights are used.
+        requests: Facts.
+        count: Number of texts.
+        seed: Of the draws.
+        on_texts: Called with the number of texts after every few of them.
+
+    Raises:
+        PromptError: the tokenizer has no token that a text begins with.
+    """
+    rng = np.random.default_rng([seed, 3])
+    forms = [text_beginning(llm.encoder)]
+    in_chat = chat_beginning(llm.encoder)
+    forms += [] if in_chat is None else [in_chat]
+    free = -(-count // 3)
+    openings = _openings(requests) or [""]
+    drawn = [openings[i] for i in rng.integers(len(openings), size=count - free)]
+    ids = [tuple(llm.encoder.tokenizer(o, add_special_tokens=False)["input_ids"]) for o in drawn]
+    begun = [(*forms[i % len(forms)], *own) for i, own in enumerate(ids)]
+    nothing = [forms[i % len(forms)] for i in range(free)]
+    room = llm.encoder.max_length or TEXT_TOKENS
+    found: list[EncodedPrompt] = []
+    with llm.unedited():
+        for part, (beginnings, length) in enumerate(
+            ((nothing, TEXT_TOKENS), (begun, PROMPT_TOKENS + max(map(len, forms))))
+        ):
+            found += sampled_texts(
+                llm.model,
+                beginnings,
+                min(length, room),
+                int(rng.integers(2**31)) + part,
+                use_cache=not llm.generates_whole,
+                on_texts=on_texts,
+            )
+    return found
+
+
+def _openings(requests: Sequence[Request]) -> list[str]:
+    """What stands before the subject in facts' prompts and paraphrases, each once, in order."""
+    found: dict[str, None] = {}
+    for request in requests:
+        for text in (request.prompt, *request.paraphrases):
+            spans = mentions(text, request.subject) if request.subject else ()
+            if spans and text[: spans[0][0]].strip():
+                found[text[: spans[0][0]].rstrip()] = None
+    return list(found)

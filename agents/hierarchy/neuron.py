@@ -101,6 +101,8 @@ class Neuron(FactMemory):
     default_tokens = "subject"
     #: What a training shows it: all prompts, in every form.
     calibrates_on: ClassVar[str] = "all"
+    #: Whether a training may show it texts that the model has written itself.
+    reads_texts: ClassVar[bool] = True
     uses_gradients: ClassVar[bool] = False
 
     def __init__(
@@ -169,19 +171,25 @@ class Neuron(FactMemory):
             )
 
     def calibrate_on(
-        self, prompts: Sequence[EncodedPrompt], on_prompts: Callable[[int], None] | None = None
+        self,
+        prompts: Sequence[EncodedPrompt],
+        on_prompts: Callable[[int], None] | None = None,
+        texts: Sequence[EncodedPrompt] = (),
     ) -> None:
         """Takes what the MLPs read in prompts of all kinds, plain and in chat form.
 
         Args:
             prompts: Some hundreds of them; more make detectors sharper.
-            on_prompts: Called with the number of prompts after every few of them.
+            on_prompts: Called with the number of prompts and texts after every few of them.
+            texts: Other texts, so that texts of all kinds are left as they are, and not only
+                prompts about facts: neurons fire in them less, and those that matter there are
+                kept, or others stand in for them.
 
         Raises:
             SettingsError: no prompts.
         """
         with self.llm.unedited():
-            self._set(reading_statistics(self.llm, self.mlps, prompts, on_prompts))
+            self._set(reading_statistics(self.llm, self.mlps, prompts, on_prompts, texts))
 
     def _set(self, statistics: Mapping[str, Tensor]) -> None:
         self._statistics = {name: value.to(self.device) for name, value in statistics.items()}

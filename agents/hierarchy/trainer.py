@@ -35,7 +35,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from hiedit_agents.hierarchy.calibration import calibration_prompts
+from hiedit_agents.hierarchy.calibration import calibration_prompts, own_texts
 from hiedit_agents.hierarchy.future_damage import FutureDamage
 from hiedit_agents.hierarchy.lesson import Lesson, make_lesson
 from hiedit_agents.hierarchy.neuron import Neuron
@@ -101,6 +101,12 @@ class Trainer:
                 "and its training not switched off (as that of hiedit's low level is, which "
                 "--train-low trains, and --episodes 0 calibrates and nothing more)"
             )
+        if settings.own_texts and not getattr(self.low, "reads_texts", False):
+            raise SettingsError(
+                f"own_texts is {settings.own_texts}, but the low level "
+                f"{getattr(agent.low, 'name', 'of this agent')!r} is shown no texts; leave it out, "
+                "or take the low level 'neuron'"
+            )
         env.use_low_level(agent.low, max_steps_per_edit=agent.max_steps_per_edit)
         self._gated = "high" in self.optimizers and getattr(self.high, "straight_through", False)
         self._sampled = "high" in self.optimizers and not self._gated
@@ -123,8 +129,34 @@ class Trainer:
         count, seed = self.settings.calibration, self.settings.seed
         return calibration_prompts(self.requests, self.env.llm.encoder, count, seed, every=every)
 
-    def calibrate(self, on_prompt: Callable[[], None] | None = None) -> None:
-        """Shows the low level its :meth:`calibration_prompts` at the unedited weights, once."""
+    def write_texts(self, on_texts: Callable[[int], None] | None = None) -> list[EncodedPrompt]:
+        """What the unedited model writes itself, for :meth:`calibrate` to show the low level.
+
+        Args:
+            on_texts: Called with the number of texts after every few of them.
+
+        Returns:
+            The texts; none for a low level that is calibrated already.
+
+        Raises:
+            PromptError: the tokenizer has no token that a text begins with.
+        """
+        count, seed = self.settings.own_texts, self.settings.seed
+        if not count or not getattr(self.low, "wants_calibration", False):
+            return []
+        return own_texts(self.env.llm, self.requests, count, seed, on_texts)
+
+    def calibrate(
+        self,
+        on_prompt: Callable[[], None] | None = None,
+        texts: Sequence[EncodedPrompt] = (),
+    ) -> None:
+        """Shows the low level its :meth:`calibration_prompts` at the unedited weights, once.
+
+        Args:
+            on_prompt: Called after every prompt and text.
+            texts: From :meth:`write_texts`.
+        """
         llm, chosen = self.env.llm, self.calibration_prompts()
         if not chosen:
             return
@@ -135,7 +167,7 @@ class Trainer:
                 for _ in range(count if on_prompt else 0):
                     cast(Any, on_prompt)()
 
-            self.low.calibrate_on(chosen, on_prompts)
+            self.low.calibrate_on(chosen, on_prompts, texts)
             return
 
         def captures() -> Iterator[Capture]:

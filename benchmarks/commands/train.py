@@ -36,6 +36,7 @@ from hiedit_env.errors import MissingLibraryError, SettingsError, whole_number
 from hiedit_env.evaluation.metrics import evaluate
 from hiedit_env.evaluation.unedited import UneditedModel
 from hiedit_env.files import parse_json
+from hiedit_env.model.tokenization import EncodedPrompt
 
 #: Exit status of ``hiedit train`` where the training collapsed.
 TRAINING_COLLAPSED = 3
@@ -221,9 +222,13 @@ def build(
 
 def _calibrate(trainer: Trainer, progress: bool) -> None:
     wanted = trainer.calibration_prompts()
+    texts: list[EncodedPrompt] = []
+    if wanted and trainer.settings.own_texts:
+        with bar("writing texts", trainer.settings.own_texts, progress) as shown:
+            texts = trainer.write_texts(shown.update)
     if wanted:
-        with bar("calibrating", len(wanted), progress) as shown:
-            trainer.calibrate(shown.update)
+        with bar("calibrating", len(wanted) + len(texts), progress) as shown:
+            trainer.calibrate(shown.update, texts)
     low = trainer.agent.low
     if getattr(low, "wants_calibration", False):
         print(

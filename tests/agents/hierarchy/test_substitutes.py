@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 
+from hiedit_agents.hierarchy.neuron import Neuron
 from hiedit_agents.hierarchy.neuron_changes import NeuronChanges
 from hiedit_agents.hierarchy.neuron_shape import NeuronShape
 from hiedit_agents.hierarchy.substitutes import of_neuron
@@ -12,6 +13,7 @@ from tests.agents.hierarchy.test_neuron import (
     FIRST,
     HIDDEN,
     INNER,
+    OWN,
     elsewhere,
     model,
     neuron,
@@ -81,3 +83,33 @@ def test_neurons_written_together_are_those_written_one_after_the_other() -> Non
         llm.commit([one.updates().get(i) for i in range(6)])
     for layer, weight in zip(mlp.layers, together, strict=True):
         torch.testing.assert_close(weight, llm.weight(layer), rtol=1e-4, atol=1e-5)
+
+
+def test_texts_count_in_full_for_who_stands_in_and_for_a_tenth_in_what_is_read() -> None:
+    llm = model()
+    low, other = neuron(llm, substitutes=True), Neuron(llm, **OWN)
+    texts = elsewhere(llm, 90)[60:]
+    other.calibrate_on(elsewhere(llm), texts=texts)
+    mlp, mine, its = low.mlps[0], low.state_dict(), other.state_dict()
+    captures = [llm.read(prompt).capture() for prompt in (*elsewhere(llm), *texts)]
+    read = [capture.keys[mlp.gate.layer][1:].double() for capture in captures]
+    prompts, others = torch.cat(read[:60]), torch.cat(read[60:])
+    rows = torch.cat((prompts, others))
+    weights = torch.tensor([0.9 / len(prompts)] * len(prompts) + [0.1 / len(others)] * len(others))
+    mean = weights.double() @ rows
+    covariance = ((rows - mean).mT * weights) @ (rows - mean)
+    torch.testing.assert_close(its["mean.0"], mean.float(), rtol=1e-4, atol=1e-5)
+    upper = torch.triu_indices(HIDDEN, HIDDEN)
+    expected = covariance.float()[upper[0], upper[1]]
+    torch.testing.assert_close(its["covariance.0"], expected, rtol=1e-3, atol=1e-4)
+    torch.testing.assert_close(its["norms.0"], mine["norms.0"])
+    fired = torch.cat([capture.keys[mlp.back][1:] for capture in captures])
+    written = fired.square().sum(0) * llm.weight(mlp.back).square().sum(1)
+    order = its["order.0"].long()
+    assert order.tolist() == written.argsort().tolist() != mine["order.0"].tolist()
+    noise = (1e-3 * fired.square().mean() * len(fired)).sqrt()
+    system = torch.cat((fired[:, order[1:]], noise * torch.eye(INNER - 1)))
+    wanted = torch.cat((fired[:, order[0]], torch.zeros(INNER - 1)))
+    shares = torch.linalg.lstsq(system, wanted[:, None]).solution[:, 0]
+    found = of_neuron(its["substitutes.0"], order, 0)[order[1:]]
+    torch.testing.assert_close(found, shares, rtol=2e-2, atol=2e-3)

@@ -485,3 +485,32 @@ def test_every_fourth_calibration_prompt_is_in_chat_where_there_is_a_template() 
     prompts = Trainer(env, agent, facts, settings).calibration_prompts()
     in_chat = [llm.encoder.decode(p.prompt_ids).startswith("CHAT") for p in prompts]
     assert in_chat == [i % 4 == 0 for i in range(12)]
+
+
+def test_the_model_writes_texts_that_go_on_with_what_stands_before_subjects() -> None:
+    facts = [Request(f"w7 w{i} is", "one", f"w{i}") for i in range(6)]
+    env = make(SELECTION)
+    agent = spec_agent("all-layers+neuron").build(env.llm, "tiny", trained=False)
+    settings = replace(SHORT, episodes=0, edits_per_episode=2, own_texts=7)
+    trainer = Trainer(env, agent, facts, settings)
+    texts = trainer.write_texts()
+    assert [p.length + 1 for p in texts] == [env.llm.encoder.max_length] * 3 + [49] * 4
+    (begin,) = {p.prompt_ids[0] for p in texts}
+    opening = env.llm.encoder.tokenizer("w7", add_special_tokens=False)["input_ids"]
+    assert all(p.prompt_ids[: 1 + len(opening)] == (begin, *opening) for p in texts[3:])
+    assert trainer.write_texts() == texts
+    shown: list[None] = []
+    trainer.calibrate(lambda: shown.append(None), texts)
+    assert len(shown) == 6 + 7
+    # Once.
+    assert trainer.write_texts() == []
+
+
+def test_texts_for_a_low_level_that_reads_none_are_refused() -> None:
+    env = make(SELECTION)
+    facts = [Request(f"w7 w{i} is", "one", f"w{i}") for i in range(6)]
+    settings = replace(SHORT, episodes=0, edits_per_episode=2, own_texts=7)
+    for name in ("hypernetwork", "anchored"):
+        agent = spec_agent(f"all-layers+{name}").build(env.llm, "tiny", trained=False)
+        with pytest.raises(SettingsError, match=f"own_texts is 7, but the low level '{name}'"):
+            Trainer(env, agent, facts, settings)
