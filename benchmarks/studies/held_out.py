@@ -28,6 +28,7 @@ from typing import Annotated, Any, TextIO
 import numpy as np
 import torch
 import tyro
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from hiedit_agents.command_line import parse, run_script
@@ -37,6 +38,7 @@ from hiedit_agents.editing.held import for_editing
 from hiedit_agents.editing.levels import HowToEdit, make_levels
 from hiedit_agents.editing.session import different
 from hiedit_agents.editing.writer import FactWriter
+from hiedit_agents.hierarchy.calibration import TEXT_TOKENS
 from hiedit_benchmarks.comparison.results import versions
 from hiedit_benchmarks.studies.held_out_report import draw, report
 from hiedit_env.datasets.load import load_requests
@@ -59,7 +61,11 @@ from hiedit_env.model.asking import PromptForm
 from hiedit_env.model.encoded import EncodedPrompt
 from hiedit_env.model.loading import load_model
 from hiedit_env.model.relatives import known_as
+from hiedit_env.model.sampling import chat_beginning, sampled_texts, text_beginning
 from hiedit_env.resident.resident import ResidentLLM
+
+#: Seed of the texts that are asked.
+_TEXT_SEED = 2**31 + 18
 
 PROGRAM = "python -m hiedit_benchmarks.studies.held_out"
 
@@ -94,6 +100,8 @@ class Options:
     """largest number of facts that are asked about, evenly spaced among those written"""
     unrelated: AtLeast0 = 3
     """largest number of unrelated prompts beside each fact"""
+    texts: AtLeast0 = 24
+    """texts of 224 tokens that the unedited model writes itself, half of them chats"""
     prompt_form: PromptForm | None = None
     """how facts are edited: plain, chat or both; by default both where there is a template"""
     end_token: bool | None = None
@@ -126,7 +134,8 @@ class Check:
         written: The facts written since the last check.
         asked: The facts asked, by place in the stream.
         shares: Metric, in chat with ``chat_`` in front, → share per fact asked, None where the fact
-            has no such prompts. ``controls`` has one share per control prompt.
+            has no such prompts. ``controls`` has one share per control prompt, ``texts`` one per
+            text.
     """
 
     edits: int
@@ -172,6 +181,7 @@ class Stream:
         self._unrelated = given.unrelated
         asked = sorted({i for edits in checks for i in _places(edits, given.ask)})
         with for_editing(self.model):
+            self._texts = _OwnTexts(self.llm, given.texts)
             self._controls = Controls(self.llm).references
             flat = [p for form in self._forms for i in asked for p in self._kept(form, i)]
             own = self.llm.continuations(flat, [REFERENCE_TOKENS] * len(flat))
@@ -226,6 +236,7 @@ class Stream:
                 kept = [[self._said[p] for p in self._kept(form, i)] for i in places]
                 shares[metric_in(form, "specificity")] = self._left(kept)
             shares["controls"] = self._left([[prompt] for prompt in self._controls])
+            shares["texts"] = self._texts.left()
         return places, shares
 
     def _given(self, groups: Sequence[Sequence[EncodedPrompt]]) -> list[float | None]:
@@ -240,6 +251,38 @@ class Stream:
         flat = [prompt for group in groups for prompt in group]
         right = (float(part.float().mean()) for part in right_tokens(self.llm, flat))
         return [_mean(list(itertools.islice(right, len(group)))) for group in groups]
+
+
+class _OwnTexts:
+    """Texts that the unedited model has written itself, and its most probable next tokens in them.
+
+    Args:
+        llm: The model, at its unedited weights.
+        number: Of the texts.
+    """
+
+    def __init__(self, llm: ResidentLLM, number: int) -> None:
+        self._llm = llm
+        begin = [text_beginning(llm.encoder), chat_beginning(llm.encoder)] if number else []
+        forms = [one for one in begin if one is not None]
+        length = min(TEXT_TOKENS, llm.encoder.max_length or TEXT_TOKENS)
+        beginnings = [forms[i % len(forms)] for i in range(number)]
+        # What low levels are shown in training has other seeds.
+        cached = not llm.generates_whole
+        texts = sampled_texts(llm.model, beginnings, length, _TEXT_SEED, use_cache=cached)
+        self._ids = [[*text.prompt_ids, *text.answer_ids] for text in texts]
+        self._own = self._most_probable()
+
+    def left(self) -> list[float | None]:
+        """Per text the share of tokens that are the most probable ones as before."""
+        pairs = zip(self._most_probable(), self._own, strict=True)
+        return [float((now == own).float().mean()) for now, own in pairs]
+
+    @torch.inference_mode()
+    def _most_probable(self) -> list[Tensor]:
+        model = self._llm.model
+        rows = [torch.tensor([ids], device=model.device) for ids in self._ids]
+        return [model(input_ids=row).logits[0].argmax(-1) for row in rows]
 
 
 def _places(edits: int, number: int) -> list[int]:

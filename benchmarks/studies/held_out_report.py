@@ -19,6 +19,7 @@ COLUMNS: Mapping[str, tuple[str, ...]] = {
     "paraphrases": ("generalization", "chat_generalization"),
     "unrelated prompts": ("specificity", "chat_specificity"),
     "control prompts": ("controls",),
+    "own texts": ("texts",),
 }
 
 

@@ -57,12 +57,21 @@ def test_a_stream_is_asked_on_the_way(tmp_path: Path, monkeypatch: pytest.Monkey
                 tokens = best.argmax(-1)[len(ids) - 1 : -1].tolist()
                 shares.append(np.mean([a == b for a, b in zip(tokens, answer, strict=True)]))
             left.append(float(np.mean(shares)))
-        wanted.append({"efficacy": right, "specificity": left})
+        kept = []
+        for ids in self._texts._ids:
+            text = torch.tensor([ids])
+            with torch.no_grad():
+                now = self.llm.model(input_ids=text).logits[0]
+                with self.llm.unedited():
+                    before = self.llm.model(input_ids=text).logits[0]
+            pairs = zip(now.tolist(), before.tolist(), strict=True)
+            kept.append(float(np.mean([np.argmax(a) == np.argmax(b) for a, b in pairs])))
+        wanted.append({"efficacy": right, "specificity": left, "texts": kept})
         return own(self, edits, number)
 
     monkeypatch.setattr(held_out.Stream, "ask", by_hand)
     where = ["tiny-facts", "--model", "tiny", "--agent", "all-layers", "--out", str(tmp_path / "a")]
-    more = ["--edits", "5", "--check-at", "2", "--ask", "5", "--unrelated", "2"]
+    more = ["--edits", "5", "--check-at", "2", "--ask", "5", "--unrelated", "2", "--texts", "3"]
     assert main([*where, *more]) == 0
     first, last = rows(tmp_path / "a")
     assert (first["edits"], first["asked"], len(first["written"])) == (2, [0, 1], 2)
@@ -70,7 +79,10 @@ def test_a_stream_is_asked_on_the_way(tmp_path: Path, monkeypatch: pytest.Monkey
     for row, found in zip((first, last), wanted, strict=True):
         assert row["shares"]["efficacy"] == found["efficacy"]
         assert row["shares"]["specificity"] == pytest.approx(found["specificity"])
+        assert row["shares"]["texts"] == pytest.approx(found["texts"])
+        assert len(found["texts"]) == 3
         assert "chat_efficacy" not in row["shares"]
+    assert 0 < min(wanted[1]["texts"]) < 1
     assert sum(wanted[0]["efficacy"]) > 0
     assert min(wanted[1]["specificity"]) < 1
     assert (tmp_path / "a" / "results.md").read_text() == report([first, last])
@@ -150,7 +162,7 @@ def test_intervals_and_table_by_hand() -> None:
     written = [{"seconds": second} for second in (1.0, 1.25, 9.0)]
     check = {"edits": 7, "written": written, "shares": {"efficacy": [1.0], "controls": [0.5]}}
     assert report([check]).splitlines()[2] == (
-        "| 7 | 100.0 [100, 100] / – | – / – | – / – | 50.0 [50, 50] | 1.2 |"
+        "| 7 | 100.0 [100, 100] / – | – / – | – / – | 50.0 [50, 50] | – | 1.2 |"
     )
 
 
