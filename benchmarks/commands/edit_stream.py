@@ -34,7 +34,7 @@ from hiedit_benchmarks.commands.live_editor import live_editor
 from hiedit_benchmarks.commands.stream_settings import StreamSettings
 from hiedit_benchmarks.commands.unfinished import Unfinished, tidied
 from hiedit_benchmarks.comparison.settings import EditSettings
-from hiedit_env.datasets.files import MAX_LINE_BYTES, standard_input
+from hiedit_env.datasets.files import MAX_FILE_BYTES, MAX_LINE_BYTES, standard_input
 from hiedit_env.datasets.requests import Request
 from hiedit_env.errors import DatasetError, NotEnoughMemoryError, PromptError
 from hiedit_env.files import parse_json
@@ -161,9 +161,16 @@ class Stream:
         while line := self._source.readline(MAX_LINE_BYTES + 1):
             number += 1
             if len(line) > MAX_LINE_BYTES:
+                problem = f"the line has more than {MAX_LINE_BYTES / 1e6:.4g} MB"
+                size = len(line)
                 while line and not line.endswith(b"\n"):
+                    # Otherwise a device would be read for ever.
+                    if size > MAX_FILE_BYTES or b"\0" in line:
+                        yield number, f"{problem} and seems to have no end; nothing more is read"
+                        return
                     line = self._source.readline(MAX_LINE_BYTES + 1)
-                yield number, f"the line has more than {MAX_LINE_BYTES / 1e6:.4g} MB; shorten it"
+                    size += len(line)
+                yield number, f"{problem}; shorten it"
                 continue
             if not line.strip():
                 continue

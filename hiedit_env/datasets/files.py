@@ -5,12 +5,14 @@ from __future__ import annotations
 import json
 import os
 import sys
+from codecs import getincrementaldecoder
 from collections.abc import Mapping
 from importlib.resources.abc import Traversable
 from pathlib import Path
 from typing import IO, BinaryIO
 
 from hiedit_env.datasets.formats import recognise
+from hiedit_env.datasets.named_pipes import open_stream
 from hiedit_env.datasets.other_files import kind_by_start, remedy_by_ending
 from hiedit_env.datasets.refused import refusal
 from hiedit_env.errors import DatasetError
@@ -20,6 +22,7 @@ from hiedit_env.errors import DatasetError
 MAX_FILE_BYTES = 2 * 10**9
 MAX_LINE_BYTES = 200 * 10**6
 
+_PIECE_BYTES = 2**20
 _LINES = (".jsonl", ".ndjson")
 _ENDINGS = (".json", *_LINES)
 _MARK = b"\xef\xbb\xbf"  # the byte order mark that some editors put in front
@@ -39,23 +42,31 @@ def read_rows(label: str, built_in: Traversable | None, names: str) -> list[obje
     if built_in is not None:
         return _document(_decode(built_in.read_bytes(), label), label)
     if label == "-":
-        return _document(_decode(_read_all(standard_input(), label), label), label)
+        return _document(_decode(_read_stream(standard_input(), label), label), label)
     path = Path(label)
     if not label.strip() or not os.path.exists(path):
         raise DatasetError(
             f"no data set {label!r}: neither a built-in name ({names}) "
             "nor the path of an existing .json or .jsonl file"
         )
+    if path.is_dir():
+        raise DatasetError(
+            f"{label} cannot be read: it is a folder; give a .json or .jsonl file in it"
+        )
     by_content = _is_stream(path)
     if not by_content and path.suffix.lower() not in _ENDINGS:
         raise DatasetError(f"{label}: a data set is a .json or .jsonl file{remedy_by_ending(path)}")
     try:
-        with path.open("rb") as file:
-            if not by_content and os.fstat(file.fileno()).st_size > MAX_FILE_BYTES:
-                raise _too_large(label)
-            if not by_content and path.suffix.lower() in _LINES:
-                return _lines(file, label)
-            data = _read_all(file, label)
+        if by_content:
+            with open_stream(path) as stream:
+                data = _read_stream(stream, label)
+        else:
+            with path.open("rb") as file:
+                if os.fstat(file.fileno()).st_size > MAX_FILE_BYTES:
+                    raise _too_large(label)
+                if path.suffix.lower() in _LINES:
+                    return _lines(file, label)
+                data = _read_all(file, label)
     except OSError as error:
         raise DatasetError(f"{label} cannot be read: {error.strerror or error}") from error
     return _document(_decode(data, label), label)
@@ -64,7 +75,7 @@ def read_rows(label: str, built_in: Traversable | None, names: str) -> list[obje
 def _is_stream(path: Path) -> bool:
     """Pipes, devices and file descriptors have no ending and are judged by their content."""
     named = str(path.absolute()).startswith(("/dev/", "/proc/"))
-    return not path.is_dir() and (named or not path.is_file())
+    return named or not path.is_file()
 
 
 def _too_large(label: str) -> DatasetError:
@@ -78,6 +89,36 @@ def _read_all(file: IO[bytes], label: str) -> bytes:
     if len(data) > MAX_FILE_BYTES:
         raise _too_large(label)
     return data
+
+
+def _read_stream(file: IO[bytes], label: str) -> bytes:
+    """As :func:`_read_all`, but what can be no rows is not read to its end, which may never come.
+
+    Returns:
+        All bytes, or the first ones, if they already show that this is no list of rows.
+    """
+    decoder = getincrementaldecoder("utf-8")()
+    data = bytearray()
+    while piece := file.read(_PIECE_BYTES):
+        start = len(data)
+        data += piece
+        if len(data) > MAX_FILE_BYTES:
+            raise _too_large(label)
+        if not start and kind_by_start(piece[:16]) is not None:
+            break  # _decode names it
+        if 0 in piece:
+            raise DatasetError(
+                f"{label} holds bytes that are no text (byte {start + piece.index(0)} is 0); give "
+                "a .json or .jsonl file"
+            )
+        try:
+            decoder.decode(piece)
+        except UnicodeDecodeError:
+            break  # _decode names the byte
+        if not start and piece.removeprefix(_MARK).lstrip()[:1] not in b"[{":
+            # _loads names the character; half a character at the end of the piece is left out.
+            return bytes(data[: len(data) - len(decoder.getstate()[0])])
+    return bytes(data)
 
 
 def _decode(data: bytes, label: str, offset: int = 0) -> str:

@@ -16,6 +16,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from hiedit_agents import Checks, Editor
 from hiedit_agents.editing.ledger import Ledger
+from hiedit_benchmarks.commands import edit_stream
 from hiedit_benchmarks.commands.cli import main
 from hiedit_benchmarks.commands.edit_stream import Stream
 from hiedit_benchmarks.commands.stream_settings import StreamSettings
@@ -45,6 +46,33 @@ def test_a_line_without_a_fact_is_answered_too() -> None:
     told = {answer.get("line"): str(answer) for answer in answers}
     assert "the line holds no fact" in told[1]
     assert "nested too deep" in told[2]
+
+
+class Endless(io.BytesIO):
+    """One line of letters, or of zero bytes, that never ends."""
+
+    def __init__(self, letter: bytes) -> None:
+        super().__init__()
+        self.letter, self.taken = letter, 0
+
+    def readline(self, size: int | None = -1, /) -> bytes:
+        assert size is not None
+        self.taken += size
+        assert self.taken < 10_000, "a line without end was read on and on"
+        return self.letter * size
+
+
+@pytest.mark.parametrize(("letter", "most"), [(b"a", 700), (b"\0", 200)])
+def test_a_line_without_end_ends_the_stream(
+    monkeypatch: pytest.MonkeyPatch, letter: bytes, most: int
+) -> None:
+    monkeypatch.setattr(edit_stream, "MAX_LINE_BYTES", 100)
+    monkeypatch.setattr(edit_stream, "MAX_FILE_BYTES", 500)
+    source, answers = Endless(letter), io.StringIO()
+    with Editor.from_pretrained("tiny", checks=NONE) as editor:
+        Stream(editor, StreamSettings(), 1, source, answers).run()
+    assert "seems to have no end; nothing more is read" in answers.getvalue()
+    assert source.taken <= most
 
 
 def test_every_line_gets_its_answer_in_order() -> None:
