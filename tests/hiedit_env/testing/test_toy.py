@@ -252,3 +252,9 @@ def test_the_threshold_is_just_below_the_best_reward() -> None:
     best = 32 * make(num_layers=6).expected_reward("best")
     assert threshold is not None
     assert best - 1 < threshold < best
+
+
+def test_only_an_id_whose_best_return_is_known_has_a_threshold() -> None:
+    ids = {name: spec for name, spec in gym.registry.items() if name.startswith("hiedit/")}
+    assert len(ids) == 10
+    assert [name for name, spec in ids.items() if spec.reward_threshold is not None] == [TOY]
