@@ -7,7 +7,6 @@ The parts: what was edited before is in :mod:`.edit_history`, the editing itself
 
 from __future__ import annotations
 
-import os
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -23,7 +22,7 @@ from hiedit_benchmarks.commands.edit_history import FORMAT
 from hiedit_benchmarks.commands.edit_questions import Questions, forms_of
 from hiedit_benchmarks.commands.edit_report import Report, Said, before_and_after
 from hiedit_benchmarks.commands.edit_work import EditorWork, EpisodeWork, begin_work
-from hiedit_benchmarks.commands.unfinished import Unfinished, tidied
+from hiedit_benchmarks.commands.unfinished import Unfinished, refuse_overlap, tidied
 from hiedit_benchmarks.comparison.asking import settle_asking
 from hiedit_benchmarks.comparison.compare import recorded
 from hiedit_benchmarks.comparison.results import versions, write_json
@@ -32,7 +31,6 @@ from hiedit_benchmarks.comparison.settings import CompareSettings
 from hiedit_env.datasets.load import load_requests
 from hiedit_env.datasets.requests import PromptForm, Request
 from hiedit_env.envs.units import check_units
-from hiedit_env.errors import SettingsError
 from hiedit_env.evaluation.matching import is_match, starts_with
 from hiedit_env.evaluation.metrics import evaluate
 from hiedit_env.model.memory_budget import auto_class
@@ -112,17 +110,14 @@ def edit_model(
             was.
         CheckpointError: the agent does not fit the model; nothing has been generated.
         LedgerError: a ledger of another model, or a damaged one.
-        SettingsError: another run with this ``out`` was interrupted.
+        SettingsError: another run with this ``out`` was interrupted, or the ledger would be in
+            ``out``.
         SettingsError: unknown agent, or ``out`` cannot be written; that is found before the model
             is loaded, so far as it can be.
     """
     with tidied(out):
         place = OutFolder(out)
-    if ledger is not None and _overlap(place.out, Path(os.path.realpath(ledger))):
-        raise SettingsError(
-            f"--ledger {ledger} and --out {out} must be folders beside each other; give another "
-            "--ledger"
-        )
+    refuse_overlap(out, ledger)
     known = find_folder(settings.model)
     if known is not None:
         check_source(known, out)
@@ -145,11 +140,6 @@ def edit_model(
         return _edit(settings, label, name, editor, requests, place, work, progress)
     finally:
         work.close()
-
-
-def _overlap(one: Path, other: Path) -> bool:
-    """Whether two folders are the same, or one is in the other."""
-    return one == other or one in other.parents or other in one.parents
 
 
 def _edit(

@@ -32,7 +32,7 @@ from hiedit_agents.editing.out_folder import OutFolder
 from hiedit_agents.editing.results import EditResult
 from hiedit_benchmarks.commands.live_editor import live_editor
 from hiedit_benchmarks.commands.stream_settings import StreamSettings
-from hiedit_benchmarks.commands.unfinished import Unfinished, tidied
+from hiedit_benchmarks.commands.unfinished import Unfinished, refuse_overlap, tidied
 from hiedit_benchmarks.comparison.settings import EditSettings
 from hiedit_env.datasets.files import MAX_FILE_BYTES, MAX_LINE_BYTES, standard_input
 from hiedit_env.datasets.requests import Request
@@ -67,6 +67,7 @@ def main(
     # Refuses a folder that cannot be written before hours of editing.
     with tidied(out):
         place = OutFolder(out)
+    refuse_overlap(out, stream.ledger)
     checks = Checks(min_agreement=stream.min_agreement, max_lost=stream.max_lost)
     given = {"agent": agent, **asdict(settings), "end_token": end_token, **asdict(checks)}
     unfinished = Unfinished(place.out, stream.ledger, given)

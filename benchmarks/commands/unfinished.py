@@ -212,6 +212,33 @@ def folder_of(out: Path) -> Path:
     return out.with_name(name)
 
 
+def refuse_overlap(out: Path, ledger: Path | None) -> None:
+    """Refuses a ledger in the folder that must be empty when the model is saved.
+
+    A ledger in a folder above ``out`` is in nobody's way, unless ``out`` has the name of one of its
+    files.
+
+    Args:
+        out: Where the model will be saved.
+        ledger: The folder that was named for the ledger, if any.
+
+    Raises:
+        SettingsError: the ledger's folder is ``out`` or in it, or a file of it is.
+    """
+    if ledger is None:
+        return
+    one, other = Path(os.path.realpath(ledger)), Path(os.path.realpath(out))
+    if one.is_relative_to(other):
+        raise SettingsError(
+            f"--ledger {ledger} and --out {out} must be folders beside each other, or --out in "
+            "--ledger; give another --ledger"
+        )
+    if other.is_relative_to(one) and _is_own(name := other.relative_to(one).parts[0]):
+        raise SettingsError(
+            f"--out {out} would take the place of {name!r} of the ledger; give another --out"
+        )
+
+
 @contextmanager
 def tidied(out: Path) -> Iterator[None]:
     """Tidies up behind an earlier command where the body finds ``out`` to be there already."""

@@ -70,14 +70,18 @@ def test_a_file_in_the_place_of_a_folder(
     assert path.read_text() == "mine"
 
 
+@pytest.mark.parametrize("facts", ["tiny-facts", "-"])
 def test_a_ledger_in_the_folder_of_the_model(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    facts: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    words = ["edit", "--model", "tiny", "--facts", facts, "--out"]
     out = tmp_path / "out"
-    for ledger in (out, out / "ledger", tmp_path):
-        words = ["edit", "--model", "tiny", "--facts", "tiny-facts", "--out", str(out)]
-        line = complaint(capsys, [*words, "--ledger", str(ledger)])
+    for ledger in (out, out / "ledger"):
+        line = complaint(capsys, [*words, str(out), "--ledger", str(ledger)])
         assert "must be folders beside each other" in line
+    for name in ("ledger.sqlite", "command.json/out", ".lock"):
+        line = complaint(capsys, [*words, str(tmp_path / name), "--ledger", str(tmp_path)])
+        assert f"would take the place of {Path(name).parts[0]!r} of the ledger" in line
     assert list(tmp_path.iterdir()) == []
 
 

@@ -247,3 +247,26 @@ def test_the_ledger_of_the_model_itself_is_not_written_into(
     assert edit(tmp_path, out, OTHER, out="again", ledger=tmp_path / "new") == 0
     assert events(tmp_path / "new") == [("edit", [f["prompt"]]) for f in (FACT, OTHER)]
     json.dumps(record(tmp_path / "again"))
+
+
+def test_the_ledger_may_be_in_the_folder_above_the_model(tmp_path: Path, model: Path) -> None:
+    kept = tmp_path / "work"
+    facts = tmp_path / "facts.json"
+    facts.write_text(json.dumps([FACT, OTHER]))
+    words = ["edit", "--model", str(model), "--facts", str(facts), "--ledger", str(kept)]
+    assert main([*words, "--out", str(kept / "model")]) == 0
+    assert sorted(path.name for path in kept.iterdir() if path.name[0] != ".") == [
+        "command.json",
+        "ledger.sqlite",
+        "model",
+    ]
+    expected = [("edit", [f["prompt"]]) for f in (FACT, OTHER)]
+    assert events(kept) == events(kept / "model") == expected
+    # The next model of the same ledger stands beside the first, which keeps its bytes.
+    first = weights(kept / "model")
+    facts.write_text(json.dumps([THIRD]))
+    assert main([*words, "--out", str(kept / "next" / "model")]) in (0, 3)
+    assert len(events(kept)) == len(events(kept / "next" / "model")) == 3
+    assert (weights(kept / "model"), len(events(kept / "model"))) == (first, 2)
+    assert main(["rewind", str(kept / "next" / "model"), "2"]) == 0
+    assert weights(kept / "next" / "model") == first
