@@ -87,7 +87,7 @@ class _Check:
 
     def first_right_way(self, first_block: int) -> Forward:
         """The first way that gives the model's own logits of prompts that run alone."""
-        reasons: list[str] = []
+        reasons: dict[str, list[str]] = {}  # what is wrong → with which ways
         for name, make in ways(self.model, first_block):
             # Whatever a model's code raises in parts means only that it cannot be run like this.
             try:
@@ -103,12 +103,15 @@ class _Check:
             except (LayerError, MemoryError, torch.OutOfMemoryError):
                 raise
             except Exception as problem:
-                reasons.append(f"{name}, {type(problem).__name__}: {problem}")
+                kind = "" if isinstance(problem, ModelError) else f"{type(problem).__name__}: "
+                reasons.setdefault(f"{kind}{problem}", []).append(name)
                 continue
             if error <= self.tolerance:
                 return way
-            reasons.append(f"{name}, its logits change by a relative {error:.2g}")
-        raise ModelError(f"{self.name} cannot be edited; {_one_line('; '.join(reasons))}")
+            reason = f"its logits change by a relative {error:.2g}"
+            reasons.setdefault(reason, []).append(name)
+        told = "; ".join(f"{' and '.join(names)}, {reason}" for reason, names in reasons.items())
+        raise ModelError(f"{self.name} cannot be edited; {_one_line(told)}")
 
     @torch.inference_mode(False)
     def _captured(self, way: Forward) -> Tensor:
@@ -119,6 +122,8 @@ class _Check:
             logits = way.head(way.halves.suffix(self.hidden[-1][None])[0])
         self.inputs = [rows[0].detach() for rows in recorder.inputs()]
         total = logits.float().logsumexp(-1).sum()
+        if not total.requires_grad:
+            raise ModelError("its logits have no gradient at its layers, by which they are edited")
         torch.autograd.grad(total, recorder.outputs)
         return logits.detach()
 

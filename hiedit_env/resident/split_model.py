@@ -16,6 +16,8 @@ from typing import Any, NamedTuple, cast
 import torch
 from torch import Tensor, nn
 
+from hiedit_env.errors import ModelError
+
 #: Shapes whose block arguments are kept; the least recently used are noted again.
 _SHAPES = 256
 
@@ -52,10 +54,16 @@ class _StandIn(nn.Module):
         except AttributeError:
             return getattr(self.__dict__["block"], name)
 
+    def hidden_first(self, given: tuple[Any, ...]) -> Tensor:
+        """The first argument of a block, which must be the hidden states."""
+        if given and isinstance(given[0], Tensor):
+            return given[0]
+        raise ModelError("its blocks are not called with the hidden states first")
+
 
 class _Stop(_StandIn):
-    def forward(self, hidden: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        raise _PrefixReady(hidden)
+    def forward(self, *args: Any, **kwargs: Any) -> Tensor:
+        raise _PrefixReady(self.hidden_first(args))
 
 
 class _Note(_StandIn):
@@ -65,8 +73,9 @@ class _Note(_StandIn):
     noted: BlockArguments | None = None
     instead: Tensor | None = None
 
-    def forward(self, hidden: Tensor, *args: Any, **kwargs: Any) -> Tensor | tuple[Tensor, None]:
-        self.noted = BlockArguments(args, kwargs)
+    def forward(self, *args: Any, **kwargs: Any) -> Tensor | tuple[Tensor, None]:
+        hidden = self.hidden_first(args)
+        self.noted = BlockArguments(args[1:], kwargs)
         output = hidden if self.instead is None else self.instead
         return (output, None) if self.returns_tuple else output
 

@@ -236,6 +236,16 @@ def test_a_model_that_differs_from_run_to_run_is_refused() -> None:
         resident(model)
 
 
+def test_why_no_way_works_is_said_in_plain_words() -> None:
+    with pytest.raises(ModelError) as caught:
+        resident(tiny_model("reformer"))
+    assert str(caught.value) == (
+        "ReformerModelWithLMHead cannot be edited; in two halves and in two halves with its own "
+        "head, its blocks are not called with the hidden states first; as a whole, its logits have "
+        "no gradient at its layers, by which they are edited"
+    )
+
+
 def test_what_a_layer_does_not_see_whole_is_refused() -> None:
     with pytest.raises(LayerError, match=r"routed experts fused in 3-D parameters.*gate_up_proj"):
         resident(tiny_model("mixtral"), "model.layers.1.mlp.experts")
