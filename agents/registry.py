@@ -31,7 +31,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
-from hiedit_agents.bandits.agent import FixedBest, LinearBanditAgent
+from hiedit_agents.bandits.agent import FixedBest, LinearBanditAgent, RecordedAgent
 from hiedit_agents.bandits.shared_agent import SharedAgent
 from hiedit_agents.hierarchy.simple import LayerChoiceAgent, OracleAgent
 from hiedit_agents.named.checkpoints import (
@@ -82,6 +82,8 @@ RIVALS: Mapping[str, type] = MappingProxyType(
         )
     }
 )
+#: Those that use neither the environment's update rule nor options of several steps.
+_OWN_WAY = tuple(kind for kind in RIVALS.values() if not issubclass(kind, RecordedAgent))
 #: Names of the agents that come with hiedit, in the order they are listed.
 AGENTS: Mapping[str, str] = MappingProxyType(
     {
@@ -173,6 +175,38 @@ def refuse_unused_size(agents: Collection[Agent], layers_per_edit: int | None) -
     raise SettingsError(
         f"layers_per_edit={layers_per_edit} changes nothing about {names}: it is for agents that "
         "choose a number of layers, such as random-layers; leave it out"
+    )
+
+
+def refuse_unused_options(
+    agents: Collection[Agent],
+    *,
+    max_steps_per_edit: int | None = None,
+    step_size: float | None = None,
+    update_rule: str | None = None,
+) -> None:
+    """Refuses what is given for all agents where each of them writes in its own way.
+
+    Args:
+        agents: From :func:`make_agent`.
+        max_steps_per_edit: As there; so are the others.
+        step_size: None where it was not given.
+        update_rule: None where it was not given.
+
+    Raises:
+        SettingsError: one of these was given, and would change nothing about any agent.
+    """
+    options = {
+        "max_steps_per_edit": max_steps_per_edit, "step_size": step_size, "update_rule": update_rule
+    }  # fmt: skip
+    given = [f"{name}={value}" for name, value in options.items() if value is not None]
+    editing = [agent for agent in agents if agent.name != "no-edit"]
+    if not given or not editing or not all(isinstance(one, _OWN_WAY) for one in editing):
+        return
+    names = ", ".join(agent.name for agent in editing)
+    raise SettingsError(
+        f"{', '.join(given)} would change nothing about {names}: settings of such an agent follow "
+        "its name, as 'hiedit agents' lists them; leave it out"
     )
 
 

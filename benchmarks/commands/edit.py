@@ -16,7 +16,13 @@ from typing import Any
 from hiedit_agents.editing.checks import as_asked
 from hiedit_agents.editing.export import edited_matrices, locate_layers
 from hiedit_agents.protocol import Agent
-from hiedit_agents.registry import explain, labelled, make_agent, refuse_unused_size
+from hiedit_agents.registry import (
+    explain,
+    labelled,
+    make_agent,
+    refuse_unused_options,
+    refuse_unused_size,
+)
 from hiedit_benchmarks.commands.edit_folder import OutFolder, Reloaded, reload
 from hiedit_benchmarks.commands.edit_history import FORMAT
 from hiedit_benchmarks.commands.edit_questions import Questions, forms_of
@@ -130,6 +136,12 @@ def edit_model(
         update_rule=settings.update_rule,
     )
     refuse_unused_size([editor], settings.layers_per_edit)
+    refuse_unused_options(
+        [editor],
+        max_steps_per_edit=settings.max_steps_per_edit,
+        step_size=settings.step_size,
+        update_rule=settings.update_rule,
+    )
     settings = settle_asking(settings, both=True)
     requests = load_requests(settings.facts)
     given = {"agent": name, **recorded(settings)}

@@ -16,7 +16,7 @@ from hiedit_agents.hierarchy.simple import OracleAgent
 from hiedit_agents.named.candidates import candidates_for
 from hiedit_agents.protocol import Agent
 from hiedit_agents.registry import labelled as labelled_name
-from hiedit_agents.registry import make_agent, refuse_unused_size
+from hiedit_agents.registry import make_agent, refuse_unused_options, refuse_unused_size
 from hiedit_agents.rivals.in_context import InContext
 from hiedit_benchmarks.comparison.asking import settle_asking
 from hiedit_benchmarks.comparison.contamination import trained_on
@@ -138,6 +138,12 @@ def compare(
         for name, agent in labelled.items()
     }
     refuse_unused_size(list(made.values()), settings.layers_per_edit)
+    refuse_unused_options(
+        list(made.values()),
+        max_steps_per_edit=settings.max_steps_per_edit,
+        step_size=settings.step_size,
+        update_rule=settings.update_rule,
+    )
     settings = settle_asking(settings, in_chat=settings.ask_in_chat)
     with candidates_for(list(made.values()), settings.model, settings.layers) as layers:
         settings = replace(

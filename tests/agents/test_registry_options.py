@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from hiedit_agents.hierarchy.train_settings import TrainSettings
-from hiedit_agents.registry import make_agent
+from hiedit_agents.registry import make_agent, refuse_unused_options
 from hiedit_benchmarks.commands.cli import main
 from hiedit_benchmarks.commands.edit import NONE_GIVEN
 from hiedit_benchmarks.commands.train import train
@@ -80,6 +80,9 @@ def test_two_fixed_sets_stay_two(tmp_path: Path) -> None:
         (["hiedit"], {"update_rule": "ridge"}, "'hiedit' has a low level of its own"),
         (["TRAINED"], {"update_rule": "ridge"}, "has a low level of its own"),
         (["policy,size=learned+ridge"], {"layers_per_edit": 2}, "has learned how many layers"),
+        (["memit"], {"step_size": 3.0}, r"=3\.0 would change nothing about memit: settings"),
+        (["locft-bf", "in-context"], {"max_steps_per_edit": 2}, "nothing about locft-bf, in-cont"),
+        (["no-edit", "alphaedit"], {"update_rule": "ridge"}, "nothing about alphaedit"),
     ],
 )
 def test_what_would_change_nothing_is_refused_by_name(
@@ -141,3 +144,19 @@ def test_a_class_in_the_working_folder(
     assert made.colour == "red"
     with pytest.raises(SettingsError, match=r"cannot be made.*'shape'"):
         make_agent("own_agents_here:Plain,shape=round")
+
+
+def test_an_agent_that_writes_in_its_own_way_refuses_what_does_not_reach_it(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["edit", "--facts", "tiny-facts", "--model", "tiny", "--out", str(tmp_path / "out")]
+    assert main([*words, "--agent", "fine-tuning-kl", "--step-size", "0.02"]) == 2
+    assert "step_size=0.02 would change nothing about fine-tuning-kl" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+
+
+def test_what_reaches_one_agent_of_a_table_is_taken() -> None:
+    given: dict[str, Any] = {"max_steps_per_edit": 1, "step_size": 0.1, "update_rule": "ridge"}
+    for name in ("all-layers", "fixed-best", "policy+ridge"):
+        refuse_unused_options([make_agent("memit"), make_agent(name)], **given)
+    refuse_unused_options([make_agent("no-edit")], **given)
