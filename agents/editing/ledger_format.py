@@ -78,6 +78,12 @@ class BaseLayer:
     d_out: int
     is_transposed: bool
 
+    @property
+    def shape(self) -> str:
+        """As in ``"32 × 96"``, d_in × d_out."""
+        stored = ", stored transposed" if self.is_transposed else ""
+        return f"{self.d_in} × {self.d_out}{stored}"
+
 
 @dataclass(frozen=True, slots=True)
 class Base:
@@ -105,11 +111,19 @@ class Base:
             LedgerError: other layers, dtype or weights; says which.
         """
         if self.layers != other.layers:
-            mine, others = (", ".join(layer.name for layer in b.layers) for b in (self, other))
+            remedy = f"give the model and the layers that it was begun with ({self.model!r})"
+            names, others = ([layer.name for layer in b.layers] for b in (self, other))
+            if names != others:
+                raise LedgerError(
+                    f"the ledger is of a model with the candidate layers {_some(names, others)}, "
+                    f"this model has {_some(others, names)}; {remedy}"
+                )
+            one, two = next(
+                pair for pair in zip(self.layers, other.layers, strict=True) if pair[0] != pair[1]
+            )
             raise LedgerError(
-                f"the ledger is of a model with the candidate layers {mine:.200}, this model has "
-                f"{others:.200}; give the model and the layers that it was begun with "
-                f"({self.model!r})"
+                f"the ledger is of a model whose {one.name} is {one.shape}, this model's is "
+                f"{two.shape}; {remedy}"
             )
         if self.dtype != other.dtype:
             raise LedgerError(
@@ -227,3 +241,9 @@ def ids_text(what: str, ids: Sequence[int]) -> str:
         return f"there are no {what}"
     shown = ", ".join(map(str, ids[-20:]))
     return f"the {what} are {'…, ' if len(ids) > 20 else ''}{shown}"
+
+
+def _some(names: Sequence[str], others: Sequence[str]) -> str:
+    """Some of the names, and how many there are; first those that are not among the others."""
+    first = sorted(names, key=lambda name: name in others)
+    return ", ".join(first[:3]) + (f", … ({len(names)})" if len(names) > 3 else "")

@@ -172,7 +172,7 @@ def _edit(
     rehearsed = hasattr(work.low, "remember")
     print(f"hiedit: agent {label}: {explain(agent, settings.model)}", file=sys.stderr)
     if history.facts:
-        print(f"hiedit: {history.text(rehearsed)}", file=sys.stderr)
+        print(f"hiedit: {history.text(rehearsed, name)}", file=sys.stderr)
     questions = Questions(llm, requests, history.requests, form)
     with work.found.in_place(llm):  # edits of a run that was interrupted may be in the model
         before = questions.before(progress)

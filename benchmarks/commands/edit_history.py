@@ -52,15 +52,25 @@ class History:
     facts: tuple[dict[str, Any], ...] = ()
     requests: tuple[Request, ...] = ()
 
-    def text(self, rehearsed: bool) -> str:
+    def text(self, rehearsed: bool, agent: str) -> str:
         """One line about it.
 
         Args:
             rehearsed: Whether the agent rehearses these facts.
+            agent: Name of the agent that edits now.
         """
         runs = "one earlier run" if len(self.runs) == 1 else f"{len(self.runs)} earlier runs"
         use = "rehearsed and kept" if rehearsed else "kept, though this agent does not rehearse"
-        return f"{FILE} of the model names {len(self.requests)} edited prompts of {runs}: {use}"
+        told = f"{FILE} of the model names {len(self.requests)} edited prompts of {runs}: {use}"
+        run = self.runs[-1]
+        identity = run.get("identity")
+        named = identity.get("agent") if isinstance(identity, Mapping) else None
+        last = named or run.get("agent")
+        if last in (None, agent):
+            return told
+        return (
+            f"{told}; to go on with the agent that wrote the last ones, give --agent {last!s:.200}"
+        )
 
 
 def read_history(folder: Path) -> History:

@@ -352,3 +352,35 @@ def test_a_ledger_whose_making_was_interrupted_is_made_anew(tmp_path: Path, mode
     assert Ledger.is_in(tmp_path)
     with pytest.raises(LedgerError, match="names no model"):
         Ledger.open_or_create(tmp_path, BASE)
+
+
+def base_of(*layers: BaseLayer, fingerprint: str = "00" * 8) -> Base:
+    return Base("tiny", "", "float32", fingerprint, layers)
+
+
+MANY = tuple(BaseLayer(f"block.{i}", 4, 3, False) for i in range(40))
+
+
+@pytest.mark.parametrize(
+    ("one", "other", "message"),
+    [
+        (
+            base_of(*MANY),
+            base_of(*MANY[:39], BaseLayer("last", 4, 3, False)),
+            r"layers block\.39, block\.0, block\.1, … \(40\), this model has last, block\.0, ",
+        ),
+        (base_of(*MANY[:2]), base_of(MANY[0]), r"layers block\.1, block\.0, this model has block"),
+        (
+            base_of(*MANY[:2]),
+            base_of(MANY[0], BaseLayer("block.1", 8, 3, True)),
+            r"whose block\.1 is 4 × 3, this model's is 8 × 3, stored transposed; give the model",
+        ),
+        (base_of(*MANY), base_of(*MANY, fingerprint="ff" * 8), "belongs to another model"),
+    ],
+)
+def test_another_model_is_refused_with_what_differs(one: Base, other: Base, message: str) -> None:
+    one.refuse_other(one)
+    with pytest.raises(LedgerError, match=message) as caught:
+        one.refuse_other(other)
+    assert "'tiny'" in str(caught.value)
+    assert len(str(caught.value)) < 300

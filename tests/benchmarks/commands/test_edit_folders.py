@@ -164,6 +164,26 @@ def test_editing_again_goes_on_with_the_history(
     ) + "\n"
 
 
+def test_another_agent_than_the_last_one_is_named(
+    tmp_path: Path, model: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def said(agent: str, folder: Path, out: str, *facts: Any) -> bool:
+        assert edit(tmp_path, folder, *facts, out=out, agent=agent) in (0, 3)
+        return "to go on with the agent that wrote the last ones, give --agent random-layers" in (
+            capsys.readouterr().err
+        )
+
+    assert not said("random-layers", model, "one", FACT)
+    assert said("all-layers", tmp_path / "one", "two", OTHER)
+    assert not said("random-layers", tmp_path / "one", "three", OTHER)
+    # Also where only the ledger is left, or the record is not of our making.
+    file = tmp_path / "one" / "edits.json"
+    file.write_text(json.dumps({**record(tmp_path / "one"), "runs": [{"identity": 3}]}))
+    assert not said("all-layers", tmp_path / "one", "four", OTHER)
+    file.unlink()
+    assert said("all-layers", tmp_path / "one", "five", OTHER)
+
+
 @pytest.mark.parametrize("text", ["", "[]", '{"format": 3}', '{"format": 2, "runs": []}'])
 def test_a_damaged_history_is_named_before_anything_is_done(
     tmp_path: Path, model: Path, capsys: pytest.CaptureFixture[str], text: str
