@@ -192,15 +192,18 @@ class ResidentLLM(EditableWeights):
             gradients: Whether a backward pass may follow.
         """
         found: dict[int, PromptReading] = {}
-        for bucket in reading_buckets(prompts, counts, self.max_batch_tokens):
+        buckets = reading_buckets(prompts, counts, self.max_batch_tokens)
+        for bucket in buckets:
             shared = self._way.shares([prompts[i].length for i in bucket])
             for places in [bucket] if shared else [[i] for i in bucket]:
                 batch = self.batch([prompts[i] for i in places])
                 owners, sizes = [forks[i] for i in places], [counts[i] for i in places]
                 alone = all(fork is owners[0] for fork in owners)
                 owners = owners[:1] if alone else owners
-                recorded = self._record(batch, owners, gradients=gradients)
-                found |= dict(zip(places, read_batch(batch, *recorded, sizes), strict=True))
+                read = read_batch(batch, *self._record(batch, owners, gradients=gradients), sizes)
+                if len(buckets) > 1 and 2 * batch.longest > self.max_batch_tokens:
+                    read[0].graph.rows()  # the graphs of several long prompts take too much memory
+                found |= dict(zip(places, read, strict=True))
         return [found[i] for i in range(len(prompts))]
 
     @torch.inference_mode(False)

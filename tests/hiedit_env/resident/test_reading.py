@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ from torch import Tensor
 
 from hiedit_env.model.batches import PromptBatch
 from hiedit_env.resident.batched import read_together
+from hiedit_env.resident.reading import PassGraph
 from hiedit_env.resident.resident import ResidentLLM
 from tests.support.models import (
     PROMPTS,
@@ -139,3 +141,24 @@ def test_the_loss_of_a_batch_weighs_prompts_and_not_tokens() -> None:
     rows, own = llm.gradients(PROMPTS, summed), llm.read(*PROMPTS).capture()
     for a, b in zip(own.value_gradients, rows.value_gradients, strict=True):
         close(a, b)
+
+
+@pytest.mark.parametrize(("limit", "waiting"), [(1, 0), (1024, 1)])
+def test_long_prompts_do_not_keep_their_graphs_beside_each_other(limit: int, waiting: int) -> None:
+    llm = resident(max_batch_tokens=limit)
+    made: list[PassGraph] = []
+    begin = PassGraph.__init__
+
+    def noted(graph: PassGraph, *args: Any) -> None:
+        assert all(one._losses is None for one in made), "two graphs at a time"
+        begin(graph, *args)
+        made.append(graph)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(PassGraph, "__init__", noted)
+        reading = llm.read(*PROMPTS)
+    assert sum(one._losses is not None for one in made) == waiting
+    assert len(made) == (3 if limit == 1 else 1)
+    assert len(reading.capture().value_gradients) == len(llm.layers)
+    # Without gradients there is nothing to run backward.
+    assert not llm.read(*PROMPTS, gradients=False).capture().value_gradients
