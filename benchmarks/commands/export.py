@@ -12,7 +12,7 @@ from hiedit_agents.editing.editor import Editor
 from hiedit_agents.editing.ledger import Ledger
 from hiedit_agents.editing.ledger_format import require_finished
 from hiedit_agents.editing.stored import base_folder
-from hiedit_env.errors import ResultsExistError
+from hiedit_env.errors import LayerError, LedgerError, ResultsExistError
 
 
 @contextmanager
@@ -33,15 +33,22 @@ def opened(place: Path, base: Path | None) -> Iterator[Editor]:
     with Ledger.open(place) as ledger, tempfile.TemporaryDirectory() as work:
         source = base_folder(ledger.base, place) if base is None else base
         ledger.copy_to(Path(work))
-        with Editor.from_pretrained(
-            source,
-            dtype=ledger.base.dtype,
-            layers=[layer.name for layer in ledger.base.layers],
-            # Nothing is edited, so any agent will do.
-            agent="all-layers",
-            checks=Checks(min_agreement=None, earlier=0),
-            ledger=work,
-        ) as editor:
+        try:
+            editor = Editor.from_pretrained(
+                source,
+                dtype=ledger.base.dtype,
+                layers=[layer.name for layer in ledger.base.layers],
+                # Nothing is edited, so any agent will do.
+                agent="all-layers",
+                checks=Checks(min_agreement=None, earlier=0),
+                ledger=work,
+            )
+        except LayerError as error:
+            raise LedgerError(
+                f"{source} is not the model that the ledger in {place} was begun with "
+                f"({ledger.base.model!r}); give that one with --base ({error})"
+            ) from error
+        with editor:
             yield editor
 
 

@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM
 from hiedit_agents import Editor, apply_delta
 from hiedit_benchmarks.commands.cli import main
 from tests.support.editors import FACTS, NONE, bits, live
-from tests.support.models import all_bits
+from tests.support.models import all_bits, build_random, tokenizer
 
 AUTO: Any = AutoModelForCausalLM
 
@@ -110,3 +110,15 @@ def test_what_is_refused(
     assert taken.read_text() == "mine"
     shutil.rmtree(tmp_path / "other")
     assert [path.name for path in tmp_path.iterdir()] == ["taken"]
+
+
+def test_a_base_without_the_layers_of_the_ledger_is_named(
+    kept: tuple[Path, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    place, other, out = str(kept[0]), str(tmp_path / "other"), str(tmp_path / "out")
+    build_random("gpt2").save_pretrained(other)
+    tokenizer().save_pretrained(other)
+    capsys.readouterr()
+    line = refused(capsys, place, "--as", "folder", "--out", out, "--base", other)
+    assert f"{other} is not the model that the ledger in {place} was begun with ('tiny')" in line
+    assert not (tmp_path / "out").exists()
