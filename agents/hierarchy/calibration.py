@@ -74,9 +74,9 @@ def own_texts(
     openings = _openings(requests) or [""]
     drawn = [openings[i] for i in rng.integers(len(openings), size=count - free)]
     ids = [tuple(llm.encoder.tokenizer(o, add_special_tokens=False)["input_ids"]) for o in drawn]
-    begun = [(*forms[i % len(forms)], *own) for i, own in enumerate(ids)]
-    nothing = [forms[i % len(forms)] for i in range(free)]
     room = llm.encoder.max_length or TEXT_TOKENS
+    begun = [(*forms[i % len(forms)], *own)[: room - 1] for i, own in enumerate(ids)]
+    nothing = [forms[i % len(forms)] for i in range(free)]
     found: list[EncodedPrompt] = []
     with llm.unedited():
         for part, (beginnings, length) in enumerate(

@@ -12,6 +12,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, cast
 
 import torch
+from torch import Tensor
 from transformers import GenerationConfig, PreTrainedModel
 
 from hiedit_env.errors import PromptError
@@ -22,17 +23,23 @@ from hiedit_env.model.tokenization import PromptEncoder
 #: What stands for the user's message in a template.
 _MESSAGE = "What is a fact?"
 
-#: Tokens that stand between two texts of a model's training, where the tokenizer knows one.
-_BETWEEN = ("<|endoftext|>", "<|end_of_text|>", "<|begin_of_text|>", "<s>")
+#: Tokens that a text of a model's training stands behind, where the tokenizer has one.
+_BETWEEN = ("<|begin_of_text|>", "<|endoftext|>", "<|end_of_text|>", "<s>")
 
 
 def text_beginning(encoder: PromptEncoder) -> tuple[int, ...]:
-    """The token that a plain text is begun behind: one between texts, else the first that is known.
+    """The token that a plain text is begun behind.
+
+    The one that the tokenizer puts in front of every text, else one that stands between texts in
+    training, else its token for the beginning or the end.
 
     Raises:
-        PromptError: the tokenizer has no special tokens.
+        PromptError: the tokenizer has none of these.
     """
     tokenizer = encoder.tokenizer
+    whole, own = (tokenizer("a", add_special_tokens=add)["input_ids"] for add in (True, False))
+    if len(whole) > len(own) and whole[:1] != own[:1]:
+        return (int(whole[0]),)
     known = tokenizer.get_added_vocab()
     for token in _BETWEEN:
         if token in known:
@@ -69,45 +76,59 @@ def sampled_texts(
     The same seed gives the same texts on the same machine; torch's own random state is left alone.
 
     Args:
-        model: Causal LM; its own generation settings are in place again afterwards.
+        model: Causal LM.
         beginnings: Tokens that each text begins with, at least one.
         length: Number of tokens of every text, its beginning included.
         seed: Of the draws.
         max_batch: Most texts that are written at once.
-        use_cache: Whether keys and values of earlier tokens are kept; without, one text at a time.
+        use_cache: Whether keys and values of earlier tokens are kept; slower, but right, without,
+            where a model's cache does not work.
         on_texts: Called with the number of texts after every few of them.
 
     Returns:
         One per beginning, in order, whose last token counts as its answer.
     """
-    make_config = cast(Any, GenerationConfig)  # untyped in transformers
-    own, device = model.generation_config, model.device
+    device = model.device
     texts: dict[int, list[int]] = {}
-    devices = [device] if device.type == "cuda" else []
     like = sorted(range(len(beginnings)), key=lambda i: len(beginnings[i]))
-    with torch.random.fork_rng(devices):
+    with torch.random.fork_rng([device] if device.type == "cuda" else []):
         torch.manual_seed(seed)
-        model.generation_config = make_config()
-        try:
-            # Texts of one batch begin with as many tokens, so that nothing has to be padded.
-            for size, same in itertools.groupby(like, key=lambda i: len(beginnings[i])):
-                places = list(same)
-                batch = max_batch if use_cache else 1
-                for start in range(0, len(places), batch):
-                    part = places[start : start + batch]
-                    ids = torch.tensor([list(beginnings[i]) for i in part], device=device)
-                    config = make_config(
-                        do_sample=True, top_k=0, top_p=1.0, temperature=1.0, use_cache=use_cache,
-                        max_new_tokens=max(length - size, 1), pad_token_id=0,
-                    )  # fmt: skip
-                    output = cast(Any, model).generate(
-                        ids, attention_mask=torch.ones_like(ids), generation_config=config
-                    )
-                    texts.update(zip(part, output.tolist(), strict=True))
-                    if on_texts is not None:
-                        on_texts(len(part))
-        finally:
-            model.generation_config = own
+        # Texts of one batch begin with as many tokens, so that nothing has to be padded.
+        for size, same in itertools.groupby(like, key=lambda i: len(beginnings[i])):
+            places, new = list(same), max(length - size, 1)
+            batch = max_batch if use_cache else 1
+            for start in range(0, len(places), batch):
+                part = places[start : start + batch]
+                ids = torch.tensor([list(beginnings[i]) for i in part], device=device)
+                output = _with_cache(model, ids, new) if use_cache else _without(model, ids, new)
+                texts.update(zip(part, output.tolist(), strict=True))
+                if on_texts is not None:
+                    on_texts(len(part))
     return [
         EncodedPrompt("", "", tuple(texts[i][:-1]), (texts[i][-1],)) for i in range(len(beginnings))
     ]
+
+
+def _with_cache(model: PreTrainedModel, ids: Tensor, new: int) -> Tensor:
+    """B × (T + new) tokens; the model's own generation settings are in place again afterwards."""
+    make_config = cast(Any, GenerationConfig)  # untyped in transformers
+    config = make_config(
+        do_sample=True, top_k=0, top_p=1.0, temperature=1.0, max_new_tokens=new, pad_token_id=0
+    )
+    own, model.generation_config = model.generation_config, make_config()
+    try:
+        generate = cast(Any, model).generate
+        output: Tensor = generate(
+            ids, attention_mask=torch.ones_like(ids), generation_config=config
+        )
+    finally:
+        model.generation_config = own
+    return output
+
+
+def _without(model: PreTrainedModel, ids: Tensor, new: int) -> Tensor:
+    """The same by whole passes."""
+    for _ in range(new):
+        logits = model(input_ids=ids, use_cache=False).logits[:, -1].float()
+        ids = torch.cat((ids, torch.multinomial(logits.softmax(-1), 1)), 1)
+    return ids

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from tokenizers.processors import TemplateProcessing
 
 from hiedit_env.errors import PromptError
 from hiedit_env.model.sampling import chat_beginning, sampled_texts, text_beginning
@@ -45,6 +46,16 @@ def test_beginnings_of_several_lengths_in_order_and_the_same_for_a_seed() -> Non
     assert sampled_texts(llm.model, beginnings, 9, 2, max_batch=2) != texts
 
 
+def test_without_a_cache_the_draws_are_of_the_same_distribution() -> None:
+    llm = resident("llama", (1, 2))
+    texts = sampled_texts(llm.model, [(3, 4)] * 600, 3, 0, use_cache=False)
+    with torch.no_grad():
+        wanted = torch.softmax(llm.model(input_ids=torch.tensor([[3, 4]])).logits[0, -1], -1)
+    shares = torch.bincount(torch.tensor([t.answer_ids[0] for t in texts]), minlength=len(wanted))
+    bound = 5 * (wanted * (1 - wanted) / 600).sqrt() + 1e-3
+    assert ((shares / 600 - wanted).abs() <= bound).all()
+
+
 def test_a_model_without_a_cache_writes_one_at_a_time() -> None:
     llm = resident("llama", (1, 2))
     seen: list[int] = []
@@ -68,6 +79,10 @@ def test_where_texts_and_chats_begin() -> None:
     assert chat_beginning(llm.encoder) == (tokenizer.convert_tokens_to_ids("w5"),)
     tokenizer.add_special_tokens({"additional_special_tokens": ["<|endoftext|>"]})
     assert text_beginning(llm.encoder) == (tokenizer.convert_tokens_to_ids("<|endoftext|>"),)
+    # What the tokenizer itself begins with goes before.
+    tokenizer._tokenizer.post_processor = TemplateProcessing("<e> $A", None, [("<e>", 2)])
+    assert tokenizer("w5")["input_ids"][0] == tokenizer.eos_token_id == 2
+    assert text_beginning(llm.encoder) == (2,)
 
 
 def test_a_template_that_does_not_write_the_message_begins_nothing() -> None:
