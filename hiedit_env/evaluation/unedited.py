@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import sys
 from collections.abc import Callable, Sequence
 from typing import Self
 
@@ -125,34 +126,67 @@ class UneditedModel:
         return [self._answers[p.prompt_ids] for p in prompts]
 
     def _answer(self, prompts: list[EncodedPrompt], progress: Progress | None) -> None:
-        # Whole prefixes are run again for each token: the logits are then those that teacher
-        # forcing gives, so that the unedited model agrees with itself also where two are close.
+        # What counts is the argmax of whole passes, as teacher forcing gives them, so that the
+        # unedited model agrees with itself also where two tokens are close. What it generates with
+        # cached keys is a guess, which one whole pass confirms up to the first other token.
         limit, ends = self.llm.encoder.max_length, self.llm.end_ids
-        generated: list[list[int]] = [[] for _ in prompts]
+        found: list[list[int]] = [[] for _ in prompts]
         running = list(range(len(prompts)))
-        for step in range(self.max_tokens):
-            reads = [
-                EncodedPrompt(p.prompt, p.answer, (*p.prompt_ids, *generated[i]), (0,))
+        while running:
+            begun = [
+                EncodedPrompt(p.prompt, p.answer, (*p.prompt_ids, *found[i]), (0,))
                 for i, p in ((i, prompts[i]) for i in running)
+            ]
+            budgets = [
+                max(1, min(self.max_tokens - len(found[i]), (limit or sys.maxsize) - len(own)))
+                for i, own in zip(running, (p.prompt_ids for p in begun), strict=True)
+            ]
+            guesses = self._guesses(begun, budgets)
+            reads = [
+                EncodedPrompt(p.prompt, p.answer, p.prompt_ids, tuple(guess))
+                for p, guess in zip(begun, guesses, strict=True)
             ]
             for bucket in self.llm.buckets(reads):
                 batch = self.llm.batch([reads[k] for k in bucket])
-                logits = self.llm.answer_logits(batch, remember=False)
-                for k, token in zip(bucket, logits.argmax(-1).tolist(), strict=True):
-                    generated[running[k]].append(token)
+                best = self.llm.answer_logits(batch, remember=False).argmax(-1)
+                parts = torch.split(best, [len(guesses[k]) for k in bucket])
+                for k, tokens in zip(bucket, parts, strict=True):
+                    found[running[k]] += _confirmed(guesses[k], tokens.tolist())
             running = [
                 i
                 for i in running
-                if generated[i][-1] not in ends
-                and (limit is None or len(prompts[i].prompt_ids) + len(generated[i]) < limit)
+                if found[i][-1] not in ends
+                and len(found[i]) < self.max_tokens
+                and (limit is None or len(prompts[i].prompt_ids) + len(found[i]) < limit)
             ]
             if progress is not None:
-                progress("reference", step + 1, self.max_tokens)
-            if not running:
-                break
-        for p, ids in zip(prompts, generated, strict=True):
+                progress("reference", len(prompts) - len(running), len(prompts))
+        for p, ids in zip(prompts, found, strict=True):
             answer = self.llm.encoder.decode(ids)
             self._answers[p.prompt_ids] = EncodedPrompt(p.prompt, answer, p.prompt_ids, tuple(ids))
+
+    def _guesses(
+        self, prompts: Sequence[EncodedPrompt], budgets: Sequence[int]
+    ) -> Sequence[Sequence[int]]:
+        """Tokens that may be what follows, at least one for each prompt."""
+        if self.llm.generates_whole or not self.llm.model.can_generate():
+            # Any token is a guess, which a whole pass puts right.
+            return [(0,) for _ in prompts]
+        return self.llm.continuations(prompts, budgets)
+
+
+def _confirmed(guess: Sequence[int], best: Sequence[int]) -> list[int]:
+    """The most probable tokens behind a prompt, up to the first one that was guessed wrongly.
+
+    Args:
+        guess: Tokens that the model has read behind the prompt.
+        best: Per token of these what the model would rather have had.
+
+    >>> _confirmed([5, 6, 7], [5, 6, 7]), _confirmed([5, 6, 7], [5, 8, 9]), _confirmed([0], [4])
+    ([5, 6, 7], [5, 8], [4])
+    """
+    wrong = (place for place, (a, b) in enumerate(zip(guess, best, strict=True)) if a != b)
+    return list(best[: next(wrong, len(best)) + 1])
 
 
 def answer_log_probs(

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -73,3 +76,44 @@ def test_forks_share_what_is_known(env: EditingEnv, monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(env.llm, "answer_logits", None)
     assert all(torch.equal(found[p], rows) for p, rows in first.log_probs(prompts).items())
     assert first.answers(prompts) == answers
+
+
+def alone(env: EditingEnv, ids: Sequence[int], most: int) -> list[int]:
+    """Greedy tokens by whole passes over one prompt, an end token kept."""
+    llm, new = env.llm, list[int]()
+    limit = llm.encoder.max_length
+    while len(new) < most and not (new and new[-1] in llm.end_ids):
+        if limit is not None and new and len(ids) + len(new) >= limit:
+            break
+        with torch.no_grad():
+            logits = llm.model(input_ids=torch.tensor([[*ids, *new]])).logits[0, -1]
+        new.append(int(logits.argmax()))
+    return new
+
+
+@pytest.mark.parametrize("guessed", ["by the cache", "without a cache", "wrongly"])
+def test_answers_are_the_argmax_of_whole_passes(
+    env: EditingEnv, monkeypatch: pytest.MonkeyPatch, guessed: str
+) -> None:
+    llm = env.llm
+    llm.restore_unedited()
+    prompts = [llm.encode(f"w7 w{i} w9 {'w11 ' * (i % 4)}", "w3") for i in range(3, 12)]
+    # One that fills the context but for two tokens, and one that fills it.
+    limit = llm.encoder.max_length
+    assert limit is not None
+    long = [replace(prompts[0], prompt_ids=(5,) * (limit - left)) for left in (2, 0)]
+    wanted = [alone(env, p.prompt_ids, 6) for p in (*prompts, *long)]
+    assert {len(tokens) for tokens in wanted} >= {1, 2, 6}
+    if guessed == "without a cache":
+        monkeypatch.setattr(type(llm), "generates_whole", property(lambda _llm: True))
+        monkeypatch.setattr(llm, "continuations", None)
+    if guessed == "wrongly":
+        own = llm.continuations
+
+        def wrong(given: Sequence[EncodedPrompt], budgets: Sequence[int]) -> list[list[int]]:
+            found = own(given, budgets)
+            return [[*ids[:2], *(4 for _ in ids[2:])] for ids in found]
+
+        monkeypatch.setattr(llm, "continuations", wrong)
+    found = UneditedModel(llm, max_tokens=6).answers([*prompts, *long])
+    assert [list(p.answer_ids) for p in found] == wanted
