@@ -8,7 +8,7 @@ import numpy as np
 
 from hiedit_env.datasets.requests import Probe, Request
 from hiedit_env.model.asking import mentions
-from hiedit_env.model.sampling import chat_beginning, sampled_texts, text_beginning
+from hiedit_env.model.sampling import beginnings, sampled_texts
 from hiedit_env.model.tokenization import EncodedPrompt, PromptEncoder
 from hiedit_env.resident.resident import ResidentLLM
 
@@ -67,24 +67,20 @@ def own_texts(
         PromptError: the tokenizer has no token that a text begins with.
     """
     rng = np.random.default_rng([seed, 3])
-    forms = [text_beginning(llm.encoder)]
-    in_chat = chat_beginning(llm.encoder)
-    forms += [] if in_chat is None else [in_chat]
     free = -(-count // 3)
+    nothing, forms = beginnings(llm.encoder, free), beginnings(llm.encoder, count - free)
     openings = _openings(requests) or [""]
     drawn = [openings[i] for i in rng.integers(len(openings), size=count - free)]
     ids = [tuple(llm.encoder.tokenizer(o, add_special_tokens=False)["input_ids"]) for o in drawn]
     room = llm.encoder.max_length or TEXT_TOKENS
-    begun = [(*forms[i % len(forms)], *own)[: room - 1] for i, own in enumerate(ids)]
-    nothing = [forms[i % len(forms)] for i in range(free)]
+    begun = [(*form, *own)[: room - 1] for form, own in zip(forms, ids, strict=True)]
+    longest = PROMPT_TOKENS + max(map(len, forms), default=0)
     found: list[EncodedPrompt] = []
     with llm.unedited():
-        for part, (beginnings, length) in enumerate(
-            ((nothing, TEXT_TOKENS), (begun, PROMPT_TOKENS + max(map(len, forms))))
-        ):
+        for part, (begin, length) in enumerate(((nothing, TEXT_TOKENS), (begun, longest))):
             found += sampled_texts(
                 llm.model,
-                beginnings,
+                begin,
                 min(length, room),
                 int(rng.integers(2**31)) + part,
                 use_cache=not llm.generates_whole,

@@ -61,7 +61,7 @@ from hiedit_env.model.asking import PromptForm
 from hiedit_env.model.encoded import EncodedPrompt
 from hiedit_env.model.loading import load_model
 from hiedit_env.model.relatives import known_as
-from hiedit_env.model.sampling import chat_beginning, sampled_texts, text_beginning
+from hiedit_env.model.sampling import beginnings, sampled_texts
 from hiedit_env.resident.resident import ResidentLLM
 
 #: Seed of the texts that are asked.
@@ -263,13 +263,11 @@ class _OwnTexts:
 
     def __init__(self, llm: ResidentLLM, number: int) -> None:
         self._llm = llm
-        begin = [text_beginning(llm.encoder), chat_beginning(llm.encoder)] if number else []
-        forms = [one for one in begin if one is not None]
+        begin = beginnings(llm.encoder, number)
         length = min(TEXT_TOKENS, llm.encoder.max_length or TEXT_TOKENS)
-        beginnings = [forms[i % len(forms)] for i in range(number)]
         # What low levels are shown in training has other seeds.
         cached = not llm.generates_whole
-        texts = sampled_texts(llm.model, beginnings, length, _TEXT_SEED, use_cache=cached)
+        texts = sampled_texts(llm.model, begin, length, _TEXT_SEED, use_cache=cached)
         self._ids = [[*text.prompt_ids, *text.answer_ids] for text in texts]
         self._own = self._most_probable()
 

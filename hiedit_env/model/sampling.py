@@ -44,9 +44,9 @@ def text_beginning(encoder: PromptEncoder) -> tuple[int, ...]:
     for token in _BETWEEN:
         if token in known:
             return (int(known[token]),)
-    for own in (tokenizer.bos_token_id, tokenizer.eos_token_id):
-        if own is not None:
-            return (int(own),)
+    for last in (tokenizer.bos_token_id, tokenizer.eos_token_id):
+        if last is not None:
+            return (int(last),)
     raise PromptError("the tokenizer has no token that a text begins or ends with")
 
 
@@ -58,6 +58,19 @@ def chat_beginning(encoder: PromptEncoder) -> tuple[int, ...] | None:
     if not found:
         return None
     return tuple(encoder.tokenizer(before, add_special_tokens=False)["input_ids"]) or None
+
+
+def beginnings(encoder: PromptEncoder, number: int) -> list[tuple[int, ...]]:
+    """What N texts begin with: nothing, and where there is a template a user's turn, in turns.
+
+    Raises:
+        PromptError: as :func:`text_beginning`; not for no texts.
+    """
+    if not number:
+        return []
+    plain, chat = text_beginning(encoder), chat_beginning(encoder)
+    forms = [plain] if chat is None else [plain, chat]
+    return [forms[i % len(forms)] for i in range(number)]
 
 
 @torch.inference_mode()
