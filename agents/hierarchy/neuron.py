@@ -75,7 +75,7 @@ class Neuron(FactMemory):
             has more than one half as well.
         threshold: θ, the score above which a neuron fires; two thirds of it where it is made
             without a rewording; lower where a prompt of the fact itself scores less than 0.9,
-            higher where an earlier fact's subject reads alike, and 0.7 for a prompt that is read
+            higher where a token of an earlier fact reads alike, and 0.7 for a prompt that is read
             behind its subject.
         sharpness: β, how steeply the gate rises with the score.
         ridge: Share of the mean diagonal that is added to the covariance of what MLPs read.

@@ -19,6 +19,7 @@ from hiedit_agents.hierarchy.reading_places import (
     elsewhere,
     subject_ids,
     up_to_subject,
+    where_met,
 )
 from hiedit_agents.hierarchy.rewordings import rewordings
 from hiedit_env.errors import HieditWarning
@@ -39,7 +40,7 @@ LOWEST = 0.3
 #: Smallest score of a fact's own prompts at which the threshold is the usual one.
 _USUAL = 0.9
 
-#: How far the threshold is above the score of an earlier fact's subject.
+#: How far the threshold is above the score of an earlier fact's token.
 _ABOVE = 0.05
 
 #: What the usual threshold is multiplied by where a neuron was made without other sentences.
@@ -51,10 +52,10 @@ _UNSURE = 2 / 3
 #: the next token 1.3, the prompt's end 2.6 to 2.8.
 _ALONE = 0.7
 
-#: Score from which a neuron is kept from an earlier fact's subject; how many facts are looked at.
-_NEAR, _ALIKE = 0.25, 16
+#: Score from which a neuron is kept from a token of an earlier fact; how many tokens are looked at.
+_NEAR, _ALIKE = 0.25, 64
 
-#: How much the reading of an earlier fact's subject counts, over d, where all tokens elsewhere
+#: How much the reading of an earlier fact's token counts, over d, where all tokens elsewhere
 #: together count 1; tried from the first on. The neuron of one river (SmolLM2, block 7) has a score
 #: of 0.2, 0.4 and 0.6 at another one with 6, 1.7 and 0.6, for spreads of 1.4, 1.25 and 1.1 over √d,
 #: and of 0.86 for 0.84 without.
@@ -91,7 +92,7 @@ class _Rows:
         own: Where a neuron is to fire, in the prompts and in other sentences.
         others: At the other tokens of the same prompts.
         swapped: At other names that end in the subject's last token.
-        alike: At subjects of earlier facts that it would fire at.
+        alike: In earlier facts and their answers, at tokens that it would fire at.
         reworded: Whether there are other sentences among them.
     """
 
@@ -149,9 +150,9 @@ class Planner:
     ) -> list[Target]:
         """One neuron for every subject, or several where its prompts read too differently.
 
-        One that reads all prompts of a fact at the subject does not fire at the subject of an
-        earlier fact that ends in the same token, as two rivers do. A prompt in which nothing can be
-        told from what is read elsewhere has none.
+        One that reads all prompts of a fact at the subject does not fire in earlier facts and their
+        answers where the subject's last token stands, as it does in the names of two rivers. A
+        prompt in which nothing can be told from what is read elsewhere has none.
 
         Args:
             capture: Of the present prompts.
@@ -170,9 +171,8 @@ class Planner:
         found: list[Target] = []
         known = list(past)
         for name, prompts in subjects.items():
-            alike = self._alike(
-                prompts[0], [u for u in known if subject_of(self._llm, u[0]) != name]
-            )
+            others = [u for u in known if subject_of(self._llm, u[0]) != name]
+            alike = where_met(subject_ids(prompts[0])[-1:], others, _ALIKE)
             known.append(tuple(prompts))
             same = [u for u in past if subject_of(self._llm, u[0]) == name]
             earlier = [p for unit in same[max(0, len(same) - companions) :] for p in unit]
@@ -262,8 +262,8 @@ class Planner:
     def _firm(self, home: int, rows: _Rows) -> NeuronShape | None:
         """The first shape that is apart and fires in all own prompts; None where there is none.
 
-        An earlier fact's subject counts as much as it can, and the threshold is put above its score
-        if need be. A name that reads like others with its last token is told from the rest alone.
+        A token of an earlier fact counts as much as it can, and the threshold is put above its
+        score if need be. A name like others with its last token is told from the rest alone.
         """
         for weight in (*(_WEIGHTS if len(rows.alike) else ()), 0.0):
             for swapped in (True, False):
@@ -328,19 +328,6 @@ class Planner:
         batches = inputs(self._llm, [mlp.gate.layer], prompts)
         with torch.inference_mode():
             return torch.cat([_last(read, part.lengths).float() for part, (read,) in batches])
-
-    def _alike(self, prompt: EncodedPrompt, known: Sequence[Unit]) -> tuple[EncodedPrompt, ...]:
-        """Earlier facts' prompts, up to their subjects, that end in a subject's last token."""
-        last = subject_ids(prompt)[-1:]
-        if not last:
-            return ()
-        units = [u for u in known if any(subject_ids(p)[-1:] == last for p in u)]
-        return tuple(
-            up_to_subject(p)
-            for unit in units[-_ALIKE:]
-            for p in unit
-            if subject_ids(p)[-1:] == last
-        )
 
     def _is_apart(self, shape: NeuronShape) -> bool:
         """Whether what the neuron fires at is as far from what is read elsewhere as usual.

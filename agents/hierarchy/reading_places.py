@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 
 from hiedit_env.model.tokenization import EncodedPrompt
@@ -34,6 +35,33 @@ def up_to_subject(prompt: EncodedPrompt) -> EncodedPrompt:
     """The prompt as it is read at its subject's last token."""
     ids = prompt.prompt_ids[: prompt.subject_spans[-1][1]]
     return replace(prompt, prompt_ids=ids, answer_ids=ids[-1:])
+
+
+def where_met(
+    last: Sequence[int], facts: Sequence[Sequence[EncodedPrompt]], most: int
+) -> tuple[EncodedPrompt, ...]:
+    """Where some facts' prompts and answers have a subject's last token, behind a text's first.
+
+    Args:
+        last: The token; none for a prompt without a subject, which is met nowhere.
+        facts: Each with its prompts, the latest last.
+        most: Number of places; those in the latest facts are taken.
+
+    Returns:
+        The texts up to these tokens, each once, those of the latest fact last.
+    """
+    found: dict[tuple[int, ...], EncodedPrompt] = {}
+    for prompt in (prompt for fact in reversed(facts) for prompt in fact):
+        if len(found) >= most:
+            break
+        ids = prompt.input_ids
+        for end in range(2, len(ids) + 1):
+            if last and ids[end - 1] == last[0]:
+                cut = replace(
+                    prompt, prompt_ids=ids[:end], answer_ids=ids[end - 1 : end], subject_spans=()
+                )
+                found.setdefault(cut.prompt_ids, cut)
+    return tuple(found.values())[:most][::-1]
 
 
 def elsewhere(prompt: EncodedPrompt, place: int | None) -> list[int]:

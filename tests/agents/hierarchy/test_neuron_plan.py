@@ -22,7 +22,7 @@ from hiedit_agents.hierarchy.neuron_plan import (
     _end_of,
     _Rows,
 )
-from hiedit_agents.hierarchy.reading_places import behind
+from hiedit_agents.hierarchy.reading_places import behind, where_met
 from hiedit_env.errors import HieditWarning
 from hiedit_env.model.tokenization import EncodedPrompt
 from hiedit_env.resident.capture import Capture
@@ -282,19 +282,40 @@ def test_a_name_that_cannot_be_told_from_an_earlier_one_takes_its_place(
     assert tried == [weight for weight in (*_WEIGHTS, 0.0) for _ in range(2)][:-1]
 
 
-def test_which_earlier_facts_read_alike() -> None:
+def test_a_neuron_is_kept_from_the_answer_of_an_earlier_fact() -> None:
+    """The subject's last token stands in the answer; what follows it would be put out."""
     llm = model()
-    low = neuron(llm)
-    planner = Planner(llm, low.mlps, low._readings, ShapeForm(0.6, 30.0, 0, 2.7))
-    names = ["w10 w9", "w9 w10", *[f"w{i} w9" for i in range(12, 12 + _ALIKE)]]
-    known = [unit(llm, (f"w5 {name} w4", "w7", name)).prompts for name in names]
-    nameless = replace(known[0][0], subject_spans=())
-    missing = replace(known[0][0], subject_missing=True)
-    found = planner._alike(unit(llm, LATER).prompt, [*known, (nameless,), (missing,)])
-    # The latest ones, up to their subjects.
-    assert [p.prompt_ids for p in found] == [(5, i, 9) for i in range(12, 12 + _ALIKE)]
-    assert {p.length for p in found} == {3}
-    assert planner._alike(missing, known) == ()
+    earlier = unit(llm, ("w6 w11 w8", "w10 w9 w7", "w11"))
+    freely, kept = planned(llm, []), planned(llm, [earlier])
+    # w9 is the fifth token that is read: three of the prompt, then the answer's first.
+    at_answer = earlier.keys[kept.mlp.gate.layer][4][None].float()
+    assert float(freely.detector.scores(at_answer)) > 0.5
+    assert float(kept.detector.scores(at_answer)) < 0.45
+    assert abs(float(kept.firing(at_answer))) < 0.05 < float(freely.firing(at_answer))
+    later = unit(llm, LATER)
+    torch.testing.assert_close(at_subject(llm, kept, later), torch.ones(1), rtol=1e-4, atol=0)
+
+
+def test_where_a_subjects_last_token_is_met_by_hand() -> None:
+    def fact(ids: Sequence[int], answer: Sequence[int]) -> tuple[EncodedPrompt, ...]:
+        return (EncodedPrompt("p", "a", tuple(ids), tuple(answer)),)
+
+    # Not at a text's first token, and not at an answer's last one, which is never read.
+    facts = [fact((9, 5, 9, 4), (9, 7)), fact((1, 2), (9,)), fact((1, 2, 9), (3,))]
+    found = [p.prompt_ids for p in where_met((9,), facts, 64)]
+    assert found == [(9, 5, 9, 4, 9), (9, 5, 9), (1, 2, 9)]
+    assert [p.length for p in where_met((9,), facts, 64)] == [5, 3, 3]
+    # What two facts begin with is read once; the latest facts are taken where there are too many.
+    assert [p.prompt_ids for p in where_met((9,), [*facts, *facts], 64)] == found
+    assert [p.prompt_ids for p in where_met((9,), facts, 1)] == [(1, 2, 9)]
+    assert where_met((), facts, 64) == ()
+
+
+def test_the_latest_earlier_facts_are_looked_at() -> None:
+    llm = model()
+    many = [unit(llm, (f"w5 w{12 + i % 18} w{12 + i // 18} w9 w4", "w7", "w9")) for i in range(80)]
+    alone, crowd = planned(llm, many[-_ALIKE:]), planned(llm, many)
+    assert torch.equal(alone.detector.row, crowd.detector.row)
 
 
 # -- other sentences ------------------------------------------------------------------------------
