@@ -13,13 +13,18 @@ from numpy.typing import NDArray
 
 from hiedit_agents.bandits.fixed_best import greedy_search, recorded_score
 from hiedit_agents.bandits.recording import Recording, record
-from hiedit_agents.bandits.recording_files import write_recording
+from hiedit_agents.bandits.recording_files import EXTRA, write_recording
 from hiedit_benchmarks.commands.record_settings import Family, RecordSettings
 from hiedit_benchmarks.comparison.episode import bar
 from hiedit_benchmarks.comparison.results import versions
 from hiedit_env.envs.base import EditingEnv
 from hiedit_env.envs.settings import EditingSettings, EnvSettings
-from hiedit_env.errors import OutputError, ResultsExistError, SettingsError
+from hiedit_env.errors import (
+    OutputError,
+    ResultsExistError,
+    SettingsError,
+    require_libraries,
+)
 from hiedit_env.model.relatives import environment_for
 
 #: Most layers whose subsets are all tried.
@@ -72,6 +77,7 @@ def main(given: RecordSettings, editing: EditingSettings, out: Path) -> int:
         raise OutputError(f"{out} is a file; give a new folder with --out")
     if out.exists() and any(out.iterdir()):
         raise ResultsExistError(f"{out} is not empty; give another folder with --out")
+    require_libraries(EXTRA, "pyarrow", "minari")  # before anything is recorded
     name = environment_for(editing.model, editing.dataset).removesuffix("-v1")
     known = {field.name for field in fields(EnvSettings)}
     arguments: dict[str, Any] = {
