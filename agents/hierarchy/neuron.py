@@ -3,12 +3,12 @@
 For the facts of an edit unit, at the present weights, all in the first chosen MLP with room:
 
 1. **Value.** A vector is added to what the MLP gives at the subject's last token, in every prompt
-   of the fact and in a rewording of it (:mod:`.rewordings`). It is sought by steps of normalised
+   of the fact and in rewordings of it (:mod:`.rewordings`). It is sought by steps of normalised
    gradient descent with momentum on the mean of −log p(answer), under noise, until every prompt is
    below a bound.
 2. **Detector.** From what the MLP reads at these tokens and what it reads elsewhere comes a
    direction whose product s with the reading is 1 at the subject and about 0 at other tokens,
-   whatever the form and the words before it (:mod:`.detectors`). What the prompts and the rewording
+   whatever the form and the words before it (:mod:`.detectors`). What the prompts and rewordings
    differ in at the subject has no part in it.
 3. **Neuron.** The neuron that matters least and holds no fact yet is written anew: its gate gives
    β (s − θ), its other row a number that falls as s rises, so that their product is largest where s
@@ -88,7 +88,7 @@ class Neuron(FactMemory):
         substitutes: Whether other neurons take over what a rewritten one did (:mod:`.substitutes`).
         noise: Length of the noise that is added to a vector in every pass of the search, as a share
             of its own; 0 for none.
-        reworded: Whether neurons are made for a rewording of each fact as well.
+        reworded: Whether neurons are made for rewordings of each fact as well.
         search_dtype: The precision of the search's passes: ``"own"`` for the model's,
             ``"bfloat16"``, or ``"auto"`` for bfloat16 where that is faster.
 

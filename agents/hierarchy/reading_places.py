@@ -37,6 +37,19 @@ def up_to_subject(prompt: EncodedPrompt) -> EncodedPrompt:
     return replace(prompt, prompt_ids=ids, answer_ids=ids[-1:])
 
 
+def beginnings(
+    sentences: Sequence[EncodedPrompt], known: Sequence[EncodedPrompt]
+) -> list[EncodedPrompt]:
+    """Sentences up to their subjects, each once, without those that known prompts begin with.
+
+    What begins alike is read alike at the subject.
+    """
+    found = {(begin := up_to_subject(one)).prompt_ids: begin for one in sentences}
+    for prompt in known if found else ():
+        found.pop(up_to_subject(prompt).prompt_ids, None)
+    return list(found.values())
+
+
 def where_met(
     last: Sequence[int], facts: Sequence[Sequence[EncodedPrompt]], most: int
 ) -> tuple[EncodedPrompt, ...]:

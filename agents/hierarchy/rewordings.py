@@ -1,12 +1,14 @@
-"""A fact in another sentence, made without knowing what the sentence says.
+"""A fact in other sentences, made without knowing what its sentence says.
 
-What is sought for one sentence alone may lean on the words of that sentence: where they stand in
-front of the subject, the subject's token has read them. In a sentence that begins with the subject
-it has not, and what is asked comes later.
+What is sought for one sentence alone may lean on the words of that sentence. Where they stand in
+front of the subject, the subject's token has read them; in a sentence that begins with the subject
+it has not, and what is asked comes later. And a statement leads to its answer by its last words,
+which a question does not have.
 """
 
 from __future__ import annotations
 
+import unicodedata
 from collections.abc import Sequence
 
 from hiedit_env.errors import PromptError
@@ -40,10 +42,34 @@ def subject_first(prompt: str, subject: str) -> str | None:
     return f"{subject}: {rest[0].upper()}{rest[1:]}"
 
 
+def questions(prompt: str, subject: str) -> tuple[str, ...]:
+    """A prompt as a question, alone and with the beginning of an answer behind it.
+
+    Of a prompt that holds a question, what stands behind it is left out, unless the subject does.
+    Without those that are the prompt itself.
+
+    >>> questions("The capital of Norland is", "Norland")
+    ('The capital of Norland is what?', 'The capital of Norland is what? It is')
+    >>> questions("Where is Norland?", "Norland")
+    ('Where is Norland? It is',)
+    >>> questions("Where is Norland? It lies in", "Norland")
+    ('Where is Norland?', 'Where is Norland? It is')
+    """
+    text = prompt.rstrip()
+    marks = [i for i, letter in enumerate(text) if "QUESTION MARK" in unicodedata.name(letter, "")]
+    question = text[: marks[-1] + 1] if marks else ""
+    if not mentions(question, subject):
+        question = f"{text} what?"
+    both = question, f"{question} {PRONOUN.capitalize()} is"
+    return tuple(one for one in both if one != text)
+
+
 def rewordings(
     encoder: PromptEncoder, prompts: Sequence[EncodedPrompt], forms: Sequence[AskedForm]
 ) -> list[EncodedPrompt]:
-    """A fact's prompt with its subject first, in some of the forms in which the fact is asked.
+    """A fact's prompt in other sentences, in some of the forms in which the fact is asked.
+
+    With its subject first in every form, and as questions in plain form.
 
     Args:
         encoder: The model's.
@@ -61,12 +87,13 @@ def rewordings(
         return []
     start, stop = plain.subject_spans[-1]
     subject = encoder.decode(plain.prompt_ids[start:stop]).strip()
-    text = subject_first(plain.prompt, subject)
-    if text is None:
-        return []
+    texts: list[tuple[str | None, AskedForm]]
+    texts = [(subject_first(plain.prompt, subject), form) for form in forms]
+    if "plain" in forms:
+        texts += [(question, "plain") for question in questions(plain.prompt, subject)]
     found = []
-    for form in forms:
-        if not any(p.form == form for p in prompts):
+    for text, form in texts:
+        if text is None or not any(p.form == form for p in prompts):
             continue
         try:
             (encoded,) = encoder.encode_forms(text, plain.answer, form)

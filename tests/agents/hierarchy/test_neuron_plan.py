@@ -22,7 +22,7 @@ from hiedit_agents.hierarchy.neuron_plan import (
     _end_of,
     _Rows,
 )
-from hiedit_agents.hierarchy.reading_places import behind, where_met
+from hiedit_agents.hierarchy.reading_places import beginnings, behind, where_met
 from hiedit_env.errors import HieditWarning
 from hiedit_env.model.tokenization import EncodedPrompt
 from hiedit_env.resident.capture import Capture
@@ -309,6 +309,18 @@ def test_where_a_subjects_last_token_is_met_by_hand() -> None:
     assert [p.prompt_ids for p in where_met((9,), [*facts, *facts], 64)] == found
     assert [p.prompt_ids for p in where_met((9,), facts, 1)] == [(1, 2, 9)]
     assert where_met((), facts, 64) == ()
+
+
+def test_sentences_that_begin_alike_are_read_once() -> None:
+    def one(*ids: int, subject: int) -> EncodedPrompt:
+        return EncodedPrompt("p", "a", ids, (7,), subject_spans=((subject, subject + 1),))
+
+    prompt = one(1, 9, 4, subject=1)
+    sentences = [one(9, 2, 4, subject=0), one(1, 9, 5, 6, subject=1), one(9, 3, subject=0)]
+    assert [p.prompt_ids for p in beginnings(sentences, [prompt])] == [(9,)]
+    assert [p.prompt_ids for p in beginnings(sentences, [])] == [(9,), (1, 9)]
+    # A prompt whose subject is not known is no sentence to compare with.
+    assert beginnings([], [replace(prompt, subject_spans=())]) == []
 
 
 def test_the_latest_earlier_facts_are_looked_at() -> None:

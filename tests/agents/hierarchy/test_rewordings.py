@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import pytest
 
-from hiedit_agents.hierarchy.rewordings import rewordings, subject_first
+from hiedit_agents.hierarchy.rewordings import questions, rewordings, subject_first
 from hiedit_env.model.asking import PromptForm
 from hiedit_env.model.encoded import AskedForm, EncodedPrompt
 from hiedit_env.model.tokenization import PromptEncoder
@@ -43,13 +43,38 @@ def test_no_text_without_a_subject_or_with_nothing_else(prompt: str) -> None:
     assert subject_first(prompt, "Al") is None
 
 
+@pytest.mark.parametrize(
+    ("prompt", "question", "alone"),
+    [
+        ("The capital of Al is ", "The capital of Al is what?", True),
+        ("Who rules Al?", "Who rules Al?", False),
+        ("Who rules Al? Al is ruled by", "Who rules Al?", True),
+        ("Who rules Al? It is", "Who rules Al?", True),
+        ("Who knows? Al rules", "Who knows? Al rules what?", True),
+        ("谁统治Al？", "谁统治Al？", False),
+        ("من يحكم Al؟ هو", "من يحكم Al؟", True),
+    ],
+)
+def test_questions_by_hand(prompt: str, question: str, alone: bool) -> None:
+    wanted = [question] if alone else []
+    if not prompt.endswith("? It is"):
+        wanted.append(f"{question} It is")
+    assert questions(prompt, "Al") == tuple(wanted)
+
+
 @pytest.mark.parametrize("kind", ["byte", "sentencepiece"])
 def test_the_subject_is_read_in_front(kind: str) -> None:
     encoder = encoder_of(byte_level() if kind == "byte" else sentencepiece("first"))
     prompts = asked(encoder, "the name of Lyon is", "Lyon")
-    plain, chat = rewordings(encoder, prompts, FORMS)
+    plain, chat, alone, question = rewordings(encoder, prompts, FORMS)
     assert plain.prompt == "Lyon: The name of it is"
-    assert (plain.form, chat.form) == FORMS
+    assert (plain.form, chat.form, question.form) == (*FORMS, "plain")
+    assert alone.prompt == "the name of Lyon is what?"
+    assert question.prompt == "the name of Lyon is what? It is"
+    # Up to the subject the questions are the prompt itself.
+    for one in (alone, question):
+        end = one.subject_spans[-1][1]
+        assert one.prompt_ids[:end] == prompts[0].prompt_ids[: prompts[0].subject_spans[-1][1]]
     for one in (plain, chat):
         start, stop = one.subject_spans[-1]
         assert encoder.decode(one.prompt_ids[start:stop]).strip() == "Lyon"
@@ -61,8 +86,10 @@ def test_the_subject_is_read_in_front(kind: str) -> None:
 def test_only_forms_in_which_the_fact_is_asked() -> None:
     encoder = encoder_of(byte_level())
     prompts = asked(encoder, "the name of Lyon is", "Lyon", "plain")
-    assert [p.form for p in rewordings(encoder, prompts, FORMS)] == ["plain"]
+    assert [p.form for p in rewordings(encoder, prompts, FORMS)] == ["plain"] * 3
     assert rewordings(encoder, prompts, ("chat",)) == []
+    both = asked(encoder, "the name of Lyon is", "Lyon")
+    assert [p.form for p in rewordings(encoder, both, ("chat",))] == ["chat"]
 
 
 def test_nothing_is_made_without_a_subject_or_a_plain_prompt() -> None:
@@ -78,7 +105,9 @@ def test_a_subject_of_one_token_at_the_very_beginning_is_left_out() -> None:
     """All texts read their first token alike, so nothing is written there."""
     encoder = encoder_of(byte_level())
     prompts = asked(encoder, "the name of A is", "A")
-    assert [p.form for p in rewordings(encoder, prompts, FORMS)] == ["chat"]
+    found = rewordings(encoder, prompts, FORMS)
+    assert [p.form for p in found] == ["chat", "plain", "plain"]
+    assert found[2].prompt == "the name of A is what? It is"
 
 
 def test_a_text_that_is_too_long_is_left_out() -> None:
@@ -87,4 +116,4 @@ def test_a_text_that_is_too_long_is_left_out() -> None:
     prompts = asked(roomy, "the name of Lyon is", "Lyon")
     longest = max(len(p.prompt_ids) + len(p.answer_ids) for p in prompts)
     tight = PromptEncoder(tokenizer, max_length=longest)
-    assert [p.form for p in rewordings(tight, prompts, FORMS)] == ["plain"]
+    assert [p.form for p in rewordings(tight, prompts, FORMS)] == ["plain"] * 3
