@@ -106,7 +106,7 @@ def _are_related(one: Path, two: Path, stamp: object) -> bool:
     from hiedit_env.model.folders import DTYPES, stored_tensors, weight_files
 
     first, second = (
-        {t.name: t for file in weight_files(folder) for t in stored_tensors(file)}
+        {_within(t.name): t for file in weight_files(folder) for t in stored_tensors(file)}
         for folder in (one, two)
     )
     # Tokens may have been added.
@@ -124,6 +124,15 @@ def _are_related(one: Path, two: Path, stamp: object) -> bool:
         for tensors in (first, second)
     ]
     return len(samples[0]) == len(samples[1]) and cosine(*samples) >= RELATED
+
+
+def _within(name: str) -> str:
+    """The name of a tensor within the decoder, which may have been saved without its head.
+
+    >>> _within("model.layers.0.mlp.up_proj.weight"), _within("layers.0.mlp.up_proj.weight")
+    ('layers.0.mlp.up_proj.weight', 'layers.0.mlp.up_proj.weight')
+    """
+    return name.removeprefix("model.")
 
 
 def _without_numbers(name: str) -> str:
