@@ -319,6 +319,18 @@ def require_shapes(
         )
 
 
+def unread_weights(names: Collection[str], source: str) -> str:
+    """One line about weights in the files that the model has no place for.
+
+    >>> unread_weights({"b", "a"}, "DIR")
+    "2 weights in DIR, such as 'a', have no place in the model and stay as they are"
+    """
+    return (
+        f"{len(names)} weights in {source}, such as {min(names)!r}, have no place in the model and "
+        "stay as they are"
+    )
+
+
 def require_finite(model: nn.Module, source: str) -> None:
     """Refuses a loaded model whose weights hold NaN or infinity.
 
