@@ -261,6 +261,19 @@ def test_what_cannot_be_edited_is_refused_before_loading(
     assert not (tmp_path / "out").exists()
 
 
+def test_tokens_added_to_the_tokenizer_alone_are_named(
+    tmp_path: Path, model: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words: Any = AutoTokenizer.from_pretrained(model)
+    words.add_tokens([FACT["answer"]])
+    words.save_pretrained(model)
+    assert edit(tmp_path, model) == 2
+    [line] = errors(capsys)
+    assert "row 0: answer" in line
+    assert "model.resize_token_embeddings(len(tokenizer))" in line
+    assert not (tmp_path / "out").exists()
+
+
 def test_a_result_inside_the_model_is_refused(
     tmp_path: Path, model: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
