@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 import numpy as np
 
 from hiedit_env.datasets.requests import Probe, Request
-from hiedit_env.model.asking import mentions
+from hiedit_env.datasets.writing import mentions
 from hiedit_env.model.sampling import beginnings, sampled_texts
 from hiedit_env.model.tokenization import EncodedPrompt, PromptEncoder
 from hiedit_env.resident.resident import ResidentLLM

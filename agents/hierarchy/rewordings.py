@@ -11,8 +11,9 @@ from __future__ import annotations
 import unicodedata
 from collections.abc import Sequence
 
+from hiedit_env.datasets.writing import mentions
 from hiedit_env.errors import PromptError
-from hiedit_env.model.asking import has_markers, mentions
+from hiedit_env.model.asking import has_markers
 from hiedit_env.model.encoded import AskedForm
 from hiedit_env.model.tokenization import EncodedPrompt, PromptEncoder
 

@@ -3,7 +3,8 @@
 An agent fits where its candidate layers are there with their shapes, the tokenizer reads a text as
 in training, and the weights are those it was trained for, or close relatives: edited, fine-tuned or
 in another dtype. Closeness is the cosine of a few fixed entries of every candidate matrix with
-those in the agent's record. Only headers, these entries and the tokenizer are read.
+those in the agent's record, but for the quarter of them that differ most. Only headers, these
+entries and the tokenizer are read.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from hiedit_agents.named.checkpoints import LEVELS, PANGRAM, kind_of, read_recor
 from hiedit_env.errors import HieditError
 from hiedit_env.files import parse_json
 from hiedit_env.model.folders import DTYPES, StoredTensor, stored_tensors, weight_files
-from hiedit_env.model.relatives import RELATED, cosine, file_stamp, sample
+from hiedit_env.model.relatives import RELATED, closeness, cosine, file_stamp, sample
 from hiedit_env.model.saving import find_folder
 from hiedit_env.model.tokenization import PromptEncoder
 
@@ -99,10 +100,11 @@ def _why(record: Mapping[str, Any], folder: Path) -> str | None:
     if not wanted:
         return f"layers, shapes and tokenizer are those of {original}, for which it was trained"
     found = [sample(place.read()) for place in places]
-    close = cosine([x for layer in wanted for x in layer], [x for layer in found for x in layer])
+    one, two = ([x for layer in layers for x in layer] for layers in (wanted, found))
+    close = closeness(one, two)
     if close < RELATED:
         return None
-    if close > 1 - 1e-9:
+    if cosine(one, two) > 1 - 1e-9:
         return f"the weights are those of {original}, for which it was trained"
     return (
         f"the weights are those of {original}, for which it was trained, edited, fine-tuned or "

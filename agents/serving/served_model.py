@@ -43,7 +43,10 @@ class ServedModel:
         llm = editor.llm
         # A fast tokenizer breaks when two threads use it: the editor has the original one.
         self._encoder = PromptEncoder(
-            copy.deepcopy(editor.tokenizer), llm.encoder.max_length, llm.encoder.end_id
+            copy.deepcopy(editor.tokenizer),
+            llm.encoder.max_length,
+            llm.encoder.end_id,
+            llm.encoder.vocabulary,
         )
         self._tokenizing = threading.Lock()
         ends = end_ids(editor.model, llm.encoder) if ends is None else ends

@@ -262,6 +262,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     # Read by OpenMP when torch is imported. Threads that spin while they wait make a step ten times
     # slower as soon as another program wants the same cores.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    # Read by transformers when it is imported: what it says about a model in tables and advice of
+    # its own, this program says in one line.
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     replace_what_cannot_be_encoded()
     # So that module:Class finds modules of the working folder, as "python -m" does.
     if "" not in sys.path and os.getcwd() not in sys.path:

@@ -13,7 +13,7 @@ from hiedit_env.datasets.load import load_requests
 from hiedit_env.errors import PromptError, SettingsError
 from hiedit_env.model.generation import generate
 from hiedit_env.model.loading import load_model
-from hiedit_env.model.tokenization import PromptEncoder
+from hiedit_env.model.tokenization import PromptEncoder, vocabulary_size
 
 #: Tokens of an answer that are compared.
 TOKENS = 16
@@ -75,7 +75,7 @@ def _answers(name: str, questions: Sequence[tuple[str, bool]]) -> list[str | Non
     """Greedy continuations; None where a model cannot be asked."""
     loaded = load_model(name, progress=False)
     limit = getattr(loaded.model.config, "max_position_embeddings", None)
-    encoder = PromptEncoder(loaded.tokenizer, limit)
+    encoder = PromptEncoder(loaded.tokenizer, limit, vocabulary=vocabulary_size(loaded.model))
     chats = has_template(loaded.tokenizer)
     answers: list[str | None] = [None] * len(questions)
     places, encoded = [], []

@@ -183,12 +183,13 @@ def _compare(llm: ResidentLLM, model: Any, matrices: Sequence[EditedMatrix]) -> 
         if name in edited:
             place = edited[name].places[0]
             expected = edited[name].stored(place, place.read())
-            found = found.to(expected.dtype)
         if expected.shape != found.shape:
             lines.append(f"parameter {name!r} has shape {tuple(found.shape)} in the saved model")
             continue
-        # Loading in a wider dtype changes nothing, in a narrower one it rounds both alike.
-        gap = difference(expected.cpu(), found.to(expected.dtype).cpu())
+        # Loading in a wider dtype changes nothing, in a narrower one it rounds both alike. A folder
+        # may store some parameters in a wider dtype than the one that all are loaded in again.
+        narrow = min(expected.dtype, found.dtype, key=lambda kind: kind.itemsize)
+        gap = difference(expected.to(narrow).cpu(), found.to(narrow).cpu())
         if gap is not None:
             lines.append(f"parameter {name!r} differs by up to {gap:.3g} in the saved model")
     lines.sort()

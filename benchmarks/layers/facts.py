@@ -9,9 +9,9 @@ from typing import Self
 import numpy as np
 
 from hiedit_env.datasets.requests import Request
+from hiedit_env.datasets.writing import mentions
 from hiedit_env.errors import DatasetError, PromptError
 from hiedit_env.evaluation.unedited import UneditedModel
-from hiedit_env.model.asking import mentions
 from hiedit_env.model.tokenization import EncodedPrompt, PromptEncoder
 
 #: Most unrelated, and most subject-swapped prompts per fact.

@@ -14,7 +14,7 @@ from typing import IO, BinaryIO
 from hiedit_env.datasets.formats import recognise
 from hiedit_env.datasets.named_pipes import open_stream
 from hiedit_env.datasets.other_files import kind_by_start, remedy_by_ending
-from hiedit_env.datasets.refused import refusal
+from hiedit_env.datasets.refused import is_by_columns, refusal
 from hiedit_env.errors import DatasetError
 
 #: The largest file, in bytes, and the longest line of a ``.jsonl`` file; more is refused before it
@@ -214,7 +214,13 @@ def _document(text: str, label: str) -> list[object]:
         return document
     if not isinstance(document, dict):
         raise DatasetError(f"{label} must hold a list of rows, got {json.dumps(document)[:60]}")
-    if recognise(document):  # a single row: its own lists are paraphrases, not rows
+    known = recognise(document)
+    if (known or "columns" in document) and is_by_columns(document):
+        raise DatasetError(
+            f"{label} is a table stored by columns; write it row by row, in pandas with "
+            f'to_json("facts.json", orient="records")'
+        )
+    if known:  # a single row: its own lists are paraphrases, not rows
         return [document]
     refused = refusal(document)
     if refused is not None:

@@ -19,6 +19,7 @@ _BY_ENDING: dict[str, str] = {
 } | dict.fromkeys((".gz", ".bz2", ".xz", ".zst", ".zip", ".tar", ".tgz", ".7z"), _UNPACK)
 
 _COMPRESSED = "compressed; " + _UNPACK
+_PAGE = "a page of HTML; download the file itself"
 _UTF16 = "UTF-16 or UTF-32 text; save it as UTF-8"
 #: In this order, since the first bytes of UTF-32 begin with those of UTF-16.
 _BY_START: tuple[tuple[bytes, str], ...] = (
@@ -29,6 +30,10 @@ _BY_START: tuple[tuple[bytes, str], ...] = (
     (b"BZh", _COMPRESSED),
     (b"\xfd7zXZ", _COMPRESSED),
     (b"\x28\xb5\x2f\xfd", _COMPRESSED),
+    (b"version https://", "a pointer of Git LFS; fetch the file with 'git lfs pull'"),
+    (b"<!DOCTYPE html", _PAGE),
+    (b"<!doctype html", _PAGE),
+    (b"<html", _PAGE),
     (b"SQLite format 3", "a database of SQLite; write its rows as JSON"),
     (b"\xff\xfe", _UTF16),
     (b"\xfe\xff", _UTF16),

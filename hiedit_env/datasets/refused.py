@@ -87,3 +87,16 @@ def refusal(fields: Mapping[str, object]) -> str | None:
             f"such as {next(iter(fields))!r}, to a file"
         )
     return None
+
+
+def is_by_columns(document: Mapping[str, object]) -> bool:
+    """Whether a document is a table stored column by column, as pandas writes it by default.
+
+    >>> is_by_columns({"prompt": {"0": "Rome is in"}, "answer": {"0": "Peru"}})
+    True
+    """
+    if {"columns", "data"} <= document.keys():
+        return True
+    columns = [value for value in document.values() if isinstance(value, Mapping | list)]
+    # The only field of a row that holds an object or a list where others hold the prompt.
+    return 1 < len(columns) == len(document) and "requested_rewrite" not in document

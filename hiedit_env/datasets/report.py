@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from hiedit_env.datasets.requests import Request
+from hiedit_env.datasets.writing import ZERO_WIDTH, comparable, mentions
 
 #: Examples that a line names before it only counts.
 _NAMED = 3
@@ -13,7 +14,7 @@ _NAMED = 3
 
 @dataclass(frozen=True, slots=True)
 class Repetition:
-    """Two requests that ask the same prompt.
+    """Two requests that ask the same prompt, but for case and white space.
 
     Args:
         first: The earlier request.
@@ -105,7 +106,13 @@ class DatasetReport:
                 f"{self.name}: {len(self.duplicates)} facts repeat an earlier one: "
                 f"{_some(self.duplicates)}"
             )
-        spaced = [r for r in self.requests if r.prompt[-1:].isspace() and r.prompt[-1] != "\n"]
+        lost = [r for r in self.requests if not mentions(r.prompt, r.subject)]
+        if lost:
+            lines.append(
+                f"{self.name}: {len(lost)} facts name a subject that is not in their prompt "
+                f"(first: {_place(lost[0])}, {lost[0].subject!r:.60}): write it as it stands there"
+            )
+        spaced = [r for r in self.requests if _ends_in_a_space(r.prompt)]
         if spaced:
             lines.append(
                 f"{self.name}: {len(spaced)} prompts end in a space, which is kept as part of the "
@@ -126,6 +133,8 @@ class DatasetReport:
 def repetitions(requests: Sequence[Request]) -> tuple[Repetition, ...]:
     """Every request whose prompt an earlier one has, with the first of them.
 
+    Prompts are compared without regard to case and white space: the model takes them for one.
+
     >>> facts = [Request("Rome is in", "Peru", "Rome"), Request("Rome is in", "Chad", "Rome")]
     >>> repetitions(facts)[0].contradicts
     True
@@ -133,10 +142,15 @@ def repetitions(requests: Sequence[Request]) -> tuple[Repetition, ...]:
     first: dict[str, Request] = {}
     found = []
     for request in requests:
-        earlier = first.setdefault(request.prompt, request)
+        earlier = first.setdefault(comparable(request.prompt), request)
         if earlier is not request:
             found.append(Repetition(earlier, request))
     return tuple(found)
+
+
+def _ends_in_a_space(prompt: str) -> bool:
+    last = prompt[-1:]
+    return (last.isspace() and last != "\n") or last in ZERO_WIDTH
 
 
 def _place(request: Request) -> str:

@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 
 from hiedit_env.datasets.requests import Probe
-from hiedit_env.datasets.writing import MAX_CHARACTERS, is_blank
+from hiedit_env.datasets.writing import MAX_CHARACTERS, is_blank, trimmed
 from hiedit_env.errors import DatasetError
 
 Path = tuple[str, ...]
@@ -117,14 +117,14 @@ class Row:
             raise self.error(
                 field, f"has {len(value)} characters; at most {MAX_CHARACTERS} are read: shorten it"
             )
-        text = value.strip()
+        text = trimmed(value)
         if is_blank(text):
             raise self.error(field, "is empty")
         try:
             text.encode("utf-8")
         except UnicodeEncodeError:  # JSON allows half of a surrogate pair; no tokenizer does
             raise self.error(field, "holds an unpaired surrogate, which is not text") from None
-        return self._filled(field, value.lstrip()) if prompt else text
+        return self._filled(field, trimmed(value, end=False)) if prompt else text
 
     def _filled(self, field: str, text: str) -> str:
         def put(match: re.Match[str]) -> str:

@@ -11,6 +11,7 @@ from typing import TypeVar
 import numpy as np
 
 from hiedit_env.datasets.requests import Request
+from hiedit_env.datasets.writing import comparable
 from hiedit_env.errors import DatasetError, SettingsError, shown
 
 T = TypeVar("T")
@@ -33,13 +34,9 @@ def without(requests: Sequence[Request], kept: Sequence[Request]) -> list[Reques
     >>> without([fact], asked)[0].paraphrases
     ()
     """
-
-    def plain(text: str) -> str:
-        return " ".join(text.casefold().split())
-
-    subjects = {plain(request.subject) for request in kept}
+    subjects = {comparable(request.subject) for request in kept}
     asked = {
-        plain(text)
+        comparable(text)
         for request in kept
         for text in (
             request.prompt,
@@ -51,12 +48,12 @@ def without(requests: Sequence[Request], kept: Sequence[Request]) -> list[Reques
     return [
         replace(
             request,
-            paraphrases=tuple(t for t in request.paraphrases if plain(t) not in asked),
-            locality=tuple(p for p in request.locality if plain(p.prompt) not in asked),
-            portability=tuple(p for p in request.portability if plain(p.prompt) not in asked),
+            paraphrases=tuple(t for t in request.paraphrases if comparable(t) not in asked),
+            locality=tuple(p for p in request.locality if comparable(p.prompt) not in asked),
+            portability=tuple(p for p in request.portability if comparable(p.prompt) not in asked),
         )
         for request in requests
-        if plain(request.subject) not in subjects and plain(request.prompt) not in asked
+        if comparable(request.subject) not in subjects and comparable(request.prompt) not in asked
     ]
 
 

@@ -56,6 +56,13 @@ _UNSPACED = (
     (0x20000, 0x3FFFF),  # CJK extensions B and later
 )
 
+Span = tuple[int, int]
+"""First position and the position after the last, both from 0."""
+
+#: Characters of no width that stand where a text was copied from, and are no white space to Python:
+#: zero width space, word joiner, byte order mark.
+ZERO_WIDTH = "\u200b\u2060\ufeff"
+
 _LINE = "[\n\r\v\f\x1c-\x1e\x85\u2028\u2029]"
 
 
@@ -93,6 +100,29 @@ def is_blank(text: str) -> bool:
     return all(c.isspace() or unicodedata.category(c) in ("Cc", "Cf") for c in text)
 
 
+def trimmed(text: str, *, end: bool = True) -> str:
+    r"""The text without white space and :data:`ZERO_WIDTH` around it.
+
+    Args:
+        text: The text.
+        end: Whether its end is trimmed, too.
+
+    >>> trimmed("\ufeff Lyon\u200b "), trimmed("\ufeff Lyon ", end=False)
+    ('Lyon', 'Lyon ')
+    """
+    text = _LEADING.sub("", text)
+    return _LEADING.sub("", text[::-1])[::-1] if end else text
+
+
+def comparable(text: str) -> str:
+    """The text as it is compared where case, white space and Unicode's forms do not count.
+
+    >>> comparable(" ROME  lies in ") == comparable("Rome lies in")
+    True
+    """
+    return " ".join(unicodedata.normalize("NFC", text).casefold().split())
+
+
 def without_punctuation(text: str) -> str:
     """The text without its punctuation and its invisible format characters; nothing in their place.
 
@@ -106,6 +136,7 @@ def without_punctuation(text: str) -> str:
     )
 
 
+_LEADING = re.compile(f"^[\\s{ZERO_WIDTH}]+")
 _UNSPACED_CLASS = "".join(f"{chr(first)}-{chr(last)}" for first, last in _UNSPACED)
 _END = re.compile(
     f"{_LINE}|[{re.escape(_NARROW_ENDS)}](?=\\s|$|[{_UNSPACED_CLASS}])"
@@ -194,4 +225,45 @@ def _is_wide_mark(character: str) -> bool:
         character != ""
         and is_punctuation(character)
         and unicodedata.east_asian_width(character) in "WF"
+    )
+
+
+def mentions(text: str, subject: str) -> tuple[Span, ...]:
+    """Find every mention of a subject in a text, as spans of characters.
+
+    Mentions in the same case, or, if there is none, in any case. A subject inside another word is
+    no mention. Where a word ends is read from Unicode's categories: a letter, mark or number goes
+    on into the next one, unless either belongs to a script without spaces between words. Korean
+    particles stand right behind their word, so Hangul is no obstacle there.
+
+    >>> mentions("Al met Albert; al left", "Al")
+    ((0, 2),)
+    >>> mentions("Albert left", "Al"), mentions("東京の首都", "東京"), mentions("서울은", "서울")
+    ((), ((0, 2),), ((0, 2),))
+    """
+    wanted = subject.strip()
+    if not wanted:
+        return ()
+    for flags in (re.NOFLAG, re.IGNORECASE):
+        spans = [match.span() for match in re.finditer(re.escape(wanted), text, flags)]
+        found = tuple(span for span in spans if _is_whole(text, *span))
+        if found:
+            return found
+    return ()
+
+
+def _is_whole(text: str, start: int, end: int) -> bool:
+    """Whether what stands there is no part of a longer word."""
+    if start > 0 and _goes_on(text[start - 1], text[start]):
+        return False
+    if end == len(text) or not _goes_on(text[end - 1], text[end]):
+        return True
+    return unicodedata.name(text[end], "").startswith("HANGUL")
+
+
+def _goes_on(one: str, other: str) -> bool:
+    """Whether two neighbouring characters belong to one word."""
+    return all(
+        unicodedata.category(character)[0] in "LMN" and not is_unspaced(character)
+        for character in (one, other)
     )

@@ -6,9 +6,10 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 
 from hiedit_env.datasets.requests import NEIGHBOUR, Probe, Request
+from hiedit_env.datasets.writing import mentions
 from hiedit_env.errors import PromptError, SettingsError
 from hiedit_env.evaluation.names import AskedForm, Metric, metric_in, portability_of
-from hiedit_env.model.asking import chat_text, has_markers, mentions
+from hiedit_env.model.asking import chat_text, has_markers
 from hiedit_env.model.tokenization import EncodedPrompt
 from hiedit_env.resident.resident import ResidentLLM
 

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import re
-import unicodedata
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Literal, cast
 
 from jinja2 import TemplateError
 
 from hiedit_env.datasets.requests import PromptForm as PromptForm  # where callers look for it
-from hiedit_env.datasets.writing import is_unspaced
+from hiedit_env.datasets.writing import Span, mentions
 from hiedit_env.errors import PromptError
 
 if TYPE_CHECKING:
@@ -22,9 +20,6 @@ last, or the last of the subject."""
 
 # An answer that no template contains.
 _REPLY = "Lyon it is, says hiedit"
-
-Span = tuple[int, int]
-"""First position and the position after the last, both from 0."""
 
 
 def chat_text(tokenizer: PreTrainedTokenizerBase, prompt: str, system: str | None = None) -> str:
@@ -103,47 +98,6 @@ def has_markers(tokenizer: PreTrainedTokenizerBase, prompt: str) -> bool:
     what anybody asks.
     """
     return any(len(token) > 2 and token in prompt for token in tokenizer.all_special_tokens)
-
-
-def mentions(text: str, subject: str) -> tuple[Span, ...]:
-    """Find every mention of a subject in a text, as spans of characters.
-
-    Mentions in the same case, or, if there is none, in any case. A subject inside another word is
-    no mention. Where a word ends is read from Unicode's categories: a letter, mark or number goes
-    on into the next one, unless either belongs to a script without spaces between words. Korean
-    particles stand right behind their word, so Hangul is no obstacle there.
-
-    >>> mentions("Al met Albert; al left", "Al")
-    ((0, 2),)
-    >>> mentions("Albert left", "Al"), mentions("東京の首都", "東京"), mentions("서울은", "서울")
-    ((), ((0, 2),), ((0, 2),))
-    """
-    wanted = subject.strip()
-    if not wanted:
-        return ()
-    for flags in (re.NOFLAG, re.IGNORECASE):
-        spans = [match.span() for match in re.finditer(re.escape(wanted), text, flags)]
-        found = tuple(span for span in spans if _is_whole(text, *span))
-        if found:
-            return found
-    return ()
-
-
-def _is_whole(text: str, start: int, end: int) -> bool:
-    """Whether what stands there is no part of a longer word."""
-    if start > 0 and _goes_on(text[start - 1], text[start]):
-        return False
-    if end == len(text) or not _goes_on(text[end - 1], text[end]):
-        return True
-    return unicodedata.name(text[end], "").startswith("HANGUL")
-
-
-def _goes_on(one: str, other: str) -> bool:
-    """Whether two neighbouring characters belong to one word."""
-    return all(
-        unicodedata.category(character)[0] in "LMN" and not is_unspaced(character)
-        for character in (one, other)
-    )
 
 
 def token_spans(

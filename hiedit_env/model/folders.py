@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import os
+import re
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,6 +29,11 @@ OTHER_WEIGHTS = (
     *("*.gguf", "pytorch_model*.bin", "tf_model*.h5", "flax_model*.msgpack", "*.ckpt"),
     *("consolidated*.pth", "consolidated*.safetensors", "pytorch_model.bin.index.json"),
 )
+#: Weights that were exported for other programs, from which transformers makes no model.
+EXPORTED_WEIGHTS = (
+    *("*.onnx", "*.onnx_data*", "*.ort", "*.ot", "*.tflite", "*.mlmodel"),
+    *("openvino_*model*.bin", "openvino_*model*.xml"),
+)
 #: Dtypes of weights that can be edited: name in a safetensors header → dtype.
 DTYPES: Mapping[str, torch.dtype] = {
     "F64": torch.float64,
@@ -37,9 +43,15 @@ DTYPES: Mapping[str, torch.dtype] = {
 }
 _ADAPTER = "adapter_config.json"
 #: Files in which earlier versions of GPTQ and AWQ say that weights are quantised.
-_QUANTIZED = ("quantize_config.json", "quant_config.json")
+_QUANTIZED = ("quantize_config.json", "quant_config.json", "hf_quant_config.json")
 _MAX_HEADER = 100_000_000
 _LFS = b"version "  # https://git-lfs.com/spec/v1 begins a pointer with it
+#: Files that loading reads, and that a copy without Git LFS has as pointers only.
+_MAY_BE_POINTERS = (
+    *("config.json", INDEX, "tokenizer.json", "tokenizer_config.json", "tokenizer.model"),
+    *("vocab.json", "merges.txt"),
+)
+_SHARD = re.compile(r".+-\d+-of-\d+\.safetensors")
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,10 +103,7 @@ def stored_tensors(file: Path) -> list[StoredTensor]:
         with file.open("rb") as opened:
             start = opened.read(8)
             if start == _LFS:
-                raise ModelError(
-                    f"{file} is a pointer of Git LFS in the place of the weights; fetch them with "
-                    "'git lfs pull'"
-                )
+                raise _pointer(file)
             length = int.from_bytes(start, "little")
             if not 2 <= length <= min(size - 8, _MAX_HEADER):
                 raise ValueError(f"a header of {length} bytes in a file of {size}")
@@ -124,6 +133,12 @@ def stored_tensors(file: Path) -> list[StoredTensor]:
             f"{file} cannot be read as safetensors: {error}; copy the file again"
         ) from error
     return sorted(found, key=lambda tensor: tensor.start)
+
+
+def _pointer(file: Path) -> ModelError:
+    return ModelError(
+        f"{file} is a pointer of Git LFS in the place of the file; fetch it with 'git lfs pull'"
+    )
 
 
 def weight_files(folder: Path) -> list[Path]:
@@ -156,8 +171,9 @@ def check_folder(folder: Path) -> None:
     """Refuses folders that hold something else than one whole model in safetensors.
 
     Raises:
-        ModelError: an adapter, quantised weights, weights in other formats only, or a damaged
-            tokenizer.json or file of weights; names the file and the remedy.
+        ModelError: an adapter, quantised weights, weights in other formats or under other names
+            only, a pointer of Git LFS, or a damaged tokenizer.json or file of weights; names the
+            file and the remedy.
     """
     if (folder / _ADAPTER).exists():
         whole = (folder / "config.json").is_file()
@@ -177,6 +193,9 @@ def check_folder(folder: Path) -> None:
                 f"{folder / name} says that the weights are quantised, and quantised weights "
                 "cannot be edited; edit the model they were made from, then quantise the result"
             )
+    for name in _MAY_BE_POINTERS:
+        if (folder / name).is_file() and _start(folder / name, len(_LFS)) == _LFS:
+            raise _pointer(folder / name)
     _check_tokenizer(folder / "tokenizer.json")
     config = _read_json(folder / "config.json")
     refuse_quantized(config, str(folder))
@@ -194,6 +213,32 @@ def check_folder(folder: Path) -> None:
             f"*.safetensors; save it anew with AutoModelForCausalLM.from_pretrained({str(folder)!r}"
             f"{option}).save_pretrained(DIR), and its tokenizer likewise, then edit DIR"
         )
+    _refuse_names(folder)
+
+
+def _refuse_names(folder: Path) -> None:
+    """Refuses a folder whose safetensors files have names that transformers does not look for."""
+    names = sorted(path.name for path in folder.glob("*.safetensors"))
+    if not names:
+        return
+    if shards := [name for name in names if _SHARD.fullmatch(name)]:
+        raise ModelError(
+            f"folder {str(folder)!r} holds {shards[0]} but no {INDEX}, which says where each "
+            "weight is stored; copy it, too"
+        )
+    raise ModelError(
+        f"folder {str(folder)!r} holds its weights as {names[0]}, a name that transformers does "
+        f"not look for; rename it to {WEIGHTS}"
+    )
+
+
+def _start(file: Path, length: int) -> bytes:
+    """The first bytes of a file; none where it cannot be read, which loading will say."""
+    try:
+        with file.open("rb") as opened:
+            return opened.read(length)
+    except OSError:
+        return b""
 
 
 def refuse_quantized(config: Mapping[str, Any], name: str) -> None:
@@ -207,12 +252,14 @@ def refuse_quantized(config: Mapping[str, Any], name: str) -> None:
         ModelError: names the method and the remedy.
     """
     for part in (config, *(v for v in config.values() if isinstance(v, Mapping))):
-        for key in ("quantization_config", "compression_config"):
+        for key in ("quantization_config", "compression_config", "quantization"):
             settings = part.get(key)
             if not settings:
                 continue
             method = "unknown method"
-            if isinstance(settings, Mapping):
+            if key == "quantization":  # as MLX writes it
+                method = "MLX"
+            elif isinstance(settings, Mapping):
                 bits = [key for key in settings if str(key).startswith("load_in")]
                 method = settings.get("quant_method") or (bits and "bitsandbytes") or method
             raise ModelError(
@@ -270,6 +317,18 @@ def require_shapes(
             f"the weights in {source} do not fit config.json: {name!r} has the shape "
             f"{tuple(stored)}, where {kind} needs {tuple(wanted)}; copy both from one place"
         )
+
+
+def unread_weights(names: Collection[str], source: str) -> str:
+    """One line about weights in the files that the model has no place for.
+
+    >>> unread_weights({"b", "a"}, "DIR")
+    "2 weights in DIR, such as 'a', have no place in the model and stay as they are"
+    """
+    return (
+        f"{len(names)} weights in {source}, such as {min(names)!r}, have no place in the model and "
+        "stay as they are"
+    )
 
 
 def require_finite(model: nn.Module, source: str) -> None:

@@ -46,6 +46,7 @@ from hiedit_env.model.folders import (
     require_decoder,
     require_finite,
     require_shapes,
+    unread_weights,
 )
 from hiedit_env.model.memory_budget import (
     auto_class,
@@ -159,7 +160,10 @@ def load_model(
                     trust_remote_code=trust_remote_code,
                 )
                 require_memory(name, needed, place, progress, check, tokens)
-            model = _read_weights(auto_class(config), source, torch_dtype, shared).to(place)
+            model, unread = _read_weights(auto_class(config), source, torch_dtype, shared)
+            if unread and progress:
+                print(unread_weights(unread, source), file=sys.stderr)
+            model = model.to(place)
         except torch.OutOfMemoryError as error:
             raise NotEnoughMemoryError(f"model {name!r} on {device}: {error}") from error
         except HieditError:
@@ -296,6 +300,7 @@ def _find_on_hub(name: str, so_far: str) -> tuple[str, bool]:
 
 
 def _read_weights(auto: Any, source: str, dtype: torch.dtype, shared: dict[str, bool]) -> Any:
+    """The model, and names of weights in the files that it has no place for."""
     # Other shapes are refused here, by their names.
     settings = {
         "use_safetensors": True,
@@ -311,7 +316,7 @@ def _read_weights(auto: Any, source: str, dtype: torch.dtype, shared: dict[str, 
             f"among them {lacking[0]!r}; it may be another kind of model, or incomplete"
         )
     require_finite(model, source)
-    return model
+    return model, report["unexpected_keys"]
 
 
 def _smollm2_folder(progress: bool) -> Path:

@@ -23,7 +23,7 @@ from hiedit_env.model.built_in import BUILT_IN, LAYER_SELECTION, BuiltIn, built_
 if TYPE_CHECKING:
     from torch import Tensor
 
-#: Cosine of the sampled entries from which weights count as relatives; strangers are near 0.
+#: Closeness of the sampled entries from which weights count as relatives; strangers are near 0.4.
 RELATED = 0.9
 #: Entries of a matrix that are compared.
 _ENTRIES = 16
@@ -106,7 +106,7 @@ def _are_related(one: Path, two: Path, stamp: object) -> bool:
     from hiedit_env.model.folders import DTYPES, stored_tensors, weight_files
 
     first, second = (
-        {t.name: t for file in weight_files(folder) for t in stored_tensors(file)}
+        {_within(t.name): t for file in weight_files(folder) for t in stored_tensors(file)}
         for folder in (one, two)
     )
     # Tokens may have been added.
@@ -123,7 +123,16 @@ def _are_related(one: Path, two: Path, stamp: object) -> bool:
         [x for name in few if tensors[name].dtype in DTYPES for x in sample(tensors[name].read())]
         for tensors in (first, second)
     ]
-    return len(samples[0]) == len(samples[1]) and cosine(*samples) >= RELATED
+    return len(samples[0]) == len(samples[1]) and closeness(*samples) >= RELATED
+
+
+def _within(name: str) -> str:
+    """The name of a tensor within the decoder, which may have been saved without its head.
+
+    >>> _within("model.layers.0.mlp.up_proj.weight"), _within("layers.0.mlp.up_proj.weight")
+    ('layers.0.mlp.up_proj.weight', 'layers.0.mlp.up_proj.weight')
+    """
+    return name.removeprefix("model.")
 
 
 def _without_numbers(name: str) -> str:
@@ -141,6 +150,20 @@ def sample(matrix: Tensor) -> list[float]:
     flat = matrix.detach().flatten()
     places = [i * (flat.numel() - 1) // (_ENTRIES - 1) for i in range(_ENTRIES)]
     return [float(f"{value:.5g}") for value in flat[places].double().tolist()]
+
+
+def closeness(one: Sequence[float], two: Sequence[float]) -> float:
+    """The cosine, or that without the quarter of entries that differ most, if it is larger.
+
+    An edit may write a few rows anew, in which entries are many times larger than elsewhere: one of
+    them in the sample would hide that all others are the same.
+
+    >>> closeness([1.0, 2.0, 3.0, 4.0], [1.0, 2.0, -90.0, 4.0])
+    1.0
+    """
+    pairs = sorted(zip(one, two, strict=True), key=lambda pair: abs(pair[0] - pair[1]))
+    kept = pairs[: len(pairs) - len(pairs) // 4]
+    return max(cosine(one, two), cosine([a for a, _ in kept], [b for _, b in kept]))
 
 
 def cosine(one: Sequence[float], two: Sequence[float]) -> float:

@@ -25,6 +25,7 @@ from torch import Tensor
 from hiedit_env.errors import HieditWarning, ModelError
 from hiedit_env.model.folders import (
     DTYPES,
+    EXPORTED_WEIGHTS,
     OTHER_WEIGHTS,
     StoredTensor,
     check_folder,
@@ -163,12 +164,20 @@ def locate(weights: Mapping[str, Tensor], folder: Path) -> dict[str, tuple[Store
             places = tuple(t for t in alike if torch.equal(t.read().to(value.dtype), value))
         if not any(place.file in used for place in places):
             raise ModelError(
-                f"the weights of {name!r} are stored in {folder} in another layout than they are "
-                "loaded in, so the folder cannot be edited; choose other --layers, or save the "
-                "loaded model with save_pretrained and edit that folder"
+                f"the weights of {name!r} are stored in {folder} {_how(stored, name)}, so the "
+                "folder cannot be edited; choose other --layers, or save the loaded model with "
+                "save_pretrained and edit that folder"
             )
         found[name] = places
     return found
+
+
+def _how(stored: Sequence[StoredTensor], name: str) -> str:
+    """How a parameter is stored that cannot be edited."""
+    for tensor in stored:
+        if tensor.name == name and tensor.dtype not in DTYPES:
+            return f"as {tensor.dtype}, where weights are edited as {', '.join(DTYPES)} only"
+    return "in another layout than they are loaded in"
 
 
 def save_edited(folder: Path, target: Path, matrices: Sequence[EditedMatrix]) -> list[str]:
@@ -314,7 +323,8 @@ def _all(folder: Path) -> Iterable[tuple[Path, str]]:
 
 
 def _other(path: Path) -> bool:
-    return any(fnmatch.fnmatch(path.name, pattern) for pattern in OTHER_WEIGHTS)
+    patterns = (*OTHER_WEIGHTS, *EXPORTED_WEIGHTS)
+    return any(fnmatch.fnmatch(path.name, pattern) for pattern in patterns)
 
 
 def _is_own(path: Path, folder: Path) -> bool:

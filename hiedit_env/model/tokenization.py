@@ -41,7 +41,7 @@ from hiedit_env.model.encoded import EncodedPrompt as EncodedPrompt
 from hiedit_env.model.likely_subjects import settled_subject
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 # Remembered encodings per encoder: about 2 kB each, and more than an episode of editing asks for.
 _REMEMBERED = 16_384
@@ -67,6 +67,8 @@ class PromptEncoder:
         max_length: The model's context length in tokens; ``None`` for no limit.
         end_id: The token that ends the model's turn, put behind every answer's tokens (so it is
             predicted like them); ``None`` for none. An answer whose text ends in it gets no second.
+        vocabulary: How many tokens the model has a vector for, see :func:`vocabulary_size`;
+            ``None`` for no limit.
 
     Raises:
         SettingsError: if ``max_length`` is neither ``None`` nor a positive integer, or if
@@ -79,6 +81,7 @@ class PromptEncoder:
         tokenizer: PreTrainedTokenizerBase,
         max_length: int | None,
         end_id: int | None = None,
+        vocabulary: int | None = None,
     ) -> None:
         if max_length is not None and (type(max_length) is not int or max_length < 1):
             raise SettingsError(f"max_length must be a positive int or None, got {max_length!r}")
@@ -89,6 +92,7 @@ class PromptEncoder:
         self.end_id = end_id
         self.tokenizer = tokenizer
         self.max_length = max_length
+        self.vocabulary = vocabulary
         self._leading = _leading_special_ids(tokenizer)
         self._markers = _marker_ids(tokenizer)
         # Per instance, because the same text has other tokens under another tokenizer.
@@ -189,7 +193,8 @@ class PromptEncoder:
         return self._with_room(_plain_ids(self.tokenizer, text), text)
 
     def _with_room(self, ids: tuple[int, ...], text: str) -> tuple[int, ...]:
-        """Checks that an answer token fits behind a prompt."""
+        """Checks that the model knows all tokens, and that an answer token fits behind them."""
+        self._require_known(ids, "prompt", text)
         if self.max_length is not None and len(ids) >= self.max_length:
             raise PromptError(
                 f"prompt {first_words(text)!r} has {len(ids)} tokens and leaves no room for an "
@@ -237,6 +242,8 @@ class PromptEncoder:
             answer_ids = self._separate_answer_ids(own_ids, joined_ids, space, answer)
         if self.end_id is not None and answer_ids and answer_ids[-1] != self.end_id:
             answer_ids += (self.end_id,)
+        self._require_known(prompt_ids, "prompt", prompt)
+        self._require_known(answer_ids, "answer", answer)
         if self.max_length is not None and len(prompt_ids) + len(answer_ids) > self.max_length:
             raise PromptError(
                 f"prompt {first_words(prompt)!r} has {len(prompt_ids)} tokens and its answer "
@@ -244,6 +251,18 @@ class PromptEncoder:
             )
         form: AskedForm = "chat" if in_template else "plain"
         return EncodedPrompt(prompt, answer, prompt_ids, answer_ids, form)
+
+    def _require_known(self, ids: tuple[int, ...], name: str, text: str) -> None:
+        """Refuses tokens that were added to the tokenizer and not to the model."""
+        if self.vocabulary is None or max(ids, default=0) < self.vocabulary:
+            return
+        token = _decode(self.tokenizer, [max(ids)], skip_special_tokens=False)
+        raise PromptError(
+            f"{name} {first_words(text)!r} has the token {token!r}, number {max(ids)}, but the "
+            f"model has vectors for {self.vocabulary} tokens only: call "
+            "model.resize_token_embeddings(len(tokenizer)) and save both, or take the model's own "
+            "tokenizer"
+        )
 
     def _separate_answer_ids(
         self, own_ids: tuple[int, ...], joined_ids: tuple[int, ...], space: str, answer: str
@@ -270,6 +289,12 @@ class PromptEncoder:
             both = _plain_ids(self.tokenizer, anchor + answer)
             if both[: len(before)] == before:
                 yield both[len(before) :]
+
+
+def vocabulary_size(model: PreTrainedModel) -> int | None:
+    """How many tokens a model has a vector for; None if it does not say."""
+    vectors = getattr(model.get_input_embeddings(), "num_embeddings", None)
+    return vectors if isinstance(vectors, int) else None
 
 
 def _checked(text: object, name: str) -> str:

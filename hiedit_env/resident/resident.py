@@ -20,7 +20,7 @@ from hiedit_env.model.architectures import CandidateLayer
 from hiedit_env.model.batches import PromptBatch, length_buckets, make_batch
 from hiedit_env.model.generation import continuations, end_ids, text_of
 from hiedit_env.model.structure import text_config
-from hiedit_env.model.tokenization import EncodedPrompt, PromptEncoder
+from hiedit_env.model.tokenization import EncodedPrompt, PromptEncoder, vocabulary_size
 from hiedit_env.resident.capture import GradientRows, LayerRecorder, as_rows
 from hiedit_env.resident.forward_check import find_forward
 from hiedit_env.resident.low_rank import Updates, products
@@ -65,7 +65,7 @@ class ResidentLLM(EditableWeights):
         limit = getattr(text_config(model.config), "max_position_embeddings", None)
         # Some configurations say -1 for no limit.
         limit = limit if limit is None or limit > 0 else None
-        self.encoder = PromptEncoder(tokenizer, limit, end_id)
+        self.encoder = PromptEncoder(tokenizer, limit, end_id, vocabulary_size(model))
         self.cache = TensorCache(cache_bytes)
         self.first_block = min(layer.block for layer in self.layers)
         #: How the model is run, see :mod:`.forward_check`.

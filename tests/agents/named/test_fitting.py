@@ -12,6 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from hiedit_agents.named.checkpoints import read_record
 from hiedit_agents.named.fitting import SHIPPED, find_shipped
 from hiedit_agents.registry import default_agent, explain, make_agent, spec_agent
 from hiedit_benchmarks.commands.cli import main
@@ -67,6 +68,23 @@ def test_edited_weights_fit_and_it_is_said(folder: Path) -> None:
     fit = find_shipped("hiedit", str(folder))
     assert fit is not None
     assert "edited, fine-tuned or rounded (cosine 0.99" in fit.why
+
+
+def test_rows_that_were_written_anew_do_not_hide_the_model(folder: Path) -> None:
+    """As an agent writes them that gives a neuron to each fact: many times larger than others."""
+    rows = read_record(PLANTED)["model"]["shapes"][0][0] // 16
+
+    def edit(name: str, value: torch.Tensor) -> torch.Tensor:
+        value = value.clone()
+        if "mlp" in name:
+            value[:rows] = 40 * value.std()
+        return value
+
+    change(folder, edit)
+    fit = find_shipped("hiedit", str(folder))
+    assert fit is not None
+    assert "edited, fine-tuned or rounded (cosine " in fit.why
+    assert known_as(str(folder)) == "planted"
 
 
 def test_half_precision_fits(folder: Path) -> None:

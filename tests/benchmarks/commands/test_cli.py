@@ -21,6 +21,8 @@ from hiedit_benchmarks.commands import agents, cli
 from hiedit_benchmarks.commands.cli import main
 from hiedit_env.evaluation.matching import EXTRA_TOKENS
 from hiedit_env.model.loading import load_model
+from tests.support.models import tokenizer
+from tests.support.tiny_models import tiny_model
 
 FACTS = [
     {"subject": "Belka", "prompt": "Belka lives in", "answer": "Averlund"},
@@ -203,6 +205,25 @@ def test_waiting_threads_do_not_spin_unless_asked_to(
     monkeypatch.setattr(cli.Demo, "run", lambda _: seen.append(os.environ["OMP_WAIT_POLICY"]))
     assert main(["demo"]) == 0
     assert seen == [wanted]
+
+
+def test_a_model_that_cannot_be_edited_gets_one_line(facts: Path, tmp_path: Path) -> None:
+    """Of transformers, too, which says more about this model when it is asked to."""
+    tiny_model("reformer").save_pretrained(tmp_path / "model")
+    tokenizer().save_pretrained(tmp_path / "model")
+    words = ["--model", str(tmp_path / "model"), "--out", str(tmp_path / "out")]
+    program = [sys.executable, "-m", "hiedit_benchmarks.commands.cli", "edit"]
+    done = subprocess.run(
+        [*program, *words, "--facts", str(facts)],
+        capture_output=True,
+        text=True,
+        check=False,
+        env={name: v for name, v in os.environ.items() if name != "TRANSFORMERS_VERBOSITY"},
+    )
+    assert done.returncode == 2
+    *before, last = done.stderr.splitlines()
+    assert last.startswith("hiedit: error: ReformerModelWithLMHead cannot be edited")
+    assert [line for line in before if line and not line.startswith(("loading", "Loading"))] == []
 
 
 @pytest.mark.parametrize("command", [[], *([name] for name in cli.COMMANDS)])

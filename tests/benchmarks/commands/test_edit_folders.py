@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 from filelock import FileLock
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from hiedit_benchmarks.commands.cli import main
@@ -75,6 +75,23 @@ def test_half_precision_stays_and_is_asked_as_it_is_saved(
     made = again.generate(ids, max_new_tokens=4, do_sample=False)
     text = words.decode(made[0, ids.shape[1] :], skip_special_tokens=True)
     assert starts_with(text, FACT["answer"]) is record(out)["facts"][0]["given"] is True
+
+
+def test_a_folder_of_several_dtypes_is_verified(
+    tmp_path: Path, model: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = model / "model.safetensors"
+    values = {
+        name: value + 1e-4 if "norm" in name else value.to(torch.bfloat16)
+        for name, value in load_file(file).items()
+    }
+    save_file(values, file, metadata={"format": "pt"})
+    assert edit(tmp_path, model) == 0
+    printed = capsys.readouterr()
+    assert "identical bit for bit in bfloat16" in printed.out
+    assert "not verified" not in printed.out + printed.err
+    new = load_file(tmp_path / "out" / "model.safetensors")
+    assert {name: v.dtype for name, v in new.items()} == {n: v.dtype for n, v in values.items()}
 
 
 def test_the_last_line_counts_what_the_saved_model_gives(
@@ -241,6 +258,19 @@ def test_what_cannot_be_edited_is_refused_before_loading(
     assert edit(tmp_path, model) == 2
     (line,) = errors(capsys)
     assert message in line
+    assert not (tmp_path / "out").exists()
+
+
+def test_tokens_added_to_the_tokenizer_alone_are_named(
+    tmp_path: Path, model: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words: Any = AutoTokenizer.from_pretrained(model)
+    words.add_tokens([FACT["answer"]])
+    words.save_pretrained(model)
+    assert edit(tmp_path, model) == 2
+    [line] = errors(capsys)
+    assert "row 0: answer" in line
+    assert "model.resize_token_embeddings(len(tokenizer))" in line
     assert not (tmp_path / "out").exists()
 
 

@@ -213,6 +213,11 @@ def test_tables_are_refused_with_the_line_that_turns_them(
         # An empty frame of Zstandard (RFC 8878, section 3.1.1).
         (b"\x28\xb5\x2f\xfd\x20\x00\x01\x00\x00", "compressed; unpack it first"),
         (b"ARROW1\x00\x00", "an Arrow table; write it as one: pandas.read_feather(FILE)"),
+        (
+            b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n",
+            "a pointer of Git LFS; fetch",
+        ),
+        (b"<!DOCTYPE html>\n<html>", "a page of HTML; download the file itself"),
         (b"SQLite format 3\x00", "a database of SQLite; write its rows as JSON"),
         (b"PAR1\x15\x04", "a Parquet table; write it as one: pandas.read_parquet(FILE)"),
         (b"PK\x03\x04\x14", "a zip archive or an Excel table"),
@@ -243,6 +248,21 @@ def test_a_list_among_lines_and_other_names_of_lines(tmp_path: Path, name: str, 
     path = tmp_path / name
     path.write_text(text.replace("{row}", json.dumps(FACT)))
     assert [request.prompt for request in load_requests(path)] == [FACT["prompt"]] * 2
+
+
+@pytest.mark.parametrize(
+    "table",
+    [
+        {"prompt": {"0": "Rome is in", "1": "Oslo is in"}, "answer": {"0": "Peru", "1": "Chad"}},
+        {"prompt": ["Rome is in", "Oslo is in"], "answer": ["Peru", "Chad"]},
+        {"src": ["Where?"], "rephrase": ["And where?"], "ans": ["Here"]},
+        {"columns": ["prompt", "answer"], "index": [0], "data": [["Rome is in", "Peru"]]},
+    ],
+)
+def test_tables_stored_by_columns_are_called_so(tmp_path: Path, table: object) -> None:
+    path = write(tmp_path / "set.json", table)
+    with pytest.raises(DatasetError, match=r"is a table stored by columns; .*orient=\"records\""):
+        load_requests(path)
 
 
 def test_an_object_of_rows_under_their_names(tmp_path: Path) -> None:
@@ -322,6 +342,38 @@ def test_report_names_duplicates_and_contradictions(tmp_path: Path) -> None:
     assert report.counts["prompts"] == 2
     with pytest.warns(HieditWarning, match=r"a\.json: 1 facts contradict .*: row 3 repeats row 2"):
         load_requests(tmp_path / "a.json")
+
+
+@pytest.mark.parametrize("again", ["belka lives in", "Belka  lives in", "Belka lives in "])
+def test_prompts_that_differ_in_case_and_white_space_are_one(tmp_path: Path, again: str) -> None:
+    fact = {"prompt": "Belka lives in", "answer": "Istrand"}
+    report = read_dataset(write(tmp_path / "set.json", [fact, {"prompt": again, "answer": "Tol"}]))
+    assert [str(found) for found in report.contradictions] == [
+        "row 1 repeats row 0 with the answer 'Tol' for 'Istrand'"
+    ]
+
+
+@pytest.mark.parametrize("prompt", ["Belka lives in", "{0} lives in", "[X] lives in"])
+def test_report_names_a_subject_that_is_not_in_its_prompt(tmp_path: Path, prompt: str) -> None:
+    rows = [
+        {"prompt": "the home of corrin is", "answer": "Tol", "subject": "Corrin"},
+        {"prompt": prompt, "answer": "Istrand", "subject": "Corrin"},
+        {"prompt": "Where is it?", "answer": "Tol"},
+    ]
+    [line] = [
+        r
+        for r in read_dataset(write(tmp_path / "set.json", rows)).remarks()
+        if "name a subject" in r
+    ]
+    assert "1 facts name a subject that is not in their prompt (first: row 1, 'Corrin')" in line
+
+
+def test_characters_of_no_width_around_a_text_are_no_part_of_it(tmp_path: Path) -> None:
+    row = {"prompt": "\ufeffBelka lives in\u200b", "answer": "\u200b Istrand\ufeff"}
+    report = read_dataset(write(tmp_path / "set.json", [row]))
+    [request] = report.requests
+    assert (request.prompt, request.answer) == ("Belka lives in\u200b", "Istrand")
+    assert "1 prompts end in a space" in report.remarks()[0]
 
 
 def test_report_of_a_clean_file_says_nothing_is_wrong(tmp_path: Path) -> None:

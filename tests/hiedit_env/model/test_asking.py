@@ -8,8 +8,9 @@ import pytest
 from transformers import AutoTokenizer, ByT5Tokenizer
 from transformers import PreTrainedTokenizerBase as Base
 
+from hiedit_env.datasets.writing import mentions
 from hiedit_env.errors import PromptError, SettingsError
-from hiedit_env.model.asking import PromptForm, mentions
+from hiedit_env.model.asking import PromptForm
 from hiedit_env.model.tokenization import PromptEncoder
 from tests.hiedit_env.model.test_tokenization import byte_level, sentencepiece
 

@@ -69,7 +69,15 @@ def test_quantised_weights_are_refused_when_loading(folder: Path) -> None:
         load_model(str(folder), progress=False)
 
 
-@pytest.mark.parametrize("name", ["quantize_config.json", "quant_config.json"])
+def test_weights_that_mlx_quantised_are_refused(folder: Path) -> None:
+    change_config(folder, quantization={"group_size": 64, "bits": 4})
+    with pytest.raises(ModelError, match=r"quantised \(MLX, says quantization in config\.json\)"):
+        check_folder(folder)
+
+
+@pytest.mark.parametrize(
+    "name", ["quantize_config.json", "quant_config.json", "hf_quant_config.json"]
+)
 def test_old_files_of_quantisation(folder: Path, name: str) -> None:
     (folder / name).write_text("{}")
     with pytest.raises(ModelError, match=rf"{name} says that the weights are quantised"):
@@ -88,6 +96,26 @@ def test_weights_of_other_formats_are_refused_with_the_remedy(
 ) -> None:
     (folder / "model.safetensors").rename(folder / name)
     with pytest.raises(ModelError, match=rf"{name} and not as \*\.safetensors.*{remedy}"):
+        load_model(str(folder), progress=False)
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("model.fp16.safetensors", r"model\.fp16\.safetensors, .*; rename it to model\.saf"),
+        ("model-00001-of-00002.safetensors", r"model-00001-of.* but no model\..*index.*copy it"),
+    ],
+)
+def test_weights_under_names_that_are_not_looked_for(folder: Path, name: str, message: str) -> None:
+    (folder / "model.safetensors").rename(folder / name)
+    with pytest.raises(ModelError, match=message):
+        load_model(str(folder), progress=False)
+
+
+@pytest.mark.parametrize("name", ["config.json", "tokenizer.json", "model.safetensors"])
+def test_pointers_of_git_lfs_are_named(folder: Path, name: str) -> None:
+    (folder / name).write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\n")
+    with pytest.raises(ModelError, match=rf"{name} is a pointer of Git LFS.*git lfs pull"):
         load_model(str(folder), progress=False)
 
 

@@ -14,6 +14,7 @@ from typing import Any, NoReturn
 import pytest
 import torch
 from huggingface_hub import HfApi
+from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Whitespace
@@ -126,6 +127,19 @@ def test_what_is_said(tmp_path: Path, capfd: pytest.CaptureFixture[str], progres
     assert ("GB free" in err) is progress
     assert progress or err == ""
     assert (hf_logging.get_verbosity(), hf_logging.is_progress_bar_enabled()) == before
+
+
+@pytest.mark.parametrize("progress", [True, False])
+def test_weights_without_a_place_are_named(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str], progress: bool
+) -> None:
+    save_model(tmp_path)
+    file = tmp_path / "model.safetensors"
+    save_file({**load_file(file), "mtp.fc.weight": torch.ones(2, 2)}, file, {"format": "pt"})
+    capfd.readouterr()
+    load_model(str(tmp_path), progress=progress)
+    line = f"1 weights in {tmp_path}, such as 'mtp.fc.weight', have no place in the model and stay"
+    assert (line in capfd.readouterr().err) is progress
 
 
 @pytest.mark.parametrize(

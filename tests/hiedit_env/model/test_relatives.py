@@ -96,6 +96,14 @@ def test_what_else_a_file_holds_changes_nothing_but_another_block_does(
     assert (known_as(str(folder)) == "tiny") is related
 
 
+def test_weights_saved_without_the_head_are_relatives(tmp_path: Path) -> None:
+    folder = copy_of("tiny", tmp_path / "mine")
+    file = folder / "model.safetensors"
+    values = {name.removeprefix("model."): value for name, value in load_file(file).items()}
+    save_file(values, file, metadata={"format": "pt"})
+    assert known_as(str(folder)) == "tiny"
+
+
 @pytest.mark.parametrize("damage", ["cut", "empty", "no weights", "no folder"])
 def test_a_damaged_folder_is_nobody(damage: str, tmp_path: Path) -> None:
     """What is wrong with it is said when it is loaded."""

@@ -154,12 +154,34 @@ def test_weights_in_another_layout_are_refused(folder: Path) -> None:
         locate({NAME: stored(folder, NAME) + 1}, folder)
 
 
+@pytest.mark.parametrize(("dtype", "name"), [(torch.float8_e4m3fn, "F8_E4M3"), (torch.int8, "I8")])
+def test_weights_of_a_dtype_that_cannot_be_edited_are_refused_by_it(
+    folder: Path, dtype: torch.dtype, name: str
+) -> None:
+    values = load_file(folder / "model.safetensors")
+    values[NAME] = values[NAME].to(dtype)
+    save_file(values, folder / "model.safetensors")
+    with pytest.raises(ModelError, match=rf"'{NAME}' are stored in .* as {name}, .*F32.*--layers"):
+        locate({NAME: values[NAME].float()}, folder)
+
+
 def test_unedited_weights_in_other_formats_are_left_out(folder: Path, tmp_path: Path) -> None:
     for name in ("pytorch_model.bin", "model-q4.gguf", "consolidated.safetensors"):
         (folder / name).write_bytes(b"old weights")
     left_out = save_edited(folder, tmp_path / "out", [])
     assert left_out == ["consolidated.safetensors", "model-q4.gguf", "pytorch_model.bin"]
     assert not [name for name in left_out if (tmp_path / "out" / name).exists()]
+
+
+def test_unedited_weights_of_other_programs_are_left_out(folder: Path, tmp_path: Path) -> None:
+    names = ["onnx/model.onnx", "onnx/model.onnx_data", "openvino_model.bin", "rust_model.ot"]
+    (folder / "onnx").mkdir()
+    for name in names:
+        (folder / name).write_bytes(b"old weights")
+    (folder / "onnx" / "LICENSE").write_text("mine")
+    assert sorted(save_edited(folder, tmp_path / "out", [])) == names
+    assert not [name for name in names if (tmp_path / "out" / name).exists()]
+    assert (tmp_path / "out" / "onnx" / "LICENSE").read_text() == "mine"
 
 
 def test_what_is_no_file_is_named_and_not_copied(folder: Path, tmp_path: Path) -> None:

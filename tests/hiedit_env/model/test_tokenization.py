@@ -322,6 +322,19 @@ def test_text_without_tokens() -> None:
             EncodedPrompt("a", "b", prompt_ids, answer_ids)
 
 
+def test_tokens_that_the_model_has_no_vector_for() -> None:
+    tokenizer = byte_level()
+    count = len(tokenizer)
+    tokenizer.add_tokens(["Velmora"])
+    encoder = PromptEncoder(tokenizer, max_length=None, vocabulary=count)
+    assert encoder.encode("It is", "Lyon").answer_ids
+    said = rf"'Velmora', number {count}, but the model has vectors for {count} tokens only"
+    with pytest.raises(PromptError, match=rf"answer 'Velmora' has the token {said}.*resize_token"):
+        encoder.encode("It is", "Velmora")
+    with pytest.raises(PromptError, match=rf"prompt 'Velmora is' has the token {said}"):
+        encoder.encode_prompt("Velmora is")
+
+
 def test_context_length() -> None:
     tokenizer = byte_level()  # "It is" has 3 tokens, " Lyons" has 2
     assert PromptEncoder(tokenizer, 5).encode("It is", "Lyons").length == 4
