@@ -89,7 +89,6 @@ class Neuron(FactMemory):
         noise: Length of the noise that is added to a vector in every pass of the search, as a share
             of its own; 0 for none.
         reworded: Whether neurons are made for rewordings of each fact as well.
-        ending: Weight in the search of the token that ends an answer, where answers have one.
         search_dtype: The precision of the search's passes: ``"own"`` for the model's,
             ``"bfloat16"``, or ``"auto"`` for bfloat16 where that is faster.
 
@@ -123,7 +122,6 @@ class Neuron(FactMemory):
         substitutes: bool = True,
         noise: float = 0.3,
         reworded: bool = True,
-        ending: float = 4.0,
         search_dtype: str = "auto",
     ) -> None:
         if not 0 <= as_float(momentum) < 1:
@@ -143,7 +141,6 @@ class Neuron(FactMemory):
         self.search_dtype = quick_dtype(llm, search_dtype)
         self.enough, self.ridge = positive(enough, "enough"), positive(ridge, "ridge")
         self.sharpness = positive(sharpness, "sharpness")
-        self.ending = positive(ending, "ending")
         self.widest = positive(widest, "widest")
         self.llm = llm
         self.mlps = candidate_mlps(llm.model, llm.layers)
@@ -352,7 +349,7 @@ class Neuron(FactMemory):
             if alone[chosen[0]]:
                 sought = [replace(t, prompts=(*t.prompts, *t.rewordings)) for t in sought]
             numbers = self.step_size, self.momentum, self.search_steps, self.enough, noise
-            form = SearchForm(*numbers, self.search_dtype, self.ending)
+            form = SearchForm(*numbers, self.search_dtype)
             found[chosen] = seek(self.llm, self.mlps, sought, form)
         return found
 

@@ -31,8 +31,6 @@ class SearchForm:
             of its own: what is found under noise has other vectors around it that do as well, and
             answers more prompts that it was not sought for.
         dtype: The precision of the passes; None for the model's own.
-        ending: Weight of the token that ends the model's turn in the mean over an answer's tokens.
-            In other words for a fact its answer is begun more often than ended.
     """
 
     step_size: float
@@ -41,7 +39,6 @@ class SearchForm:
     enough: float
     noise: float = 0.0
     dtype: torch.dtype | None = None
-    ending: float = 1.0
 
 
 def seek(
@@ -95,7 +92,6 @@ class _Search:
             [p.positions("subject")[0] for p in prompts],
             [layer for pair in pairs for layer in pair],
             form.dtype,
-            form.ending,
         )
         # What the MLPs read at the subjects does not depend on what is added behind them.
         read = dict(zip(used, self._nudges.keys[::2], strict=True))

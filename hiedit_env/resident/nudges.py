@@ -47,8 +47,6 @@ class Nudges:
         layers: The G layers, as indices into ``llm.layers``.
         dtype: The precision of the runs; None for the model's own. One in which this model's losses
             are others is not used.
-        ending: Weight in a prompt's loss of the token that ends the model's turn, where its answer
-            ends in one; that of all other tokens is 1.
 
     Attributes:
         keys: Per layer P × d_in, what the layer was given at the positions in the last run; before
@@ -68,7 +66,6 @@ class Nudges:
         positions: Sequence[int],
         layers: Sequence[int],
         dtype: torch.dtype | None = None,
-        ending: float = 1.0,
     ) -> None:
         for prompt, position in zip(prompts, positions, strict=True):
             if not 0 <= position <= prompt.first_position:
@@ -77,7 +74,6 @@ class Nudges:
                     f"{len(prompt.prompt_ids)} tokens"
                 )
         self.llm, self.layers = llm, tuple(layers)
-        self._ending = llm.encoder.end_id, ending
         self._all: Chosen = tuple(range(len(prompts)))
         #: Prompts that run apart from the others, if there are such: their places, and they.
         self._parts: list[tuple[Chosen, Nudges]] = []
@@ -87,7 +83,7 @@ class Nudges:
         if len(groups) > 1:
             for group in groups:
                 own = [prompts[i] for i in group], [positions[i] for i in group]
-                self._parts.append((group, Nudges(llm, *own, layers, dtype, ending)))
+                self._parts.append((group, Nudges(llm, *own, layers, dtype)))
             self._gather(self._all)
             self.lengths = self._in_order([(g, one.lengths) for g, one in self._parts], self._all)
             return
@@ -96,7 +92,7 @@ class Nudges:
         self.worst = torch.empty(0)
 
     def losses(self, vectors: Sequence[Tensor | None], rows: Sequence[int] | None = None) -> Tensor:
-        """−log p per answer token of prompts, in nats, with ``ending`` as the weight of ends.
+        """−log p per answer token of prompts, in nats.
 
         Args:
             vectors: Per layer P' × d_out (or 1 × d_out for one vector everywhere), added at the
@@ -108,8 +104,7 @@ class Nudges:
         """
         chosen = self._all if rows is None else tuple(rows)
         if not self._parts:
-            logits = self.logits(vectors, chosen)
-            losses, self.worst = _losses(self._run, chosen, logits, *self._ending)
+            losses, self.worst = _losses(self._run, chosen, self.logits(vectors, chosen))
             return losses
         found = [(own, one.losses(*given)) for own, one, given in self._apart(vectors, chosen)]
         self._gather(chosen)
@@ -236,16 +231,10 @@ def _groups(
     ]
 
 
-def _losses(
-    run: Runner, chosen: Chosen, logits: Tensor, end: int | None = None, ending: float = 1.0
-) -> tuple[Tensor, Tensor]:
-    """−log p of the answer tokens of some prompts: their weighted means, and the largest."""
+def _losses(run: Runner, chosen: Chosen, logits: Tensor) -> tuple[Tensor, Tensor]:
+    """−log p of the answer tokens of some prompts: their means, and the largest."""
     batch = run.batch(chosen)
     losses = F.cross_entropy(logits.float(), batch.labels, reduction="none")
     nothing = losses.detach().new_zeros(len(chosen))
     worst = nothing.scatter_reduce(0, batch.rows, losses.detach(), "amax")
-    if end is None or ending == 1:
-        return batch.column_means(losses[:, None])[:, 0], worst
-    weights = torch.where(batch.labels == end, ending, 1.0)
-    means = batch.column_means(torch.stack((weights * losses, weights), 1))
-    return means[:, 0] / means[:, 1], worst
+    return batch.column_means(losses[:, None])[:, 0], worst

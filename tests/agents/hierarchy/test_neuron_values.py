@@ -11,10 +11,8 @@ import torch
 from torch import Tensor
 
 from hiedit_agents.hierarchy.fact_memory import units_of
-from hiedit_agents.hierarchy.neuron import Neuron
 from hiedit_agents.hierarchy.neuron_plan import Target
 from hiedit_agents.hierarchy.neuron_search import SearchForm
-from hiedit_env.errors import SettingsError
 from hiedit_env.model.encoded import AskedForm
 from hiedit_env.model.tokenization import EncodedPrompt
 from tests.agents.hierarchy.test_neuron import FACTS, FIRST, HIDDEN, SAME, model, neuron, unit
@@ -44,33 +42,6 @@ def test_values_are_sought_for_a_rewording_in_every_form_in_which_facts_are_aske
         neuron(llm, reworded=reworded).propose(llm.read(*prompts).capture(), FIRST)
     assert asked == [(llm.encoder, tuple(prompts), tuple(forms))]
     assert [target.prompts for target in sought] == [(*prompts, extra), tuple(prompts)]
-
-
-def test_the_end_of_an_answer_weighs_more_in_the_search(monkeypatch: pytest.MonkeyPatch) -> None:
-    llm = model(end_id=2)
-    capture, forms = unit(llm, FACTS[0]), list[SearchForm]()
-
-    def noted(*args: Any) -> Tensor:
-        forms.append(args[3])
-        return torch.zeros(len(args[2]), HIDDEN)
-
-    assert capture.prompt.answer_ids[-1] == 2
-    with monkeypatch.context() as patched:
-        patched.setattr("hiedit_agents.hierarchy.neuron.seek", noted)
-        neuron(llm).propose(capture, FIRST)
-        neuron(llm, ending=1.0).propose(capture, FIRST)
-    assert [form.ending for form in forms] == [4.0, 1.0]
-    with pytest.raises(SettingsError, match="ending"):
-        Neuron(llm, ending=0.0)
-    # Weighed like everything else together, the end is surer when the search stops.
-    ends = []
-    for ending in (1.0, 100.0):
-        fork = llm.fork()
-        low = neuron(fork, ending=ending, noise=0.0, enough=0.2)
-        fork.commit(low.propose(unit(fork, FACTS[0]), FIRST))
-        logits = fork.answer_logits(fork.batch([capture.prompt]))
-        ends.append(float(logits[-1].log_softmax(-1)[2].detach()))
-    assert ends[1] > ends[0]
 
 
 def test_the_words_of_a_prompt_that_another_neuron_answers_are_reworded_too(

@@ -90,27 +90,6 @@ def test_worst_is_that_of_the_least_probable_answer_token(
     torch.testing.assert_close(nudges.worst, torch.stack(wanted).detach(), atol=1e-5, rtol=1e-5)
 
 
-@pytest.mark.parametrize("alone", [False, True])
-@pytest.mark.parametrize("end", [4, None])
-def test_the_token_that_ends_an_answer_has_a_weight_of_its_own(
-    end: int | None, alone: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    llm = resident("llama", end_id=end)
-    if alone:
-        monkeypatch.setattr(ResidentLLM, "can_share", lambda self, batch: len(batch.prompts) == 1)
-    nudges = Nudges(llm, PROMPTS, POSITIONS, LAYERS, ending=3.0)
-    wanted = []
-    for one in PROMPTS:
-        ids = torch.tensor([[*one.prompt_ids, *one.answer_ids]])
-        chances = llm.model(ids).logits[0, one.first_position : -1].log_softmax(-1)
-        losses = -chances[range(len(one.answer_ids)), list(one.answer_ids)].detach()
-        # The first answer alone ends in token 4, its second of two: (a + 3 b) / 4.
-        weights = torch.ones(len(losses))
-        weights[-1] = 3 if end == one.answer_ids[-1] else 1
-        wanted.append((losses * weights).sum() / weights.sum())
-    torch.testing.assert_close(nudges.losses(zeros(llm)), torch.stack(wanted), atol=1e-5, rtol=1e-5)
-
-
 def test_keys_are_what_the_layers_were_given() -> None:
     llm = resident("llama")
     nudges = Nudges(llm, PROMPTS, POSITIONS, LAYERS)
