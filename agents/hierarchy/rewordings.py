@@ -17,8 +17,12 @@ from hiedit_env.model.asking import has_markers
 from hiedit_env.model.encoded import AskedForm
 from hiedit_env.model.tokenization import EncodedPrompt, PromptEncoder
 
-#: What stands in the subject's place behind its first mention.
+#: What stands in the subject's place behind its first mention. All words put in are English.
 PRONOUN = "it"
+
+#: Tokens of the longest prompt that is asked as a question; a longer one is no sentence but a text,
+#: and the search would run it twice more.
+LONGEST = 128
 
 
 def subject_first(prompt: str, subject: str) -> str | None:
@@ -90,7 +94,7 @@ def rewordings(
     subject = encoder.decode(plain.prompt_ids[start:stop]).strip()
     texts: list[tuple[str | None, AskedForm]]
     texts = [(subject_first(plain.prompt, subject), form) for form in forms]
-    if "plain" in forms:
+    if "plain" in forms and len(plain.prompt_ids) <= LONGEST:
         texts += [(question, "plain") for question in questions(plain.prompt, subject)]
     found = []
     for text, form in texts:

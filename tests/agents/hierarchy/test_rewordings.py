@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import pytest
 
-from hiedit_agents.hierarchy.rewordings import questions, rewordings, subject_first
+from hiedit_agents.hierarchy.rewordings import LONGEST, questions, rewordings, subject_first
 from hiedit_env.model.asking import PromptForm
 from hiedit_env.model.encoded import AskedForm, EncodedPrompt
 from hiedit_env.model.tokenization import PromptEncoder
@@ -90,6 +90,14 @@ def test_only_forms_in_which_the_fact_is_asked() -> None:
     assert rewordings(encoder, prompts, ("chat",)) == []
     both = asked(encoder, "the name of Lyon is", "Lyon")
     assert [p.form for p in rewordings(encoder, both, ("chat",))] == ["chat"]
+
+
+def test_a_long_text_is_not_asked_as_a_question() -> None:
+    encoder = encoder_of(byte_level())
+    for words, number in ((2, 4), (LONGEST, 2)):
+        prompts = asked(encoder, f"the name of Lyon is {'the ' * words}", "Lyon")
+        assert (len(prompts[0].prompt_ids) > LONGEST) == (number == 2)
+        assert len(rewordings(encoder, prompts, FORMS)) == number
 
 
 def test_nothing_is_made_without_a_subject_or_a_plain_prompt() -> None:
