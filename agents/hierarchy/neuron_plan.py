@@ -53,7 +53,7 @@ _UNSURE = 2 / 3
 _ALONE = 0.7
 
 #: Score from which a neuron is kept from a token of an earlier fact; how many tokens are looked at.
-_NEAR, _ALIKE = 0.25, 64
+_NEAR, _ALIKE = 0.25, 32
 
 #: How much the reading of an earlier fact's token counts, over d, where all tokens elsewhere
 #: together count 1; tried from the first on. The neuron of one river (SmolLM2, block 7) has a score
