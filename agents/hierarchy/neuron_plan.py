@@ -93,7 +93,7 @@ class _Rows:
         others: At the other tokens of the same prompts.
         swapped: At other names that end in the subject's last token.
         alike: In earlier facts and their answers, at tokens that it would fire at.
-        reworded: Whether there are other sentences among them that begin otherwise.
+        reworded: Whether there are other sentences among them.
     """
 
     own: Tensor
@@ -292,15 +292,14 @@ class Planner:
         keys = capture.keys[mlp.gate.layer]
         here = [p.positions("subject")[0] if place is None else place for p in prompts]
         own = keys[[starts[p] + at for p, at in zip(prompts, here, strict=True)]].float()
-        further = beginnings(sentences, prompts)
-        own = torch.cat((own, self._ends(mlp, further)))
+        own = torch.cat((own, self._ends(mlp, beginnings(sentences, prompts))))
         others = keys[[starts[p] + i for p in prompts for i in elsewhere(p, place)]].float()
         swapped = self._ends(mlp, self._swapped(prompts[0], place))
         near = self._ends(mlp, alike)
         if len(near):
             detector = self._readings[home].detector(own, torch.cat((others, swapped)))
             near = near[detector.scores(near) > _NEAR]
-        return _Rows(own, others, swapped, near, bool(further))
+        return _Rows(own, others, swapped, near, bool(sentences))
 
     def _shape(
         self, home: int, rows: _Rows, weight: float = 0.0, swapped: bool = True

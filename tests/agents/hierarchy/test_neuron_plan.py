@@ -323,6 +323,20 @@ def test_sentences_that_begin_alike_are_read_once() -> None:
     assert beginnings([], [replace(prompt, subject_spans=())]) == []
 
 
+def test_a_sentence_that_begins_alike_raises_the_threshold_and_moves_no_detector() -> None:
+    llm = model()
+    low, capture = neuron(llm), unit(llm, LATER)
+    planner = Planner(llm, low.mlps, low._readings, ShapeForm(0.75, 60.0, 0, 6.0))
+    other = replace(capture.prompt, prompt_ids=(*capture.prompt.prompt_ids, 4))
+    rows = [
+        planner._rows(capture, 0, [capture.prompt], {capture.prompt: 0}, sentences=sentences)
+        for sentences in ([], [other])
+    ]
+    shapes = [planner._shape(0, one) for one in rows]
+    assert torch.equal(shapes[0].detector.row, shapes[1].detector.row)
+    assert [shape.threshold for shape in shapes] == [0.5, 0.75]
+
+
 def test_the_latest_earlier_facts_are_looked_at() -> None:
     llm = model()
     many = [unit(llm, (f"w5 w{12 + i % 18} w{12 + i // 18} w9 w4", "w7", "w9")) for i in range(80)]
