@@ -75,7 +75,8 @@ def test_the_essence_is_the_subject_alone_with_one_answer_token() -> None:
     llm = model()
     tokens = llm.tokenizer
     tokens.add_tokens(["is", "a"])
-    # The model has no entries for them, so only the tokens are looked at.
+    # The model is not asked, so only the tokens are looked at.
+    llm.encoder.vocabulary = len(tokens)
     ((asked, at),) = essence(llm, fact(llm, 0))
     assert [tokens.decode([i]) for i in asked.prompt_ids] == ["w9", "is", "a"]
     assert (at, len(asked.answer_ids)) == (0, 1)
