@@ -65,11 +65,11 @@ def where_met(
     """
     found: dict[tuple[int, ...], EncodedPrompt] = {}
     for prompt in (prompt for fact in reversed(facts) for prompt in fact):
-        if len(found) >= most:
-            break
         ids = prompt.input_ids
+        if len(found) >= most or not last:
+            break
         for end in range(2, len(ids) + 1):
-            if last and ids[end - 1] == last[0]:
+            if ids[end - 1] == last[0]:
                 cut = replace(
                     prompt, prompt_ids=ids[:end], answer_ids=ids[end - 1 : end], subject_spans=()
                 )

@@ -133,7 +133,7 @@ class DatasetReport:
 def repetitions(requests: Sequence[Request]) -> tuple[Repetition, ...]:
     """Every request whose prompt an earlier one has, with the first of them.
 
-    Prompts are compared without regard to case and white space: the model takes them for one.
+    Prompts are compared without regard to case and white space, which do not change what is asked.
 
     >>> facts = [Request("Rome is in", "Peru", "Rome"), Request("Rome is in", "Chad", "Rome")]
     >>> repetitions(facts)[0].contradicts
