@@ -4,8 +4,8 @@ For the facts of an edit unit, at the present weights, all in the first chosen M
 
 1. **Value.** A vector is added to what the MLP gives at the subject's last token, in every prompt
    of the fact and in rewordings of it (:mod:`.rewordings`). It is sought by steps of normalised
-   gradient descent with momentum on the mean of −log p(answer), under noise, until every prompt is
-   below a bound.
+   gradient descent with momentum on the mean of −log p(answer) of one half of them and the other in
+   turn, under noise, until every prompt is below a bound.
 2. **Detector.** From what the MLP reads at these tokens and what it reads elsewhere comes a
    direction whose product s with the reading is 1 at the subject and about 0 at other tokens,
    whatever the form and the words before it (:mod:`.detectors`). What the prompts and rewordings
@@ -70,7 +70,8 @@ class Neuron(FactMemory):
         step_size: Length of a step of the search, as a share of the mean length of the hidden
             states that the vector is added to.
         momentum: Share of the last step that is taken again.
-        search_steps: Largest number of steps of the search.
+        search_steps: Largest number of rounds of the search, in each of which all prompts are run,
+            one half after the other.
         enough: −log p per answer token, in nats, below which a prompt needs no more, if every token
             has more than one half as well.
         threshold: θ, the score above which a neuron fires; two thirds of it where it is made
@@ -111,7 +112,7 @@ class Neuron(FactMemory):
         *,
         step_size: float | None = None,
         momentum: float = 0.5,
-        search_steps: int = 20,
+        search_steps: int = 15,
         enough: float = 0.3,
         threshold: float = 0.75,
         sharpness: float = 60.0,

@@ -24,7 +24,7 @@ class SearchForm:
         step_size: Length of a step, as a share of the mean length of the hidden states that the
             vector is added to.
         momentum: Share of the last step that is taken again.
-        steps: Largest number of steps.
+        steps: Largest number of rounds, in each of which all prompts are run.
         enough: −log p per answer token, in nats, below which a prompt needs no more, if every token
             has more than one half as well.
         noise: Length of what is added to a vector in a random direction in every pass, as a share
@@ -46,7 +46,7 @@ def seek(
 ) -> Tensor:
     """What the neurons of F facts are to write: F × d_out float32.
 
-    A fact that cannot be answered under noise is sought once more without.
+    A fact that cannot be answered under noise is sought on without, from where the search stands.
 
     Args:
         llm: The model.
@@ -57,13 +57,16 @@ def seek(
     search = _Search(llm, mlps, targets, form)
     vectors, busy = search.descend(form.noise)
     if form.noise and bool(busy.any()):
-        quiet, _ = search.descend(0.0, busy)
-        vectors = torch.where(busy[:, None], quiet, vectors)
+        vectors, _ = search.descend(0.0, busy, vectors)
     return vectors
 
 
 #: −log p of a token with p = 1/2, in nats.
 _HALF = math.log(2)
+
+#: Parts of a fact's prompts that are run in turn. With a step after each half, a search costs a
+#: third less than with one after all of them, and other words are answered at least as often.
+PARTS = 2
 
 #: Strength of a neuron from which a prompt can be answered by it. Below, no vector of a usual
 #: length answers it, and the search for one would take all its steps.
@@ -105,41 +108,52 @@ class _Search:
         homes = torch.tensor([target.home for target in targets], device=device)[self.owners]
         self._here = [(homes == i).float()[:, None] for i in used]
         self._width = mlps[targets[0].home].hidden
-        #: Per target its prompts in which its neuron fires, by place; all where it fires in none.
-        self._places: list[list[int]] = []
-        reached = (self._fires[:, 0] >= REACHED).tolist()
+        #: Per target, by place, the parts of its prompts in which its neuron fires; of all of them
+        #: where it fires in none.
+        self._parts: list[list[list[int]]] = []
+        reached, lengths = (self._fires[:, 0] >= REACHED).tolist(), []
         for index in range(len(targets)):
             own = [row for row, owner in enumerate(owners) if owner == index]
-            self._places.append([row for row in own if reached[row]] or own)
-        lengths = [self._nudges.lengths[own].mean() for own in self._places]
+            own = [row for row in own if reached[row]] or own
+            self._parts.append([own[i::PARTS] for i in range(min(PARTS, len(own)))])
+            lengths.append(self._nudges.lengths[own].mean())
         self._length = torch.stack(lengths) * form.step_size
 
     @torch.inference_mode(False)
     @torch.enable_grad()
-    def descend(self, noise: float, sought: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """The descent, from nothing.
+    def descend(
+        self, noise: float, sought: Tensor | None = None, start: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """The descent. A fact rests when a vector answers all of its prompts well enough.
 
         Args:
             noise: As of the form.
             sought: F bool, which facts are sought; all where None.
+            start: F × d_out float32, from where; from nothing where None.
 
         Returns:
             F × d_out float32, and F bool, which facts were not answered well enough at the end.
         """
-        form, number = self._form, len(self._targets)
-        rows = sorted(row for own in self._places for row in own)
-        vectors = torch.zeros(number, self._width, device=self.owners.device, requires_grad=True)
+        form, number, device = self._form, len(self._targets), self.owners.device
+        vectors = torch.zeros(number, self._width, device=device)
+        vectors = (vectors if start is None else start.clone()).requires_grad_()
         speed = torch.zeros_like(vectors)
-        busy = torch.ones(number, dtype=torch.bool, device=vectors.device)
-        busy = busy if sought is None else sought
+        # A part that is answered makes no step, so both parts of a fact that rests were answered
+        # by the same vector.
+        waiting = torch.zeros(number, PARTS, dtype=torch.bool, device=device)
+        for i, parts in enumerate(self._parts):
+            waiting[i, : len(parts)] = sought is None or bool(sought[i])
         # The same noise for a fact, whatever is sought with it or was sought before.
         generators = [torch.Generator().manual_seed(0) for _ in range(number)]
-        for step in range(form.steps + 1):
-            # A fact that rests is not run again.
-            rows = [row for row in rows if busy[self.owners[row]]]
-            chosen = torch.tensor(rows, device=vectors.device)
+        limits = torch.tensor([form.steps * len(parts) for parts in self._parts], device=device)
+        for turn in range(form.steps * PARTS + 1):
+            running = (waiting.any(1) & (turn <= limits)).nonzero()[:, 0].tolist()
+            if not running:
+                break
+            turns = {i: turn % len(self._parts[i]) for i in running}
+            rows = sorted(row for i, part in turns.items() for row in self._parts[i][part])
+            chosen = torch.tensor(rows, device=device)
             owners, fires = self.owners[chosen], self._fires[chosen]
-            numbers = torch.bincount(owners, minlength=number).clamp_min(1).float()
             drawn = [generators[i] for i in owners.tolist()] if noise else []
             added = _with_noise(vectors[owners] * fires, noise, drawn)
             losses = self._nudges.losses(
@@ -147,18 +161,22 @@ class _Search:
             )
             # A token of more than one half is the most probable one, whatever the others are.
             open_ = ((losses.detach() >= form.enough) | (self._nudges.worst >= _HALF)).float()
-            # Who rests stays at rest: under noise, another pass might wake it again.
-            busy = busy & (torch.zeros_like(numbers).index_add(0, owners, open_) > 0)
-            if step == form.steps or not bool(busy.any()):
-                break
-            means = torch.zeros_like(numbers).index_add(0, owners, losses) / numbers
-            (gradient,) = torch.autograd.grad(means.sum(), vectors)
+            moving = torch.zeros(number, device=device).index_add(0, owners, open_) > 0
+            for i, part in turns.items():
+                waiting[i, part] = moving[i]
+            # After its last round, a fact is looked at once more.
+            moving = moving & (turn < limits)
+            if not bool(moving.any()):
+                continue
+            sizes = torch.bincount(owners, minlength=number).clamp_min(1).float()
+            means = torch.zeros_like(sizes).index_add(0, owners, losses) / sizes
+            (gradient,) = torch.autograd.grad(means[moving].sum(), vectors)
             size = gradient.norm(dim=1, keepdim=True).clamp_min(1e-30)
-            speed = form.momentum * speed + gradient / size
+            turned = form.momentum * speed + gradient / size
+            speed = torch.where(moving[:, None], turned, speed)
             with torch.no_grad():
-                # A fact all of whose prompts are answered well enough rests.
-                vectors -= (self._length * busy)[:, None] * speed
-        return vectors.detach(), busy
+                vectors -= (self._length * moving)[:, None] * speed
+        return vectors.detach(), waiting.any(1)
 
 
 def _with_noise(added: Tensor, noise: float, generators: Sequence[torch.Generator]) -> Tensor:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 from torch import Tensor, nn
 from transformers import DynamicCache
+from transformers.cache_utils import DynamicLayer
 
 from hiedit_env.errors import ModelError
 from hiedit_env.model.architectures import block_list
@@ -62,8 +63,8 @@ class Runner(ABC):
         return self._batches[chosen]
 
     @abstractmethod
-    def columns(self, chosen: Chosen) -> list[int]:
-        """Where the chosen prompts' positions stand in what is run."""
+    def places(self, chosen: Chosen) -> list[int]:
+        """Where the chosen prompts' positions stand among all tokens that are run, row by row."""
 
     @abstractmethod
     def logits(self, chosen: Chosen) -> Tensor:
@@ -110,12 +111,13 @@ class WholePrompts(Runner):
 
     def measured(self) -> Tensor:
         """Sets ``keys`` and ``lengths``; gives what :meth:`logits` of all prompts gives."""
-        with torch.inference_mode(False), torch.no_grad(), self._measured(self.columns(self.all)):
+        with torch.inference_mode(False), torch.no_grad(), self._measured(self.positions):
             return self.logits(self.all)
 
-    def columns(self, chosen: Chosen) -> list[int]:
-        """The positions."""
-        return [self.positions[i] for i in chosen]
+    def places(self, chosen: Chosen) -> list[int]:
+        """The positions in rows that are padded on the right."""
+        width = self.batch(chosen).longest
+        return [row * width + self.positions[i] for row, i in enumerate(chosen)]
 
     def logits(self, chosen: Chosen) -> Tensor:
         """As in the base class."""
@@ -148,7 +150,8 @@ class _Part:
     """All that running the ends of some prompts takes.
 
     Args:
-        hidden: B × width × hidden size, what enters the first block.
+        hidden: B × width × hidden size, what enters the first block; 1 × tokens × hidden size where
+            the ends are packed.
         arguments: What each block is given besides; with ``cache`` in it.
         cache: As it was when the arguments were noted.
         known: Per block of the model, keys and values of the tokens before.
@@ -168,6 +171,8 @@ class Ends(Runner):
         prompts, positions, layers: As in the base class. Nothing in front of the first of the
             layers' blocks is run again.
         dtype: The precision; the first pass is in the model's own.
+        packed: Whether the ends are one row behind one another, where each sees its own tokens
+            alone; else they are rows of one length, in which short ones cost as much as long ones.
 
     Raises:
         ModelError: the model's blocks cannot be run by themselves, or its cache is of another kind.
@@ -180,6 +185,7 @@ class Ends(Runner):
         positions: Sequence[int],
         layers: Sequence[int],
         dtype: torch.dtype,
+        packed: bool = False,
     ) -> None:
         super().__init__(llm, prompts, positions, layers)
         half = llm.upper.find(llm, min(llm.layers[layer].block for layer in layers), dtype)
@@ -189,16 +195,23 @@ class Ends(Runner):
         with torch.inference_mode(False), torch.no_grad(), llm.with_changes():
             self._known, self._hidden = self._first_pass()
         self._parts: dict[Chosen, _Part] = {}
+        self._packed = packed
+        if packed and not self._plain_cache:
+            raise ModelError("a cache that drops tokens cannot hold those of several prompts")
 
-    def columns(self, chosen: Chosen) -> list[int]:
+    def places(self, chosen: Chosen) -> list[int]:
         """The ends begin at the positions."""
-        return [0] * len(chosen)
+        sizes = self._sizes(chosen)
+        if self._packed:
+            return [sum(sizes[:row]) for row in range(len(sizes))]
+        return [row * max(sizes) for row in range(len(sizes))]
 
     def logits(self, chosen: Chosen) -> Tensor:
         """As in the base class, float32."""
         if chosen not in self._parts:
-            # Only the last one is kept: those of many prompts are large.
-            self._parts = {chosen: self._part(chosen)}
+            # Only the last two are kept, as halves may be run in turn: those of many are large.
+            last = list(self._parts)[-1:]
+            self._parts = {key: self._parts[key] for key in last} | {chosen: self._part(chosen)}
         part, batch = self._parts[chosen], self.batch(chosen)
         # Copies are shared with forks, which may have run since.
         self._half.update(self.llm)
@@ -208,9 +221,10 @@ class Ends(Runner):
             BlockArguments(*(_replaced(items, part.cache, cache) for items in given))
             for given in part.arguments
         ]
-        features = self._half.features(arguments, part.hidden)
-        before = torch.tensor([self.positions[i] for i in chosen], device=self.llm.device)
-        return self._half.project(features[batch.rows, batch.positions - before[batch.rows]])
+        features = self._half.features(arguments, part.hidden).flatten(0, 1)
+        starts = [at - self.positions[i] for at, i in zip(self.places(chosen), chosen, strict=True)]
+        shift = torch.tensor(starts, device=self.llm.device)
+        return self._half.project(features[batch.positions + shift[batch.rows]])
 
     def hooked(self, hooks: Mapping[int, Any]) -> AbstractContextManager[None]:
         """As in the base class."""
@@ -235,23 +249,30 @@ class Ends(Runner):
         order = starts[:, None] + torch.arange(width, device=device)
         return _Layout(ids[:, :before], ids[:, before:], real, order)
 
+    def _sizes(self, chosen: Chosen) -> list[int]:
+        """Number of tokens of the ends."""
+        return [self.prompts[i].length - self.positions[i] for i in chosen]
+
     def _part(self, chosen: Chosen) -> _Part:
         layout = self._layout(chosen)
         before, width = layout.first.shape[1], layout.ends.shape[1]
         rows = list(chosen)
         known = [(k[rows, :, -before:], v[rows, :, -before:]) for k, v in self._known]
+        hidden, mask = self._hidden[rows, :width], layout.mask
+        ids, order = layout.ends, layout.order
+        if self._packed:
+            ahead, ends = mask[:, :before].bool(), mask[:, before:].bool()
+            known = [(_in_one_row(k, ahead), _in_one_row(v, ahead)) for k, v in known]
+            hidden, ids, order = hidden[ends][None], ids[ends][None], order[ends][None]
+            mask = _own_tokens(ahead, ends, self.llm.dtype)
         cache = self._fresh(known)
         split = cast(SplitModel, self.llm.halves)
         noted = split.noted(
-            layout.ends,
-            attention_mask=layout.mask,
-            position_ids=layout.order,
-            past_key_values=cache,
-            use_cache=True,
+            ids, attention_mask=mask, position_ids=order, past_key_values=cache, use_cache=True
         )[self._half.first - split.first :]
         dtype = self._half.dtype
         return _Part(
-            self._hidden[rows, :width],
+            hidden,
             [BlockArguments(*cast_all(given, dtype)) for given in map(tuple, noted)],
             cache,
             [(k.to(dtype), v.to(dtype)) for k, v in known],
@@ -280,6 +301,8 @@ class Ends(Runner):
             cache = self._fresh(())
             self._run(layout.first, layout.mask[:, :before], cache)
             layers = cast(Sequence[Any], cache.layers)
+        #: Whether all of it is kept, so that what a token sees is up to a mask alone.
+        self._plain_cache = all(type(layer) is DynamicLayer for layer in layers)
         known = [(layer.keys[:, :, :before], layer.values[:, :, :before]) for layer in layers]
         return known, entering[0]
 
@@ -297,6 +320,35 @@ class Ends(Runner):
             past_key_values=cache,
             use_cache=True,
         )
+
+
+def _in_one_row(tokens: Tensor, real: Tensor) -> Tensor:
+    """Keys or values, B × heads × tokens × size, to 1 × heads × real tokens × size, row by row."""
+    return tokens.transpose(1, 2)[real].transpose(0, 1)[None]
+
+
+def _own_tokens(ahead: Tensor, ends: Tensor, dtype: torch.dtype) -> Tensor:
+    """What packed ends see: the tokens ahead of them, and their own up to each of them.
+
+    Args:
+        ahead: B × before bool, which tokens in front of the ends are real.
+        ends: B × width bool, which tokens of the ends are.
+        dtype: Of the mask.
+
+    Returns:
+        1 × 1 × ends' tokens × (tokens ahead + ends' tokens), 0 where seen, else the least number.
+
+    >>> ahead, ends = torch.tensor([[0, 1], [1, 1]]), torch.tensor([[1, 1], [1, 0]])
+    >>> (_own_tokens(ahead.bool(), ends.bool(), torch.float32)[0, 0] == 0).int().tolist()
+    [[1, 0, 0, 1, 0, 0], [1, 0, 0, 1, 1, 0], [0, 1, 1, 0, 0, 1]]
+    """
+    rows = torch.arange(len(ends), device=ends.device)[:, None]
+    own, before = rows.expand_as(ends)[ends], rows.expand_as(ahead)[ahead]
+    places = torch.arange(len(own), device=ends.device)
+    seen = (own[:, None] == own) & (places[:, None] >= places)
+    seen = torch.cat((own[:, None] == before, seen), 1)
+    mask = torch.zeros(seen.shape, dtype=dtype, device=ends.device)
+    return mask.masked_fill(~seen, torch.finfo(dtype).min)[None, None]
 
 
 def _replaced(items: Any, old: object, new: object) -> Any:

@@ -28,6 +28,10 @@ TOLERANCE = 2e-3
 #: The same in a precision that is not the model's own.
 ROUGH_TOLERANCE = 0.1
 
+#: Pairs of tokens in the attention that cost as much as one token in all matrix products of a
+#: block, at 576 features; with more features they are more, in proportion.
+PAIRS = 3000
+
 #: Most prompts that are padded to one length; where there are more, those of like lengths share a
 #: batch. With 16 ends the weights no longer cost more than the tokens.
 TOGETHER = 16
@@ -125,7 +129,7 @@ class Nudges:
                 logits.update(zip(own, parts, strict=True))
             return torch.cat([logits[i] for i in chosen])
         self.keys = list(self.keys)
-        with self._run.hooked(self._hooks(self._run.columns(chosen), vectors)):
+        with self._run.hooked(self._hooks(self._run.places(chosen), vectors)):
             return self._run.logits(chosen)
 
     def _apart(
@@ -164,20 +168,18 @@ class Nudges:
         return torch.cat([rows for _, rows in found])[back]
 
     def _hooks(
-        self, columns: Sequence[int], vectors: Sequence[Tensor | None]
+        self, places: Sequence[int], vectors: Sequence[Tensor | None]
     ) -> dict[int, Callable[..., Tensor]]:
-        rows = torch.arange(len(columns), device=self.llm.device)
-        at = torch.tensor(columns, device=self.llm.device)
+        at = torch.tensor(places, device=self.llm.device)
 
         def hook(place: int) -> Callable[..., Tensor]:
             def add(_module: Any, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
-                given = args[0].reshape(len(columns), -1, args[0].shape[-1])
-                self.keys[place] = given[rows, at].detach()
+                self.keys[place] = args[0].reshape(-1, args[0].shape[-1])[at].detach()
                 vector = vectors[place]
                 if vector is None:
                     return output
-                added = output.reshape(len(columns), -1, output.shape[-1]).clone()
-                added[rows, at] = added[rows, at] + vector.to(output.dtype)
+                added = output.reshape(-1, output.shape[-1]).clone()
+                added[at] = added[at] + vector.to(output.dtype)
                 return added.reshape(output.shape)
 
             return add
@@ -190,28 +192,48 @@ class Nudges:
         """The ends alone, if this model gives with them what it gives with whole prompts."""
         llm, known = self.llm, self.llm.upper.run_ends
         whole, own = WholePrompts(llm, prompts, positions, self.layers), None
+        layouts = (True, False) if packing_pays(prompts, positions) else (False,)
         for precision in dict.fromkeys((dtype, llm.dtype)):
-            if not known.get(precision, True):
-                continue
-            # Whatever a model's code raises here means only that it cannot be run like this.
-            try:
-                ends = Ends(llm, prompts, positions, self.layers, precision)
-                if precision in known:
+            for packed in layouts:
+                way = precision, packed
+                if not known.get(way, True):
+                    continue
+                # Whatever a model's code raises here means only that it cannot be run like this.
+                try:
+                    ends = Ends(llm, prompts, positions, self.layers, precision, packed)
+                    if way in known:
+                        return ends
+                    if own is None:
+                        own = _losses(whole, whole.all, whole.measured())[0]
+                    with torch.no_grad():
+                        off = (_losses(ends, ends.all, ends.logits(ends.all))[0] - own).abs()
+                    bound = TOLERANCE if precision == llm.dtype else ROUGH_TOLERANCE
+                    known[way] = bool((off <= bound * (1 + own)).all())
+                except (MemoryError, torch.OutOfMemoryError):
+                    raise
+                except Exception:
+                    known[way] = False
+                if known[way]:
                     return ends
-                own = _losses(whole, whole.all, whole.measured())[0] if own is None else own
-                with torch.no_grad():
-                    off = (_losses(ends, ends.all, ends.logits(ends.all))[0] - own).abs()
-                bound = TOLERANCE if precision == llm.dtype else ROUGH_TOLERANCE
-                known[precision] = bool((off <= bound * (1 + own)).all())
-            except (MemoryError, torch.OutOfMemoryError):
-                raise
-            except Exception:
-                known[precision] = False
-            if known[precision]:
-                return ends
         if own is None:
             whole.measured()
         return whole
+
+
+def packing_pays(prompts: Sequence[EncodedPrompt], positions: Sequence[int]) -> bool:
+    """Whether the ends of prompts cost less behind one another than padded to one length.
+
+    Padding makes tokens; packing makes pairs of tokens that the attention multiplies and masks.
+
+    >>> short, long = EncodedPrompt("a", "b", (1, 2), (3,)), EncodedPrompt("a", "b", (1,) * 9, (2,))
+    >>> packing_pays([short, long], [1, 1]), packing_pays([long, long], [1, 1])
+    (True, False)
+    """
+    sizes = [prompt.length - at for prompt, at in zip(prompts, positions, strict=True)]
+    packed, ahead = sum(sizes), sum(positions)
+    padded = len(sizes) * max(sizes)
+    pairs = packed * (ahead + packed) - padded * (max(positions) + max(sizes))
+    return ahead > 0 and packed + pairs / PAIRS < padded
 
 
 def _groups(

@@ -151,12 +151,12 @@ class UpperHalves:
     """Those of one model and its forks that were asked for, with what is known of them.
 
     Attributes:
-        run_ends: By precision, whether the ends of prompts can be run in it behind cached keys and
-            values; a precision that was not tried yet is missing.
+        run_ends: By precision and layout (packed or not), whether the ends of prompts can be run
+            in it behind cached keys and values; what was not tried yet is missing.
     """
 
     def __init__(self) -> None:
-        self.run_ends: dict[torch.dtype, bool] = {}
+        self.run_ends: dict[tuple[torch.dtype, bool], bool] = {}
         self._made: dict[tuple[int, torch.dtype], UpperHalf] = {}
 
     def find(self, llm: Model, first: int, dtype: torch.dtype) -> UpperHalf | None:

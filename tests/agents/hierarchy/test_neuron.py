@@ -168,7 +168,7 @@ def test_the_loss_after_the_write_is_that_of_the_vector(substitutes: bool, error
 
 def test_steps_along_the_gradient_are_those_of_finite_differences() -> None:
     llm = model()
-    low = neuron(llm, search_steps=1, momentum=0.0, step_size=0.01)
+    low = neuron(llm, search_steps=1, momentum=0.0, step_size=0.01, noise=0.0)
     capture = unit(llm, FACTS[2])
     place = capture.prompt.positions("subject")[0]
     nudges = Nudges(llm, capture.prompts, [place], [low.mlps[0].back])

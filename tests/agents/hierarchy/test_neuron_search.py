@@ -48,15 +48,15 @@ def losses(llm: ResidentLLM, target: Target, vector: Tensor) -> Tensor:
     return nudges.losses([fires[:, None] * vector])
 
 
-def counted(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """Numbers of prompts of each pass that is run from now on."""
-    seen: list[int] = []
+def noted(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, ...]]:
+    """Which prompts each pass runs from now on."""
+    seen: list[tuple[int, ...]] = []
     own = Nudges.losses
 
     def note(
         self: Nudges, vectors: Sequence[Tensor | None], rows: Sequence[int] | None = None
     ) -> Tensor:
-        seen.append(len(self._all if rows is None else rows))
+        seen.append(tuple(self._all if rows is None else rows))
         return own(self, vectors, rows)
 
     monkeypatch.setattr(Nudges, "losses", note)
@@ -105,15 +105,63 @@ def test_a_prompt_that_the_neuron_does_not_fire_in_is_not_sought(
     one = neuron_search._Search(llm, mlps, [replace(target, prompts=target.prompts[:1])], FORM)
     assert abs(float(one._length / both) - 1) > 1e-3
     alone = seek(llm, mlps, [replace(target, prompts=target.prompts[:1])], FORM)
-    seen = counted(monkeypatch)
+    seen = noted(monkeypatch)
     silent = replace(target, shape=_Silent(target.shape, [1]))  # type: ignore[arg-type]
     torch.testing.assert_close(seek(llm, mlps, [silent], FORM), alone, rtol=1e-4, atol=1e-4)
-    assert set(seen) == {1}
+    assert set(seen) == {(0,)}
     # One that fires nowhere is sought in vain, but sought.
     del seen[:]
     mute = replace(target, shape=_Silent(target.shape, [0, 1]))  # type: ignore[arg-type]
     seek(llm, mlps, [mute], FORM)
-    assert 2 in seen
+    assert set(seen) == {(0,), (1,)}
+
+
+def test_halves_of_the_prompts_take_turns(monkeypatch: pytest.MonkeyPatch) -> None:
+    llm = model()
+    (target,) = targets(llm, (*PROMPTS, "w11 w9 w4"))
+    seen = noted(monkeypatch)
+    # Nothing is answered so soon: two rounds, and a last look.
+    form = replace(FORM, step_size=1e-4, steps=2)
+    _, busy = neuron_search._Search(llm, neuron(llm).mlps, [target], form).descend(0.0)
+    assert seen == [(0, 2), (1,), (0, 2), (1,), (0, 2)]
+    assert busy.tolist() == [True]
+
+
+def test_a_round_is_a_step_along_the_gradient_of_each_half() -> None:
+    llm = model()
+    (target,) = targets(llm)
+    search = neuron_search._Search(llm, neuron(llm).mlps, [target], replace(FORM, steps=1))
+    found, _ = search.descend(0.0)
+    # One prompt is one half here, by whole passes of the model.
+    vector, speed = torch.zeros_like(found[0]), torch.zeros_like(found[0])
+    for half in range(2):
+        vector.requires_grad_()
+        (gradient,) = torch.autograd.grad(losses(llm, target, vector)[half], vector)
+        speed = FORM.momentum * speed + gradient / gradient.norm()
+        vector = (vector - float(search._length) * speed).detach()
+    torch.testing.assert_close(found[0], vector, rtol=1e-3, atol=1e-4)
+
+
+def test_a_half_that_is_answered_makes_no_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    llm = model()
+    (target,) = targets(llm)
+    mlps = neuron(llm).mlps
+    first = replace(target, prompts=target.prompts[:1])
+    answered = seek(llm, mlps, [first], FORM)
+    search = neuron_search._Search(llm, mlps, [target], replace(FORM, steps=1))
+    kept: list[Tensor] = []
+    own = Nudges.losses
+
+    def note(self: Nudges, vectors: Any, rows: Any = None) -> Tensor:
+        kept.extend(v.detach() for v in vectors if v is not None)
+        return own(self, vectors, rows)
+
+    monkeypatch.setattr(Nudges, "losses", note)
+    search.descend(0.0, None, answered)
+    # The first prompt is answered where it starts; the vector is the same when the second is run.
+    assert float(losses(llm, target, answered[0])[0]) < FORM.enough
+    strengths = search._fires[:, 0]
+    torch.testing.assert_close(kept[1] / strengths[1], kept[0] / strengths[0])
 
 
 def test_a_vector_is_sought_for_the_strength_that_the_neuron_has() -> None:
@@ -182,7 +230,7 @@ def test_who_rests_is_not_run_again(noise: float, monkeypatch: pytest.MonkeyPatc
     llm = model()
     facts = [targets(llm, ("w5 w9 w4",))[0], targets(llm)[0]]
     mlps, form = neuron(llm).mlps, replace(FORM, step_size=0.1, noise=noise)
-    seen, alone, passes = counted(monkeypatch), [], []
+    seen, alone, passes = noted(monkeypatch), [], []
     for fact in facts:
         alone.append(seek(llm, mlps, [fact], form)[0])
         passes.append(len(seen))
@@ -190,8 +238,9 @@ def test_who_rests_is_not_run_again(noise: float, monkeypatch: pytest.MonkeyPatc
     together = seek(llm, mlps, facts, form)
     first, second = passes
     assert first != second
-    wanted = [(i < first) * 1 + (i < second) * 2 for i in range(max(passes))]
-    assert seen == wanted
+    # One prompt of each fact a pass; the second one has two, which take turns.
+    wanted = [(i < first) + (i < second) for i in range(max(passes))]
+    assert [len(rows) for rows in seen] == wanted
     torch.testing.assert_close(together, torch.stack(alone), rtol=1e-3, atol=1e-3)
 
 
@@ -199,20 +248,22 @@ def test_only_the_facts_that_are_sought_are_run(monkeypatch: pytest.MonkeyPatch)
     llm = model()
     (short,), (long,) = targets(llm, ("w5 w9 w4",)), targets(llm)
     search = neuron_search._Search(llm, neuron(llm).mlps, [short, long], FORM)
-    seen = counted(monkeypatch)
+    seen = noted(monkeypatch)
     vectors, busy = search.descend(0.0, torch.tensor([False, True]))
-    assert set(seen) == {2}
+    assert set(seen) == {(1,), (2,)}
     assert torch.equal(vectors[0], torch.zeros_like(vectors[0]))
     assert busy.tolist() == [False, False]
 
 
-def test_what_cannot_be_found_under_noise_is_sought_without() -> None:
+def test_what_cannot_be_found_under_noise_is_sought_on_without() -> None:
     llm = model()
     (target,) = targets(llm)
     mlps = neuron(llm).mlps
     hopeless = replace(FORM, noise=1.9, steps=10)
     search = neuron_search._Search(llm, mlps, [target], hopeless)
-    _, busy = search.descend(1.9)
+    under, busy = search.descend(1.9)
     assert busy.tolist() == [True]
     found = seek(llm, mlps, [target], hopeless)
-    assert torch.equal(found, seek(llm, mlps, [target], replace(FORM, steps=10)))
+    assert torch.equal(found, search.descend(0.0, busy, under)[0])
+    assert not torch.equal(found, search.descend(0.0)[0])
+    assert float(losses(llm, target, found[0]).max()) < FORM.enough + 0.02

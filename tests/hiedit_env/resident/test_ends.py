@@ -10,11 +10,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from hiedit_env.errors import SettingsError
+from hiedit_env.errors import ModelError, SettingsError
+from hiedit_env.resident import nudges as nudges_module
 from hiedit_env.resident.ends import Ends, WholePrompts
 from hiedit_env.resident.nudges import Nudges
 from hiedit_env.resident.resident import ResidentLLM
-from hiedit_env.resident.upper_half import cast_all, quick_dtype
+from hiedit_env.resident.upper_half import UpperHalf, cast_all, quick_dtype
 from tests.support.models import normal, prompt, random_updates, resident
 
 PROMPTS = [prompt((5, 6, 7, 8, 9), (3, 4)), prompt((2, 9), (6,)), prompt((4, 4, 7), (5, 8, 2))]
@@ -23,22 +24,67 @@ LAYERS = (0, 2)
 ROUGH = torch.bfloat16
 
 
-def ends(llm: ResidentLLM, dtype: torch.dtype = torch.float32) -> Ends:
-    return Ends(llm, PROMPTS, POSITIONS, LAYERS, dtype)
+def ends(llm: ResidentLLM, dtype: torch.dtype = torch.float32, packed: bool = False) -> Ends:
+    return Ends(llm, PROMPTS, POSITIONS, LAYERS, dtype, packed)
 
 
 def whole(llm: ResidentLLM) -> WholePrompts:
     return WholePrompts(llm, PROMPTS, POSITIONS, LAYERS)
 
 
-@pytest.mark.parametrize("model_type", ["llama", "gpt2", "gemma2"])
+@pytest.mark.parametrize(
+    ("model_type", "packed"),
+    [("llama", False), ("llama", True), ("gpt2", False), ("gpt2", True), ("gemma2", False)],
+)
 @pytest.mark.parametrize("chosen", [(0, 1, 2), (1,), (0, 2)])
 def test_logits_of_some_prompts_are_those_of_the_whole_prompts(
-    model_type: str, chosen: tuple[int, ...]
+    model_type: str, packed: bool, chosen: tuple[int, ...]
 ) -> None:
     llm = resident(model_type)
     wanted = torch.cat([llm.answer_logits(llm.batch([PROMPTS[i]])) for i in chosen])
-    torch.testing.assert_close(ends(llm).logits(chosen), wanted, atol=1e-5, rtol=1e-5)
+    found = ends(llm, packed=packed).logits(chosen)
+    torch.testing.assert_close(found, wanted, atol=1e-5, rtol=1e-5)
+
+
+def test_packed_ends_run_no_padding(monkeypatch: pytest.MonkeyPatch) -> None:
+    llm = resident("llama")
+    seen: list[tuple[int, ...]] = []
+    own = UpperHalf.features
+
+    def note(self: UpperHalf, arguments: Any, hidden: Tensor) -> Tensor:
+        seen.append(tuple(hidden.shape[:2]))
+        return own(self, arguments, hidden)
+
+    monkeypatch.setattr(UpperHalf, "features", note)
+    for packed in (True, False):
+        ends(llm, packed=packed).logits((0, 2))
+    # From position 2 of 6 tokens on, and from position 0 of 5 tokens on.
+    assert seen == [(1, 9), (2, 5)]
+
+
+def test_a_model_with_a_window_is_not_packed() -> None:
+    # Which tokens a window lets through is up to places in the row, not in the prompt.
+    with pytest.raises(ModelError, match="drops tokens"):
+        ends(resident("gemma2"), packed=True)
+
+
+@pytest.mark.parametrize("model_type", ["llama", "gpt2"])
+def test_nudges_of_packed_ends_are_those_of_padded_ones(
+    model_type: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found = []
+    for packed in (True, False):
+        llm = resident(model_type)
+        monkeypatch.setattr(nudges_module, "packing_pays", lambda *_, packed=packed: packed)
+        nudges = Nudges(llm, PROMPTS, POSITIONS, LAYERS)
+        assert llm.upper.run_ends == {(torch.float32, packed): True}
+        vectors = [normal(i, 2, llm.shapes[layer][1]) for i, layer in enumerate(LAYERS)]
+        vectors = [vector.requires_grad_() for vector in vectors]
+        losses = nudges.losses(vectors, (0, 2))
+        gradients = torch.autograd.grad((losses * torch.tensor([1.0, 2.0])).sum(), vectors)
+        found.append((losses, nudges.worst, *nudges.keys, *gradients))
+    for one, other in zip(*found, strict=True):
+        torch.testing.assert_close(one, other, atol=1e-5, rtol=1e-5)
 
 
 def test_keys_and_lengths_are_measured_by_both() -> None:
@@ -157,7 +203,9 @@ def test_a_precision_with_other_losses_is_not_used(monkeypatch: pytest.MonkeyPat
 
     monkeypatch.setattr(Ends, "logits", wrong)
     nudges = Nudges(llm, PROMPTS, POSITIONS, LAYERS, ROUGH)
-    assert llm.upper.run_ends == {ROUGH: False, torch.float32: True}
+    packed = nudges_module.packing_pays(PROMPTS, POSITIONS)
+    assert llm.upper.run_ends[torch.float32, packed]
+    assert not any(works for (dtype, _), works in llm.upper.run_ends.items() if dtype == ROUGH)
     assert nudges._run._half.dtype == torch.float32  # type: ignore[attr-defined]
 
 
