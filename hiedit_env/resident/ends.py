@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 from torch import Tensor, nn
 from transformers import DynamicCache
-from transformers.cache_utils import DynamicLayer
 
 from hiedit_env.errors import ModelError
 from hiedit_env.model.architectures import block_list
@@ -75,23 +74,25 @@ class Runner(ABC):
         """Registers forward hooks on candidate layers, by index, for the time of the body."""
 
     @contextmanager
-    def _measured(self, columns: Sequence[int]) -> Iterator[None]:
-        """Sets ``keys`` and ``lengths`` by a pass of the model, which the body runs."""
-        rows = torch.arange(len(columns), device=self.llm.device)
-        at = torch.tensor(columns, device=self.llm.device)
+    def _measured(self, places: Sequence[int]) -> Iterator[None]:
+        """Sets ``keys`` and ``lengths`` by a pass of the model, which the body runs.
+
+        Args:
+            places: Where the positions stand among all tokens of the pass, row by row.
+        """
+        at = torch.tensor(places, device=self.llm.device)
         keys: dict[int, Tensor] = {}
         sizes: list[Tensor] = []
 
         def hook(layer: int) -> Any:
             def note(_module: Any, args: tuple[Tensor, ...], _output: Any) -> None:
-                given = args[0].reshape(len(columns), -1, args[0].shape[-1])
-                keys[layer] = given[rows, at].detach()
+                keys[layer] = args[0].reshape(-1, args[0].shape[-1])[at].detach()
 
             return note
 
         def measure(_module: Any, _args: Any, output: Any) -> None:
             hidden = output[0] if isinstance(output, tuple) else output
-            sizes.append(hidden[rows, at].detach().float().norm(dim=-1))
+            sizes.append(hidden.flatten(0, 1)[at].detach().float().norm(dim=-1))
 
         blocks, _ = block_list(self.llm.model)
         used = sorted({self.llm.layers[layer].block for layer in self.layers})
@@ -111,7 +112,7 @@ class WholePrompts(Runner):
 
     def measured(self) -> Tensor:
         """Sets ``keys`` and ``lengths``; gives what :meth:`logits` of all prompts gives."""
-        with torch.inference_mode(False), torch.no_grad(), self._measured(self.positions):
+        with torch.inference_mode(False), torch.no_grad(), self._measured(self.places(self.all)):
             return self.logits(self.all)
 
     def places(self, chosen: Chosen) -> list[int]:
@@ -171,8 +172,6 @@ class Ends(Runner):
         prompts, positions, layers: As in the base class. Nothing in front of the first of the
             layers' blocks is run again.
         dtype: The precision; the first pass is in the model's own.
-        packed: Whether the ends are one row behind one another, where each sees its own tokens
-            alone; else they are rows of one length, in which short ones cost as much as long ones.
 
     Raises:
         ModelError: the model's blocks cannot be run by themselves, or its cache is of another kind.
@@ -185,26 +184,20 @@ class Ends(Runner):
         positions: Sequence[int],
         layers: Sequence[int],
         dtype: torch.dtype,
-        packed: bool = False,
     ) -> None:
         super().__init__(llm, prompts, positions, layers)
         half = llm.upper.find(llm, min(llm.layers[layer].block for layer in layers), dtype)
         if half is None:
             raise ModelError("the model's blocks cannot be run by themselves")
         self._half: UpperHalf = half
-        with torch.inference_mode(False), torch.no_grad(), llm.with_changes():
+        with torch.inference_mode(False), torch.no_grad():
             self._known, self._hidden = self._first_pass()
         self._parts: dict[Chosen, _Part] = {}
-        self._packed = packed
-        if packed and not self._plain_cache:
-            raise ModelError("a cache that drops tokens cannot hold those of several prompts")
 
     def places(self, chosen: Chosen) -> list[int]:
         """The ends begin at the positions."""
-        sizes = self._sizes(chosen)
-        if self._packed:
-            return [sum(sizes[:row]) for row in range(len(sizes))]
-        return [row * max(sizes) for row in range(len(sizes))]
+        width = max(self.prompts[i].length - self.positions[i] for i in chosen)
+        return [row * width for row in range(len(chosen))]
 
     def logits(self, chosen: Chosen) -> Tensor:
         """As in the base class, float32."""
@@ -249,34 +242,44 @@ class Ends(Runner):
         order = starts[:, None] + torch.arange(width, device=device)
         return _Layout(ids[:, :before], ids[:, before:], real, order)
 
-    def _sizes(self, chosen: Chosen) -> list[int]:
-        """Number of tokens of the ends."""
-        return [self.prompts[i].length - self.positions[i] for i in chosen]
-
     def _part(self, chosen: Chosen) -> _Part:
         layout = self._layout(chosen)
         before, width = layout.first.shape[1], layout.ends.shape[1]
         rows = list(chosen)
         known = [(k[rows, :, -before:], v[rows, :, -before:]) for k, v in self._known]
-        hidden, mask = self._hidden[rows, :width], layout.mask
-        ids, order = layout.ends, layout.order
-        if self._packed:
-            ahead, ends = mask[:, :before].bool(), mask[:, before:].bool()
-            known = [(_in_one_row(k, ahead), _in_one_row(v, ahead)) for k, v in known]
-            hidden, ids, order = hidden[ends][None], ids[ends][None], order[ends][None]
-            mask = _own_tokens(ahead, ends, self.llm.dtype)
+        return self._made(self._hidden[rows, :width], known, layout.ends, layout.mask, layout.order)
+
+    def _made(
+        self,
+        hidden: Tensor,
+        known: Sequence[tuple[Tensor, Tensor]],
+        ids: Tensor,
+        mask: Tensor,
+        order: Tensor,
+    ) -> _Part:
+        """A part from what enters the first block, keys and values, and how tokens see each other.
+
+        Args:
+            hidden: As in a part.
+            known: The same, in any precision.
+            ids: B × width int64, the ends' tokens.
+            order: B × width int64, their positions in their prompts.
+            mask: What the model's own forward takes.
+        """
         cache = self._fresh(known)
+        noted = self._noted(ids, mask, order, cache)
+        dtype = self._half.dtype
+        return _Part(hidden, noted, cache, [(k.to(dtype), v.to(dtype)) for k, v in known])
+
+    def _noted(
+        self, ids: Tensor, mask: Tensor, order: Tensor, cache: DynamicCache
+    ) -> list[BlockArguments]:
+        """What the blocks from the first one on are given, in the precision of the runs."""
         split = cast(SplitModel, self.llm.halves)
         noted = split.noted(
             ids, attention_mask=mask, position_ids=order, past_key_values=cache, use_cache=True
         )[self._half.first - split.first :]
-        dtype = self._half.dtype
-        return _Part(
-            hidden,
-            [BlockArguments(*cast_all(given, dtype)) for given in map(tuple, noted)],
-            cache,
-            [(k.to(dtype), v.to(dtype)) for k, v in known],
-        )
+        return [BlockArguments(*cast_all(tuple(given), self._half.dtype)) for given in noted]
 
     def _first_pass(self) -> tuple[list[tuple[Tensor, Tensor]], Tensor]:
         """Keys and values of the tokens before, by block, and what enters the first block."""
@@ -290,7 +293,8 @@ class Ends(Runner):
         block = cast(SplitModel, self.llm.halves).block(self._half.first)
         handle = block.register_forward_pre_hook(note)
         try:
-            with self._measured([before] * len(self.prompts)):
+            places = [row * (before + width) + before for row in self.all]
+            with self.llm.with_changes(), self._measured(places):
                 self._run(ids, layout.mask, cache)
         finally:
             handle.remove()
@@ -299,10 +303,9 @@ class Ends(Runner):
         if any(layer.keys.shape[-2] != before + width for layer in layers):
             # A layer with a window drops what is behind it, and then has to see nothing else.
             cache = self._fresh(())
-            self._run(layout.first, layout.mask[:, :before], cache)
+            with self.llm.with_changes():
+                self._run(layout.first, layout.mask[:, :before], cache)
             layers = cast(Sequence[Any], cache.layers)
-        #: Whether all of it is kept, so that what a token sees is up to a mask alone.
-        self._plain_cache = all(type(layer) is DynamicLayer for layer in layers)
         known = [(layer.keys[:, :, :before], layer.values[:, :, :before]) for layer in layers]
         return known, entering[0]
 
@@ -312,43 +315,16 @@ class Ends(Runner):
             cache.update(keys, values, index)
         return cache
 
-    def _run(self, ids: Tensor, mask: Tensor, cache: DynamicCache) -> None:
+    def _run(
+        self, ids: Tensor, mask: Tensor, cache: DynamicCache, order: Tensor | None = None
+    ) -> None:
         self.llm.model.base_model(
             input_ids=ids,
             attention_mask=mask,
-            position_ids=(mask.cumsum(1) - 1).clamp_min(0),
+            position_ids=(mask.cumsum(1) - 1).clamp_min(0) if order is None else order,
             past_key_values=cache,
             use_cache=True,
         )
-
-
-def _in_one_row(tokens: Tensor, real: Tensor) -> Tensor:
-    """Keys or values, B × heads × tokens × size, to 1 × heads × real tokens × size, row by row."""
-    return tokens.transpose(1, 2)[real].transpose(0, 1)[None]
-
-
-def _own_tokens(ahead: Tensor, ends: Tensor, dtype: torch.dtype) -> Tensor:
-    """What packed ends see: the tokens ahead of them, and their own up to each of them.
-
-    Args:
-        ahead: B × before bool, which tokens in front of the ends are real.
-        ends: B × width bool, which tokens of the ends are.
-        dtype: Of the mask.
-
-    Returns:
-        1 × 1 × ends' tokens × (tokens ahead + ends' tokens), 0 where seen, else the least number.
-
-    >>> ahead, ends = torch.tensor([[0, 1], [1, 1]]), torch.tensor([[1, 1], [1, 0]])
-    >>> (_own_tokens(ahead.bool(), ends.bool(), torch.float32)[0, 0] == 0).int().tolist()
-    [[1, 0, 0, 1, 0, 0], [1, 0, 0, 1, 1, 0], [0, 1, 1, 0, 0, 1]]
-    """
-    rows = torch.arange(len(ends), device=ends.device)[:, None]
-    own, before = rows.expand_as(ends)[ends], rows.expand_as(ahead)[ahead]
-    places = torch.arange(len(own), device=ends.device)
-    seen = (own[:, None] == own) & (places[:, None] >= places)
-    seen = torch.cat((own[:, None] == before, seen), 1)
-    mask = torch.zeros(seen.shape, dtype=dtype, device=ends.device)
-    return mask.masked_fill(~seen, torch.finfo(dtype).min)[None, None]
 
 
 def _replaced(items: Any, old: object, new: object) -> Any:

@@ -17,6 +17,7 @@ from torch.nn import functional as F
 from hiedit_env.errors import SettingsError
 from hiedit_env.model.tokenization import EncodedPrompt
 from hiedit_env.resident.ends import Chosen, Ends, Runner, WholePrompts
+from hiedit_env.resident.packed_ends import PackedEnds, packing_pays
 
 if TYPE_CHECKING:
     from hiedit_env.resident.resident import ResidentLLM
@@ -27,10 +28,6 @@ TOLERANCE = 2e-3
 
 #: The same in a precision that is not the model's own.
 ROUGH_TOLERANCE = 0.1
-
-#: Pairs of tokens in the attention that cost as much as one token in all matrix products of a
-#: block, at 576 features; with more features they are more, in proportion.
-PAIRS = 3000
 
 #: Most prompts that are padded to one length; where there are more, those of like lengths share a
 #: batch. With 16 ends the weights no longer cost more than the tokens.
@@ -200,7 +197,8 @@ class Nudges:
                     continue
                 # Whatever a model's code raises here means only that it cannot be run like this.
                 try:
-                    ends = Ends(llm, prompts, positions, self.layers, precision, packed)
+                    kind = PackedEnds if packed else Ends
+                    ends = kind(llm, prompts, positions, self.layers, precision)
                     if way in known:
                         return ends
                     if own is None:
@@ -218,22 +216,6 @@ class Nudges:
         if own is None:
             whole.measured()
         return whole
-
-
-def packing_pays(prompts: Sequence[EncodedPrompt], positions: Sequence[int]) -> bool:
-    """Whether the ends of prompts cost less behind one another than padded to one length.
-
-    Padding makes tokens; packing makes pairs of tokens that the attention multiplies and masks.
-
-    >>> short, long = EncodedPrompt("a", "b", (1, 2), (3,)), EncodedPrompt("a", "b", (1,) * 9, (2,))
-    >>> packing_pays([short, long], [1, 1]), packing_pays([long, long], [1, 1])
-    (True, False)
-    """
-    sizes = [prompt.length - at for prompt, at in zip(prompts, positions, strict=True)]
-    packed, ahead = sum(sizes), sum(positions)
-    padded = len(sizes) * max(sizes)
-    pairs = packed * (ahead + packed) - padded * (max(positions) + max(sizes))
-    return ahead > 0 and packed + pairs / PAIRS < padded
 
 
 def _groups(

@@ -14,6 +14,7 @@ from hiedit_env.errors import ModelError, SettingsError
 from hiedit_env.resident import nudges as nudges_module
 from hiedit_env.resident.ends import Ends, WholePrompts
 from hiedit_env.resident.nudges import Nudges
+from hiedit_env.resident.packed_ends import PackedEnds
 from hiedit_env.resident.resident import ResidentLLM
 from hiedit_env.resident.upper_half import UpperHalf, cast_all, quick_dtype
 from tests.support.models import normal, prompt, random_updates, resident
@@ -25,7 +26,7 @@ ROUGH = torch.bfloat16
 
 
 def ends(llm: ResidentLLM, dtype: torch.dtype = torch.float32, packed: bool = False) -> Ends:
-    return Ends(llm, PROMPTS, POSITIONS, LAYERS, dtype, packed)
+    return (PackedEnds if packed else Ends)(llm, PROMPTS, POSITIONS, LAYERS, dtype)
 
 
 def whole(llm: ResidentLLM) -> WholePrompts:
@@ -69,20 +70,23 @@ def test_a_model_with_a_window_is_not_packed() -> None:
 
 
 @pytest.mark.parametrize("model_type", ["llama", "gpt2"])
+# Of the second block of three alone, and of the last one as well, behind which nothing is left.
+@pytest.mark.parametrize("layers", [(0, 1), (1, 3)])
 def test_nudges_of_packed_ends_are_those_of_padded_ones(
-    model_type: str, monkeypatch: pytest.MonkeyPatch
+    model_type: str, layers: tuple[int, int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     found = []
     for packed in (True, False):
         llm = resident(model_type)
         monkeypatch.setattr(nudges_module, "packing_pays", lambda *_, packed=packed: packed)
-        nudges = Nudges(llm, PROMPTS, POSITIONS, LAYERS)
+        nudges = Nudges(llm, PROMPTS, POSITIONS, layers)
         assert llm.upper.run_ends == {(torch.float32, packed): True}
-        vectors = [normal(i, 2, llm.shapes[layer][1]) for i, layer in enumerate(LAYERS)]
+        vectors = [normal(i, 2, llm.shapes[layer][1]) for i, layer in enumerate(layers)]
         vectors = [vector.requires_grad_() for vector in vectors]
+        before = (*nudges.keys, nudges.lengths)
         losses = nudges.losses(vectors, (0, 2))
         gradients = torch.autograd.grad((losses * torch.tensor([1.0, 2.0])).sum(), vectors)
-        found.append((losses, nudges.worst, *nudges.keys, *gradients))
+        found.append((*before, losses, nudges.worst, *nudges.keys, *gradients))
     for one, other in zip(*found, strict=True):
         torch.testing.assert_close(one, other, atol=1e-5, rtol=1e-5)
 
