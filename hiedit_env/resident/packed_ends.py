@@ -20,6 +20,9 @@ from hiedit_env.resident.split_model import through
 #: block, at 576 features; with more features they are more, in proportion.
 PAIRS = 3000
 
+#: Most tokens of whole prompts in one row: the first pass multiplies and masks all pairs of them.
+LONGEST_ROW = 1024
+
 
 def packing_pays(prompts: Sequence[EncodedPrompt], positions: Sequence[int]) -> bool:
     """Whether the ends of prompts cost less behind one another than padded to one length.
@@ -29,7 +32,11 @@ def packing_pays(prompts: Sequence[EncodedPrompt], positions: Sequence[int]) -> 
     >>> short, long = EncodedPrompt("a", "b", (1, 2), (3,)), EncodedPrompt("a", "b", (1,) * 9, (2,))
     >>> packing_pays([short, long], [1, 1]), packing_pays([long, long], [1, 1])
     (True, False)
+    >>> packing_pays([short, EncodedPrompt("a", "b", (1,) * LONGEST_ROW, (2,))], [1, 1])
+    False
     """
+    if sum(prompt.length for prompt in prompts) > LONGEST_ROW:
+        return False
     sizes = [prompt.length - at for prompt, at in zip(prompts, positions, strict=True)]
     packed, ahead = sum(sizes), sum(positions)
     padded = len(sizes) * max(sizes)
