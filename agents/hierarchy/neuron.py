@@ -121,7 +121,7 @@ class Neuron(FactMemory):
         swaps: int = 2,
         widest: float = 1.95,
         substitutes: bool = True,
-        noise: float = 0.3,
+        noise: float = 0.5,
         reworded: bool = True,
         search_dtype: str = "auto",
     ) -> None:
