@@ -147,7 +147,7 @@ class _Layout:
 
 
 @dataclass(frozen=True, eq=False, slots=True)
-class _Part:
+class Part:
     """All that running the ends of some prompts takes.
 
     Args:
@@ -192,7 +192,7 @@ class Ends(Runner):
         self._half: UpperHalf = half
         with torch.inference_mode(False), torch.no_grad():
             self._known, self._hidden = self._first_pass()
-        self._parts: dict[Chosen, _Part] = {}
+        self._parts: dict[Chosen, Part] = {}
 
     def places(self, chosen: Chosen) -> list[int]:
         """The ends begin at the positions."""
@@ -242,7 +242,7 @@ class Ends(Runner):
         order = starts[:, None] + torch.arange(width, device=device)
         return _Layout(ids[:, :before], ids[:, before:], real, order)
 
-    def _part(self, chosen: Chosen) -> _Part:
+    def _part(self, chosen: Chosen) -> Part:
         layout = self._layout(chosen)
         before, width = layout.first.shape[1], layout.ends.shape[1]
         rows = list(chosen)
@@ -256,7 +256,7 @@ class Ends(Runner):
         ids: Tensor,
         mask: Tensor,
         order: Tensor,
-    ) -> _Part:
+    ) -> Part:
         """A part from what enters the first block, keys and values, and how tokens see each other.
 
         Args:
@@ -269,7 +269,7 @@ class Ends(Runner):
         cache = self._fresh(known)
         noted = self._noted(ids, mask, order, cache)
         dtype = self._half.dtype
-        return _Part(hidden, noted, cache, [(k.to(dtype), v.to(dtype)) for k, v in known])
+        return Part(hidden, noted, cache, [(k.to(dtype), v.to(dtype)) for k, v in known])
 
     def _noted(
         self, ids: Tensor, mask: Tensor, order: Tensor, cache: DynamicCache

@@ -13,7 +13,7 @@ from transformers.cache_utils import DynamicLayer
 from hiedit_env.errors import ModelError
 from hiedit_env.model.architectures import block_list
 from hiedit_env.model.tokenization import EncodedPrompt
-from hiedit_env.resident.ends import Chosen, Ends, _Part
+from hiedit_env.resident.ends import Chosen, Ends, Part
 from hiedit_env.resident.split_model import through
 
 #: Pairs of tokens in the attention that cost as much as one token in all matrix products of a
@@ -66,7 +66,7 @@ class PackedEnds(Ends):
     def _sizes(self, chosen: Chosen) -> list[int]:
         return [self.prompts[i].length - self.positions[i] for i in chosen]
 
-    def _part(self, chosen: Chosen) -> _Part:
+    def _part(self, chosen: Chosen) -> Part:
         ahead, sizes = [self.positions[i] for i in chosen], self._sizes(chosen)
         of_ends, of_ahead = self._rows(self._sizes(self.all)), self._rows(self.positions)
         ends = torch.cat([of_ends[i] for i in chosen])
