@@ -125,6 +125,11 @@ def test_halves_of_the_prompts_take_turns(monkeypatch: pytest.MonkeyPatch) -> No
     _, busy = neuron_search._Search(llm, neuron(llm).mlps, [target], form).descend(0.0)
     assert seen == [(0, 2), (1,), (0, 2), (1,), (0, 2)]
     assert busy.tolist() == [True]
+    # Where there is one prompt, a round is one pass.
+    del seen[:]
+    single = replace(target, prompts=target.prompts[:1])
+    neuron_search._Search(llm, neuron(llm).mlps, [single], form).descend(0.0)
+    assert seen == [(0,), (0,), (0,)]
 
 
 def test_a_round_is_a_step_along_the_gradient_of_each_half() -> None:
