@@ -24,7 +24,8 @@ class SearchForm:
         step_size: Length of a step, as a share of the mean length of the hidden states that the
             vector is added to.
         momentum: Share of the last step that is taken again.
-        steps: Largest number of rounds, in each of which all prompts are run.
+        steps: Largest number of rounds, in each of which all prompts are run; as many again without
+            noise where they do not suffice under noise.
         enough: −log p per answer token, in nats, below which a prompt needs no more, if every token
             has more than one half as well.
         noise: Length of what is added to a vector in a random direction in every pass, as a share
@@ -46,7 +47,8 @@ def seek(
 ) -> Tensor:
     """What the neurons of F facts are to write: F × d_out float32.
 
-    A fact that cannot be answered under noise is sought on without, from where the search stands.
+    Where no vector answers a fact under noise, the search goes on without noise from the vector
+    that it has.
 
     Args:
         llm: The model.
@@ -64,8 +66,8 @@ def seek(
 #: −log p of a token with p = 1/2, in nats.
 _HALF = math.log(2)
 
-#: Parts of a fact's prompts that are run in turn. With a step after each half, a search costs a
-#: third less than with one after all of them, and other words are answered at least as often.
+#: Parts of a fact's prompts that are run in turn. At the same noise, a step after each half needs a
+#: quarter to two fifths fewer tokens than one after all prompts, and answers more paraphrases.
 PARTS = 2
 
 #: Strength of a neuron from which a prompt can be answered by it. Below, no vector of a usual
@@ -108,8 +110,9 @@ class _Search:
         homes = torch.tensor([target.home for target in targets], device=device)[self.owners]
         self._here = [(homes == i).float()[:, None] for i in used]
         self._width = mlps[targets[0].home].hidden
-        #: Per target, by place, the parts of its prompts in which its neuron fires; of all of them
-        #: where it fires in none.
+        #: Per target, by place, the parts of its prompts in which its neuron fires (of all of them
+        #: where it fires in none): every other prompt. Asked in both forms, these are what stands
+        #: in plain form with one question, and what stands in chat with the other question.
         self._parts: list[list[list[int]]] = []
         reached, lengths = (self._fires[:, 0] >= REACHED).tolist(), []
         for index in range(len(targets)):
@@ -129,7 +132,7 @@ class _Search:
         Args:
             noise: As of the form.
             sought: F bool, which facts are sought; all where None.
-            start: F × d_out float32, from where; from nothing where None.
+            start: F × d_out float32, the vectors to begin with; zeros where None.
 
         Returns:
             F × d_out float32, and F bool, which facts were not answered well enough at the end.
@@ -145,9 +148,11 @@ class _Search:
             waiting[i, : len(parts)] = sought is None or bool(sought[i])
         # The same noise for a fact, whatever is sought with it or was sought before.
         generators = [torch.Generator().manual_seed(0) for _ in range(number)]
-        limits = torch.tensor([form.steps * len(parts) for parts in self._parts], device=device)
-        for turn in range(form.steps * PARTS + 1):
-            running = (waiting.any(1) & (turn <= limits)).nonzero()[:, 0].tolist()
+        numbers = torch.tensor([len(parts) for parts in self._parts], device=device)
+        limits = form.steps * numbers
+        # After its last step, every part of a fact is looked at once more.
+        for turn in range((form.steps + 1) * PARTS):
+            running = (waiting.any(1) & (turn < limits + numbers)).nonzero()[:, 0].tolist()
             if not running:
                 break
             turns = {i: turn % len(self._parts[i]) for i in running}
@@ -159,12 +164,12 @@ class _Search:
             losses = self._nudges.losses(
                 [x for here in self._here for x in (None, added * here[chosen])], rows
             )
-            # A token of more than one half is the most probable one, whatever the others are.
-            open_ = ((losses.detach() >= form.enough) | (self._nudges.worst >= _HALF)).float()
-            moving = torch.zeros(number, device=device).index_add(0, owners, open_) > 0
+            # A token of more than one half is the most probable one, whatever the others are. What
+            # is not a number is not answered.
+            right = (losses.detach() < form.enough) & (self._nudges.worst < _HALF)
+            moving = torch.zeros(number, device=device).index_add(0, owners, (~right).float()) > 0
             for i, part in turns.items():
                 waiting[i, part] = moving[i]
-            # After its last round, a fact is looked at once more.
             moving = moving & (turn < limits)
             if not bool(moving.any()):
                 continue
@@ -173,9 +178,13 @@ class _Search:
             (gradient,) = torch.autograd.grad(means[moving].sum(), vectors)
             size = gradient.norm(dim=1, keepdim=True).clamp_min(1e-30)
             turned = form.momentum * speed + gradient / size
-            speed = torch.where(moving[:, None], turned, speed)
+            # Where numbers overflow, the vector is too long for this precision: half of it is left.
+            far = moving & ~(means.detach().isfinite() & size[:, 0].isfinite())
+            moving = moving & ~far
+            speed = torch.where(moving[:, None], turned, speed.masked_fill(far[:, None], 0))
             with torch.no_grad():
-                vectors -= (self._length * moving)[:, None] * speed
+                stepped = vectors - (self._length * moving)[:, None] * speed
+                vectors.copy_(torch.where(far[:, None], vectors / 2, stepped))
         return vectors.detach(), waiting.any(1)
 
 

@@ -260,11 +260,12 @@ class Ends(Runner):
         """A part from what enters the first block, keys and values, and how tokens see each other.
 
         Args:
-            hidden: As in a part.
-            known: The same, in any precision.
+            hidden: B × width × hidden size, what enters the first block.
+            known: Per block of the model, keys and values of the tokens before, in any precision.
             ids: B × width int64, the ends' tokens.
-            order: B × width int64, their positions in their prompts.
-            mask: What the model's own forward takes.
+            mask: B × (before + width) int64, 1 at real tokens; or 1 × 1 × width × (before + width),
+                0 where a token sees another, else the least number.
+            order: B × width int64, the tokens' positions in their prompts.
         """
         cache = self._fresh(known)
         noted = self._noted(ids, mask, order, cache)
@@ -282,7 +283,10 @@ class Ends(Runner):
         return [BlockArguments(*cast_all(tuple(given), self._half.dtype)) for given in noted]
 
     def _first_pass(self) -> tuple[list[tuple[Tensor, Tensor]], Tensor]:
-        """Keys and values of the tokens before, by block, and what enters the first block."""
+        """Keys and values of the tokens before, and what enters the first block at the ends.
+
+        Per block B × heads × before × size each, and B × width × hidden size.
+        """
         layout, entering = self._layout(self.all), []
         before, width = layout.first.shape[1], layout.ends.shape[1]
 
@@ -318,6 +322,7 @@ class Ends(Runner):
     def _run(
         self, ids: Tensor, mask: Tensor, cache: DynamicCache, order: Tensor | None = None
     ) -> None:
+        """Runs the model; a mask of four dimensions needs the positions in the prompts as well."""
         self.llm.model.base_model(
             input_ids=ids,
             attention_mask=mask,

@@ -18,6 +18,7 @@ from hiedit_env.errors import SettingsError
 from hiedit_env.model.tokenization import EncodedPrompt
 from hiedit_env.resident.ends import Chosen, Ends, Runner, WholePrompts
 from hiedit_env.resident.packed_ends import PackedEnds, packing_pays
+from hiedit_env.resident.upper_half import Compared
 
 if TYPE_CHECKING:
     from hiedit_env.resident.resident import ResidentLLM
@@ -25,6 +26,9 @@ if TYPE_CHECKING:
 #: Largest difference up to which running the ends of prompts counts as running them, in nats per
 #: nat above one.
 TOLERANCE = 2e-3
+
+#: The same for a model whose own precision has 16 bits.
+HALF_TOLERANCE = 0.05
 
 #: The same in a precision that is not the model's own.
 ROUGH_TOLERANCE = 0.1
@@ -38,8 +42,9 @@ class Nudges:
     """Losses of prompts under vectors that are added to layers' outputs.
 
     Only tokens from the nudged one on are run, from the first nudged block on, behind the keys and
-    values of the tokens before, where that gives this model's own losses (compared once for every
-    model and precision); else whole prompts.
+    values of the tokens before, where that gives this model's own losses; else whole prompts. Short
+    ends may be packed into one row (:mod:`.packed_ends`). Losses are compared for every model,
+    precision and layout, and again whenever a row is longer than all rows before.
 
     Args:
         llm: The model, at its present weights; they must not change while this object is used.
@@ -192,30 +197,41 @@ class Nudges:
         layouts = (True, False) if packing_pays(prompts, positions) else (False,)
         for precision in dict.fromkeys((dtype, llm.dtype)):
             for packed in layouts:
-                way = precision, packed
-                if not known.get(way, True):
+                # What is known of this layout in this precision.
+                state = known.setdefault((precision, packed), Compared())
+                lengths = [prompt.length for prompt in prompts]
+                longest = sum(lengths) if packed else max(lengths)
+                if longest >= state.wrong:
                     continue
                 # Whatever a model's code raises here means only that it cannot be run like this.
                 try:
                     kind = PackedEnds if packed else Ends
                     ends = kind(llm, prompts, positions, self.layers, precision)
-                    if way in known:
+                    if longest <= state.right:
                         return ends
                     if own is None:
                         own = _losses(whole, whole.all, whole.measured())[0]
                     with torch.no_grad():
                         off = (_losses(ends, ends.all, ends.logits(ends.all))[0] - own).abs()
-                    bound = TOLERANCE if precision == llm.dtype else ROUGH_TOLERANCE
-                    known[way] = bool((off <= bound * (1 + own)).all())
+                    if bool((off <= _tolerance(precision, llm.dtype) * (1 + own)).all()):
+                        state.right = longest
+                        return ends
                 except (MemoryError, torch.OutOfMemoryError):
                     raise
                 except Exception:
-                    known[way] = False
-                if known[way]:
-                    return ends
+                    if longest <= state.right:
+                        continue
+                state.wrong = longest
         if own is None:
             whole.measured()
         return whole
+
+
+def _tolerance(precision: torch.dtype, own: torch.dtype) -> float:
+    """How much losses may be off, in nats per nat above one."""
+    if precision != own:
+        return ROUGH_TOLERANCE
+    return TOLERANCE if torch.finfo(own).bits > 16 else HALF_TOLERANCE
 
 
 def _groups(

@@ -54,12 +54,15 @@ class _Reached(Exception):
 class PackedEnds(Ends):
     """As :class:`.ends.Ends`, in one row, in which every token sees those of its own prompt alone.
 
+    Its first pass is in the model's own precision up to the last block that a vector is added in,
+    and in that of the runs behind it.
+
     Raises:
-        ModelError: as in the base class, or what a token sees is not up to a mask alone.
+        ModelError: as in the base class, or the mask alone does not decide what a token sees.
     """
 
     def places(self, chosen: Chosen) -> list[int]:
-        """The ends begin where the ones before them are over."""
+        """Each end starts right after the one before it."""
         sizes = self._sizes(chosen)
         return [sum(sizes[:row]) for row in range(len(sizes))]
 
@@ -85,10 +88,11 @@ class PackedEnds(Ends):
         return torch.tensor([numbers], dtype=torch.int64, device=self.llm.device)
 
     def _first_pass(self) -> tuple[list[tuple[Tensor, Tensor]], Tensor]:
-        """Keys and values of the tokens ahead, 1 × heads × tokens × size, and what enters the ends.
+        """Keys and values of the tokens ahead, and what enters the first block at the ends.
 
-        All tokens are run up to the last block that a vector is added in, and behind it only those
-        ahead of the ends, in the precision of the runs.
+        Per block 1 × heads × tokens × size each, and 1 × tokens × hidden size. All tokens are run
+        up to the last block that a vector is added in, and behind it only those ahead of the ends,
+        in the precision of the runs.
         """
         lower = self._fresh(())
         if not all(type(layer) is DynamicLayer for layer in lower.layers):
@@ -129,9 +133,19 @@ class PackedEnds(Ends):
     def _lower(
         self, cache: DynamicCache, lengths: Sequence[int], places: Sequence[int], last: int
     ) -> tuple[Tensor, Tensor | None]:
-        """What enters the first block, and what leaves the last one that a vector is added in.
+        """Runs all tokens up to the last block that a vector is added in.
 
-        Sets ``keys`` and ``lengths``; None where that block is the model's last one.
+        Sets ``keys`` and ``lengths``.
+
+        Args:
+            cache: An empty one, which is filled.
+            lengths: P, tokens of each prompt.
+            places: P, where the positions stand in the row.
+            last: Index of that block.
+
+        Returns:
+            1 × tokens × hidden size, what enters the first block that is run again, and what leaves
+            the last one; None for the latter where it is the model's last one.
         """
         entering: list[Tensor] = []
 
@@ -142,17 +156,18 @@ class PackedEnds(Ends):
             raise _Reached(args[0])
 
         blocks, _ = block_list(self.llm.model)
-        handles = [blocks[self._half.first].register_forward_pre_hook(note)]
-        if last + 1 < len(blocks):
-            handles.append(blocks[last + 1].register_forward_pre_hook(stop))
         ids = [token for prompt in self.prompts for token in prompt.input_ids]
         order = [place for length in lengths for place in range(length)]
         mask = own_tokens([0] * len(lengths), lengths, self.llm.dtype).to(self.llm.device)
-        left = None
+        given = self._row(ids), mask, cache, self._row(order)
+        left, handles = None, []
         try:
+            handles.append(blocks[self._half.first].register_forward_pre_hook(note))
+            if last + 1 < len(blocks):
+                handles.append(blocks[last + 1].register_forward_pre_hook(stop))
             with self.llm.with_changes(), self._measured(places):
                 try:
-                    self._run(self._row(ids), mask, cache, self._row(order))
+                    self._run(*given)
                 except _Reached as reached:
                     left = reached.hidden
         finally:

@@ -7,8 +7,10 @@ model's own. Where the processor multiplies bfloat16 matrices, they cost half as
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
@@ -147,16 +149,31 @@ class UpperHalf:
                 handle.remove()
 
 
+@dataclass(slots=True)
+class Compared:
+    """For how long rows one way of running a model was compared with the model's own.
+
+    A window, for example, changes nothing in rows that are shorter than it is.
+
+    Args:
+        right: Tokens of the longest row for which it gave the same.
+        wrong: Tokens of the shortest row for which it did not.
+    """
+
+    right: int = 0
+    wrong: float = math.inf
+
+
 class UpperHalves:
     """Those of one model and its forks that were asked for, with what is known of them.
 
     Attributes:
-        run_ends: By precision and layout (packed or not), whether the ends of prompts can be run
-            in it behind cached keys and values; what was not tried yet is missing.
+        run_ends: By precision and layout (packed or not), for how long rows the ends of prompts,
+            run behind cached keys and values, gave what whole prompts give.
     """
 
     def __init__(self) -> None:
-        self.run_ends: dict[tuple[torch.dtype, bool], bool] = {}
+        self.run_ends: dict[tuple[torch.dtype, bool], Compared] = {}
         self._made: dict[tuple[int, torch.dtype], UpperHalf] = {}
 
     def find(self, llm: Model, first: int, dtype: torch.dtype) -> UpperHalf | None:

@@ -83,6 +83,51 @@ def test_every_token_has_more_than_one_half_at_the_end() -> None:
     assert float(nudges.worst) < 0.69 + 0.02
 
 
+@pytest.mark.parametrize("steps", [1, 2, 3, 5, 8])
+@pytest.mark.parametrize("step_size", [0.06, 0.12, 0.3])
+def test_what_is_called_answered_is_answered_by_the_vector_that_is_given(
+    step_size: float, steps: int
+) -> None:
+    llm = model()
+    (target,) = targets(llm)
+    form = replace(FORM, step_size=step_size, steps=steps)
+    search = neuron_search._Search(llm, neuron(llm).mlps, [target], form)
+    (vector,), (busy,) = search.descend(0.0)
+    found = losses(llm, target, vector)
+    assert bool(busy) is (float(found.max()) >= FORM.enough)
+
+
+def test_where_numbers_overflow_half_of_the_vector_is_left(monkeypatch: pytest.MonkeyPatch) -> None:
+    llm = model()
+    (target,) = targets(llm)
+    own, seen = Nudges.losses, []
+
+    def overflow(self: Nudges, vectors: Any, rows: Any = None) -> Tensor:
+        found = own(self, vectors, rows)
+        seen.append(float(vectors[1].detach().norm() / search._fires[list(rows)].norm()))
+        # The third pass, by one prompt, which takes every other number with it.
+        return found * float("nan") if len(seen) == 3 else found
+
+    search = neuron_search._Search(llm, neuron(llm).mlps, [target], FORM)
+    monkeypatch.setattr(Nudges, "losses", overflow)
+    (vector,), (busy,) = search.descend(0.0)
+    monkeypatch.undo()
+    assert seen[3] == pytest.approx(seen[2] / 2, rel=1e-4)
+    assert not bool(busy)
+    assert float(losses(llm, target, vector).max()) < FORM.enough + 0.02
+
+
+def test_what_is_not_a_number_is_not_answered(monkeypatch: pytest.MonkeyPatch) -> None:
+    llm = model()
+    (target,) = targets(llm)
+    search = neuron_search._Search(llm, neuron(llm).mlps, [target], replace(FORM, steps=3))
+    own = Nudges.losses
+    monkeypatch.setattr(Nudges, "losses", lambda *args: own(*args) * float("nan"))
+    (vector,), (busy,) = search.descend(0.0)
+    assert bool(busy)
+    assert bool(vector.isfinite().all())
+
+
 class _Silent:
     """The shape of a neuron that does not fire in the prompts at some places."""
 
@@ -120,10 +165,10 @@ def test_halves_of_the_prompts_take_turns(monkeypatch: pytest.MonkeyPatch) -> No
     llm = model()
     (target,) = targets(llm, (*PROMPTS, "w11 w9 w4"))
     seen = noted(monkeypatch)
-    # Nothing is answered so soon: two rounds, and a last look.
+    # Nothing is answered so soon: two rounds, and a last look at both halves.
     form = replace(FORM, step_size=1e-4, steps=2)
     _, busy = neuron_search._Search(llm, neuron(llm).mlps, [target], form).descend(0.0)
-    assert seen == [(0, 2), (1,), (0, 2), (1,), (0, 2)]
+    assert seen == [(0, 2), (1,), (0, 2), (1,), (0, 2), (1,)]
     assert busy.tolist() == [True]
     # Where there is one prompt, a round is one pass.
     del seen[:]

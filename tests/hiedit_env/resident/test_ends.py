@@ -16,7 +16,7 @@ from hiedit_env.resident.ends import Ends, WholePrompts
 from hiedit_env.resident.nudges import Nudges
 from hiedit_env.resident.packed_ends import PackedEnds
 from hiedit_env.resident.resident import ResidentLLM
-from hiedit_env.resident.upper_half import UpperHalf, cast_all, quick_dtype
+from hiedit_env.resident.upper_half import Compared, UpperHalf, cast_all, quick_dtype
 from tests.support.models import normal, prompt, random_updates, resident
 
 PROMPTS = [prompt((5, 6, 7, 8, 9), (3, 4)), prompt((2, 9), (6,)), prompt((4, 4, 7), (5, 8, 2))]
@@ -69,6 +69,52 @@ def test_a_model_with_a_window_is_not_packed() -> None:
         ends(resident("gemma2"), packed=True)
 
 
+def hooks(llm: ResidentLLM) -> list[int]:
+    """Numbers of hooks on every module of a model."""
+    return [len(m._forward_pre_hooks) + len(m._forward_hooks) for m in llm.model.modules()]
+
+
+@pytest.mark.parametrize("broken", ["own_tokens", "PackedEnds._run", "through"])
+def test_a_first_pass_that_fails_leaves_no_hooks(
+    broken: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    llm = resident("llama")
+    before = hooks(llm)
+
+    def fail(*_: Any, **__: Any) -> None:
+        raise torch.OutOfMemoryError("no memory left")
+
+    monkeypatch.setattr(f"hiedit_env.resident.packed_ends.{broken}", fail)
+    with pytest.raises(torch.OutOfMemoryError):
+        ends(llm, packed=True)
+    assert hooks(llm) == before
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_a_row_longer_than_all_before_is_compared_again(
+    packed: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    llm = resident("llama")
+    monkeypatch.setattr(nudges_module, "packing_pays", lambda *_: packed)
+    kind = PackedEnds if packed else Ends
+    own = kind.logits
+
+    def windowed(self: Ends, chosen: Any) -> Tensor:
+        long = any(p.length > 6 for p in self.prompts)
+        return own(self, chosen) * (3.0 if long else 1.0)
+
+    monkeypatch.setattr(kind, "logits", windowed)
+    vectors = [torch.zeros(1, llm.shapes[layer][1]) for layer in LAYERS]
+    longer = [*PROMPTS[:2], prompt((4, 4, 7, 4, 4, 7, 8), (5, 8, 2))]
+    # The short ones are right before and after the long ones, which are run in another way.
+    for prompts, kinds in ((PROMPTS, True), (longer, False), (PROMPTS, True), (longer, False)):
+        nudges = Nudges(llm, prompts, POSITIONS, LAYERS)
+        assert (type(nudges._run) is kind) is kinds
+        wanted = Nudges(resident("llama"), prompts, POSITIONS, LAYERS).losses(vectors)
+        if not kinds:
+            torch.testing.assert_close(nudges.losses(vectors), wanted, atol=1e-5, rtol=1e-5)
+
+
 @pytest.mark.parametrize("model_type", ["llama", "gpt2"])
 # Of the second block of three alone, and of the last one as well, behind which nothing is left.
 @pytest.mark.parametrize("layers", [(0, 1), (1, 3)])
@@ -80,7 +126,8 @@ def test_nudges_of_packed_ends_are_those_of_padded_ones(
         llm = resident(model_type)
         monkeypatch.setattr(nudges_module, "packing_pays", lambda *_, packed=packed: packed)
         nudges = Nudges(llm, PROMPTS, POSITIONS, layers)
-        assert llm.upper.run_ends == {(torch.float32, packed): True}
+        row = sum(p.length for p in PROMPTS) if packed else max(p.length for p in PROMPTS)
+        assert llm.upper.run_ends == {(torch.float32, packed): Compared(row)}
         vectors = [normal(i, 2, llm.shapes[layer][1]) for i, layer in enumerate(layers)]
         vectors = [vector.requires_grad_() for vector in vectors]
         before = (*nudges.keys, nudges.lengths)
@@ -208,8 +255,8 @@ def test_a_precision_with_other_losses_is_not_used(monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(Ends, "logits", wrong)
     nudges = Nudges(llm, PROMPTS, POSITIONS, LAYERS, ROUGH)
     packed = nudges_module.packing_pays(PROMPTS, POSITIONS)
-    assert llm.upper.run_ends[torch.float32, packed]
-    assert not any(works for (dtype, _), works in llm.upper.run_ends.items() if dtype == ROUGH)
+    assert llm.upper.run_ends[torch.float32, packed].right
+    assert not any(one.right for (dtype, _), one in llm.upper.run_ends.items() if dtype == ROUGH)
     assert nudges._run._half.dtype == torch.float32  # type: ignore[attr-defined]
 
 

@@ -14,6 +14,7 @@ from hiedit_env.model.tokenization import EncodedPrompt
 from hiedit_env.resident import nudges as nudges_module
 from hiedit_env.resident.nudges import Nudges
 from hiedit_env.resident.resident import ResidentLLM
+from hiedit_env.resident.upper_half import Compared
 from tests.support.models import normal, prompt, random_updates, resident
 
 PROMPTS = [prompt((5, 6, 7, 8, 9), (3, 4)), prompt((2, 9), (6,)), prompt((4, 4, 7), (5, 8, 2))]
@@ -50,7 +51,7 @@ def own_loss(llm: ResidentLLM, one: EncodedPrompt, at: int, vectors: list[Tensor
 def test_losses_and_gradients_are_those_of_the_model(model_type: str, whole: bool) -> None:
     llm = resident(model_type)
     if whole:
-        llm.upper.run_ends.update({(llm.dtype, packed): False for packed in (True, False)})
+        llm.upper.run_ends.update({(llm.dtype, packed): Compared(0, 0) for packed in (True, False)})
     nudges = Nudges(llm, PROMPTS, POSITIONS, LAYERS)
     vectors = [
         normal(i, 3, llm.shapes[layer][1]).requires_grad_() for i, layer in enumerate(LAYERS)
@@ -62,7 +63,7 @@ def test_losses_and_gradients_are_those_of_the_model(model_type: str, whole: boo
             for i, (one, at) in enumerate(zip(PROMPTS, POSITIONS, strict=True))
         ]
     )
-    assert any(llm.upper.run_ends.values()) is (not whole)
+    assert any(one.right for one in llm.upper.run_ends.values()) is (not whole)
     torch.testing.assert_close(found, wanted, atol=1e-5, rtol=1e-5)
     for one, two in zip(
         torch.autograd.grad(found.sum(), vectors),
@@ -176,7 +177,7 @@ def test_a_model_without_such_a_cache_is_run_whole(monkeypatch: pytest.MonkeyPat
 
     monkeypatch.setattr("hiedit_env.resident.ends.Ends._run", refuse)
     found = Nudges(other, PROMPTS, POSITIONS, LAYERS).losses(zeros(other))
-    assert set(other.upper.run_ends.values()) == {False}
+    assert not any(one.right for one in other.upper.run_ends.values())
     torch.testing.assert_close(found, wanted, atol=1e-5, rtol=1e-5)
 
 
