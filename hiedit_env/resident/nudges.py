@@ -27,9 +27,6 @@ if TYPE_CHECKING:
 #: nat above one.
 TOLERANCE = 2e-3
 
-#: The same for a model whose own precision has 16 bits.
-HALF_TOLERANCE = 0.05
-
 #: The same in a precision that is not the model's own.
 ROUGH_TOLERANCE = 0.1
 
@@ -194,12 +191,12 @@ class Nudges:
         """The ends alone, if this model gives with them what it gives with whole prompts."""
         llm, known = self.llm, self.llm.upper.run_ends
         whole, own = WholePrompts(llm, prompts, positions, self.layers), None
+        lengths = [prompt.length for prompt in prompts]
         layouts = (True, False) if packing_pays(prompts, positions) else (False,)
         for precision in dict.fromkeys((dtype, llm.dtype)):
             for packed in layouts:
                 # What is known of this layout in this precision.
                 state = known.setdefault((precision, packed), Compared())
-                lengths = [prompt.length for prompt in prompts]
                 longest = sum(lengths) if packed else max(lengths)
                 if longest >= state.wrong:
                     continue
@@ -213,7 +210,8 @@ class Nudges:
                         own = _losses(whole, whole.all, whole.measured())[0]
                     with torch.no_grad():
                         off = (_losses(ends, ends.all, ends.logits(ends.all))[0] - own).abs()
-                    if bool((off <= _tolerance(precision, llm.dtype) * (1 + own)).all()):
+                    bound = TOLERANCE if precision == llm.dtype else ROUGH_TOLERANCE
+                    if bool((off <= bound * (1 + own)).all()):
                         state.right = longest
                         return ends
                 except (MemoryError, torch.OutOfMemoryError):
@@ -225,13 +223,6 @@ class Nudges:
         if own is None:
             whole.measured()
         return whole
-
-
-def _tolerance(precision: torch.dtype, own: torch.dtype) -> float:
-    """How much losses may be off, in nats per nat above one."""
-    if precision != own:
-        return ROUGH_TOLERANCE
-    return TOLERANCE if torch.finfo(own).bits > 16 else HALF_TOLERANCE
 
 
 def _groups(
