@@ -43,6 +43,8 @@ from hiedit_env.files import write_bytes
 
 PROGRAM = "python -m hiedit_benchmarks.studies.block_regret"
 RESAMPLES = 4000
+#: Facts of a relation without which nothing is said about it alone.
+FEWEST = 4
 
 _Files = Annotated[
     tuple[Path, ...],
@@ -112,13 +114,14 @@ def compare(
         ``agents``: name → parts, costs, both scores, both paired differences to the best constant,
         and the ``share`` of the headroom, None where there is none; ``headroom`` and ``at_most``:
         by the oracle on other and on the same prompts; ``blocks``: per option and score an
-        interval; ``interaction``.
+        interval; ``relations``: as of :func:`by_relation`; ``interaction``.
 
     Raises:
         SettingsError: too few facts.
     """
     found: dict[str, dict[str, Any]] = {}
     own: dict[str, dict[str, tuple[float, NDArray[np.float64]]]] = {}
+    earned: dict[str, NDArray[np.float64]] = {}
     drawn: NDArray[np.float64] | None = None
     for name, agent in agents.items():
         test, weights = play(table, agent, folds, seed)
@@ -127,6 +130,7 @@ def compare(
         outcomes = np.einsum("nhm,nhm->n", weights, table.outcomes[test]) / 2
         costs = np.einsum("nhm,nmc->c", weights, table.costs[test]) / 2 / len(test)
         own[name] = scores(parts, outcomes, drawn)
+        earned[name] = outcomes
         found[name] = {
             "parts": dict(zip(PARTS, parts.mean(0).tolist(), strict=True)),
             "fires": float(costs[0]),
@@ -164,8 +168,47 @@ def compare(
         "headroom": headroom,
         "at_most": found[HINDSIGHT]["outcome_over_constant"],
         "blocks": blocks,
+        "relations": by_relation(table, test, earned, seed),
         "interaction": asdict(interaction(table.outcomes[:, :, :-1])),
     }
+
+
+def by_relation(
+    table: OutcomeTable,
+    test: NDArray[np.int64],
+    earned: Mapping[str, NDArray[np.float64]],
+    seed: int,
+) -> dict[str, dict[str, Any]]:
+    """What the blocks and three agents bring, relation by relation.
+
+    Args:
+        table: The recorded facts.
+        test: E facts that were evaluated on.
+        earned: Agent → E outcomes; the best constant and two oracles among them.
+        seed: Of the resampling.
+
+    Returns:
+        Relation → ``facts``; ``blocks``, the mean outcome of each option; ``headroom``, the
+        interval of the oracle on other prompts over the best constant, which is that of all
+        relations; ``at_most``, the same of the oracle on the same prompts. Relations of fewer than
+        ``FEWEST`` facts are left out.
+    """
+    found: dict[str, dict[str, Any]] = {}
+    outcomes = table.outcomes[test][:, :, :-1].mean(1)
+    for relation in sorted(set(table.relations[test].tolist())):
+        own = table.relations[test] == relation
+        if own.sum() < FEWEST:
+            continue
+        drawn = resampled(int(own.sum()), seed)
+        entry: dict[str, Any] = {
+            "facts": int(own.sum()),
+            "blocks": outcomes[own].mean(0).tolist(),
+        }
+        for key, agent in (("headroom", ORACLE), ("at_most", HINDSIGHT)):
+            more = (earned[agent] - earned[REFERENCE])[own]
+            entry[key] = interval(float(more.mean()), drawn @ more)
+        found[relation] = entry
+    return found
 
 
 def study(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -62,8 +62,29 @@ def report(results: Mapping[str, Any]) -> str:
             f"between the halves at {_number(parts['correlation'] / 100, 2)}.",
             "",
         ]
+        if found["relations"]:
+            lines += [*_relations(found["relations"], blocks), ""]
         sections.append("\n".join(lines))
     return "\n".join(sections).rstrip()
+
+
+def _relations(found: Mapping[str, Any], blocks: Sequence[int]) -> list[str]:
+    """The table of the relations: outcome by block, the best in bold, and the headroom."""
+    lines = [
+        f"| relation | facts | {' | '.join(f'block {block}' for block in blocks)} "
+        "| oracle, other prompts, over the best block for all | at most |",
+        "|---|---|" + "---|" * (len(blocks) + 2),
+    ]
+    for relation, row in found.items():
+        means = [
+            f"**{_number(mean)}**" if mean == max(row["blocks"]) else _number(mean)
+            for mean in row["blocks"]
+        ]
+        lines.append(
+            f"| {relation.replace('_', ' ')} | {row['facts']} | {' | '.join(means)} "
+            f"| {_shown(row['headroom'])} | {_shown(row['at_most'])} |"
+        )
+    return lines
 
 
 def draw(results: Mapping[str, Any]) -> bytes:

@@ -83,6 +83,8 @@ class Options:
     """largest number of them"""
     controls: AtLeast1 = 200
     """prompts of other training facts, at which nothing should fire"""
+    control_facts: str | None = None
+    """facts whose prompts these are instead: a file or the name of a built-in data set"""
     seed: AtLeast0 = 0
     """of which facts, in which order"""
     part: AtLeast0 = 0
@@ -129,6 +131,7 @@ class Drawn:
             train, evaluate, calibrate = map(
                 load_requests, (given.train, given.evaluate, given.calibration)
             )
+            apart = load_requests(given.control_facts) if given.control_facts else []
         rng = np.random.default_rng([given.seed, 19])
 
         def enough(requests: Sequence[Request]) -> list[Request]:
@@ -142,8 +145,13 @@ class Drawn:
         self.evaluate = _drawn(enough(evaluate), rng)[: given.facts]
         others = _drawn(without(train, self.evaluate), rng)
         # One prompt of each.
-        self.controls = others[: given.controls]
-        self.train = enough(without(others[given.controls :], self.controls))[: given.facts]
+        if given.control_facts is None:
+            self.controls = others[: given.controls]
+            self.train = enough(without(others[given.controls :], self.controls))[: given.facts]
+        else:
+            self.train = enough(others)[: given.facts]
+            others = _drawn(without(apart, [*self.train, *self.evaluate]), rng)
+            self.controls = others[: given.controls]
         for name, data, found in (
             ("evaluate", given.evaluate, self.evaluate),
             ("train", given.train, self.train),
@@ -275,8 +283,13 @@ class BlockRecorder:
 
 def settings_of(given: Options, drawn: Drawn, recorder: BlockRecorder) -> dict[str, Any]:
     """What all records of a study have in common."""
-    own = {"out", "part", "parts", "threads", "train", "evaluate", "calibration"}
-    facts = {"train": drawn.train, "evaluate": drawn.evaluate, "calibration": drawn.calibration}
+    facts = {
+        "train": drawn.train,
+        "evaluate": drawn.evaluate,
+        "control": drawn.controls,
+        "calibration": drawn.calibration,
+    }
+    own = {"out", "part", "parts", "threads", "train", "evaluate", "control_facts", "calibration"}
     return {
         **{name: value for name, value in asdict(given).items() if name not in own},
         **{f"{name}_facts": fingerprint(requests) for name, requests in facts.items()},

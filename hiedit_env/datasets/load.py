@@ -33,6 +33,8 @@ _ROWS = "; a row is an object with prompt, answer and subject"
 BUILT_IN: Mapping[str, str] = MappingProxyType(
     {
         "world-facts": "world_facts.json",
+        "knowledge-forms-train": "knowledge_forms_train.json",
+        "knowledge-forms-test": "knowledge_forms_test.json",
         "tiny-facts": "tiny_facts.json",
         "planted-facts": "planted_facts.json",
     }

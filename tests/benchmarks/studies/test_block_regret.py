@@ -19,7 +19,7 @@ from hiedit_benchmarks.studies.block_outcomes import (
     outcome_table,
 )
 from hiedit_benchmarks.studies.block_records import FactRecord, Measured, RecordFile
-from hiedit_benchmarks.studies.block_regret import compare, main, study
+from hiedit_benchmarks.studies.block_regret import FEWEST, compare, main, study
 from hiedit_benchmarks.studies.block_report import draw, report
 from hiedit_env.errors import SettingsError
 from tests.benchmarks.studies.block_worlds import (
@@ -212,6 +212,30 @@ def test_harmonic_means_of_means_by_hand() -> None:
     assert found["blocks"][1]["of_means"] == pytest.approx(fixed["of_means"])
 
 
+def test_relations_whose_best_blocks_differ_by_hand() -> None:
+    table = outcome_table(records(by_number, 120), "smooth")
+    found = compare(table, 3, 0, QUICK)
+    right, middle, near, wrong = (3 / (2 / p + 1) for p in (0.9, 0.6, 0.55, 0.3))
+    first, last = found["relations"]["r0"], found["relations"]["r1"]
+    assert first["blocks"] == pytest.approx([right, middle, near, wrong])
+    assert last["blocks"] == pytest.approx([wrong, middle, near, right])
+    # The block for all is the one of the relation with more facts, which so has no headroom.
+    assert first["facts"] + last["facts"] == 120
+    more, fewer = sorted((first, last), key=lambda entry: -int(entry["facts"]))
+    best = (more["facts"] * right + fewer["facts"] * wrong) / 120
+    gains = (0, right - wrong) if best > middle else (right - middle, right - middle)
+    for entry, gain in zip((more, fewer), gains, strict=True):
+        for key in ("headroom", "at_most"):
+            assert entry[key] == pytest.approx({"mean": gain, "low": gain, "high": gain})
+    # Together they are the headroom of all facts.
+    parts = [entry["facts"] * entry["headroom"]["mean"] / 120 for entry in (first, last)]
+    assert sum(parts) == pytest.approx(found["headroom"]["mean"])
+    # Of one or two facts nothing is said.
+    few = compare(outcome_table(records(by_number, 12, relations=6), "smooth"), 3, 0, QUICK)
+    assert all(entry["facts"] >= FEWEST for entry in few["relations"].values())
+    assert len(few["relations"]) < 6
+
+
 def test_tables_and_picture(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     file = RecordFile(tmp_path / "part-0.jsonl", {"blocks": [3, 5, 7, 9]})
     for record in records(by_number, 24, noise=0.2):
@@ -226,6 +250,8 @@ def test_tables_and_picture(tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
         assert name in shown
     results = json.loads((out / "results.json").read_text())
     assert report(results) + "\n" == shown
+    assert "| relation | facts | block 3 | block 5 | block 7 | block 9 |" in shown
+    assert sum(f"| {relation} |" in shown for relation in ("r0", "r1")) == 2
     assert (out / "blocks.png").read_bytes().startswith(b"\x89PNG")
     assert draw(results).startswith(b"\x89PNG")
     assert main([str(tmp_path / "part-0.jsonl"), "--out", str(out), "--folds", "4"]) == 0

@@ -86,6 +86,19 @@ def test_facts_of_both_kinds_alternate_and_share_nothing(
     assert not subjects[1] & subjects[2]
 
 
+def test_controls_can_come_from_other_facts(data: Path, tmp_path: Path) -> None:
+    own = Drawn(options(data, tmp_path, controls=4))
+    apart = Drawn(options(data, tmp_path, controls=4, control_facts="tiny-facts"))
+    # No fact is spent on controls.
+    assert len(apart.train) == len(apart.evaluate) == FACTS
+    assert len(own.controls) == len(apart.controls) == 4
+    built_in = {r.prompt for r in load_requests("tiny-facts")}
+    assert {r.prompt for r in apart.controls} <= built_in
+    recorded = {r.prompt for r in (*apart.train, *apart.evaluate)}
+    assert not recorded & {r.prompt for r in apart.controls}
+    assert not {r.prompt for r in apart.calibration} & {r.prompt for r in apart.controls}
+
+
 def test_an_option_is_one_edit_from_the_unedited_model(
     recorded: tuple[Drawn, BlockRecorder, list[FactRecord]],
 ) -> None:
