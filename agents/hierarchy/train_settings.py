@@ -35,6 +35,8 @@ class TrainSettings:
     """Adam's, for the low level; ten times as much for step sizes, ridges and the like"""
     high_learning_rate: Positive = 3e-3
     """Adam's, for the high level"""
+    anneal: bool = False
+    """whether the learning rates fall to 0 over the episodes, in a straight line"""
     train_low: bool = True
     """whether the low level is trained"""
     train_high: bool = True

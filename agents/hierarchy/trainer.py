@@ -28,7 +28,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 from typing import Any, cast
 
 import numpy as np
@@ -41,6 +40,7 @@ from hiedit_agents.hierarchy.lesson import Lesson, make_lesson
 from hiedit_agents.hierarchy.neuron import Neuron
 from hiedit_agents.hierarchy.option_runner import Outcome, run_option
 from hiedit_agents.hierarchy.options import Choice, HierarchicalAgent, Option
+from hiedit_agents.hierarchy.policy_gradient import Tried, policy_loss
 from hiedit_agents.hierarchy.train_settings import TrainSettings
 from hiedit_agents.hierarchy.training_log import LogRow, Tally
 from hiedit_agents.protocol import Observation, Trainable
@@ -202,6 +202,7 @@ class Trainer:
         self.high.reset(int(levels[1]))
         if self.agent.low is not None:
             self.agent.low.seed(int(levels[2]))
+        self._anneal(number)
         rng = np.random.default_rng(seed)
         facts = stream(self.requests, settings.edits_per_episode, rng)
         observation, _ = self.env.reset(seed=0, options={"requests": facts})
@@ -303,40 +304,17 @@ class Trainer:
     # -- learning -------------------------------------------------------------------------------
 
     def _reinforce(self, tried: Sequence[Sequence[Tried]]) -> None:
-        """Gradient of −Σ log π(ω) A(ω) − entropy weight × Σ entropy over a window of facts.
-
-        Args:
-            tried: For each fact the options tried, last the one the episode went on with.
-        """
-        settings = self.settings
-        log_probabilities: list[Tensor] = []
-        advantages: list[float] = []
-        entropies: list[Tensor] = []
-        for options in tried:
-            for option in options:
-                if option.choice.log_probability is None:
-                    raise SettingsError(
-                        f"the high level {self.high.name!r} has parameters, but its choice has no "
-                        "log_probability to learn from (or say straight_through = True, and give "
-                        "gates)"
-                    )
-                # Each counts a share, since they tell of one fact.
-                log_probabilities.append(option.choice.log_probability / len(options))
-                advantages.append(option.advantage)
-            if options:
-                entropy = options[-1].choice.entropy
-                entropies += [] if entropy is None else [entropy]
-        if not advantages:
-            return
-        weights = torch.tensor(advantages)
-        if settings.normalize_advantage:
-            weights = weights / weights.square().mean().sqrt().clamp_min(1e-8)
-        stacked = torch.stack(log_probabilities)
-        loss = -(stacked * weights.to(stacked.device)).sum()
-        if entropies:
-            loss = loss - settings.entropy_weight * torch.stack(entropies).sum()
-        if loss.requires_grad:
+        """Adds the gradient of :func:`.policy_gradient.policy_loss` over a window of facts."""
+        loss = policy_loss(tried, self.settings)
+        if loss is not None and loss.requires_grad:
             torch.autograd.backward(loss)
+
+    def _anneal(self, number: int) -> None:
+        """Sets the learning rates of an episode: from the full ones down to 0 after the last."""
+        left = 1 - number / self.settings.episodes if self.settings.anneal else 1.0
+        for optimizer in self.optimizers.values():
+            for group in optimizer.param_groups:
+                group["lr"] = left * group["initial_lr"]
 
     def _step(self, facts: int) -> float:
         """One optimiser step on the mean gradient over ``facts``; returns its norm."""
@@ -378,22 +356,11 @@ class Trainer:
             optimizer.load_state_dict({**optimizer.state_dict(), "state": state})
 
 
-@dataclass(frozen=True, slots=True)
-class Tried:
-    """An option that a policy router tried for a fact.
-
-    Args:
-        choice: With the log-probability it was drawn with.
-        advantage: Its own reward over the baseline.
-    """
-
-    choice: Choice
-    advantage: float
-
-
 def _adam(level: Trainable, learning_rate: float, vector_factor: float) -> torch.optim.Adam:
     parameters = cast(list[nn.Parameter], list(level.parameters()))
     few = [p for p in parameters if p.ndim == 1]
     many = [p for p in parameters if p.ndim > 1]
     groups = [(many, learning_rate), (few, vector_factor * learning_rate)]
-    return torch.optim.Adam([{"params": part, "lr": lr} for part, lr in groups if part])
+    return torch.optim.Adam(
+        [{"params": part, "lr": lr, "initial_lr": lr} for part, lr in groups if part]
+    )

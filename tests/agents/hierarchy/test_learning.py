@@ -16,9 +16,10 @@ from safetensors.torch import load_file
 from hiedit_agents.hierarchy.hypernetwork import Hypernetwork
 from hiedit_agents.hierarchy.lesson import _with_earlier
 from hiedit_agents.hierarchy.options import HierarchicalAgent, UntrainedChoice
+from hiedit_agents.hierarchy.policy_gradient import Tried
 from hiedit_agents.hierarchy.routers import PolicyRouter, StraightThroughRouter
 from hiedit_agents.hierarchy.train_settings import TrainSettings
-from hiedit_agents.hierarchy.trainer import Trainer, Tried
+from hiedit_agents.hierarchy.trainer import Trainer
 from hiedit_agents.named.checkpoints import TENSOR_FILE
 from hiedit_agents.registry import spec_agent
 from hiedit_benchmarks.commands.train import train

@@ -18,9 +18,10 @@ from torch import Tensor
 from hiedit_agents.hierarchy.hypernetwork import Hypernetwork
 from hiedit_agents.hierarchy.option_runner import Outcome
 from hiedit_agents.hierarchy.options import Choice, HierarchicalAgent, UntrainedChoice
+from hiedit_agents.hierarchy.policy_gradient import Tried
 from hiedit_agents.hierarchy.routers import PolicyRouter
 from hiedit_agents.hierarchy.train_settings import TrainSettings, defaults
-from hiedit_agents.hierarchy.trainer import Trainer, Tried
+from hiedit_agents.hierarchy.trainer import VECTOR_FACTOR, Trainer
 from hiedit_agents.registry import make_agent, spec_agent
 from hiedit_benchmarks.commands.cli import main as hiedit
 from hiedit_benchmarks.commands.train import train
@@ -280,6 +281,24 @@ def test_windows_step_more_often_than_episodes() -> None:
         assert trainer.episode(0)["updates"] == steps
 
 
+@pytest.mark.parametrize("anneal", [True, False])
+def test_learning_rates_fall_to_zero_in_a_straight_line(anneal: bool) -> None:
+    env = make(SELECTION, num_edits=None)
+    agent = spec_agent("policy+hypernetwork").build(env.llm)
+    settings = replace(SHORT, episodes=4, window=0, anneal=anneal)
+    trainer = Trainer(env, agent, env.requests, settings)
+    for number, share in enumerate((1.0, 0.75, 0.5, 0.25)):
+        trainer.episode(number)
+        for level, full in (
+            ("high", settings.high_learning_rate),
+            ("low", settings.low_learning_rate),
+        ):
+            rates = [group["lr"] for group in trainer.optimizers[level].param_groups]
+            # A low level's vectors learn ten times as fast as its matrices.
+            wanted = [full, full] if level == "high" else [full, VECTOR_FACTOR * full]
+            assert rates == pytest.approx([(share if anneal else 1) * rate for rate in wanted])
+
+
 def files(folder: Path) -> dict[str, bytes]:
     names = ("agent.safetensors", "train.jsonl", "evaluation.json")
     found = {name: (folder / name).read_bytes() for name in names}
@@ -294,7 +313,7 @@ def test_a_resumed_run_equals_an_uninterrupted_one(
     tmp_path: Path, agent: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run = replace(RUN, agent=agent)
-    settings = replace(SHORT, episodes=3)
+    settings = replace(SHORT, episodes=3, anneal=True)
     whole, parted = tmp_path / "whole", tmp_path / "parted"
     train(run, settings, whole, progress=False)
     own = Trainer.episode
