@@ -85,6 +85,10 @@ def elsewhere(prompt: EncodedPrompt, place: int | None) -> list[int]:
     """
     if place is not None:
         return [i for i in range(prompt.length) if i != place]
-    mentions = {stop - 1 for _, stop in prompt.subject_spans}
-    here = prompt.positions("subject")[0]
-    return [i for i in range(prompt.length) if i != here and i not in mentions]
+    ids, here = prompt.prompt_ids, prompt.positions("subject")[0]
+    left_out = {here}
+    for start, stop in prompt.subject_spans:
+        # A name may hold its last token twice, as "Joyce Quin, Baroness Quin" does.
+        left_out |= {i for i in range(start, stop) if i == stop - 1 or ids[i] == ids[here]}
+    left_out.discard(0)
+    return [i for i in range(prompt.length) if i not in left_out]

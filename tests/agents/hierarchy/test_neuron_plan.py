@@ -23,6 +23,7 @@ from hiedit_agents.hierarchy.neuron_plan import (
     _Rows,
 )
 from hiedit_agents.hierarchy.reading_places import beginnings, behind, where_met
+from hiedit_agents.hierarchy.reading_places import elsewhere as not_to_fire_at
 from hiedit_env.errors import HieditWarning
 from hiedit_env.model.tokenization import EncodedPrompt
 from hiedit_env.resident.capture import Capture
@@ -104,6 +105,22 @@ def test_a_fact_scores_alike_in_all_of_its_prompts() -> None:
     scores = shape.detector.scores(rows.own)
     torch.testing.assert_close(scores, torch.ones(3), atol=0.02, rtol=0)
     torch.testing.assert_close(shape.firing(rows.own), torch.ones(3), atol=0.05, rtol=0)
+
+
+def test_a_name_may_hold_its_last_token_twice() -> None:
+    def places(ids: tuple[int, ...], *spans: tuple[int, int]) -> list[int]:
+        return not_to_fire_at(EncodedPrompt("P", "A", ids, (50, 51), subject_spans=spans), None)
+
+    # "By 1, Joyce 7, Baroness 7 is", and the answer's first token.
+    assert places((1, 6, 7, 3, 8, 7, 9), (1, 6)) == [0, 1, 3, 4, 6, 7]
+    # The same token outside of the name is another one.
+    assert places((7, 6, 7, 3, 8, 7, 9), (4, 6)) == [0, 1, 2, 3, 4, 6, 7]
+    # Of several mentions the last one is read, and none of them is elsewhere.
+    assert places((1, 7, 3, 6, 7, 9), (1, 2), (3, 5)) == [0, 2, 3, 5, 6]
+    # But a text's first token is, whatever it is.
+    assert places((7, 3, 6, 7, 9), (0, 1), (2, 4)) == [0, 1, 2, 4, 5]
+    # Where one place is read, all others are elsewhere.
+    assert not_to_fire_at(EncodedPrompt("P", "A", (7, 7, 7), (1,)), 1) == [0, 2]
 
 
 def test_a_warning_shows_where_a_long_prompt_ends() -> None:
