@@ -114,7 +114,7 @@ def compare(
         ``agents``: name → parts, costs, both scores, both paired differences to the best constant,
         and the ``share`` of the headroom, None where there is none; ``headroom`` and ``at_most``:
         by the oracle on other and on the same prompts; ``blocks``: per option and score an
-        interval; ``relations``: as of :func:`by_relation`; ``interaction``.
+        interval, with median seconds; ``relations``: as of :func:`by_relation`; ``interaction``.
 
     Raises:
         SettingsError: too few facts.
@@ -157,7 +157,7 @@ def compare(
             {
                 "parts": dict(zip(PARTS, parts.mean(0).tolist(), strict=True)),
                 "fires": float(table.costs[test, option, 0].mean()),
-                "seconds": float(table.costs[test, option, 1].mean()),
+                "seconds": float(np.median(table.costs[test, option, 1])),
                 **{score: interval(*pair) for score, pair in means.items()},
             }
         )
