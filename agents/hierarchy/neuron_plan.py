@@ -21,7 +21,7 @@ from hiedit_agents.hierarchy.reading_places import (
     subject_ids,
     where_met,
 )
-from hiedit_agents.hierarchy.rewordings import rewordings
+from hiedit_agents.hierarchy.rewordings import behind_leads, rewordings
 from hiedit_env.errors import HieditWarning
 from hiedit_env.model.mlps import CandidateMLP
 from hiedit_env.model.tokenization import EncodedPrompt
@@ -182,12 +182,14 @@ class Planner:
             if inside:
                 place = home(inside[0].prompt_ids)
                 sentences = self._reworded(units, inside)
-                shape = self._firm(
-                    place, self._rows(capture, place, inside, starts, alike, sentences)
-                )
-                if shape is None and sentences:
-                    # A sentence in which the subject reads too differently is left out.
-                    shape = self._firm(place, self._rows(capture, place, inside, starts, alike))
+                led = self._behind_leads(units, inside)
+                # Sentences in which the subject reads too differently are left out.
+                shape = None
+                for read in dict.fromkeys(((*sentences, *led), sentences, led, ())):
+                    rows = self._rows(capture, place, inside, starts, alike, read)
+                    shape = self._firm(place, rows)
+                    if shape is not None:
+                        break
                 if shape is not None:
                     own = (*inside, *earlier)
                     found.append(Target(inside[0].prompt_ids, place, own, shape, sentences))
@@ -258,6 +260,15 @@ class Planner:
             words = (*(p for p in unit if p not in taken), *(read or own))
             found += rewordings(self._llm.encoder, words, forms) if own else []
         return tuple(found)
+
+    def _behind_leads(
+        self, units: Sequence[Unit], taken: Sequence[EncodedPrompt]
+    ) -> tuple[EncodedPrompt, ...]:
+        """The subject of some prompts behind other words, for what a neuron reads alone."""
+        if not self._form.reworded:
+            return ()
+        whole = [p for unit in units if any(p in taken for p in unit) for p in unit]
+        return tuple(behind_leads(self._llm.encoder, whole))
 
     def _firm(self, home: int, rows: _Rows) -> NeuronShape | None:
         """The first shape that is apart and fires in all own prompts; None where there is none.

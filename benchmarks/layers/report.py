@@ -53,6 +53,10 @@ def kind_of(name: str) -> str:
     return ".".join(parts[numbers[0] + 1 :]) if numbers else name
 
 
+#: Characters of a name, with its marks, that is not broken.
+_LONGEST_NAME = 20
+
+
 def table(
     scores: Sequence[LayerScore],
     chosen: Sequence[str],
@@ -73,11 +77,15 @@ def table(
         return Text(encodable(text, encoding))
 
     made = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, padding=(0, 1, 0, 0))
-    made.add_column(Text("layer"), overflow="fold")
-    for heading in ("given", "gain", "other", "damage", "kept", "s/edit", "score", ""):
-        made.add_column(Text(heading), justify="left" if not heading else "right", no_wrap=True)
+    names = short_layer_names([score.name for score in scores])
+    # In a narrow window bars are cut off before names of usual length are broken.
+    wanted = min(3 + max(map(len, names), default=0), _LONGEST_NAME)
+    made.add_column(Text("layer"), overflow="fold", min_width=wanted)
+    for heading in ("given", "gain", "other", "damage", "kept", "s/edit", "score"):
+        made.add_column(Text(heading), justify="right", no_wrap=True, min_width=len(heading))
+    made.add_column(Text(""), overflow="crop", no_wrap=True)
     best = max(max(score.score for score in scores), 0.0)
-    for score, name in zip(scores, short_layer_names([s.name for s in scores]), strict=True):
+    for score, name in zip(scores, names, strict=True):
         length = round(BAR * max(score.score, 0.0) / best) if best else 0
         marks = ("*" if score.name in chosen else " ") + ("d" if score.name in defaults else " ")
         made.add_row(

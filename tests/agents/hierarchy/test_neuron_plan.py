@@ -24,6 +24,7 @@ from hiedit_agents.hierarchy.neuron_plan import (
 )
 from hiedit_agents.hierarchy.reading_places import beginnings, behind, where_met
 from hiedit_agents.hierarchy.reading_places import elsewhere as not_to_fire_at
+from hiedit_agents.hierarchy.rewordings import behind_leads
 from hiedit_env.errors import HieditWarning
 from hiedit_env.model.tokenization import EncodedPrompt
 from hiedit_env.resident.capture import Capture
@@ -386,6 +387,19 @@ def test_a_neuron_fires_in_the_sentences_that_its_value_is_sought_for() -> None:
     assert abs(float(at_subject(llm, plain.shape, read)) - 1) > 0.5
 
 
+def test_a_neuron_fires_behind_the_leads_which_are_not_sought_for() -> None:
+    llm = model()
+    low, capture = neuron(llm), unit(llm, LATER)
+    planner = Planner(llm, low.mlps, low._readings, ShapeForm(0.5, 60.0, 0, 4.0))
+    (target,) = planner.targets(capture, [capture.prompts], lambda _: 0, [], 0)
+    leads = behind_leads(llm.encoder, capture.prompts)
+    assert leads
+    assert not set(leads) & {*target.prompts, *target.rewordings}
+    read = planner._ends(low.mlps[0], leads)
+    strengths = target.shape.firing(read)
+    torch.testing.assert_close(strengths, torch.ones(len(leads)), atol=0.05, rtol=0)
+
+
 def test_a_neuron_made_without_another_sentence_fires_from_a_lower_score_on() -> None:
     llm = model()
     low, capture = neuron(llm), unit(llm, LATER)
@@ -412,7 +426,8 @@ def test_a_sentence_in_which_the_subject_reads_too_differently_is_left_out(
     monkeypatch.setattr(Planner, "_firm", firm)
     planner = Planner(llm, low.mlps, low._readings, ShapeForm(0.75, 60.0, 0, 6))
     (target,) = planner.targets(capture, [capture.prompts], lambda _: 0, [], 0)
-    assert seen == [2, 1]
+    # The prompt, the sentence, and two of the leads (two have the same tokens here); then fewer.
+    assert seen == [4, 2, 3, 1]
     torch.testing.assert_close(
         target.shape.reading[None],
         planner._rows(capture, 0, [capture.prompt], {capture.prompt: 0}).own,

@@ -7,7 +7,14 @@ from dataclasses import replace
 
 import pytest
 
-from hiedit_agents.hierarchy.rewordings import LONGEST, questions, rewordings, subject_first
+from hiedit_agents.hierarchy.rewordings import (
+    LEADS,
+    LONGEST,
+    behind_leads,
+    questions,
+    rewordings,
+    subject_first,
+)
 from hiedit_env.model.asking import PromptForm
 from hiedit_env.model.encoded import AskedForm, EncodedPrompt
 from hiedit_env.model.tokenization import PromptEncoder
@@ -125,3 +132,42 @@ def test_a_text_that_is_too_long_is_left_out() -> None:
     longest = max(len(p.prompt_ids) + len(p.answer_ids) for p in prompts)
     tight = PromptEncoder(tokenizer, max_length=longest)
     assert [p.form for p in rewordings(tight, prompts, FORMS)] == ["plain"] * 3
+
+
+@pytest.mark.parametrize(
+    ("kind", "prompt"),
+    [
+        ("byte", "the name of Lyon is"),
+        ("sentencepiece", "the name of Lyon is"),
+        ("sentencepiece", "Lyon has the name of"),
+    ],
+)
+def test_the_subject_is_read_behind_other_words(kind: str, prompt: str) -> None:
+    encoder = encoder_of(byte_level() if kind == "byte" else sentencepiece("first"))
+    prompts = asked(encoder, prompt, "Lyon")
+    found = behind_leads(encoder, prompts)
+    assert [one.prompt for one in found] == [f"{lead} Lyon" for lead in LEADS]
+    for one in found:
+        ((start, stop),) = one.subject_spans
+        assert (start > 0, stop) == (True, len(one.prompt_ids))
+        assert encoder.decode(one.prompt_ids[start:]).strip() == "Lyon"
+        assert one.prompt_ids == encoder.encode(one.prompt, "Lyon").prompt_ids
+        assert one.form == "plain"
+    assert found == behind_leads(encoder, prompts[::-1])
+
+
+def test_nothing_is_read_behind_other_words_where_nothing_is_reworded() -> None:
+    encoder = encoder_of(byte_level())
+    prompts = asked(encoder, "the name of Lyon is", "Lyon")
+    missing = asked(encoder, "the name of Lyon is", "Paris")
+    for none in ([], prompts[1:], missing, [replace(p, subject_spans=()) for p in prompts]):
+        assert behind_leads(encoder, none) == []
+    # What is too long is left out, and so is a subject that ends in another token there.
+    short = len(encoder.encode(f"{LEADS[1]} Lyon", "Lyon").prompt_ids)
+    tight = PromptEncoder(encoder.tokenizer, max_length=short)
+    assert len(behind_leads(tight, prompts)) < len(LEADS)
+    plain = prompts[0]
+    start, stop = plain.subject_spans[-1]
+    # At the beginning of a text these tokenizers write the name in other tokens.
+    assert plain.prompt_ids[start:stop] != encoder.encode("Lyon", "a").prompt_ids
+    assert behind_leads(encoder, asked(encoder, "Lyon has the name of", "Lyon")) == []
