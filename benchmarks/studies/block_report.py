@@ -139,4 +139,5 @@ def _shown(found: Mapping[str, float]) -> str:
 
 
 def _number(value: float, digits: int = 1) -> str:
-    return f"{100 * value:.{digits}f}".replace("-", "−")
+    # What is rounded to zero has no sign.
+    return f"{100 * value:z.{digits}f}".replace("-", "−")

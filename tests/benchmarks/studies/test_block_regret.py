@@ -20,7 +20,7 @@ from hiedit_benchmarks.studies.block_outcomes import (
 )
 from hiedit_benchmarks.studies.block_records import FactRecord, Measured, RecordFile
 from hiedit_benchmarks.studies.block_regret import FEWEST, compare, main, study
-from hiedit_benchmarks.studies.block_report import draw, report
+from hiedit_benchmarks.studies.block_report import _number, draw, report
 from hiedit_env.errors import SettingsError
 from tests.benchmarks.studies.block_worlds import (
     OPTIONS,
@@ -256,6 +256,15 @@ def test_tables_and_picture(tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
     assert draw(results).startswith(b"\x89PNG")
     assert main([str(tmp_path / "part-0.jsonl"), "--out", str(out), "--folds", "4"]) == 0
     assert "24 facts" in capsys.readouterr().out
+
+
+def test_what_is_rounded_to_zero_has_no_sign() -> None:
+    assert [_number(value) for value in (-1e-5, 0.0, -0.0006, 0.5)] == [
+        "0.0",
+        "0.0",
+        "−0.1",
+        "50.0",
+    ]
 
 
 def test_bad_input_is_told(tmp_path: Path) -> None:
