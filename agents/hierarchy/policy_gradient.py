@@ -26,12 +26,15 @@ class Tried:
     advantage: float
 
 
-def policy_loss(tried: Sequence[Sequence[Tried]], settings: TrainSettings) -> Tensor | None:
+def policy_loss(
+    tried: Sequence[Sequence[Tried]], settings: TrainSettings, name: str
+) -> Tensor | None:
     """−Σ log π(ω) A(ω) − entropy weight × Σ entropy; the options of one fact count a share each.
 
     Args:
         tried: For each fact the options tried, last the one the episode went on with.
         settings: Whether advantages are normalised, and the weight of the entropy.
+        name: Of the high level, for an error.
 
     Returns:
         A scalar; None where no option was tried.
@@ -46,8 +49,8 @@ def policy_loss(tried: Sequence[Sequence[Tried]], settings: TrainSettings) -> Te
         for option in options:
             if option.choice.log_probability is None:
                 raise SettingsError(
-                    "the high level has parameters, but its choice has no log_probability to learn "
-                    "from (or say straight_through = True, and give gates)"
+                    f"the high level {name!r} has parameters, but its choice has no "
+                    "log_probability to learn from (or say straight_through = True, and give gates)"
                 )
             # Each counts a share, since they tell of one fact.
             log_probabilities.append(option.choice.log_probability / len(options))

@@ -78,7 +78,7 @@ def where_met(
 
 
 def elsewhere(prompt: EncodedPrompt, place: int | None) -> list[int]:
-    """Positions that a neuron must not fire at.
+    """Positions that a neuron must not fire at, which reads at ``place`` or at the last mention.
 
     Above all not at a text's first token: all others attend to it, so what is added there is added
     to everything.

@@ -305,7 +305,7 @@ class Trainer:
 
     def _reinforce(self, tried: Sequence[Sequence[Tried]]) -> None:
         """Adds the gradient of :func:`.policy_gradient.policy_loss` over a window of facts."""
-        loss = policy_loss(tried, self.settings)
+        loss = policy_loss(tried, self.settings, self.high.name)
         if loss is not None and loss.requires_grad:
             torch.autograd.backward(loss)
 

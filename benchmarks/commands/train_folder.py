@@ -170,14 +170,16 @@ class TrainingFolder:
         return found
 
     def _check_same(self, record: Mapping[str, Any]) -> None:
-        """Compares the settings with those of a record, all but the number of episodes."""
+        """Compares the settings with those of a record; the number of episodes may be another."""
         # What a setting that an older record lacks did then: nothing, as by default.
         known = {"settings": defaults()}
         for name, values in self.settings.items():
             old = {**known.get(name, {}), **record["training"].get(name, {})}
             for key, value in values.items():
-                # A longer run goes on from a shorter one.
-                if key != "episodes" and old.get(key) != value:
+                # A longer run goes on from a shorter one, but not where the learning rates of each
+                # episode follow from their number.
+                longer = key == "episodes" and not old.get("anneal")
+                if not longer and old.get(key) != value:
                     raise SettingsError(
                         f"cannot resume {self.out}: {key} was {old.get(key)!r} and is now "
                         f"{value!r}; give another --out"

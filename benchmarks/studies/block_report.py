@@ -28,7 +28,7 @@ def report(results: Mapping[str, Any]) -> str:
         lines = [f"**{reading.capitalize()}**, {facts}; percent.", ""]
         lines += [
             "| block | fact | paraphrases | agreement | outcome | harmonic mean of the means |"
-            " fires elsewhere | seconds |",
+            " fires elsewhere | seconds, median |",
             "|---|---|---|---|---|---|---|---|",
         ]
         for block, row in zip(blocks, found["blocks"], strict=True):

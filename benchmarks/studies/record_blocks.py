@@ -131,7 +131,7 @@ class Drawn:
             train, evaluate, calibrate = map(
                 load_requests, (given.train, given.evaluate, given.calibration)
             )
-            apart = load_requests(given.control_facts) if given.control_facts else []
+            apart = [] if given.control_facts is None else load_requests(given.control_facts)
         rng = np.random.default_rng([given.seed, 19])
 
         def enough(requests: Sequence[Request]) -> list[Request]:
@@ -162,6 +162,11 @@ class Drawn:
                     f"{given.neighbours} unrelated prompts (beside {given.controls} facts as "
                     "controls, and nothing that is asked twice); ask for fewer"
                 )
+        if not self.controls:
+            raise SettingsError(
+                f"{given.control_facts or given.train} has no facts left as controls beside those "
+                "to train and to evaluate on; give others by --control-facts, or ask for fewer"
+            )
         asked = [*self.train, *self.evaluate, *self.controls]
         self.calibration = without(calibrate, asked)
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
 import torch
@@ -24,12 +25,14 @@ from hiedit_agents.hierarchy.neuron_plan import (
 )
 from hiedit_agents.hierarchy.reading_places import beginnings, behind, where_met
 from hiedit_agents.hierarchy.reading_places import elsewhere as not_to_fire_at
-from hiedit_agents.hierarchy.rewordings import behind_leads
+from hiedit_agents.hierarchy.rewordings import LEADS, behind_leads
 from hiedit_env.errors import HieditWarning
 from hiedit_env.model.tokenization import EncodedPrompt
 from hiedit_env.resident.capture import Capture
 from hiedit_env.resident.resident import ResidentLLM
 from tests.agents.hierarchy.test_neuron import ALL, FACTS, FIRST, elsewhere, model, neuron, unit
+from tests.hiedit_env.model.test_asking import encoder_of
+from tests.hiedit_env.model.test_tokenization import byte_level
 
 
 def test_the_shape_by_hand() -> None:
@@ -398,6 +401,25 @@ def test_a_neuron_fires_behind_the_leads_which_are_not_sought_for() -> None:
     read = planner._ends(low.mlps[0], leads)
     strengths = target.shape.firing(read)
     torch.testing.assert_close(strengths, torch.ones(len(leads)), atol=0.05, rtol=0)
+
+
+@pytest.mark.parametrize("turned", [False, True])
+def test_leads_do_not_depend_on_the_order_of_facts_about_one_subject(turned: bool) -> None:
+    encoder = encoder_of(byte_level())
+
+    def fact(text: str) -> tuple[EncodedPrompt, ...]:
+        return (encoder.with_subject(encoder.encode(text, "A"), text, "Lyon"),)
+
+    # At its beginning a text writes the name in other tokens, and gives no leads.
+    facts = [fact("Lyon has the name of"), fact("the name of Lyon is")]
+    facts = facts[::-1] if turned else facts
+    form = ShapeForm(0.5, 60.0, 0, 4.0)
+    planner = Planner(cast(ResidentLLM, SimpleNamespace(encoder=encoder)), [], [], form)
+    found = planner._behind_leads(facts, [prompt for one in facts for prompt in one])
+    assert [p.prompt for p in found] == [f"{lead} Lyon" for lead in LEADS]
+    assert planner._behind_leads(facts, []) == ()
+    never = Planner(planner._llm, [], [], replace(form, reworded=False))
+    assert never._behind_leads(facts, facts[0] + facts[1]) == ()
 
 
 def test_a_neuron_made_without_another_sentence_fires_from_a_lower_score_on() -> None:

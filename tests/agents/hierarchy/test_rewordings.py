@@ -163,9 +163,11 @@ def test_nothing_is_read_behind_other_words_where_nothing_is_reworded() -> None:
     for none in ([], prompts[1:], missing, [replace(p, subject_spans=()) for p in prompts]):
         assert behind_leads(encoder, none) == []
     # What is too long is left out, and so is a subject that ends in another token there.
-    short = len(encoder.encode(f"{LEADS[1]} Lyon", "Lyon").prompt_ids)
-    tight = PromptEncoder(encoder.tokenizer, max_length=short)
-    assert len(behind_leads(tight, prompts)) < len(LEADS)
+    lengths = [len(p.prompt_ids) + len(p.answer_ids) for p in behind_leads(encoder, prompts)]
+    tight = PromptEncoder(encoder.tokenizer, max_length=min(lengths))
+    wanted = [lead for lead, n in zip(LEADS, lengths, strict=True) if n == min(lengths)]
+    assert 0 < len(wanted) < len(LEADS)
+    assert [one.prompt for one in behind_leads(tight, prompts)] == [f"{w} Lyon" for w in wanted]
     plain = prompts[0]
     start, stop = plain.subject_spans[-1]
     # At the beginning of a text these tokenizers write the name in other tokens.

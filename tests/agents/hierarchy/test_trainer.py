@@ -330,6 +330,9 @@ def test_a_resumed_run_equals_an_uninterrupted_one(
     assert [f.name for f in parted.glob("checkpoint-*")] == ["checkpoint-000002"]
     with pytest.raises(ResultsExistError, match="--resume"):
         train(run, settings, parted, progress=False)
+    # The learning rates of the episodes that are done were those of three episodes.
+    with pytest.raises(SettingsError, match="episodes was 3 and is now 4"):
+        train(run, replace(settings, episodes=4), parted, resume=True, progress=False)
     with pytest.raises(SettingsError, match="seed was 0 and is now 1"):
         train(run, replace(settings, seed=1), parted, resume=True, progress=False)
     # Cut off once more, in the evaluation at the end.

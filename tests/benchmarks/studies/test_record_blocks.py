@@ -14,7 +14,7 @@ from hiedit_benchmarks.studies import record_blocks
 from hiedit_benchmarks.studies.block_records import FactRecord, read_records
 from hiedit_benchmarks.studies.record_blocks import BlockRecorder, Drawn, Options, main
 from hiedit_env.datasets.load import load_requests
-from hiedit_env.errors import HieditWarning, SettingsError
+from hiedit_env.errors import DatasetError, HieditWarning, SettingsError
 from hiedit_env.evaluation.metrics import evaluate
 from hiedit_env.evaluation.unedited import UneditedModel
 
@@ -97,6 +97,17 @@ def test_controls_can_come_from_other_facts(data: Path, tmp_path: Path) -> None:
     recorded = {r.prompt for r in (*apart.train, *apart.evaluate)}
     assert not recorded & {r.prompt for r in apart.controls}
     assert not {r.prompt for r in apart.calibration} & {r.prompt for r in apart.controls}
+
+
+def test_no_controls_are_refused_before_anything_is_loaded(data: Path, tmp_path: Path) -> None:
+    used = Drawn(options(data, tmp_path, control_facts=str(data))).train
+    same = tmp_path / "same.json"
+    rows = [{"prompt": r.prompt, "answer": r.answer, "subject": r.subject} for r in used]
+    same.write_text(json.dumps(rows))
+    with pytest.raises(SettingsError, match=r"same\.json has no facts left as controls"):
+        Drawn(options(data, tmp_path, control_facts=str(same)))
+    with pytest.raises(DatasetError):
+        Drawn(options(data, tmp_path, control_facts=""))
 
 
 def test_an_option_is_one_edit_from_the_unedited_model(

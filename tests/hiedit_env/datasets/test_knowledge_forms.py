@@ -102,5 +102,9 @@ def true_result(sum_in_words: str) -> int:
 
 def test_halves_share_nothing_that_is_asked() -> None:
     train, test = (load_requests(f"knowledge-forms-{half}") for half in HALVES)
+    # No locality prompt is about a subject that either of them edits.
+    edited = {folded(fact.subject or "") for fact in (*train, *test)}
+    probes = [folded(probe.prompt) for fact in (*train, *test) for probe in fact.locality]
+    assert not [(s, probe) for s in edited for probe in probes if s in probe]
     assert without(train, test) == train
     assert not {folded(f.subject or "") for f in train} & {folded(f.subject or "") for f in test}
