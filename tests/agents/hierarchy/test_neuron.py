@@ -148,7 +148,9 @@ def test_what_the_mlp_gives_changes_by_the_vector_and_by_the_neuron_that_is_gone
 
 def seek(low: Neuron, capture: Capture) -> Tensor:
     """The vector of the one fact of a capture, at the present weights."""
-    planner = Planner(low.llm, low.mlps, low._readings, ShapeForm(0.6, 20.0, 8, 2.7))
+    # Strengths in a fact's prompts depend on the form, and what is found depends on them.
+    form = ShapeForm(low.threshold, low.sharpness, low.swaps, low.widest, low.reworded)
+    planner = Planner(low.llm, low.mlps, low._readings, form)
     targets = planner.targets(capture, [capture.prompts], lambda _: 0, [], 0)
     return low._search(targets)[0]
 

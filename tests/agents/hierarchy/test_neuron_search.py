@@ -30,7 +30,9 @@ def targets(llm: ResidentLLM, prompts: Sequence[str] = PROMPTS) -> list[Target]:
     encoded = [
         llm.encoder.with_subject(llm.encode(prompt, "w7"), prompt, "w9") for prompt in prompts
     ]
-    planner = Planner(llm, low.mlps, low._readings, ShapeForm(0.6, 20.0, 0, 2.7))
+    # What detectors read besides these prompts has no part in a search.
+    form = ShapeForm(0.6, 20.0, 0, 2.7, reworded=False)
+    planner = Planner(llm, low.mlps, low._readings, form)
     capture = llm.read(*encoded).capture()
     return planner.targets(capture, [tuple(encoded)], lambda _: 0, [], 0)
 
