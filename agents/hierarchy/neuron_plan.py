@@ -269,11 +269,8 @@ class Planner:
 
         Facts about one subject have one neuron, so what any of them gives counts.
         """
-        found: dict[EncodedPrompt, None] = {}
-        for unit in units if self._form.reworded else ():
-            if any(p in taken for p in unit):
-                found |= dict.fromkeys(behind_leads(self._llm.encoder, unit))
-        return tuple({p.prompt_ids: p for p in found}.values())
+        own = [unit for unit in units if self._form.reworded and any(p in taken for p in unit)]
+        return tuple(one for unit in own for one in behind_leads(self._llm.encoder, unit))
 
     def _firm(self, home: int, rows: _Rows) -> NeuronShape | None:
         """The first shape that is apart and fires in all own prompts; None where there is none.

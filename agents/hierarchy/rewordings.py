@@ -92,29 +92,21 @@ def rewordings(
     Returns:
         Prompts with the subject's place known and not at the beginning.
     """
-    plain = next((p for p in prompts if p.form == "plain"), None)
-    if plain is None or plain.subject_missing or not plain.subject_spans:
+    named = _named(encoder, prompts)
+    if named is None:
         return []
-    if has_markers(encoder.tokenizer, plain.prompt):
-        return []
-    start, stop = plain.subject_spans[-1]
-    subject = encoder.decode(plain.prompt_ids[start:stop]).strip()
+    plain, subject = named
     texts: list[tuple[str | None, AskedForm]]
     texts = [(subject_first(plain.prompt, subject), form) for form in forms]
     if "plain" in forms and len(plain.prompt_ids) <= LONGEST:
         texts += [(question, "plain") for question in questions(plain.prompt, subject)]
-    found = []
-    for text, form in texts:
-        if text is None or not any(p.form == form for p in prompts):
-            continue
-        try:
-            (encoded,) = encoder.encode_forms(text, plain.answer, form)
-        except PromptError:  # too long for the model
-            continue
-        placed = encoder.with_subject(encoded, text, subject)
-        if not placed.subject_missing and placed.positions("subject")[0] > 0:
-            found.append(placed)
-    return found
+    asked = {p.form for p in prompts}
+    made = (
+        _placed(encoder, text, plain.answer, form, subject)
+        for text, form in texts
+        if text is not None and form in asked
+    )
+    return [one for one in made if one is not None]
 
 
 def behind_leads(encoder: PromptEncoder, prompts: Sequence[EncodedPrompt]) -> list[EncodedPrompt]:
@@ -128,22 +120,36 @@ def behind_leads(encoder: PromptEncoder, prompts: Sequence[EncodedPrompt]) -> li
     Returns:
         Prompts that end with the subject; none for a subject whose last token is another one there.
     """
+    named = _named(encoder, prompts)
+    if named is None:
+        return []
+    plain, subject = named
+    last = plain.prompt_ids[plain.subject_spans[-1][1] - 1]
+    made = (_placed(encoder, f"{x} {subject}", plain.answer, "plain", subject) for x in LEADS)
+    return [one for one in made if one is not None and one.prompt_ids[-1] == last]
+
+
+def _named(
+    encoder: PromptEncoder, prompts: Sequence[EncodedPrompt]
+) -> tuple[EncodedPrompt, str] | None:
+    """A fact's plain prompt and the subject in it; None where there is no such thing."""
     plain = next((p for p in prompts if p.form == "plain"), None)
     if plain is None or plain.subject_missing or not plain.subject_spans:
-        return []
+        return None
     if has_markers(encoder.tokenizer, plain.prompt):
-        return []
+        return None
     start, stop = plain.subject_spans[-1]
-    subject = encoder.decode(plain.prompt_ids[start:stop]).strip()
-    found = []
-    for lead in LEADS:
-        text = f"{lead} {subject}"
-        try:
-            (encoded,) = encoder.encode_forms(text, plain.answer, "plain")
-        except PromptError:  # too long for the model
-            continue
-        placed = encoder.with_subject(encoded, text, subject)
-        same = placed.prompt_ids[-1] == plain.prompt_ids[stop - 1]
-        if same and not placed.subject_missing and placed.positions("subject")[0] > 0:
-            found.append(placed)
-    return found
+    return plain, encoder.decode(plain.prompt_ids[start:stop]).strip()
+
+
+def _placed(
+    encoder: PromptEncoder, text: str, answer: str, form: AskedForm, subject: str
+) -> EncodedPrompt | None:
+    """A text with its subject's place; None where it is too long or begins with the last token."""
+    try:
+        (encoded,) = encoder.encode_forms(text, answer, form)
+    except PromptError:  # too long for the model
+        return None
+    placed = encoder.with_subject(encoded, text, subject)
+    inside = not placed.subject_missing and placed.positions("subject")[0] > 0
+    return placed if inside else None

@@ -29,6 +29,8 @@ if TYPE_CHECKING:
 
 #: Characters of the longest bar.
 BAR = 10
+#: Characters of a name, with its marks, that is not broken.
+_LONGEST_NAME = 20
 _MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
 #: Heading and meaning of the table's columns.
 COLUMNS = (
@@ -51,10 +53,6 @@ def kind_of(name: str) -> str:
     parts = name.split(".")
     numbers = [i for i, part in enumerate(parts) if part.isdecimal()]
     return ".".join(parts[numbers[0] + 1 :]) if numbers else name
-
-
-#: Characters of a name, with its marks, that is not broken.
-_LONGEST_NAME = 20
 
 
 def table(
