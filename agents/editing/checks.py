@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from itertools import accumulate
 
 from hiedit_agents.editing.controls import Controls, right_tokens
 from hiedit_env.datasets.requests import Request
@@ -124,6 +123,9 @@ class Verdict:
 class Examiner:
     """Asks a model.
 
+    What it answers at the present weights is asked once: the check after one edit and the one
+    before the next ask mostly the same.
+
     Args:
         llm: The model.
         checks: What must hold.
@@ -132,6 +134,8 @@ class Examiner:
     def __init__(self, llm: ResidentLLM, checks: Checks) -> None:
         self.llm, self.checks = llm, checks
         self.controls = Controls(llm)
+        #: By the weights' fingerprint, the latest last, whether prompts are answered.
+        self._known: dict[str, dict[EncodedPrompt, bool]] = {}
 
     def say(self, fact: AskedFact) -> dict[str, str]:
         """Greedy continuations in every form, a little longer than the answer."""
@@ -146,12 +150,19 @@ class Examiner:
 
     def answered(self, facts: Sequence[AskedFact]) -> list[bool]:
         """Whether every answer token of every form is the argmax, per fact."""
-        flat = [prompt for fact in facts for prompt in fact.prompts]
-        right = [bool(part.all()) for part in right_tokens(self.llm, flat)]
-        ends = list(accumulate(len(fact.forms) for fact in facts))
-        return [
-            all(right[end - len(fact.forms) : end]) for fact, end in zip(facts, ends, strict=True)
-        ]
+        known = self._at_present()
+        flat = dict.fromkeys(prompt for fact in facts for prompt in fact.prompts)
+        new = [prompt for prompt in flat if prompt not in known]
+        right = right_tokens(self.llm, new, remember=True)
+        known |= {prompt: bool(part.all()) for prompt, part in zip(new, right, strict=True)}
+        return [all(known[prompt] for prompt in fact.prompts) for fact in facts]
+
+    def _at_present(self) -> dict[EncodedPrompt, bool]:
+        """What is known of the present weights; an edit that is rolled back has two kinds."""
+        now = self.llm.weights_fingerprint()
+        found = self._known.pop(now, {})
+        self._known = {key: self._known[key] for key in list(self._known)[-1:]} | {now: found}
+        return found
 
     def held(self, earlier: Sequence[AskedFact]) -> list[AskedFact]:
         """Those of some earlier facts that the model answers now, a sample of all.

@@ -114,17 +114,27 @@ def agreement_with(llm: ResidentLLM, references: Sequence[EncodedPrompt]) -> flo
         llm: The model at its present weights.
         references: Prompts with the answers that are compared with; at least one.
     """
-    shares = [float(right.float().mean()) for right in right_tokens(llm, references)]
+    right = right_tokens(llm, references, remember=True)
+    shares = [float(part.float().mean()) for part in right]
     return sum(shares) / len(shares)
 
 
 @torch.inference_mode()
-def right_tokens(llm: ResidentLLM, prompts: Sequence[EncodedPrompt]) -> list[torch.Tensor]:
-    """Per prompt and answer token whether it is the argmax under teacher forcing; bool."""
+def right_tokens(
+    llm: ResidentLLM, prompts: Sequence[EncodedPrompt], *, remember: bool = False
+) -> list[torch.Tensor]:
+    """Per prompt and answer token whether it is the argmax under teacher forcing; bool.
+
+    Args:
+        llm: The model at its present weights.
+        prompts: Prompts with the answers that are looked for.
+        remember: Whether the blocks below all edits are run once for a prompt, however often it is
+            asked, see :meth:`.ResidentLLM.answer_logits`.
+    """
     found: list[torch.Tensor] = [torch.empty(0)] * len(prompts)
     for bucket in llm.buckets(prompts):
         batch = llm.batch([prompts[i] for i in bucket])
-        right = (llm.answer_logits(batch, remember=False).argmax(-1) == batch.labels).cpu()
+        right = (llm.answer_logits(batch, remember=remember).argmax(-1) == batch.labels).cpu()
         sizes = [len(prompts[i].answer_ids) for i in bucket]
         for i, part in zip(bucket, torch.split(right, sizes), strict=True):
             found[i] = part
