@@ -153,7 +153,7 @@ class Examiner:
         known = self._at_present()
         flat = dict.fromkeys(prompt for fact in facts for prompt in fact.prompts)
         new = [prompt for prompt in flat if prompt not in known]
-        right = right_tokens(self.llm, new, remember=True)
+        right = right_tokens(self.llm, new, again=True)
         known |= {prompt: bool(part.all()) for prompt, part in zip(new, right, strict=True)}
         return [all(known[prompt] for prompt in fact.prompts) for fact in facts]
 

@@ -18,6 +18,7 @@ from hiedit_env.model.built_in import built_in
 from hiedit_env.model.relatives import known_as
 from hiedit_env.model.tokenization import EncodedPrompt
 from hiedit_env.resident.resident import ResidentLLM
+from hiedit_env.resident.shared_beginning import alike, logits_alike
 
 #: Prompts that no file of facts is about.
 CONTROL = (
@@ -114,28 +115,35 @@ def agreement_with(llm: ResidentLLM, references: Sequence[EncodedPrompt]) -> flo
         llm: The model at its present weights.
         references: Prompts with the answers that are compared with; at least one.
     """
-    right = right_tokens(llm, references, remember=True)
+    right = right_tokens(llm, references, again=True)
     shares = [float(part.float().mean()) for part in right]
     return sum(shares) / len(shares)
 
 
 @torch.inference_mode()
 def right_tokens(
-    llm: ResidentLLM, prompts: Sequence[EncodedPrompt], *, remember: bool = False
+    llm: ResidentLLM, prompts: Sequence[EncodedPrompt], *, again: bool = False
 ) -> list[torch.Tensor]:
     """Per prompt and answer token whether it is the argmax under teacher forcing; bool.
 
     Args:
         llm: The model at its present weights.
         prompts: Prompts with the answers that are looked for.
-        remember: Whether the blocks below all edits are run once for a prompt, however often it is
-            asked, see :meth:`.ResidentLLM.answer_logits`.
+        again: Whether these are asked again and again. Then what the blocks below all edits give is
+            remembered, and what prompts begin with together, as with a chat template, is run once.
     """
     found: list[torch.Tensor] = [torch.empty(0)] * len(prompts)
-    for bucket in llm.buckets(prompts):
-        batch = llm.batch([prompts[i] for i in bucket])
-        right = (llm.answer_logits(batch, remember=remember).argmax(-1) == batch.labels).cpu()
-        sizes = [len(prompts[i].answer_ids) for i in bucket]
-        for i, part in zip(bucket, torch.split(right, sizes), strict=True):
-            found[i] = part
+    for common, group in alike(prompts) if again else [(0, list(range(len(prompts))))]:
+        for bucket in llm.buckets([prompts[i] for i in group]):
+            places = [group[i] for i in bucket]
+            some = [prompts[i] for i in places]
+            batch = llm.batch(some)
+            if common:
+                logits = logits_alike(llm, some, common)
+            else:
+                logits = llm.answer_logits(batch, remember=again)
+            right = (logits.argmax(-1) == batch.labels).cpu()
+            sizes = [len(prompt.answer_ids) for prompt in some]
+            for i, part in zip(places, torch.split(right, sizes), strict=True):
+                found[i] = part
     return found

@@ -186,7 +186,7 @@ class Ends(Runner):
         dtype: torch.dtype,
     ) -> None:
         super().__init__(llm, prompts, positions, layers)
-        half = llm.upper.find(llm, min(llm.layers[layer].block for layer in layers), dtype)
+        half = llm.upper.find(llm, self._first(), dtype)
         if half is None:
             raise ModelError("the model's blocks cannot be run by themselves")
         self._half: UpperHalf = half
@@ -224,6 +224,10 @@ class Ends(Runner):
         return self._half.hooked(self.llm, hooks)
 
     # -- inside -----------------------------------------------------------------------------------
+
+    def _first(self) -> int:
+        """Index of the first block that is run again."""
+        return min(self.llm.layers[layer].block for layer in self.layers)
 
     def _layout(self, chosen: Chosen) -> _Layout:
         device = self.llm.device

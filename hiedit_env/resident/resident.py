@@ -159,7 +159,7 @@ class ResidentLLM(EditableWeights):
                     for i, prompt in enumerate(batch.prompts)
                 ]
             )
-        hidden = self._prefix(batch) if remember else self.halves.prefix(batch.input_ids)
+        hidden = self.entering(batch) if remember else self.halves.prefix(batch.input_ids)
         with self._edited(forks or (self,)), self._overlay(updates):
             return self._logits(self.halves.suffix(hidden), batch)
 
@@ -251,7 +251,7 @@ class ResidentLLM(EditableWeights):
         gradients: bool = True,
     ) -> tuple[Tensor, list[Tensor], list[Tensor]]:
         """Logits of a batch, and every layer's input and output, ready for a backward pass."""
-        hidden = self._prefix(batch)
+        hidden = self.entering(batch)
         recorder = LayerRecorder(self.layers, len(batch.prompts), batch.longest)
         fixed = updates and [None if update is None else update.detach() for update in updates]
         edited = self._edited(forks)
@@ -318,13 +318,12 @@ class ResidentLLM(EditableWeights):
                     tokens[i] = own
         return tokens
 
-    # -- inside -------------------------------------------------------------------------------
-
-    def _prefix(self, batch: PromptBatch) -> Tensor:
+    def entering(self, batch: PromptBatch) -> Tensor:
         """Hidden states entering the first candidate block, B × T × hidden size.
 
         Computed one prompt at a time, so that a prompt's value never depends on what it was first
-        batched with: equal seeds give equal episodes whatever happened before.
+        batched with: equal seeds give equal episodes whatever happened before. What is behind the
+        end of a prompt is 0.
         """
         entries = []
         for prompt in batch.prompts:
@@ -337,6 +336,8 @@ class ResidentLLM(EditableWeights):
         if len(entries) == 1:
             return entries[0][None]
         return torch.nn.utils.rnn.pad_sequence(entries, batch_first=True)
+
+    # -- inside -------------------------------------------------------------------------------
 
     def _logits(self, hidden: Tensor, batch: PromptBatch) -> Tensor:
         return self.head(hidden[batch.rows, batch.positions])

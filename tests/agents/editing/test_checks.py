@@ -99,6 +99,6 @@ def test_remembered_blocks_give_the_same_tokens(editor: Editor) -> None:
     prompts = [prompt for fact in facts(editor) for prompt in fact.prompts]
     for _ in range(2):
         plain = right_tokens(editor.llm, prompts)
-        known = right_tokens(editor.llm, prompts, remember=True)
+        known = right_tokens(editor.llm, prompts, again=True)
         assert [p.tolist() for p in plain] == [k.tolist() for k in known]
         editor.llm.commit(change(editor, 5.0))
