@@ -43,8 +43,9 @@ from torch import Tensor
 from hiedit_agents.hierarchy.detectors import Readings, reading_statistics, readings
 from hiedit_agents.hierarchy.fact_memory import FactMemory, Unit, units_of
 from hiedit_agents.hierarchy.neuron_changes import NeuronChanges
-from hiedit_agents.hierarchy.neuron_plan import NAMES, Planner, ShapeForm, Target
+from hiedit_agents.hierarchy.neuron_plan import Planner, ShapeForm, Target
 from hiedit_agents.hierarchy.neuron_search import SearchForm, seek
+from hiedit_agents.hierarchy.other_names import NAMES
 from hiedit_agents.hierarchy.substitutes import of_neuron
 from hiedit_env.errors import SettingsError, as_float, whole_number
 from hiedit_env.model.mlps import candidate_mlps
@@ -81,7 +82,8 @@ class Neuron(FactMemory):
         sharpness: β, how steeply the gate rises with the score.
         ridge: Share of the mean diagonal that is added to the covariance of what MLPs read.
         companions: Earlier facts about the same subject that are sought again with a new one.
-        swaps: Other names with the same last token that a neuron must not fire at.
+        swaps: Other names with the same last token that a neuron must not fire at, as far as the
+            spread allows.
         widest: Largest spread of a neuron's score over everything that is read, as a multiple of
             1/√d, at this threshold, and larger in proportion at a higher one; where it is larger, a
             subject cannot be told from the rest. On SmolLM2 most have 0.4 to 0.7, and one neuron of
@@ -118,7 +120,7 @@ class Neuron(FactMemory):
         sharpness: float = 60.0,
         ridge: float = 0.01,
         companions: int = 2,
-        swaps: int = 2,
+        swaps: int = 24,
         widest: float = 1.95,
         substitutes: bool = True,
         noise: float = 0.5,

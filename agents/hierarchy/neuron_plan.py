@@ -14,6 +14,7 @@ from torch import Tensor
 from hiedit_agents.hierarchy.detectors import Readings, inputs
 from hiedit_agents.hierarchy.fact_memory import Unit, subject_of
 from hiedit_agents.hierarchy.neuron_shape import NeuronShape
+from hiedit_agents.hierarchy.other_names import with_other_names
 from hiedit_agents.hierarchy.reading_places import (
     beginnings,
     behind,
@@ -27,12 +28,6 @@ from hiedit_env.model.mlps import CandidateMLP
 from hiedit_env.model.tokenization import EncodedPrompt
 from hiedit_env.resident.capture import Capture
 from hiedit_env.resident.resident import ResidentLLM
-
-#: What stands in the place of a subject's first tokens where a neuron must not fire.
-NAMES = (
-    "North", "Maria", "Grand", "Johann", "New", "Saint", "Ali", "Royal",
-    "Petra", "Black", "Kim", "Upper", "Marc", "Golden", "Ivan", "Lake",
-)  # fmt: skip
 
 #: Smallest threshold, in order not to fire where nothing was asked.
 LOWEST = 0.3
@@ -61,6 +56,11 @@ _NEAR, _ALIKE = 0.25, 32
 #: of 0.2, 0.4 and 0.6 at another one with 6, 1.7 and 0.6, for spreads of 1.4, 1.25 and 1.1 over √d,
 #: and of 0.86 for 0.84 without.
 _WEIGHTS = (6.0, 3.0, 1.5, 0.7)
+
+#: The same for other names that end in the subject's last token. For "Hull Glacier" (SmolLM2, block
+#: 7) eight further glaciers score 0.99 at most without these names, 0.79, 0.65 and 0.54 with 0.1,
+#: 0.3 and 0.7, for spreads of 0.73, 1.43, 1.85 and 2.14 over √d.
+_NAME_WEIGHTS = (0.7, 0.5, 0.3, 0.2, 0.1, 0.05, 0.0)
 
 #: Where the rows of each prompt of a capture begin.
 Starts = Mapping[EncodedPrompt, int]
@@ -92,14 +92,14 @@ class _Rows:
     Args:
         own: Where a neuron is to fire, in the prompts and in other sentences.
         others: At the other tokens of the same prompts.
-        swapped: At other names that end in the subject's last token.
+        named: At other names that end in the subject's last token.
         alike: In earlier facts and their answers, at tokens that it would fire at.
         reworded: Whether there are other sentences among them.
     """
 
     own: Tensor
     others: Tensor
-    swapped: Tensor
+    named: Tensor
     alike: Tensor
     reworded: bool = False
 
@@ -110,14 +110,14 @@ class ShapeForm:
 
     Args:
         threshold, sharpness: As of :class:`NeuronShape`.
-        swaps: Number of :data:`NAMES` that each must not fire at.
+        names: Number of other names that each must not fire at.
         widest: Largest spread of a score at that threshold, over 1/√d.
         reworded: Whether neurons are made for other sentences of their facts as well.
     """
 
     threshold: float
     sharpness: float
-    swaps: int
+    names: int
     widest: float
     reworded: bool = True
 
@@ -225,19 +225,23 @@ class Planner:
         read like much else, since it would fire everywhere.
         """
         if prompt.positions("subject")[0] > 0:
-            shape = self._shape(home, self._rows(capture, home, [prompt], starts, alike))
-            if self._is_apart(shape):
-                return Target(prompt.prompt_ids, home, (prompt,), shape)
+            rows = self._rows(capture, home, [prompt], starts, alike)
+            for names in _NAME_WEIGHTS:
+                shape = self._shape(home, rows, names)
+                if self._is_apart(shape):
+                    return Target(prompt.prompt_ids, home, (prompt,), shape)
         apart = []
         for place in behind(prompt):
             # Its spans stay known, for other names in their place.
             rows = self._rows(capture, home, [prompt], starts, place=place)
-            shape = replace(self._shape(home, rows), threshold=_ALONE)
-            if self._is_apart(shape):
-                apart.append((shape.detector.spread, place, shape))
+            for names in (float(self._mlps[home].hidden), *_WEIGHTS):
+                shape = replace(self._shape(home, rows, names), threshold=_ALONE)
+                if self._is_apart(shape):
+                    apart.append((-names, shape.detector.spread, place, shape))
+                    break
         if not apart:
             return None
-        _, place, shape = min(apart, key=lambda one: one[:2])
+        *_, place, shape = min(apart, key=lambda one: one[:3])
         moved = replace(prompt, subject_spans=((place, place + 1),), subject_missing=True)
         return Target(prompt.prompt_ids, home, (moved,), shape)
 
@@ -276,11 +280,11 @@ class Planner:
         """The first shape that is apart and fires in all own prompts; None where there is none.
 
         A token of an earlier fact counts as much as it can, and the threshold is put above its
-        score if need be. A name like others with its last token is told from the rest alone.
+        score if need be; then other names with the subject's last token do.
         """
         for weight in (*(_WEIGHTS if len(rows.alike) else ()), 0.0):
-            for swapped in (True, False):
-                shape = self._shape(home, rows, weight, swapped)
+            for names in _NAME_WEIGHTS if len(rows.named) else (0.0,):
+                shape = self._shape(home, rows, names, weight)
                 lowest = float(shape.detector.scores(rows.own).min())
                 fires = lowest > max(1.5 * LOWEST, shape.threshold + 2 * _ABOVE)
                 if fires and self._is_apart(shape):
@@ -307,20 +311,21 @@ class Planner:
         own = keys[[starts[p] + at for p, at in zip(prompts, here, strict=True)]].float()
         own = torch.cat((own, self._ends(mlp, beginnings(sentences, prompts))))
         others = keys[[starts[p] + i for p in prompts for i in elsewhere(p, place)]].float()
-        swapped = self._ends(mlp, self._swapped(prompts[0], place))
+        tokenizer, number = self._llm.tokenizer, self._form.names
+        named = self._ends(mlp, with_other_names(tokenizer, prompts[0], place, number))
         near = self._ends(mlp, alike)
         if len(near):
-            detector = self._readings[home].detector(own, torch.cat((others, swapped)))
+            detector = self._readings[home].detector(own, others)
             near = near[detector.scores(near) > _NEAR]
-        return _Rows(own, others, swapped, near, bool(sentences))
+        return _Rows(own, others, named, near, bool(sentences))
 
-    def _shape(
-        self, home: int, rows: _Rows, weight: float = 0.0, swapped: bool = True
-    ) -> NeuronShape:
+    def _shape(self, home: int, rows: _Rows, names: float, weight: float = 0.0) -> NeuronShape:
         mlp, form, known = self._mlps[home], self._form, self._readings[home]
-        others = [rows.others, *([rows.swapped] if swapped else [])]
-        if weight:
-            others.append(known.mean + math.sqrt(weight / mlp.hidden) * (rows.alike - known.mean))
+        kept = [(much, x) for much, x in ((names, rows.named), (weight, rows.alike)) if much]
+        kept = [(much, found) for much, found in kept if len(found)]
+        others = [rows.others]
+        for much, found in kept:
+            others.append(known.mean + math.sqrt(much / mlp.hidden) * (found - known.mean))
         if len(rows.own) > 1:
             # What the own readings differ in, as plain and chat form do, has no part in the score.
             others.append(known.mean + rows.own - rows.own.mean(0))
@@ -329,8 +334,8 @@ class Planner:
         # Without other sentences, it is not known how much less the subject scores in them.
         usual = form.threshold * (1 if rows.reworded else _UNSURE)
         threshold = min(usual, max(usual * lowest / _USUAL, LOWEST))
-        if weight:
-            highest = float(detector.scores(rows.alike).max()) + _ABOVE
+        for _, found in kept:
+            highest = float(detector.scores(found).max()) + _ABOVE
             threshold = max(threshold, min(highest, (1 + usual) / 2))
         return NeuronShape(mlp, detector, rows.own.mean(0), threshold, form.sharpness)
 
@@ -349,30 +354,6 @@ class Planner:
         """
         usual = self._form.widest / math.sqrt(shape.mlp.hidden)
         return shape.detector.spread < usual * shape.threshold / self._form.threshold
-
-    def _swapped(self, prompt: EncodedPrompt, place: int | None) -> list[EncodedPrompt]:
-        """The prompt with other names, up to the token that is read.
-
-        At the subject (``place`` None), names that end in the subject's own last token.
-        """
-        if prompt.subject_missing or not prompt.subject_spans:
-            return []
-        start, stop = prompt.subject_spans[-1]
-        # The end of a prompt that ends with its subject is the subject's own last token.
-        place = None if place is not None and place < stop else place
-        if place is None and stop - start < 2:
-            return []
-        before, subject = prompt.prompt_ids[:start], prompt.prompt_ids[start:stop]
-        after = subject[-1:] if place is None else prompt.prompt_ids[stop : place + 1]
-        if not after:
-            return []
-        found = []
-        for name in NAMES[: self._form.swaps]:
-            text = f" {name}" if start else name
-            ids = tuple(self._llm.tokenizer(text, add_special_tokens=False)["input_ids"])
-            if ids and ids not in (subject, subject[:-1]):
-                found.append(EncodedPrompt(name, name, (*before, *ids, *after), after[-1:]))
-        return found
 
 
 def _end_of(prompt: EncodedPrompt) -> str:

@@ -15,6 +15,7 @@ from torch.nn import functional as F
 from hiedit_agents.hierarchy.detectors import Detector
 from hiedit_agents.hierarchy.neuron_plan import (
     _ALIKE,
+    _NAME_WEIGHTS,
     _WEIGHTS,
     NeuronShape,
     Planner,
@@ -23,6 +24,7 @@ from hiedit_agents.hierarchy.neuron_plan import (
     _end_of,
     _Rows,
 )
+from hiedit_agents.hierarchy.other_names import with_other_names
 from hiedit_agents.hierarchy.reading_places import beginnings, behind, where_met
 from hiedit_agents.hierarchy.reading_places import elsewhere as not_to_fire_at
 from hiedit_agents.hierarchy.rewordings import LEADS, behind_leads
@@ -73,7 +75,7 @@ def test_the_threshold_falls_with_what_the_facts_own_prompts_score(
     monkeypatch.setattr(low._readings[0], "detector", weaker)
     planner = Planner(llm, low.mlps, low._readings, ShapeForm(0.825, 20.0, 0, 2.7))
     rows = planner._rows(capture, 0, [capture.prompt], {capture.prompt: 0})
-    shape = planner._shape(0, rows)
+    shape = planner._shape(0, rows, 0.0)
     assert shape.threshold == pytest.approx(threshold, abs=1e-3)
 
 
@@ -102,10 +104,9 @@ def test_a_fact_scores_alike_in_all_of_its_prompts() -> None:
     planner = Planner(llm, low.mlps, low._readings, ShapeForm(0.75, 30.0, 0, 2.7))
     rows = planner._rows(capture, 0, prompts, starts)
     # Of least variance with 1 at the mean alone, they would differ.
-    others = torch.cat((rows.others, rows.swapped))
-    free = low._readings[0].detector(rows.own, others).scores(rows.own)
+    free = low._readings[0].detector(rows.own, rows.others).scores(rows.own)
     assert float(free.max() - free.min()) > 0.05
-    shape = planner._shape(0, rows)
+    shape = planner._shape(0, rows, 0.0)
     scores = shape.detector.scores(rows.own)
     torch.testing.assert_close(scores, torch.ones(3), atol=0.02, rtol=0)
     torch.testing.assert_close(shape.firing(rows.own), torch.ones(3), atol=0.05, rtol=0)
@@ -133,24 +134,50 @@ def test_a_warning_shows_where_a_long_prompt_ends() -> None:
     assert _end_of(long) == "…" + "b" * 40 + "e" * 60
 
 
-def test_a_name_like_others_with_its_last_token_is_told_from_the_rest_alone(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def test_other_names_count_as_much_as_the_spread_allows(monkeypatch: pytest.MonkeyPatch) -> None:
     llm = model()
     low = neuron(llm, swaps=2, search_steps=1)
-    tried: list[bool] = []
-    own, found = Planner._shape, iter([False, True])
+    tried: list[float] = []
+    own = Planner._shape
 
     def noted(
-        self: Planner, home: int, rows: _Rows, weight: float = 0.0, swapped: bool = True
+        self: Planner, home: int, rows: _Rows, names: float, weight: float = 0.0
     ) -> NeuronShape:
-        tried.append(swapped)
-        return own(self, home, rows, weight, swapped)
+        assert len(rows.named) == 2
+        tried.append(names)
+        return own(self, home, rows, names, weight)
 
     monkeypatch.setattr(Planner, "_shape", noted)
-    monkeypatch.setattr(Planner, "_is_apart", lambda *_: next(found))
-    assert any(low.propose(unit(llm, FACTS[0]), FIRST))
-    assert tried == [True, False]
+    for allowed in (_NAME_WEIGHTS[0], _NAME_WEIGHTS[2], 0.0):
+        del tried[:]
+        monkeypatch.setattr(Planner, "_is_apart", lambda *_, most=allowed: tried[-1] <= most)
+        assert any(low.propose(unit(llm, LATER), FIRST))
+        assert tried == [weight for weight in _NAME_WEIGHTS if weight >= allowed]
+        low.reset()
+
+
+def test_a_neuron_is_kept_from_other_names_that_end_alike() -> None:
+    llm = model()
+    low, capture, earlier = neuron(llm), unit(llm, LATER), unit(llm, EARLIER)
+    planner = Planner(llm, low.mlps, low._readings, ShapeForm(0.75, 60.0, 0, 6.0))
+    rows = planner._rows(capture, 0, [capture.prompt], {capture.prompt: 0})
+    assert len(rows.named) == 0
+    # As if the earlier subject's name were another name with this one's last token.
+    key = capture.keys[low.mlps[0].gate.layer]
+    place = earlier.prompt.positions("subject")[0]
+    named = earlier.keys[low.mlps[0].gate.layer][place][None].float()
+    scores, thresholds = [], []
+    for weight in (0.0, 0.1, 0.7):
+        shape = planner._shape(0, replace(rows, named=named), weight)
+        scores.append(float(shape.detector.scores(named)))
+        thresholds.append(shape.threshold)
+        at = key[capture.prompt.positions("subject")[0]][None].float()
+        torch.testing.assert_close(shape.detector.scores(at), torch.ones(1), rtol=1e-4, atol=0)
+    assert scores[0] > 0.5 > scores[2]
+    assert scores == sorted(scores, reverse=True)
+    # The threshold stands above what the name scores still, as above an earlier fact's token.
+    assert thresholds[0] == 0.5
+    assert thresholds[1] == pytest.approx(max(0.5, min(scores[1] + 0.05, 0.75)), abs=1e-4)
 
 
 def test_nothing_fires_at_the_first_token_of_a_text() -> None:
@@ -183,7 +210,7 @@ def test_a_subject_that_begins_the_text_is_read_at_the_best_place_behind_it(prom
     spreads = {}
     for place in range(1, len(prompt.split())):
         # Other names in the subject's place, up to the token that is read.
-        others = planner._swapped(capture.prompt, place)
+        others = with_other_names(llm.tokenizer, capture.prompt, place, 8)
         assert len(others) >= 7
         after = capture.prompt.prompt_ids[1 : place + 1]
         assert all(other.prompt_ids[1:] == after for other in others)
@@ -259,9 +286,9 @@ def test_the_threshold_stands_above_what_an_earlier_subject_scores(
     mean = low._readings[0].mean
     found = replace(rows, alike=mean + score * (rows.own - mean))
     # With a weight that is all but none, what is alike does not move the detector.
-    shape = planner._shape(0, found, 1e-9)
+    shape = planner._shape(0, found, 0.0, 1e-9)
     assert shape.threshold == pytest.approx(threshold, abs=2e-3)
-    assert planner._shape(0, found).threshold == 0.5
+    assert planner._shape(0, found, 0.0).threshold == 0.5
 
 
 @pytest.mark.parametrize("threshold", [0.3, 0.5, 0.75])
@@ -271,7 +298,7 @@ def test_a_neuron_is_as_broad_wherever_it_begins_to_fire(threshold: float) -> No
     low, capture = neuron(llm), unit(llm, LATER)
     planner = Planner(llm, low.mlps, low._readings, ShapeForm(0.75, 1e4, 0, 2.7))
     rows = planner._rows(capture, 0, [capture.prompt], {capture.prompt: 0})
-    shape = replace(planner._shape(0, rows), threshold=threshold)
+    shape = replace(planner._shape(0, rows, 0.0), threshold=threshold)
     mean = low._readings[0].mean
     peak = max(0.9, threshold + 0.3)
     for score in (threshold + 0.05, 0.85, 1.0, peak, 1.1):
@@ -290,17 +317,17 @@ def test_a_name_that_cannot_be_told_from_an_earlier_one_takes_its_place(
     own = Planner._shape
 
     def noted(
-        self: Planner, home: int, rows: _Rows, weight: float = 0.0, swapped: bool = True
+        self: Planner, home: int, rows: _Rows, names: float, weight: float = 0.0
     ) -> NeuronShape:
         tried.append(weight)
-        return own(self, home, rows, weight, swapped)
+        return own(self, home, rows, names, weight)
 
     freely = planned(llm, [])
     monkeypatch.setattr(Planner, "_shape", noted)
     monkeypatch.setattr(Planner, "_is_apart", lambda *_: tried[-1] == 0)
     shape = planned(llm, [earlier])
     assert torch.equal(shape.detector.row, freely.detector.row)
-    assert tried == [weight for weight in (*_WEIGHTS, 0.0) for _ in range(2)][:-1]
+    assert tried == [*_WEIGHTS, 0.0]
 
 
 def test_a_neuron_is_kept_from_the_answer_of_an_earlier_fact() -> None:
@@ -353,7 +380,7 @@ def test_a_sentence_that_begins_alike_raises_the_threshold_and_moves_no_detector
         planner._rows(capture, 0, [capture.prompt], {capture.prompt: 0}, sentences=sentences)
         for sentences in ([], [other])
     ]
-    shapes = [planner._shape(0, one) for one in rows]
+    shapes = [planner._shape(0, one, 0.0) for one in rows]
     assert torch.equal(shapes[0].detector.row, shapes[1].detector.row)
     assert [shape.threshold for shape in shapes] == [0.5, 0.75]
 
