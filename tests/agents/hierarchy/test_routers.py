@@ -322,3 +322,22 @@ def test_normalised_features_make_scores_independent_of_their_scale() -> None:
         assert torch.equal(again.scores(last), choices[-1])
     torch.testing.assert_close(*choices, rtol=1e-3, atol=1e-4)
     assert choices[0].std() > 0.01
+
+
+def test_a_feature_far_outside_of_training_counts_as_one_at_its_edge() -> None:
+    layers, size = 3, 3 * LAYER_FEATURES + GLOBAL_FEATURES
+    seen = np.random.default_rng(0).normal(size=(40, size)).astype(np.float32)
+    router = PolicyRouter(layers, CPU, layers_per_edit=1, hidden=5, normalize=True, seed=1)
+    with torch.no_grad():
+        router.score.weight.fill_(0.3)
+    for row in seen:
+        router.choose(row, NOTHING, torch.Generator().manual_seed(0))
+
+    def scores(distance: float) -> Tensor:
+        row = seen.mean(0)
+        row[0] += np.float32(distance)  # the first feature of the first layer, of deviation 1
+        return router.scores(row).detach()
+
+    assert not torch.equal(scores(1.0), scores(1.5))
+    assert torch.equal(scores(3.0), scores(30.0))
+    assert torch.equal(scores(-3.0), scores(-30.0))
