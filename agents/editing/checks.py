@@ -12,6 +12,7 @@ from hiedit_env.evaluation.matching import EXTRA_TOKENS, starts_with
 from hiedit_env.model.asking import PromptForm, has_markers
 from hiedit_env.model.tokenization import EncodedPrompt
 from hiedit_env.resident.resident import ResidentLLM
+from hiedit_env.resident.weights import same_version
 
 
 @dataclass(frozen=True, slots=True)
@@ -123,8 +124,9 @@ class Verdict:
 class Examiner:
     """Asks a model.
 
-    What it answers at the present weights is asked once: the check after one edit and the one
-    before the next ask mostly the same.
+    The examiner asks the same prompt only once at the same weights: the check after one edit and
+    the one before the next have mostly the same prompts. What it remembers ends where anybody
+    changes another weight of the model.
 
     Args:
         llm: The model.
@@ -134,8 +136,9 @@ class Examiner:
     def __init__(self, llm: ResidentLLM, checks: Checks) -> None:
         self.llm, self.checks = llm, checks
         self.controls = Controls(llm)
-        #: By the weights' fingerprint, the latest last, whether prompts are answered.
+        #: By the candidate weights' fingerprint, the latest last, whether prompts are answered.
         self._known: dict[str, dict[EncodedPrompt, bool]] = {}
+        self._others = self._other_weights()
 
     def say(self, fact: AskedFact) -> dict[str, str]:
         """Greedy continuations in every form, a little longer than the answer."""
@@ -153,16 +156,38 @@ class Examiner:
         known = self._at_present()
         flat = dict.fromkeys(prompt for fact in facts for prompt in fact.prompts)
         new = [prompt for prompt in flat if prompt not in known]
-        right = right_tokens(self.llm, new, again=True)
+        right = right_tokens(self.llm, new, asked_often=True)
         known |= {prompt: bool(part.all()) for prompt, part in zip(new, right, strict=True)}
         return [all(known[prompt] for prompt in fact.prompts) for fact in facts]
 
     def _at_present(self) -> dict[EncodedPrompt, bool]:
-        """What is known of the present weights; an edit that is rolled back has two kinds."""
+        """What is known of the present weights.
+
+        Two sets of weights are remembered, those before an edit and those after it.
+        """
+        self._look_at_others()
         now = self.llm.weights_fingerprint()
         found = self._known.pop(now, {})
         self._known = {key: self._known[key] for key in list(self._known)[-1:]} | {now: found}
         return found
+
+    def _look_at_others(self) -> None:
+        """Forgets everything where weights that no edit changes are not what they were."""
+        others = self._other_weights()
+        if not same_version(others, self._others):
+            self._known, self._others = {}, others
+            self.llm.cache.clear()
+
+    def _other_weights(self) -> tuple[object, ...]:
+        """Differs where a weight of the model differs that is no candidate."""
+        edited = {id(layer.module.weight) for layer in self.llm.layers}
+        model = self.llm.model
+        tensors = [t for t in (*model.parameters(), *model.buffers()) if id(t) not in edited]
+        return tuple(
+            number
+            for tensor in tensors
+            for number in (tensor.data_ptr(), 0 if tensor.is_inference() else tensor._version)
+        )
 
     def held(self, earlier: Sequence[AskedFact]) -> list[AskedFact]:
         """Those of some earlier facts that the model answers now, a sample of all.
@@ -198,6 +223,7 @@ class Examiner:
         checks, problems = self.checks, []
         agreement = None
         if checks.min_agreement is not None:
+            self._look_at_others()
             agreement = self.controls.agreement()
             if agreement is not None and agreement < checks.min_agreement:
                 problems.append(

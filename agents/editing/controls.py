@@ -79,7 +79,9 @@ class Controls:
 
     def agreement(self) -> float | None:
         """Mean agreement of the present weights, from 0 to 1; None where nothing can be asked."""
-        return agreement_with(self._llm, self.references) if self.references else None
+        if not self.references:
+            return None
+        return agreement_with(self._llm, self.references, asked_often=True)
 
 
 def has_template(tokenizer: object) -> bool:
@@ -108,32 +110,36 @@ def end_id(tokenizer: PreTrainedTokenizerBase, name: str, end_token: bool | None
 
 
 @torch.inference_mode()
-def agreement_with(llm: ResidentLLM, references: Sequence[EncodedPrompt]) -> float:
+def agreement_with(
+    llm: ResidentLLM, references: Sequence[EncodedPrompt], *, asked_often: bool = False
+) -> float:
     """Share of given answer tokens that are the argmax, mean over prompts.
 
     Args:
         llm: The model at its present weights.
         references: Prompts with the answers that are compared with; at least one.
+        asked_often: As for :func:`right_tokens`.
     """
-    right = right_tokens(llm, references, again=True)
+    right = right_tokens(llm, references, asked_often=asked_often)
     shares = [float(part.float().mean()) for part in right]
     return sum(shares) / len(shares)
 
 
 @torch.inference_mode()
 def right_tokens(
-    llm: ResidentLLM, prompts: Sequence[EncodedPrompt], *, again: bool = False
+    llm: ResidentLLM, prompts: Sequence[EncodedPrompt], *, asked_often: bool = False
 ) -> list[torch.Tensor]:
     """Per prompt and answer token whether it is the argmax under teacher forcing; bool.
 
     Args:
         llm: The model at its present weights.
         prompts: Prompts with the answers that are looked for.
-        again: Whether these are asked again and again. Then what the blocks below all edits give is
-            remembered, and what prompts begin with together, as with a chat template, is run once.
+        asked_often: Whether the same prompts are asked many times. Then what the blocks below all
+            edits give is remembered for each of them, and the others run a beginning that prompts
+            share, such as a chat template's, once (:mod:`hiedit_env.resident.shared_beginning`).
     """
     found: list[torch.Tensor] = [torch.empty(0)] * len(prompts)
-    for common, group in alike(prompts) if again else [(0, list(range(len(prompts))))]:
+    for common, group in alike(prompts) if asked_often else [(0, list(range(len(prompts))))]:
         for bucket in llm.buckets([prompts[i] for i in group]):
             places = [group[i] for i in bucket]
             some = [prompts[i] for i in places]
@@ -141,7 +147,7 @@ def right_tokens(
             if common:
                 logits = logits_alike(llm, some, common)
             else:
-                logits = llm.answer_logits(batch, remember=again)
+                logits = llm.answer_logits(batch, remember=asked_often)
             right = (logits.argmax(-1) == batch.labels).cpu()
             sizes = [len(prompt.answer_ids) for prompt in some]
             for i, part in zip(places, torch.split(right, sizes), strict=True):

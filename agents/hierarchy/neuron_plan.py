@@ -92,7 +92,7 @@ class _Rows:
     Args:
         own: Where a neuron is to fire, in the prompts and in other sentences.
         others: At the other tokens of the same prompts.
-        named: At other names that end in the subject's last token.
+        named: At other names that end in the subject's last token, or that are asked the same.
         alike: In earlier facts and their answers, at tokens that it would fire at.
         reworded: Whether there are other sentences among them.
     """
@@ -103,6 +103,11 @@ class _Rows:
     alike: Tensor
     reworded: bool = False
 
+    @property
+    def weights(self) -> tuple[float, ...]:
+        """How much the other names may count, most first; once 0 where there are none."""
+        return _NAME_WEIGHTS if len(self.named) else (0.0,)
+
 
 @dataclass(frozen=True, slots=True)
 class ShapeForm:
@@ -110,7 +115,7 @@ class ShapeForm:
 
     Args:
         threshold, sharpness: As of :class:`NeuronShape`.
-        names: Number of other names that each must not fire at.
+        names: Largest number of other names that each is kept from.
         widest: Largest spread of a score at that threshold, over 1/√d.
         reworded: Whether neurons are made for other sentences of their facts as well.
     """
@@ -221,12 +226,13 @@ class Planner:
     ) -> Target | None:
         """A neuron for one prompt: at its subject, or behind it where the subject says little.
 
-        Behind it, at the token that is read least like what is read elsewhere. None where all are
-        read like much else, since it would fire everywhere.
+        Behind it, at the token where other names may count most, and of several such at the one
+        that is read least like what is read elsewhere. None where all are read like much else,
+        since it would fire everywhere.
         """
         if prompt.positions("subject")[0] > 0:
             rows = self._rows(capture, home, [prompt], starts, alike)
-            for names in _NAME_WEIGHTS:
+            for names in rows.weights:
                 shape = self._shape(home, rows, names)
                 if self._is_apart(shape):
                     return Target(prompt.prompt_ids, home, (prompt,), shape)
@@ -234,8 +240,10 @@ class Planner:
         for place in behind(prompt):
             # Its spans stay known, for other names in their place.
             rows = self._rows(capture, home, [prompt], starts, place=place)
-            for names in (float(self._mlps[home].hidden), *_WEIGHTS):
-                shape = replace(self._shape(home, rows, names), threshold=_ALONE)
+            most = float(self._mlps[home].hidden)
+            for names in (most, *_WEIGHTS) if len(rows.named) else (0.0,):
+                shape = self._shape(home, rows, names)
+                shape = replace(shape, threshold=max(_ALONE, shape.threshold))
                 if self._is_apart(shape):
                     apart.append((-names, shape.detector.spread, place, shape))
                     break
@@ -283,7 +291,7 @@ class Planner:
         score if need be; then other names with the subject's last token do.
         """
         for weight in (*(_WEIGHTS if len(rows.alike) else ()), 0.0):
-            for names in _NAME_WEIGHTS if len(rows.named) else (0.0,):
+            for names in rows.weights:
                 shape = self._shape(home, rows, names, weight)
                 lowest = float(shape.detector.scores(rows.own).min())
                 fires = lowest > max(1.5 * LOWEST, shape.threshold + 2 * _ABOVE)

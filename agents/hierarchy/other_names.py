@@ -29,7 +29,8 @@ def with_other_names(
         number: Of names, at most.
 
     Returns:
-        None for a prompt without a subject, nor at the own last token of a subject of one token.
+        The prompts up to the place, each once. An empty list for a prompt without a subject, and
+        for the own last token of a subject of one token.
     """
     if prompt.subject_missing or not prompt.subject_spans:
         return []
@@ -42,10 +43,13 @@ def with_other_names(
     after = subject[-1:] if place is None else prompt.prompt_ids[stop : place + 1]
     if not after:
         return []
-    space = " " if start and not tokenizer.decode(list(before)).endswith(" ") else ""
-    found = []
+    begins = tokenizer.convert_ids_to_tokens(subject[0])
+    # As byte-level BPE and SentencePiece write a space.
+    space = " " if str(begins).startswith(("Ġ", "▁", " ")) else ""
+    found: dict[tuple[int, ...], EncodedPrompt] = {}
     for name in NAMES[:number]:
-        ids = tuple(tokenizer(f"{space}{name}", add_special_tokens=False)["input_ids"])
-        if ids and ids not in (subject, subject[:-1]):
-            found.append(EncodedPrompt(name, name, (*before, *ids, *after), after[-1:]))
-    return found
+        own = tuple(tokenizer(f"{space}{name}", add_special_tokens=False)["input_ids"])
+        if own and own not in (subject, subject[:-1]):
+            ids = (*before, *own, *after)
+            found.setdefault(ids, EncodedPrompt(name, name, ids, after[-1:]))
+    return list(found.values())

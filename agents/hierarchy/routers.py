@@ -25,11 +25,6 @@ Size = Literal["fixed", "learned"]
 HISTORY_FEATURES = (3, 4, 5)
 
 
-#: What normalised features are clipped to: about as far as those of 95 % of the training facts go.
-#: A fact with a feature further out looks like one of these, and not like a line drawn from them.
-_MOST = 2.0
-
-
 def half(num_layers: int) -> int:
     """K where none is given: half of the layers, at least one."""
     return max(1, num_layers // 2)
@@ -170,6 +165,8 @@ class PolicyRouter(nn.Module):
         normalize: Whether the features are normalised by their running moments over the training
             facts and all layers, which stay as they are afterwards; what differs little between
             layers, such as the logarithm of a norm, then counts as much as the rest.
+        clip: Deviations that a normalised feature counts as at most. What lies further out in a new
+            fact than in most of training then looks like the edge of it.
         deterministic: Whether acting takes the best choice; if not, choices are drawn as in
             training, from what :meth:`reset` was seeded with. A policy that was trained with an
             entropy bonus spreads its edits over all layers that do well, which the best choice
@@ -181,8 +178,8 @@ class PolicyRouter(nn.Module):
         seed: Of the random initial values.
 
     Raises:
-        SettingsError: K outside 1 … L, a share outside (0, 1], an unknown size, or a temperature
-            that is not positive.
+        SettingsError: K outside 1 … L, a share outside (0, 1], an unknown size, or a clip or
+            temperature that is not positive.
     """
 
     name = "policy"
@@ -197,6 +194,7 @@ class PolicyRouter(nn.Module):
         share: float = 0.5,
         history: bool = True,
         normalize: bool = False,
+        clip: float = 5.0,
         deterministic: bool = True,
         temperature: float = 1.0,
         hidden: int = 64,
@@ -212,9 +210,11 @@ class PolicyRouter(nn.Module):
         if layers_per_edit is None:
             layers_per_edit = max(1, int(share * num_layers))
         self.layers_per_edit = _checked_size(layers_per_edit, num_layers)
+        if not 0 < clip < float("inf"):
+            raise SettingsError(f"clip must be a number > 0, got {clip!r}")
         if not 0 < temperature < float("inf"):
             raise SettingsError(f"temperature must be a number > 0, got {temperature!r}")
-        self.history, self.deterministic = history, deterministic
+        self.history, self.clip, self.deterministic = history, clip, deterministic
         self.temperature = temperature
         self._generator = torch.Generator()
         features = LAYER_FEATURES + GLOBAL_FEATURES
@@ -259,7 +259,8 @@ class PolicyRouter(nn.Module):
         """L float32 scores."""
         features = self.features(observation)
         if self.moments is not None and self.moments.count:
-            features = self.moments.normalise(features[None], [0])[0].clamp(-_MOST, _MOST)
+            features = self.moments.normalise(features[None], [0])[0]
+            features = features.clamp(-self.clip, self.clip)
         rows = torch.cat((features, self.embedding), 1)
         hidden = self.second(self.first(rows).tanh()).tanh()
         scores: Tensor = self.score(hidden)[:, 0] + self.bias

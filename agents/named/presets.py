@@ -44,7 +44,7 @@ HIEDIT = AgentSpec(
     name="hiedit",
     high="policy",
     low="rehearsal",
-    high_settings={"share": 0.25, "normalize": True},
+    high_settings={"share": 0.25, "normalize": True, "clip": 2.0},
     low_settings={
         "step_size": 2.5e-4,
         "network": "tokens",

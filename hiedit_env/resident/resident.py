@@ -319,11 +319,11 @@ class ResidentLLM(EditableWeights):
         return tokens
 
     def entering(self, batch: PromptBatch) -> Tensor:
-        """Hidden states entering the first candidate block, B × T × hidden size.
+        """What enters the first candidate block: B × T × hidden size, in the model's dtype.
 
-        Computed one prompt at a time, so that a prompt's value never depends on what it was first
-        batched with: equal seeds give equal episodes whatever happened before. What is behind the
-        end of a prompt is 0.
+        Of a model that is only run as a whole, its tokens. Computed one prompt at a time, so that a
+        prompt's value never depends on what it was first batched with: equal seeds give equal
+        episodes whatever happened before. What is behind the end of a prompt is 0.
         """
         entries = []
         for prompt in batch.prompts:

@@ -17,11 +17,11 @@ from hiedit_env.resident.upper_half import Compared
 if TYPE_CHECKING:
     from hiedit_env.resident.resident import ResidentLLM
 
-#: Fewest tokens of a beginning, and prompts that have it, for which one more pass pays.
+#: Running a beginning by itself pays from this many common tokens and this many prompts on.
 SHORTEST, FEWEST = 16, 3
 
 #: Largest difference of two logits up to which they count as equal, over the largest logit.
-TOLERANCE = 1e-3
+TOLERANCE = 1e-4
 
 
 def alike(prompts: Sequence[EncodedPrompt]) -> list[tuple[int, list[int]]]:
@@ -58,8 +58,11 @@ def _common(prompts: Sequence[EncodedPrompt]) -> int:
 def logits_alike(llm: ResidentLLM, prompts: Sequence[EncodedPrompt], common: int) -> Tensor:
     """Logits at the answer tokens of prompts that begin alike, prompt after prompt.
 
-    The beginning is run once, where that gives what this model gives with whole prompts. That is
-    looked at the first time, and again whenever a prompt is longer than all before.
+    From the first candidate block on, the beginning is run once for all of them; what the blocks
+    below give is remembered per prompt. This is done where it gives what this model gives with
+    whole prompts, which is looked at for every length of a beginning the first time, and again
+    whenever a prompt is longer than all before. In half precision whole prompts are run, since
+    what is close there may change places.
 
     Args:
         llm: The model at its present weights.
@@ -67,27 +70,34 @@ def logits_alike(llm: ResidentLLM, prompts: Sequence[EncodedPrompt], common: int
         common: Number of tokens that all of them begin with, as in :func:`alike`; 0 for none.
 
     Returns:
-        Answer tokens × vocabulary.
+        Answer tokens × vocabulary, in the model's dtype.
+
+    Raises:
+        MemoryError, torch.OutOfMemoryError: there is no memory left.
     """
-    state = llm.upper.run_alike.setdefault(llm.dtype, Compared())
+    state = llm.upper.run_alike.setdefault(common, Compared())
     batch, longest = llm.batch(prompts), max(prompt.length for prompt in prompts)
+    pays = common >= SHORTEST and len(prompts) >= FEWEST
+    exact = llm.dtype in (torch.float32, torch.float64)
     ends: Tensor | None = None
-    if common and longest < state.wrong and llm.can_share(batch):
+    if pays and exact and longest < state.wrong and llm.can_share(batch):
         # Whatever a model's code raises here means only that it cannot be run like this.
         try:
             run = _BegunAlike(llm, prompts, [common] * len(prompts), (), llm.dtype)
             with torch.inference_mode(False), torch.no_grad(), run.hooked({}):
-                ends = run.logits(run.all)
+                ends = run.logits(run.all).to(llm.dtype)
         except (MemoryError, torch.OutOfMemoryError):
             raise
         except Exception:
-            state.wrong = longest
+            if longest > state.right:
+                state.wrong = longest
     if ends is not None and longest <= state.right:
         return ends
     whole = llm.answer_logits(batch)
-    if ends is not None:
+    # Weights that give no numbers say nothing about how they are run.
+    if ends is not None and bool(whole.isfinite().all()):
         bound = TOLERANCE * float(whole.abs().max())
-        if float((ends - whole.float()).abs().max()) <= bound:
+        if float((ends - whole).abs().max()) <= bound:
             state.right = longest
         else:
             state.wrong = longest
@@ -95,7 +105,7 @@ def logits_alike(llm: ResidentLLM, prompts: Sequence[EncodedPrompt], common: int
 
 
 class _BegunAlike(Ends):
-    """As :class:`.ends.Ends`, behind one beginning that all prompts have.
+    """As :class:`.ends.Ends`, behind one beginning that all prompts have; it measures nothing.
 
     Raises:
         ModelError: as in the base class, or the cache is of another kind.

@@ -170,12 +170,12 @@ class UpperHalves:
     Attributes:
         run_ends: By precision and layout (packed or not), for how long rows the ends of prompts,
             run behind cached keys and values, gave what whole prompts give.
-        run_alike: By precision, the same for prompts behind one beginning that all of them have.
+        run_alike: By number of tokens, the same for prompts behind a beginning that all have.
     """
 
     def __init__(self) -> None:
         self.run_ends: dict[tuple[torch.dtype, bool], Compared] = {}
-        self.run_alike: dict[torch.dtype, Compared] = {}
+        self.run_alike: dict[int, Compared] = {}
         self._made: dict[tuple[int, torch.dtype], UpperHalf] = {}
 
     def find(self, llm: Model, first: int, dtype: torch.dtype) -> UpperHalf | None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from hiedit_agents.hierarchy.other_names import NAMES, with_other_names
 from hiedit_env.model.tokenization import EncodedPrompt
+from tests.agents.hierarchy.test_neuron import model, unit
 from tests.hiedit_env.model.test_asking import encoder_of
 from tests.hiedit_env.model.test_tokenization import byte_level
 
@@ -39,6 +40,23 @@ def test_behind_the_subject_a_name_takes_its_whole_place() -> None:
     assert texts(prompt, stop + 3, 2) == ["Where is Harper now", "Where is Dawson now"]
     # A place inside of the subject is its last token.
     assert texts(prompt, stop - 1, 2) == texts(prompt, None, 2)
+
+
+def test_a_name_has_a_space_where_the_subject_has_one() -> None:
+    tokenizer = byte_level()
+    for before in ("", "\n", "(", "see "):
+        prompt = placed(f"{before}Hull Bay is", "Hull Bay")
+        assert texts(prompt, number=1) == [f"{before}Harpery"]
+    # As part of its first token, which is how most tokenizers have it.
+    ids = tuple(tokenizer("See Hull", add_special_tokens=False)["input_ids"])
+    whole = EncodedPrompt("p", "a", ids, (7,), subject_spans=((3, len(ids)),))
+    assert texts(whole, number=1) == ["See Harperl"]
+
+
+def test_names_that_are_one_to_the_tokenizer_are_read_once() -> None:
+    llm = model()
+    capture = unit(llm, ("w6 w11 w9 w8", "w13", "w11 w9"))
+    assert len(with_other_names(llm.tokenizer, capture.prompt, None, 24)) == 1
 
 
 def test_where_there_is_no_subject_there_are_no_names() -> None:

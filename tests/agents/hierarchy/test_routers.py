@@ -327,7 +327,7 @@ def test_normalised_features_make_scores_independent_of_their_scale() -> None:
 def test_a_feature_far_outside_of_training_counts_as_one_at_its_edge() -> None:
     layers, size = 3, 3 * LAYER_FEATURES + GLOBAL_FEATURES
     seen = np.random.default_rng(0).normal(size=(40, size)).astype(np.float32)
-    router = PolicyRouter(layers, CPU, layers_per_edit=1, hidden=5, normalize=True, seed=1)
+    router = PolicyRouter(layers, CPU, layers_per_edit=1, normalize=True, clip=2.0, seed=1)
     with torch.no_grad():
         router.score.weight.fill_(0.3)
     for row in seen:
@@ -341,3 +341,9 @@ def test_a_feature_far_outside_of_training_counts_as_one_at_its_edge() -> None:
     assert not torch.equal(scores(1.0), scores(1.5))
     assert torch.equal(scores(3.0), scores(30.0))
     assert torch.equal(scores(-3.0), scores(-30.0))
+
+
+@pytest.mark.parametrize("clip", [0.0, -1.0, float("inf"), float("nan")])
+def test_a_clip_out_of_range_is_refused(clip: float) -> None:
+    with pytest.raises(SettingsError, match="clip"):
+        PolicyRouter(8, CPU, clip=clip)

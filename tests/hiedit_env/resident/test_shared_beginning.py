@@ -67,18 +67,52 @@ def test_logits_are_those_of_whole_prompts(
         torch.testing.assert_close(found, whole(llm), atol=1e-5, rtol=1e-5)
         llm.commit(random_updates(llm))
     assert asked == [3, 3]
-    assert llm.upper.run_alike == {torch.float32: Compared(right=LONGEST)}
+    assert llm.upper.run_alike == {len(BEGIN): Compared(right=LONGEST)}
 
 
-def test_a_fork_sees_its_own_changes() -> None:
+def test_a_fork_sees_its_own_changes(monkeypatch: pytest.MonkeyPatch) -> None:
     llm = resident("llama")
     unedited = whole(llm)
     fork = llm.fork()
     fork.commit(random_updates(fork))
+    logits_alike(fork, PROMPTS, len(BEGIN))
+    assert llm.upper.run_alike == {len(BEGIN): Compared(right=LONGEST)}
+    # From now on nothing is compared, and no whole prompt is run.
+    wanted = whole(fork)
+    monkeypatch.setattr(ResidentLLM, "answer_logits", None)
     found = logits_alike(fork, PROMPTS, len(BEGIN))
-    torch.testing.assert_close(found, whole(fork), atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(found, wanted, atol=1e-5, rtol=1e-5)
     assert float((found - unedited).abs().max()) > 0.05
-    torch.testing.assert_close(logits_alike(llm, PROMPTS, len(BEGIN)), unedited)
+    found = logits_alike(llm, PROMPTS, len(BEGIN))
+    torch.testing.assert_close(found, unedited, atol=1e-5, rtol=1e-5)
+
+
+def test_few_prompts_and_half_precision_are_run_whole(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = runs(monkeypatch)
+    llm = resident("llama")
+    assert torch.equal(logits_alike(llm, PROMPTS[:2], len(BEGIN)), whole(llm)[:4])
+    rough = resident("llama", dtype=torch.bfloat16)
+    found = logits_alike(rough, PROMPTS, len(BEGIN))
+    assert torch.equal(found, whole(rough))
+    assert found.dtype == torch.bfloat16
+    assert asked == []
+
+
+def test_weights_that_give_no_numbers_say_nothing_about_the_way(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    llm, asked = resident("llama"), runs(monkeypatch)
+    logits_alike(llm, PROMPTS, len(BEGIN))
+    longer = begun((5, 6, 7, 8), (9,), (4, 4))
+    with torch.no_grad():
+        own = llm.halves.blocks[-1].mlp.down_proj.weight.clone()  # type: ignore[attr-defined]
+        llm.halves.blocks[-1].mlp.down_proj.weight.fill_(torch.nan)  # type: ignore[attr-defined]
+        assert not bool(logits_alike(llm, longer, len(BEGIN)).isfinite().any())
+        llm.halves.blocks[-1].mlp.down_proj.weight.copy_(own)  # type: ignore[attr-defined]
+    assert llm.upper.run_alike == {len(BEGIN): Compared(right=LONGEST)}
+    logits_alike(llm, longer, len(BEGIN))
+    assert llm.upper.run_alike == {len(BEGIN): Compared(right=LONGEST + 1)}
+    assert asked == [3, 3, 3]
 
 
 def test_what_gives_something_else_is_not_used(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -87,9 +121,10 @@ def test_what_gives_something_else_is_not_used(monkeypatch: pytest.MonkeyPatch) 
         assert torch.equal(logits_alike(llm, PROMPTS, len(BEGIN)), whole(llm))
     # It was tried once; shorter prompts may still be right.
     assert asked == [3]
-    assert llm.upper.run_alike[torch.float32].wrong == LONGEST
-    logits_alike(llm, PROMPTS[1:], len(BEGIN))
-    assert asked == [3, 2]
+    assert llm.upper.run_alike[len(BEGIN)].wrong == LONGEST
+    shorter = begun((5,), (9,), (4, 4))
+    logits_alike(llm, shorter, len(BEGIN))
+    assert asked == [3, 3]
 
 
 def test_what_cannot_be_run_is_not_used(monkeypatch: pytest.MonkeyPatch) -> None:
