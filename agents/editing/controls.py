@@ -144,10 +144,10 @@ def right_tokens(
             places = [group[i] for i in bucket]
             some = [prompts[i] for i in places]
             batch = llm.batch(some)
-            if common:
-                logits = logits_alike(llm, some, common)
+            if asked_often:
+                logits = logits_alike(llm, batch, common)
             else:
-                logits = llm.answer_logits(batch, remember=asked_often)
+                logits = llm.answer_logits(batch, remember=False)
             right = (logits.argmax(-1) == batch.labels).cpu()
             sizes = [len(prompt.answer_ids) for prompt in some]
             for i, part in zip(places, torch.split(right, sizes), strict=True):

@@ -329,8 +329,8 @@ class Planner:
 
     def _shape(self, home: int, rows: _Rows, names: float, weight: float = 0.0) -> NeuronShape:
         mlp, form, known = self._mlps[home], self._form, self._readings[home]
-        kept = [(much, x) for much, x in ((names, rows.named), (weight, rows.alike)) if much]
-        kept = [(much, found) for much, found in kept if len(found)]
+        both = (names, rows.named), (weight, rows.alike)
+        kept = [(much, found) for much, found in both if much and len(found)]
         others = [rows.others]
         for much, found in kept:
             others.append(known.mean + math.sqrt(much / mlp.hidden) * (found - known.mean))

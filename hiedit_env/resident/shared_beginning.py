@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from hiedit_env.errors import ModelError
+from hiedit_env.model.batches import PromptBatch
 from hiedit_env.model.tokenization import EncodedPrompt
 from hiedit_env.resident.ends import Ends
 from hiedit_env.resident.upper_half import Compared
@@ -55,7 +56,7 @@ def _common(prompts: Sequence[EncodedPrompt]) -> int:
     return sum(1 for _ in takewhile(lambda column: len(set(column)) == 1, columns))
 
 
-def logits_alike(llm: ResidentLLM, prompts: Sequence[EncodedPrompt], common: int) -> Tensor:
+def logits_alike(llm: ResidentLLM, batch: PromptBatch, common: int) -> Tensor:
     """Logits at the answer tokens of prompts that begin alike, prompt after prompt.
 
     From the first candidate block on, the beginning is run once for all of them; what the blocks
@@ -66,7 +67,7 @@ def logits_alike(llm: ResidentLLM, prompts: Sequence[EncodedPrompt], common: int
 
     Args:
         llm: The model at its present weights.
-        prompts: At least one.
+        batch: The prompts.
         common: Number of tokens that all of them begin with, as in :func:`alike`; 0 for none.
 
     Returns:
@@ -75,15 +76,17 @@ def logits_alike(llm: ResidentLLM, prompts: Sequence[EncodedPrompt], common: int
     Raises:
         MemoryError, torch.OutOfMemoryError: there is no memory left.
     """
-    state = llm.upper.run_alike.setdefault(common, Compared())
-    batch, longest = llm.batch(prompts), max(prompt.length for prompt in prompts)
-    pays = common >= SHORTEST and len(prompts) >= FEWEST
     exact = llm.dtype in (torch.float32, torch.float64)
+    # Of a group that begins alike, a batch may hold few.
+    if not (common and exact and len(batch.prompts) >= FEWEST and llm.can_share(batch)):
+        return llm.answer_logits(batch)
+    state, longest = llm.upper.run_alike.setdefault(common, Compared()), batch.longest
     ends: Tensor | None = None
-    if pays and exact and longest < state.wrong and llm.can_share(batch):
+    if longest < state.wrong:
         # Whatever a model's code raises here means only that it cannot be run like this.
         try:
-            run = _BegunAlike(llm, prompts, [common] * len(prompts), (), llm.dtype)
+            ahead = [common] * len(batch.prompts)
+            run = _BegunAlike(llm, batch.prompts, ahead, (), llm.dtype)
             with torch.inference_mode(False), torch.no_grad(), run.hooked({}):
                 ends = run.logits(run.all).to(llm.dtype)
         except (MemoryError, torch.OutOfMemoryError):

@@ -63,7 +63,7 @@ def test_logits_are_those_of_whole_prompts(
 ) -> None:
     llm, asked = resident(model_type), runs(monkeypatch)
     for _ in range(2):
-        found = logits_alike(llm, PROMPTS, len(BEGIN))
+        found = logits_alike(llm, llm.batch(PROMPTS), len(BEGIN))
         torch.testing.assert_close(found, whole(llm), atol=1e-5, rtol=1e-5)
         llm.commit(random_updates(llm))
     assert asked == [3, 3]
@@ -75,24 +75,24 @@ def test_a_fork_sees_its_own_changes(monkeypatch: pytest.MonkeyPatch) -> None:
     unedited = whole(llm)
     fork = llm.fork()
     fork.commit(random_updates(fork))
-    logits_alike(fork, PROMPTS, len(BEGIN))
+    logits_alike(fork, fork.batch(PROMPTS), len(BEGIN))
     assert llm.upper.run_alike == {len(BEGIN): Compared(right=LONGEST)}
     # From now on nothing is compared, and no whole prompt is run.
     wanted = whole(fork)
     monkeypatch.setattr(ResidentLLM, "answer_logits", None)
-    found = logits_alike(fork, PROMPTS, len(BEGIN))
+    found = logits_alike(fork, fork.batch(PROMPTS), len(BEGIN))
     torch.testing.assert_close(found, wanted, atol=1e-5, rtol=1e-5)
     assert float((found - unedited).abs().max()) > 0.05
-    found = logits_alike(llm, PROMPTS, len(BEGIN))
+    found = logits_alike(llm, llm.batch(PROMPTS), len(BEGIN))
     torch.testing.assert_close(found, unedited, atol=1e-5, rtol=1e-5)
 
 
 def test_few_prompts_and_half_precision_are_run_whole(monkeypatch: pytest.MonkeyPatch) -> None:
     asked = runs(monkeypatch)
     llm = resident("llama")
-    assert torch.equal(logits_alike(llm, PROMPTS[:2], len(BEGIN)), whole(llm)[:4])
+    assert torch.equal(logits_alike(llm, llm.batch(PROMPTS[:2]), len(BEGIN)), whole(llm)[:4])
     rough = resident("llama", dtype=torch.bfloat16)
-    found = logits_alike(rough, PROMPTS, len(BEGIN))
+    found = logits_alike(rough, rough.batch(PROMPTS), len(BEGIN))
     assert torch.equal(found, whole(rough))
     assert found.dtype == torch.bfloat16
     assert asked == []
@@ -102,15 +102,15 @@ def test_weights_that_give_no_numbers_say_nothing_about_the_way(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     llm, asked = resident("llama"), runs(monkeypatch)
-    logits_alike(llm, PROMPTS, len(BEGIN))
+    logits_alike(llm, llm.batch(PROMPTS), len(BEGIN))
     longer = begun((5, 6, 7, 8), (9,), (4, 4))
     with torch.no_grad():
         own = llm.halves.blocks[-1].mlp.down_proj.weight.clone()  # type: ignore[attr-defined]
         llm.halves.blocks[-1].mlp.down_proj.weight.fill_(torch.nan)  # type: ignore[attr-defined]
-        assert not bool(logits_alike(llm, longer, len(BEGIN)).isfinite().any())
+        assert not bool(logits_alike(llm, llm.batch(longer), len(BEGIN)).isfinite().any())
         llm.halves.blocks[-1].mlp.down_proj.weight.copy_(own)  # type: ignore[attr-defined]
     assert llm.upper.run_alike == {len(BEGIN): Compared(right=LONGEST)}
-    logits_alike(llm, longer, len(BEGIN))
+    logits_alike(llm, llm.batch(longer), len(BEGIN))
     assert llm.upper.run_alike == {len(BEGIN): Compared(right=LONGEST + 1)}
     assert asked == [3, 3, 3]
 
@@ -118,12 +118,12 @@ def test_weights_that_give_no_numbers_say_nothing_about_the_way(
 def test_what_gives_something_else_is_not_used(monkeypatch: pytest.MonkeyPatch) -> None:
     llm, asked = resident("llama"), runs(monkeypatch, 1.1)
     for _ in range(2):
-        assert torch.equal(logits_alike(llm, PROMPTS, len(BEGIN)), whole(llm))
+        assert torch.equal(logits_alike(llm, llm.batch(PROMPTS), len(BEGIN)), whole(llm))
     # It was tried once; shorter prompts may still be right.
     assert asked == [3]
     assert llm.upper.run_alike[len(BEGIN)].wrong == LONGEST
     shorter = begun((5,), (9,), (4, 4))
-    logits_alike(llm, shorter, len(BEGIN))
+    logits_alike(llm, llm.batch(shorter), len(BEGIN))
     assert asked == [3, 3]
 
 
@@ -134,10 +134,10 @@ def test_what_cannot_be_run_is_not_used(monkeypatch: pytest.MonkeyPatch) -> None
         raise RuntimeError("of another shape")
 
     monkeypatch.setattr(module._BegunAlike, "logits", fail)
-    assert torch.equal(logits_alike(llm, PROMPTS, len(BEGIN)), whole(llm))
+    assert torch.equal(logits_alike(llm, llm.batch(PROMPTS), len(BEGIN)), whole(llm))
     monkeypatch.undo()
     asked = runs(monkeypatch)
-    assert torch.equal(logits_alike(llm, PROMPTS, len(BEGIN)), whole(llm))
+    assert torch.equal(logits_alike(llm, llm.batch(PROMPTS), len(BEGIN)), whole(llm))
     assert asked == []
 
 
@@ -145,12 +145,13 @@ def test_running_out_of_memory_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(*_: Any) -> Tensor:
         raise torch.OutOfMemoryError("no memory left")
 
+    llm = resident("llama")
     monkeypatch.setattr(module._BegunAlike, "logits", fail)
     with pytest.raises(torch.OutOfMemoryError):
-        logits_alike(resident("llama"), PROMPTS, len(BEGIN))
+        logits_alike(llm, llm.batch(PROMPTS), len(BEGIN))
 
 
 def test_no_beginning_runs_whole_prompts(monkeypatch: pytest.MonkeyPatch) -> None:
     llm, asked = resident("llama"), runs(monkeypatch)
-    assert torch.equal(logits_alike(llm, PROMPTS, 0), whole(llm))
+    assert torch.equal(logits_alike(llm, llm.batch(PROMPTS), 0), whole(llm))
     assert asked == []
