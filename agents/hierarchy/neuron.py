@@ -92,6 +92,9 @@ class Neuron(FactMemory):
         noise: Length of the noise that is added to a vector in every pass of the search, as a share
             of its own; 0 for none.
         reworded: Whether neurons are made for rewordings of each fact as well.
+        keeping: What a change of what the model says in other sentences about a subject counts in
+            the search, in nats of KL divergence, against a nat of −log p; 0 to leave it alone.
+        settling: Share of a step's length that is lost by the last round.
         search_dtype: The precision of the search's passes: ``"own"`` for the model's,
             ``"bfloat16"``, or ``"auto"`` for bfloat16 where that is faster.
 
@@ -114,7 +117,7 @@ class Neuron(FactMemory):
         *,
         step_size: float | None = None,
         momentum: float = 0.5,
-        search_steps: int = 15,
+        search_steps: int = 8,
         enough: float = 0.3,
         threshold: float = 0.75,
         sharpness: float = 60.0,
@@ -125,6 +128,8 @@ class Neuron(FactMemory):
         substitutes: bool = True,
         noise: float = 0.5,
         reworded: bool = True,
+        keeping: float = 1.0,
+        settling: float = 0.8,
         search_dtype: str = "auto",
     ) -> None:
         if not 0 <= as_float(momentum) < 1:
@@ -140,6 +145,11 @@ class Neuron(FactMemory):
         if not 0 <= as_float(noise) < 2:
             raise SettingsError(f"noise must be a number in [0, 2), got {noise!r}")
         self.noise = noise
+        if not as_float(keeping) >= 0:
+            raise SettingsError(f"keeping must be a number of at least 0, got {keeping!r}")
+        if not 0 <= as_float(settling) < 1:
+            raise SettingsError(f"settling must be a number in [0, 1), got {settling!r}")
+        self.keeping, self.settling = keeping, settling
         # Decided once: free memory may change within an episode.
         self.search_dtype = quick_dtype(llm, search_dtype)
         self.enough, self.ridge = positive(enough, "enough"), positive(ridge, "ridge")
@@ -267,7 +277,7 @@ class Neuron(FactMemory):
             return []
         units = _open(capture, units_of(self.llm, capture.prompts))
         numbers = self.threshold, self.sharpness, self.swaps, self.widest
-        form = ShapeForm(*numbers, self.reworded)
+        form = ShapeForm(*numbers, self.reworded, self.keeping > 0)
         planner = Planner(self.llm, self.mlps, self._readings, form)
         return planner.targets(
             capture, units, self._homes(chosen), self.others(units), self.companions
@@ -352,7 +362,7 @@ class Neuron(FactMemory):
             if alone[chosen[0]]:
                 sought = [replace(t, prompts=(*t.prompts, *t.rewordings)) for t in sought]
             numbers = self.step_size, self.momentum, self.search_steps, self.enough, noise
-            form = SearchForm(*numbers, self.search_dtype)
+            form = SearchForm(*numbers, self.keeping, self.settling, self.search_dtype)
             found[chosen] = seek(self.llm, self.mlps, sought, form)
         return found
 

@@ -15,6 +15,7 @@ from hiedit_agents.hierarchy.detectors import Readings, inputs
 from hiedit_agents.hierarchy.fact_memory import Unit, subject_of
 from hiedit_agents.hierarchy.neuron_shape import NeuronShape
 from hiedit_agents.hierarchy.other_names import with_other_names
+from hiedit_agents.hierarchy.other_sentences import other_sentences
 from hiedit_agents.hierarchy.reading_places import (
     beginnings,
     behind,
@@ -76,6 +77,8 @@ class Target:
         prompts: What is to be answered with it, earlier facts about the same subject last.
         shape: When it fires.
         rewordings: The fact in other sentences, which the value is sought for as well.
+        kept: Other sentences about the subject, up to it; what follows stands as their answers. In
+            them the model is to say what it says now.
     """
 
     fact: tuple[int, ...]
@@ -83,6 +86,7 @@ class Target:
     prompts: tuple[EncodedPrompt, ...]
     shape: NeuronShape
     rewordings: tuple[EncodedPrompt, ...] = ()
+    kept: tuple[EncodedPrompt, ...] = ()
 
 
 @dataclass(frozen=True, eq=False, slots=True)
@@ -118,6 +122,7 @@ class ShapeForm:
         names: Largest number of other names that each is kept from.
         widest: Largest spread of a score at that threshold, over 1/√d.
         reworded: Whether neurons are made for other sentences of their facts as well.
+        kept: Whether what is said in other sentences about their subjects is kept.
     """
 
     threshold: float
@@ -125,6 +130,7 @@ class ShapeForm:
     names: int
     widest: float
     reworded: bool = True
+    kept: bool = True
 
 
 class Planner:
@@ -198,7 +204,8 @@ class Planner:
                         break
                 if shape is not None:
                     own = (*inside, *earlier)
-                    found.append(Target(inside[0].prompt_ids, place, own, shape, sentences))
+                    kept = self._others(units, inside)
+                    found.append(Target(inside[0].prompt_ids, place, own, shape, sentences, kept))
                     groups = []
             alone = [p for p in prompts if p not in inside or groups]
             for prompt in alone:
@@ -213,7 +220,8 @@ class Planner:
                     )
                 else:
                     sentences = self._reworded(units, [prompt], one.prompts)
-                    found.append(replace(one, rewordings=sentences))
+                    kept = self._others(units, [prompt])
+                    found.append(replace(one, rewordings=sentences, kept=kept))
         return found
 
     def _alone(
@@ -273,6 +281,15 @@ class Planner:
             words = (*(p for p in unit if p not in taken), *(read or own))
             found += rewordings(self._llm.encoder, words, forms) if own else []
         return tuple(found)
+
+    def _others(
+        self, units: Sequence[Unit], taken: Sequence[EncodedPrompt]
+    ) -> tuple[EncodedPrompt, ...]:
+        """Other sentences about the subject of some prompts, in the forms of these prompts."""
+        own = [unit for unit in units if self._form.kept and any(p in taken for p in unit)]
+        forms = tuple(dict.fromkeys(p.form for p in taken))
+        found = (one for unit in own for one in other_sentences(self._llm.encoder, unit, forms))
+        return tuple(dict.fromkeys(found))
 
     def _behind_leads(
         self, units: Sequence[Unit], taken: Sequence[EncodedPrompt]

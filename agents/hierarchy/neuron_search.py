@@ -10,9 +10,12 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from hiedit_agents.hierarchy.fired_prompts import FiredPrompts
+from hiedit_agents.hierarchy.kept_sentences import PARTS as KEPT_PARTS
+from hiedit_agents.hierarchy.kept_sentences import SAME, KeptSentences
 from hiedit_agents.hierarchy.neuron_plan import Target
 from hiedit_env.model.mlps import CandidateMLP
-from hiedit_env.resident.nudges import Nudges
+from hiedit_env.model.tokenization import EncodedPrompt
 from hiedit_env.resident.resident import ResidentLLM
 
 
@@ -31,6 +34,10 @@ class SearchForm:
         noise: Length of what is added to a vector in a random direction in every pass, as a share
             of its own: what is found under noise has other vectors around it that do as well, and
             answers more prompts that it was not sought for.
+        keeping: What a nat of divergence in the sentences that are kept counts against one of the
+            mean loss; they are not looked at where it is 0.
+        settling: Share of a step's length that is lost by the last round, for facts that keep
+            sentences.
         dtype: The precision of the passes; None for the model's own.
     """
 
@@ -39,6 +46,8 @@ class SearchForm:
     steps: int
     enough: float
     noise: float = 0.0
+    keeping: float = 0.0
+    settling: float = 0.0
     dtype: torch.dtype | None = None
 
 
@@ -48,7 +57,7 @@ def seek(
     """What the neurons of F facts are to write: F × d_out float32.
 
     Where no vector answers a fact under noise, the search goes on without noise from the vector
-    that it has.
+    that it has; where none does while sentences are kept, it goes on without keeping them.
 
     Args:
         llm: The model.
@@ -58,8 +67,10 @@ def seek(
     """
     search = _Search(llm, mlps, targets, form)
     vectors, busy = search.descend(form.noise)
-    if form.noise and bool(busy.any()):
-        vectors, _ = search.descend(0.0, busy, vectors)
+    if bool(busy.any()) and (form.noise or search.keeps):
+        vectors, busy = search.descend(0.0, busy, vectors)
+    if bool(busy.any()) and search.keeps:
+        vectors, _ = search.descend(0.0, busy, vectors, keeping=False)
     return vectors
 
 
@@ -69,10 +80,6 @@ _HALF = math.log(2)
 #: Parts of a fact's prompts that are run in turn. At the same noise, a step after each half needs a
 #: quarter to two fifths fewer tokens than one after all prompts, and answers more paraphrases.
 PARTS = 2
-
-#: Strength of a neuron from which a prompt can be answered by it. Below, no vector of a usual
-#: length answers it, and the search for one would take all its steps.
-REACHED = 0.1
 
 
 class _Search:
@@ -86,106 +93,173 @@ class _Search:
         targets: Sequence[Target],
         form: SearchForm,
     ) -> None:
-        self._form, self._targets, device = form, targets, llm.device
-        prompts = [prompt for target in targets for prompt in target.prompts]
-        owners = [i for i, target in enumerate(targets) for _ in target.prompts]
-        used = sorted({target.home for target in targets})
-        pairs = [(mlps[i].gate.layer, mlps[i].back) for i in used]
-        self._nudges = Nudges(
-            llm,
-            prompts,
-            [p.positions("subject")[0] for p in prompts],
-            [layer for pair in pairs for layer in pair],
-            form.dtype,
-        )
-        # What the MLPs read at the subjects does not depend on what is added behind them.
-        read = dict(zip(used, self._nudges.keys[::2], strict=True))
-        self._fires = torch.stack(
-            [
-                targets[i].shape.firing(read[targets[i].home][row].float())
-                for row, i in enumerate(owners)
-            ]
-        )[:, None]
-        self.owners = torch.tensor(owners, device=device)
-        homes = torch.tensor([target.home for target in targets], device=device)[self.owners]
-        self._here = [(homes == i).float()[:, None] for i in used]
+        self._form, self._targets = form, targets
+        prompts, owners, kinds = _numbered([target.prompts for target in targets])
+        first = len(prompts)
+        if form.keeping:
+            more = _numbered([target.kept for target in targets])
+            prompts, owners, kinds = prompts + more[0], owners + more[1], kinds + more[2]
+        apart = kinds if len(prompts) > first else None
+        self._asked = FiredPrompts(llm, mlps, targets, prompts, owners, form.dtype, apart)
+        self._kept, self._keeps = None, torch.zeros(len(targets), device=llm.device)
+        if apart is not None:
+            self._kept = KeptSentences(self._asked, first, len(targets))
+            self._keeps = self._kept.has.any(1).float()
         self._width = mlps[targets[0].home].hidden
         #: Per target, by place, the parts of its prompts in which its neuron fires (of all of them
         #: where it fires in none): every other prompt. Asked in both forms, these are what stands
         #: in plain form with one question, and what stands in chat with the other question.
         self._parts: list[list[list[int]]] = []
-        reached, lengths = (self._fires[:, 0] >= REACHED).tolist(), []
+        reached, lengths = self._asked.reached, []
         for index in range(len(targets)):
-            own = [row for row, owner in enumerate(owners) if owner == index]
+            own = [row for row, owner in enumerate(owners[:first]) if owner == index]
             own = [row for row in own if reached[row]] or own
             self._parts.append([own[i::PARTS] for i in range(min(PARTS, len(own)))])
-            lengths.append(self._nudges.lengths[own].mean())
+            lengths.append(self._asked.nudges.lengths[own].mean())
         self._length = torch.stack(lengths) * form.step_size
+
+    @property
+    def keeps(self) -> bool:
+        """Whether sentences of any fact are kept."""
+        return self._kept is not None
 
     @torch.inference_mode(False)
     @torch.enable_grad()
     def descend(
-        self, noise: float, sought: Tensor | None = None, start: Tensor | None = None
+        self,
+        noise: float,
+        sought: Tensor | None = None,
+        start: Tensor | None = None,
+        keeping: bool = True,
     ) -> tuple[Tensor, Tensor]:
         """The descent. A fact rests when a vector answers all of its prompts well enough.
+
+        Where it keeps sentences, these must say nearly the same as well, unless there is a start:
+        what comes from a descent before has had its rounds for that.
 
         Args:
             noise: As of the form.
             sought: F bool, which facts are sought; all where None.
             start: F × d_out float32, the vectors to begin with; zeros where None.
+            keeping: Whether sentences are kept, if there are any.
 
         Returns:
             F × d_out float32, and F bool, which facts were not answered well enough at the end.
         """
-        form, number, device = self._form, len(self._targets), self.owners.device
+        form, number, device = self._form, len(self._targets), self._asked.owners.device
         vectors = torch.zeros(number, self._width, device=device)
         vectors = (vectors if start is None else start.clone()).requires_grad_()
         speed = torch.zeros_like(vectors)
-        # A part that is answered makes no step, so both parts of a fact that rests were answered
-        # by the same vector.
+        # A part that is answered makes no step by itself, so both parts of a fact that rests were
+        # answered by the same vector.
         waiting = torch.zeros(number, PARTS, dtype=torch.bool, device=device)
         for i, parts in enumerate(self._parts):
             waiting[i, : len(parts)] = sought is None or bool(sought[i])
+        kept = self._kept if keeping else None
+        # What keeps sentences waits for each part of them too.
+        other = waiting.new_zeros(number, KEPT_PARTS)
+        if start is None and kept is not None:
+            other |= waiting.any(1)[:, None] & kept.has
         # The same noise for a fact, whatever is sought with it or was sought before.
         generators = [torch.Generator().manual_seed(0) for _ in range(number)]
         numbers = torch.tensor([len(parts) for parts in self._parts], device=device)
         limits = form.steps * numbers
         # After its last step, every part of a fact is looked at once more.
         for turn in range((form.steps + 1) * PARTS):
-            running = (waiting.any(1) & (turn < limits + numbers)).nonzero()[:, 0].tolist()
-            if not running:
+            running = (waiting.any(1) | other.any(1)) & (turn < limits + numbers)
+            if not bool(running.any()):
                 break
-            turns = {i: turn % len(self._parts[i]) for i in running}
-            rows = sorted(row for i, part in turns.items() for row in self._parts[i][part])
-            chosen = torch.tensor(rows, device=device)
-            owners, fires = self.owners[chosen], self._fires[chosen]
-            drawn = [generators[i] for i in owners.tolist()] if noise else []
-            added = _with_noise(vectors[owners] * fires, noise, drawn)
-            losses = self._nudges.losses(
-                [x for here in self._here for x in (None, added * here[chosen])], rows
-            )
-            # A token of more than one half is the most probable one, whatever the others are. What
-            # is not a number is not answered.
-            right = (losses.detach() < form.enough) & (self._nudges.worst < _HALF)
-            moving = torch.zeros(number, device=device).index_add(0, owners, (~right).float()) > 0
-            for i, part in turns.items():
-                waiting[i, part] = moving[i]
-            moving = moving & (turn < limits)
+            facts, stepping = running.nonzero()[:, 0].tolist(), running & (turn < limits)
+            looked = facts if kept is not None else []
+            losses, wrong, off = self._run(vectors, facts, looked, turn, noise, generators)
+            for i in facts:
+                waiting[i, turn % len(self._parts[i])] = wrong[i]
+            moving = wrong & stepping
+            losses = torch.where(moving, losses, 0.0)
+            if kept is not None:
+                # From a start on, what is answered stays.
+                differs = (off.detach() > SAME) & (moving if start is not None else stepping)
+                if start is None:
+                    other[running, turn % KEPT_PARTS] = differs[running]
+                moving = moving | differs
+                losses = losses + form.keeping * torch.where(differs, off, 0.0)
             if not bool(moving.any()):
                 continue
-            sizes = torch.bincount(owners, minlength=number).clamp_min(1).float()
-            means = torch.zeros_like(sizes).index_add(0, owners, losses) / sizes
-            (gradient,) = torch.autograd.grad(means[moving].sum(), vectors)
+            (gradient,) = torch.autograd.grad(losses[moving].sum(), vectors)
             size = gradient.norm(dim=1, keepdim=True).clamp_min(1e-30)
             turned = form.momentum * speed + gradient / size
             # Where numbers overflow, the vector is too long for this precision: half of it is left.
-            far = moving & ~(means.detach().isfinite() & size[:, 0].isfinite())
+            far = moving & ~(losses.detach().isfinite() & size[:, 0].isfinite())
             moving = moving & ~far
             speed = torch.where(moving[:, None], turned, speed.masked_fill(far[:, None], 0))
+            done = 1.0 if start is not None else turn / ((form.steps + 1) * PARTS)
+            settled = 1 - form.settling * done * self._keeps if keeping else 1.0
+            length = self._length * settled * moving
             with torch.no_grad():
-                stepped = vectors - (self._length * moving)[:, None] * speed
+                stepped = vectors - length[:, None] * speed
                 vectors.copy_(torch.where(far[:, None], vectors / 2, stepped))
         return vectors.detach(), waiting.any(1)
+
+    def _run(
+        self,
+        vectors: Tensor,
+        facts: Sequence[int],
+        looked: Sequence[int],
+        turn: int,
+        noise: float,
+        generators: Sequence[torch.Generator],
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Runs what of some facts is in turn.
+
+        Args:
+            vectors: F × d_out.
+            facts: Those whose prompts are run.
+            looked: Those whose kept sentences are run.
+            turn: From 0.
+            noise: As of the form.
+            generators: One a fact.
+
+        Returns:
+            F float32, the mean loss of each fact's prompts; F bool, whether one of them is not
+            answered well enough; F float32, how much its sentences have changed.
+        """
+        asked, number = self._asked, len(vectors)
+        rows = sorted(row for i in facts for row in self._parts[i][turn % len(self._parts[i])])
+        more = self._kept.rows(looked, turn) if self._kept is not None else []
+        chosen = torch.tensor([*rows, *more], device=vectors.device)
+        owners = asked.owners[chosen[: len(rows)]]
+        added = asked.added(vectors, chosen)
+        if noise:
+            drawn = [generators[i] for i in owners.tolist()]
+            noisy = _with_noise(added[: len(rows)], noise, drawn)
+            added = torch.cat((noisy, added[len(rows) :]))
+        logits = asked.nudges.logits(asked.given(added, chosen), [*rows, *more])
+        labels, places = asked.labels(rows), asked.places(rows)
+        own = F.cross_entropy(logits[: len(labels)].float(), labels, reduction="none")
+        parts = [own[at] for at in places]
+        means = torch.stack([part.mean() for part in parts])
+        worst = torch.stack([part.detach().max() for part in parts])
+        # A token of more than one half is the most probable one, whatever the others are. What is
+        # not a number is not answered.
+        right = (means.detach() < self._form.enough) & (worst < _HALF)
+        wrong = vectors.new_zeros(number).index_add(0, owners, (~right).float()) > 0
+        sizes = torch.bincount(owners, minlength=number).clamp_min(1).float()
+        losses = torch.zeros_like(sizes).index_add(0, owners, means) / sizes
+        off = torch.zeros_like(sizes)
+        if more and self._kept is not None:
+            off = self._kept.divergences(logits[len(labels) :], more)
+        return losses, wrong, off
+
+
+def _numbered(
+    groups: Sequence[Sequence[EncodedPrompt]],
+) -> tuple[list[EncodedPrompt], list[int], list[int]]:
+    """What belongs to some facts in one row, with whose it is, and in which turns it is run.
+
+    With two parts of prompts and four of sentences, what is run in a turn is of one kind.
+    """
+    numbered = [(p, i, j % PARTS) for i, group in enumerate(groups) for j, p in enumerate(group)]
+    return [p for p, _, _ in numbered], [i for _, i, _ in numbered], [k for _, _, k in numbered]
 
 
 def _with_noise(added: Tensor, noise: float, generators: Sequence[torch.Generator]) -> Tensor:

@@ -81,7 +81,7 @@ def rewordings(
 ) -> list[EncodedPrompt]:
     """A fact's prompt in other sentences, in some of the forms in which the fact is asked.
 
-    With its subject first in every form, and as questions in plain form.
+    With its subject first in every form, as questions in plain form, and as one in chat.
 
     Args:
         encoder: The model's.
@@ -92,17 +92,19 @@ def rewordings(
     Returns:
         Prompts with the subject's place known and not at the beginning.
     """
-    named = _named(encoder, prompts)
-    if named is None:
+    found = named(encoder, prompts)
+    if found is None:
         return []
-    plain, subject = named
+    plain, subject = found
     texts: list[tuple[str | None, AskedForm]]
     texts = [(subject_first(plain.prompt, subject), form) for form in forms]
-    if "plain" in forms and len(plain.prompt_ids) <= LONGEST:
-        texts += [(question, "plain") for question in questions(plain.prompt, subject)]
+    if len(plain.prompt_ids) <= LONGEST:
+        asking = questions(plain.prompt, subject)
+        texts += [(question, "plain") for question in asking if "plain" in forms]
+        texts += [(question, "chat") for question in asking[:1] if "chat" in forms]
     asked = {p.form for p in prompts}
     made = (
-        _placed(encoder, text, plain.answer, form, subject)
+        placed(encoder, text, plain.answer, form, subject)
         for text, form in texts
         if text is not None and form in asked
     )
@@ -120,16 +122,16 @@ def behind_leads(encoder: PromptEncoder, prompts: Sequence[EncodedPrompt]) -> li
     Returns:
         Prompts that end with the subject; none for a subject whose last token is another one there.
     """
-    named = _named(encoder, prompts)
-    if named is None:
+    found = named(encoder, prompts)
+    if found is None:
         return []
-    plain, subject = named
+    plain, subject = found
     last = plain.prompt_ids[plain.subject_spans[-1][1] - 1]
-    made = (_placed(encoder, f"{x} {subject}", plain.answer, "plain", subject) for x in LEADS)
+    made = (placed(encoder, f"{x} {subject}", plain.answer, "plain", subject) for x in LEADS)
     return [one for one in made if one is not None and one.prompt_ids[-1] == last]
 
 
-def _named(
+def named(
     encoder: PromptEncoder, prompts: Sequence[EncodedPrompt]
 ) -> tuple[EncodedPrompt, str] | None:
     """A fact's plain prompt and the subject in it; None where there is no such thing."""
@@ -142,7 +144,7 @@ def _named(
     return plain, encoder.decode(plain.prompt_ids[start:stop]).strip()
 
 
-def _placed(
+def placed(
     encoder: PromptEncoder, text: str, answer: str, form: AskedForm, subject: str
 ) -> EncodedPrompt | None:
     """A text with its subject's place; None where it is too long or begins with the last token."""

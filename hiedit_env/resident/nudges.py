@@ -30,9 +30,9 @@ TOLERANCE = 2e-3
 #: The same in a precision that is not the model's own.
 ROUGH_TOLERANCE = 0.1
 
-#: Most prompts that are padded to one length; where there are more, those of like lengths share a
-#: batch. With 16 ends the weights no longer cost more than the tokens.
-TOGETHER = 16
+#: Most prompts that share a batch; where there are more, those of like lengths do. With 16 ends the
+#: weights no longer cost more than the tokens, and of a search's batch half is run at a time.
+TOGETHER = 24
 
 
 class Nudges:
@@ -50,6 +50,8 @@ class Nudges:
         layers: The G layers, as indices into ``llm.layers``.
         dtype: The precision of the runs; None for the model's own. One in which this model's losses
             are others is not used.
+        kinds: P numbers, where some prompts are never run with some others: those of different
+            numbers do not share a batch.
 
     Attributes:
         keys: Per layer P × d_in, what the layer was given at the positions in the last run; before
@@ -69,6 +71,7 @@ class Nudges:
         positions: Sequence[int],
         layers: Sequence[int],
         dtype: torch.dtype | None = None,
+        kinds: Sequence[int] | None = None,
     ) -> None:
         for prompt, position in zip(prompts, positions, strict=True):
             if not 0 <= position <= prompt.first_position:
@@ -82,7 +85,7 @@ class Nudges:
         self._parts: list[tuple[Chosen, Nudges]] = []
         self.lengths: Tensor
         self._sizes = [len(prompt.answer_ids) for prompt in prompts]
-        groups = _groups(llm, prompts, positions)
+        groups = _groups(llm, prompts, positions, kinds)
         if len(groups) > 1:
             for group in groups:
                 own = [prompts[i] for i in group], [positions[i] for i in group]
@@ -226,20 +229,26 @@ class Nudges:
 
 
 def _groups(
-    llm: ResidentLLM, prompts: Sequence[EncodedPrompt], positions: Sequence[int]
+    llm: ResidentLLM,
+    prompts: Sequence[EncodedPrompt],
+    positions: Sequence[int],
+    kinds: Sequence[int] | None,
 ) -> list[Chosen]:
     """Which prompts share a batch, as rising places."""
     places = range(len(prompts))
     if len(prompts) > 1 and not llm.can_share(llm.batch(prompts)):
         return [(i,) for i in places]
-    if len(prompts) <= TOGETHER:
-        return [tuple(places)]
-    like = sorted(places, key=lambda i: (prompts[i].length - positions[i], positions[i]))
-    number = math.ceil(len(like) / TOGETHER)
-    return [
-        tuple(sorted(like[k * len(like) // number : (k + 1) * len(like) // number]))
-        for k in range(number)
-    ]
+    found: list[Chosen] = []
+    for kind in [None] if kinds is None else sorted(set(kinds)):
+        own = [i for i in places if kinds is None or kinds[i] == kind]
+        if len(own) > TOGETHER:
+            own.sort(key=lambda i: (prompts[i].length - positions[i], positions[i]))
+        number = math.ceil(len(own) / TOGETHER)
+        found += [
+            tuple(sorted(own[k * len(own) // number : (k + 1) * len(own) // number]))
+            for k in range(number)
+        ]
+    return found
 
 
 def _losses(run: Runner, chosen: Chosen, logits: Tensor) -> tuple[Tensor, Tensor]:

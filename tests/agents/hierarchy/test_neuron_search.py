@@ -53,7 +53,7 @@ def losses(llm: ResidentLLM, target: Target, vector: Tensor) -> Tensor:
 def noted(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, ...]]:
     """Which prompts each pass runs from now on."""
     seen: list[tuple[int, ...]] = []
-    own = Nudges.losses
+    own = Nudges.logits
 
     def note(
         self: Nudges, vectors: Sequence[Tensor | None], rows: Sequence[int] | None = None
@@ -61,7 +61,7 @@ def noted(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, ...]]:
         seen.append(tuple(self._all if rows is None else rows))
         return own(self, vectors, rows)
 
-    monkeypatch.setattr(Nudges, "losses", note)
+    monkeypatch.setattr(Nudges, "logits", note)
     return seen
 
 
@@ -102,16 +102,16 @@ def test_what_is_called_answered_is_answered_by_the_vector_that_is_given(
 def test_where_numbers_overflow_half_of_the_vector_is_left(monkeypatch: pytest.MonkeyPatch) -> None:
     llm = model()
     (target,) = targets(llm)
-    own, seen = Nudges.losses, []
+    own, seen = Nudges.logits, []
 
     def overflow(self: Nudges, vectors: Any, rows: Any = None) -> Tensor:
         found = own(self, vectors, rows)
-        seen.append(float(vectors[1].detach().norm() / search._fires[list(rows)].norm()))
+        seen.append(float(vectors[1].detach().norm() / search._asked.fires[list(rows)].norm()))
         # The third pass, by one prompt, which takes every other number with it.
         return found * float("nan") if len(seen) == 3 else found
 
     search = neuron_search._Search(llm, neuron(llm).mlps, [target], FORM)
-    monkeypatch.setattr(Nudges, "losses", overflow)
+    monkeypatch.setattr(Nudges, "logits", overflow)
     (vector,), (busy,) = search.descend(0.0)
     monkeypatch.undo()
     assert seen[3] == pytest.approx(seen[2] / 2, rel=1e-4)
@@ -123,8 +123,8 @@ def test_what_is_not_a_number_is_not_answered(monkeypatch: pytest.MonkeyPatch) -
     llm = model()
     (target,) = targets(llm)
     search = neuron_search._Search(llm, neuron(llm).mlps, [target], replace(FORM, steps=3))
-    own = Nudges.losses
-    monkeypatch.setattr(Nudges, "losses", lambda *args: own(*args) * float("nan"))
+    own = Nudges.logits
+    monkeypatch.setattr(Nudges, "logits", lambda *args: own(*args) * float("nan"))
     (vector,), (busy,) = search.descend(0.0)
     assert bool(busy)
     assert bool(vector.isfinite().all())
@@ -202,17 +202,17 @@ def test_a_half_that_is_answered_makes_no_step(monkeypatch: pytest.MonkeyPatch) 
     answered = seek(llm, mlps, [first], FORM)
     search = neuron_search._Search(llm, mlps, [target], replace(FORM, steps=1))
     kept: list[Tensor] = []
-    own = Nudges.losses
+    own = Nudges.logits
 
     def note(self: Nudges, vectors: Any, rows: Any = None) -> Tensor:
         kept.extend(v.detach() for v in vectors if v is not None)
         return own(self, vectors, rows)
 
-    monkeypatch.setattr(Nudges, "losses", note)
+    monkeypatch.setattr(Nudges, "logits", note)
     search.descend(0.0, None, answered)
     # The first prompt is answered where it starts; the vector is the same when the second is run.
     assert float(losses(llm, target, answered[0])[0]) < FORM.enough
-    strengths = search._fires[:, 0]
+    strengths = search._asked.fires[:, 0]
     torch.testing.assert_close(kept[1] / strengths[1], kept[0] / strengths[0])
 
 

@@ -73,11 +73,13 @@ def test_questions_by_hand(prompt: str, question: str, alone: bool) -> None:
 def test_the_subject_is_read_in_front(kind: str) -> None:
     encoder = encoder_of(byte_level() if kind == "byte" else sentencepiece("first"))
     prompts = asked(encoder, "the name of Lyon is", "Lyon")
-    plain, chat, alone, question = rewordings(encoder, prompts, FORMS)
+    plain, chat, alone, question, asking = rewordings(encoder, prompts, FORMS)
     assert plain.prompt == "Lyon: The name of it is"
     assert (plain.form, chat.form, question.form) == (*FORMS, "plain")
     assert alone.prompt == "the name of Lyon is what?"
     assert question.prompt == "the name of Lyon is what? It is"
+    assert asking.form == "chat"
+    assert asking.prompt_ids == encoder.encode_chat(alone.prompt, "Lyon").prompt_ids
     # Up to the subject the questions are the prompt itself.
     for one in (alone, question):
         end = one.subject_spans[-1][1]
@@ -96,12 +98,12 @@ def test_only_forms_in_which_the_fact_is_asked() -> None:
     assert [p.form for p in rewordings(encoder, prompts, FORMS)] == ["plain"] * 3
     assert rewordings(encoder, prompts, ("chat",)) == []
     both = asked(encoder, "the name of Lyon is", "Lyon")
-    assert [p.form for p in rewordings(encoder, both, ("chat",))] == ["chat"]
+    assert [p.form for p in rewordings(encoder, both, ("chat",))] == ["chat", "chat"]
 
 
 def test_a_long_text_is_not_asked_as_a_question() -> None:
     encoder = encoder_of(byte_level())
-    for words, number in ((2, 4), (LONGEST, 2)):
+    for words, number in ((2, 5), (LONGEST, 2)):
         prompts = asked(encoder, f"the name of Lyon is {'the ' * words}", "Lyon")
         assert (len(prompts[0].prompt_ids) > LONGEST) == (number == 2)
         assert len(rewordings(encoder, prompts, FORMS)) == number
@@ -121,7 +123,7 @@ def test_a_subject_of_one_token_at_the_very_beginning_is_left_out() -> None:
     encoder = encoder_of(byte_level())
     prompts = asked(encoder, "the name of A is", "A")
     found = rewordings(encoder, prompts, FORMS)
-    assert [p.form for p in found] == ["chat", "plain", "plain"]
+    assert [p.form for p in found] == ["chat", "plain", "plain", "chat"]
     assert found[2].prompt == "the name of A is what? It is"
 
 
