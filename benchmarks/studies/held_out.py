@@ -303,7 +303,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if len(checks) > 1:
         require_libraries("plots", "matplotlib")
     torch.set_num_threads(given.threads)
-    with _new_file(given.out / "results.jsonl") as file:
+    with new_file(given.out / "results.jsonl") as file:
         facts = Stream(given, checks)
         made_by = {
             **{n: value for n, value in asdict(given).items() if n not in ("out", "facts")},
@@ -325,7 +325,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 @contextmanager
-def _new_file(path: Path) -> Iterator[TextIO]:
+def new_file(path: Path) -> Iterator[TextIO]:
     """A file in a folder of its own; one that nothing was written to is removed at the end.
 
     Raises:
