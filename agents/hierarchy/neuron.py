@@ -3,9 +3,9 @@
 For the facts of an edit unit, at the present weights, all in the first chosen MLP with room:
 
 1. **Value.** A vector is added to what the MLP gives at the subject's last token, in every prompt
-   of the fact and in rewordings of it (:mod:`.rewordings`). It is sought by steps of normalised
-   gradient descent with momentum on the mean of −log p(answer) of one half of them and the other in
-   turn, under noise, until every prompt is below a bound.
+   of the fact and in rewordings of it (:mod:`.rewordings`). It is sought under noise by normalised
+   gradient descent with momentum, on the mean of −log p(answer) of one half of them and the other
+   in turn and on changes of what the model says otherwise about it (:mod:`.kept_sentences`).
 2. **Detector.** From what the MLP reads at these tokens and what it reads elsewhere comes a
    direction whose product s with the reading is 1 at the subject and about 0 at other tokens,
    whatever the form and the words before it (:mod:`.detectors`). What the prompts and rewordings
