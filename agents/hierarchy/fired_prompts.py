@@ -31,6 +31,7 @@ class FiredPrompts:
         kinds: As of :class:`.nudges.Nudges`.
 
     Attributes:
+        nudges: The prompts, run with vectors.
         prompts, kinds: As given.
         owners: P int64.
         fires: P × 1 float32, the strengths.

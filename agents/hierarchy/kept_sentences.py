@@ -18,20 +18,21 @@ from torch.nn import functional as F
 from hiedit_agents.hierarchy.fired_prompts import FiredPrompts
 from hiedit_env.model.encoded import AskedForm
 
-#: Parts of a fact's sentences that are run in turn.
+#: Parts of a fact's sentences that are run in turn. With four, a step runs as many tokens of
+#: sentences as of prompts.
 PARTS = 4
 
-#: Tokens that are told apart at each place, the most probable ones; all others count together.
+#: Tokens that are told apart at each place, the most probable ones; all others, mostly with the new
+#: answer among them, count together. To tell all apart would take 30 MB for a fact of SmolLM2.
 TOLD_APART = 128
 
-
-#: KL divergence of a sentence, in nats, up to which the model counts as saying the same.
+#: KL divergence, in nats, mean over the sentences of a part, up to which the model counts as saying
+#: the same. Below it a search would go on for what nobody sees.
 SAME = 0.6
 
 #: Nats by which a fact's answer may be less plausible behind a sentence than behind the fact's own
 #: prompt for the sentence to count as one that may ask the same; the largest share of such ones.
 _LESS, _SHARE = 1.0, 1 / 3
-
 
 #: Most prompts whose logits are held at once.
 _AT_ONCE = 64
@@ -46,24 +47,27 @@ class KeptSentences:
     Args:
         fired: Prompts of F targets and sentences that they keep.
         first: The place of the first sentence; the prompts stand before it.
-        number: F.
+        without: F × d_out float32, what the targets' neurons write now: nothing, unless a fact is
+            edited again. What the model says without it is what is kept.
 
     Attributes:
         has: F × PARTS bool, of which targets there are sentences in a part.
     """
 
-    def __init__(self, fired: FiredPrompts, first: int, number: int) -> None:
+    def __init__(self, fired: FiredPrompts, first: int, without: Tensor) -> None:
+        number = len(without)
         self._fired, self._number = fired, number
         owners = fired.owners.tolist()
         rows = range(first, len(owners))
         own = [[row for row in rows if owners[row] == i] for i in range(number)]
         #: Per part and target, the sentences in which the neuron fires and that are not left out.
         self._rows: list[list[list[int]]] = []
-        plausible = self._look(first)
-        alike = _alike(fired, own, first, plausible)
+        plausible = self._look(first, without)
+        reached = [[i for i in some if fired.reached[i]] for some in own]
+        alike = _alike(fired, reached, first, plausible)
         for part in range(PARTS):
-            kept = [[i for i in some[part::PARTS] if fired.reached[i]] for some in own]
-            self._rows.append([[i for i in some if i not in alike] for some in kept])
+            kept = [[i for i in some[part::PARTS] if i not in alike] for some in own]
+            self._rows.append([[i for i in some if fired.reached[i]] for some in kept])
         has = [[bool(part[i]) for part in self._rows] for i in range(number)]
         self.has = torch.tensor(has, device=fired.owners.device).reshape(number, PARTS)
 
@@ -96,8 +100,8 @@ class KeptSentences:
         return total / counts
 
     @torch.no_grad()
-    def _look(self, first: int) -> list[float]:
-        """Notes what the model says without vectors.
+    def _look(self, first: int, without: Tensor) -> list[float]:
+        """Notes what the model says without the targets' neurons.
 
         Returns:
             Per prompt, log p of the first token of its answer; per sentence, log p of the token of
@@ -110,7 +114,9 @@ class KeptSentences:
         for kind in sorted(set(fired.kinds)):
             rows = [i for i in range(number) if fired.kinds[i] == kind]
             for some in (rows[i : i + _AT_ONCE] for i in range(0, len(rows), _AT_ONCE)):
-                logits = fired.nudges.logits([None] * len(fired.nudges.layers), some)
+                chosen = torch.tensor(some, device=without.device)
+                given = fired.given(-fired.added(without, chosen), chosen)
+                logits = fired.nudges.logits(given, some)
                 log_p = -F.cross_entropy(logits.float(), fired.labels(some), reduction="none")
                 for i, places in zip(some, fired.places(some), strict=True):
                     found[i] = float(log_p[places[0 if i < first else -1]])
@@ -124,7 +130,7 @@ class KeptSentences:
 def _alike(
     fired: FiredPrompts, sentences: Sequence[Sequence[int]], first: int, plausible: Sequence[float]
 ) -> set[int]:
-    """The sentences that may ask the same.
+    """The sentences that may ask the same as a prompt with the same answer.
 
     Args:
         fired: Prompts and sentences.
@@ -132,8 +138,9 @@ def _alike(
         first: Number of prompts.
         plausible: Per prompt and sentence.
     """
-    own: dict[tuple[int, AskedForm], float] = {}
-    keys = [(int(i), p.form) for i, p in zip(fired.owners, fired.prompts, strict=True)]
+    owners = fired.owners.tolist()
+    keys = [(i, p.form, p.answer) for i, p in zip(owners, fired.prompts, strict=True)]
+    own: dict[tuple[int, AskedForm, str], float] = {}
     for key, found in zip(keys[:first], plausible, strict=False):
         own[key] = max(found, own.get(key, -math.inf))
     alike: set[int] = set()

@@ -5,7 +5,7 @@ For the facts of an edit unit, at the present weights, all in the first chosen M
 1. **Value.** A vector is added to what the MLP gives at the subject's last token, in every prompt
    of the fact and in rewordings of it (:mod:`.rewordings`). It is sought under noise by normalised
    gradient descent with momentum, on the mean of −log p(answer) of one half of them and the other
-   in turn and on changes of what the model says otherwise about it (:mod:`.kept_sentences`).
+   in turn and on changes of what is said otherwise about the subject (:mod:`.kept_sentences`).
 2. **Detector.** From what the MLP reads at these tokens and what it reads elsewhere comes a
    direction whose product s with the reading is 1 at the subject and about 0 at other tokens,
    whatever the form and the words before it (:mod:`.detectors`). What the prompts and rewordings
@@ -31,6 +31,7 @@ detector in closed form, and where it fires most.
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, ClassVar, Self
@@ -71,8 +72,8 @@ class Neuron(FactMemory):
         step_size: Length of a step of the search, as a share of the mean length of the hidden
             states that the vector is added to.
         momentum: Share of the last step that is taken again.
-        search_steps: Largest number of rounds of the search, in each of which all prompts are run,
-            one half after the other.
+        search_steps: Largest number of rounds of a search, in each of which all prompts are run,
+            one half after the other; up to twice as many follow where these do not suffice.
         enough: −log p per answer token, in nats, below which a prompt needs no more, if every token
             has more than one half as well.
         threshold: θ, the score above which a neuron fires; two thirds of it where it is made
@@ -94,7 +95,7 @@ class Neuron(FactMemory):
         reworded: Whether neurons are made for rewordings of each fact as well.
         keeping: What a change of what the model says in other sentences about a subject counts in
             the search, in nats of KL divergence, against a nat of −log p; 0 to leave it alone.
-        settling: Share of a step's length that is lost by the last round.
+        settling: Share of a step's length that is lost by the last one, where that is kept.
         search_dtype: The precision of the search's passes: ``"own"`` for the model's,
             ``"bfloat16"``, or ``"auto"`` for bfloat16 where that is faster.
 
@@ -128,8 +129,8 @@ class Neuron(FactMemory):
         substitutes: bool = True,
         noise: float = 0.5,
         reworded: bool = True,
-        keeping: float = 1.0,
-        settling: float = 0.8,
+        keeping: float = 0.3,
+        settling: float = 0.67,
         search_dtype: str = "auto",
     ) -> None:
         if not 0 <= as_float(momentum) < 1:
@@ -145,7 +146,7 @@ class Neuron(FactMemory):
         if not 0 <= as_float(noise) < 2:
             raise SettingsError(f"noise must be a number in [0, 2), got {noise!r}")
         self.noise = noise
-        if not as_float(keeping) >= 0:
+        if not 0 <= as_float(keeping) < math.inf:
             raise SettingsError(f"keeping must be a number of at least 0, got {keeping!r}")
         if not 0 <= as_float(settling) < 1:
             raise SettingsError(f"settling must be a number in [0, 1), got {settling!r}")
@@ -307,9 +308,13 @@ class Neuron(FactMemory):
         updates: list[LowRankUpdate | None] = [None] * len(self.shapes)
         if not targets:
             return tuple(updates)
-        vectors = self._search(targets)
         changes = {t.home: NeuronChanges(self.llm, self.mlps[t.home]) for t in targets}
         held, following = dict(self._held), list(self._next)
+        without = torch.zeros(len(targets), self.mlps[targets[0].home].hidden, device=self.device)
+        for row, t in enumerate(targets):
+            if held.get(t.fact, (-1, -1))[0] == t.home:
+                without[row] = changes[t.home].gives(held[t.fact][1], t.shape.reading)
+        vectors = self._search(targets, without)
         for target, vector in zip(targets, vectors, strict=True):
             i, fact = target.home, target.fact
             home, neuron = held.get(fact, (-1, -1))
@@ -343,27 +348,23 @@ class Neuron(FactMemory):
 
         return home
 
-    def _search(self, targets: Sequence[Target]) -> Tensor:
-        """What the neurons of F facts are to write: F × d_out float32.
+    def _search(self, targets: Sequence[Target], without: Tensor) -> Tensor:
+        """What the neurons of F facts are to write, where they write that now: F × d_out float32.
 
         A vector that several facts share has to say more, and is sought without noise and
         rewordings, which would take several times as long.
         """
-        width = self.mlps[targets[0].home].hidden
-        found = torch.zeros(len(targets), width, device=self.llm.device)
-        alone = [len(units_of(self.llm, target.prompts)) == 1 for target in targets]
-        for noise, chosen in (
-            (self.noise, [i for i, one in enumerate(alone) if one]),
-            (0.0, [i for i, one in enumerate(alone) if not one]),
-        ):
-            if not chosen:
-                continue
-            sought = [targets[i] for i in chosen]
-            if alone[chosen[0]]:
-                sought = [replace(t, prompts=(*t.prompts, *t.rewordings)) for t in sought]
-            numbers = self.step_size, self.momentum, self.search_steps, self.enough, noise
-            form = SearchForm(*numbers, self.keeping, self.settling, self.search_dtype)
-            found[chosen] = seek(self.llm, self.mlps, sought, form)
+        found = torch.zeros_like(without)
+        single = [len(units_of(self.llm, target.prompts)) == 1 for target in targets]
+        for noise, alone in ((self.noise, True), (0.0, False)):
+            chosen = [i for i, one in enumerate(single) if one is alone]
+            if chosen:
+                sought = [targets[i] for i in chosen]
+                if alone:
+                    sought = [replace(t, prompts=(*t.prompts, *t.rewordings)) for t in sought]
+                numbers = self.step_size, self.momentum, self.search_steps, self.enough, noise
+                form = SearchForm(*numbers, self.keeping, self.settling, self.search_dtype)
+                found[chosen] = seek(self.llm, self.mlps, sought, form, without[chosen])
         return found
 
     def _written(self, index: int, changes: NeuronChanges) -> Tensor:

@@ -77,8 +77,8 @@ class Target:
         prompts: What is to be answered with it, earlier facts about the same subject last.
         shape: When it fires.
         rewordings: The fact in other sentences, which the value is sought for as well.
-        kept: Other sentences about the subject, up to it; what follows stands as their answers. In
-            them the model is to say what it says now.
+        kept: Sentences that ask something else about the subject, up to it; what follows stands as
+            their answers. In them the model is to say what it says without the neuron.
     """
 
     fact: tuple[int, ...]
@@ -122,7 +122,7 @@ class ShapeForm:
         names: Largest number of other names that each is kept from.
         widest: Largest spread of a score at that threshold, over 1/√d.
         reworded: Whether neurons are made for other sentences of their facts as well.
-        kept: Whether what is said in other sentences about their subjects is kept.
+        kept: Whether what is said otherwise about their subjects is kept.
     """
 
     threshold: float
@@ -204,7 +204,7 @@ class Planner:
                         break
                 if shape is not None:
                     own = (*inside, *earlier)
-                    kept = self._others(units, inside)
+                    kept = self._others((*units, *same), own)
                     found.append(Target(inside[0].prompt_ids, place, own, shape, sentences, kept))
                     groups = []
             alone = [p for p in prompts if p not in inside or groups]
@@ -220,7 +220,9 @@ class Planner:
                     )
                 else:
                     sentences = self._reworded(units, [prompt], one.prompts)
-                    kept = self._others(units, [prompt])
+                    # Sentences end at their subjects, where a neuron that reads behind is silent.
+                    here = one.prompts == (prompt,)
+                    kept = self._others(units, [prompt]) if here else ()
                     found.append(replace(one, rewordings=sentences, kept=kept))
         return found
 
@@ -286,10 +288,10 @@ class Planner:
         self, units: Sequence[Unit], taken: Sequence[EncodedPrompt]
     ) -> tuple[EncodedPrompt, ...]:
         """Other sentences about the subject of some prompts, in the forms of these prompts."""
-        own = [unit for unit in units if self._form.kept and any(p in taken for p in unit)]
+        own = [p for unit in units if any(p in taken for p in unit) for p in unit]
         forms = tuple(dict.fromkeys(p.form for p in taken))
-        found = (one for unit in own for one in other_sentences(self._llm.encoder, unit, forms))
-        return tuple(dict.fromkeys(found))
+        made = other_sentences(self._llm.encoder, own, forms) if self._form.kept else []
+        return tuple(made)
 
     def _behind_leads(
         self, units: Sequence[Unit], taken: Sequence[EncodedPrompt]

@@ -27,8 +27,8 @@ class SearchForm:
         step_size: Length of a step, as a share of the mean length of the hidden states that the
             vector is added to.
         momentum: Share of the last step that is taken again.
-        steps: Largest number of rounds, in each of which all prompts are run; as many again without
-            noise where they do not suffice under noise.
+        steps: Largest number of rounds, in each of which all prompts are run. Where they do not
+            suffice, as many again without noise, and as many again without keeping sentences.
         enough: −log p per answer token, in nats, below which a prompt needs no more, if every token
             has more than one half as well.
         noise: Length of what is added to a vector in a random direction in every pass, as a share
@@ -36,7 +36,7 @@ class SearchForm:
             answers more prompts that it was not sought for.
         keeping: What a nat of divergence in the sentences that are kept counts against one of the
             mean loss; they are not looked at where it is 0.
-        settling: Share of a step's length that is lost by the last round, for facts that keep
+        settling: Share of a step's length that is lost by the last one, for facts that keep
             sentences.
         dtype: The precision of the passes; None for the model's own.
     """
@@ -52,7 +52,11 @@ class SearchForm:
 
 
 def seek(
-    llm: ResidentLLM, mlps: Sequence[CandidateMLP], targets: Sequence[Target], form: SearchForm
+    llm: ResidentLLM,
+    mlps: Sequence[CandidateMLP],
+    targets: Sequence[Target],
+    form: SearchForm,
+    without: Tensor | None = None,
 ) -> Tensor:
     """What the neurons of F facts are to write: F × d_out float32.
 
@@ -64,15 +68,31 @@ def seek(
         mlps: Its MLPs, to which the targets' ``home`` points.
         targets: At least one.
         form: How.
+        without: F × d_out float32, what the facts' neurons write now; nothing where None. What the
+            model says without it is what is kept.
     """
-    search = _Search(llm, mlps, targets, form)
-    vectors, busy = search.descend(form.noise)
-    if bool(busy.any()) and (form.noise or search.keeps):
-        vectors, busy = search.descend(0.0, busy, vectors)
-    if bool(busy.any()) and search.keeps:
-        vectors, _ = search.descend(0.0, busy, vectors, keeping=False)
-    return vectors
+    found: list[Tensor] = []
+    # Sentences of more facts would take much memory, and are no faster.
+    number = AT_ONCE if form.keeping else len(targets)
+    for first in range(0, len(targets), number):
+        some = slice(first, first + number)
+        search = _Search(llm, mlps, targets[some], form, None if without is None else without[some])
+        vectors, busy = search.descend(form.noise)
+        again = busy if form.noise else busy & search.keeps
+        if bool(again.any()):
+            vectors, left = search.descend(0.0, again, vectors)
+            busy = torch.where(again, left, busy)
+        if bool((busy & search.keeps).any()):
+            vectors, _ = search.descend(0.0, busy & search.keeps, vectors, keeping=False)
+        found.append(vectors)
+    return torch.cat(found)
 
+
+#: Most facts that are sought at once where sentences are kept.
+AT_ONCE = 8
+
+#: Tokens of the longest prompt that sentences share a batch with.
+_LONGEST = 128
 
 #: −log p of a token with p = 1/2, in nats.
 _HALF = math.log(2)
@@ -92,23 +112,29 @@ class _Search:
         mlps: Sequence[CandidateMLP],
         targets: Sequence[Target],
         form: SearchForm,
+        without: Tensor | None = None,
     ) -> None:
         self._form, self._targets = form, targets
         prompts, owners, kinds = _numbered([target.prompts for target in targets])
         first = len(prompts)
         if form.keeping:
             more = _numbered([target.kept for target in targets])
-            prompts, owners, kinds = prompts + more[0], owners + more[1], kinds + more[2]
-        apart = kinds if len(prompts) > first else None
-        self._asked = FiredPrompts(llm, mlps, targets, prompts, owners, form.dtype, apart)
-        self._kept, self._keeps = None, torch.zeros(len(targets), device=llm.device)
-        if apart is not None:
-            self._kept = KeptSentences(self._asked, first, len(targets))
-            self._keeps = self._kept.has.any(1).float()
+            apart = PARTS if max(p.length for p in prompts) > _LONGEST else 0
+            prompts, owners = prompts + more[0], owners + more[1]
+            kinds = kinds + [kind + apart for kind in more[2]]
+        given = kinds if len(prompts) > first else None
+        self._asked = FiredPrompts(llm, mlps, targets, prompts, owners, form.dtype, given)
         self._width = mlps[targets[0].home].hidden
+        self._kept = None
+        #: F bool, which facts keep sentences.
+        self.keeps = torch.zeros(len(targets), dtype=torch.bool, device=llm.device)
+        if given is not None:
+            if without is None:
+                without = torch.zeros(len(targets), self._width, device=llm.device)
+            self._kept = KeptSentences(self._asked, first, without)
+            self.keeps = self._kept.has.any(1)
         #: Per target, by place, the parts of its prompts in which its neuron fires (of all of them
-        #: where it fires in none): every other prompt. Asked in both forms, these are what stands
-        #: in plain form with one question, and what stands in chat with the other question.
+        #: where it fires in none): every other prompt.
         self._parts: list[list[list[int]]] = []
         reached, lengths = self._asked.reached, []
         for index in range(len(targets)):
@@ -117,11 +143,6 @@ class _Search:
             self._parts.append([own[i::PARTS] for i in range(min(PARTS, len(own)))])
             lengths.append(self._asked.nudges.lengths[own].mean())
         self._length = torch.stack(lengths) * form.step_size
-
-    @property
-    def keeps(self) -> bool:
-        """Whether sentences of any fact are kept."""
-        return self._kept is not None
 
     @torch.inference_mode(False)
     @torch.enable_grad()
@@ -170,7 +191,7 @@ class _Search:
             if not bool(running.any()):
                 break
             facts, stepping = running.nonzero()[:, 0].tolist(), running & (turn < limits)
-            looked = facts if kept is not None else []
+            looked = stepping.nonzero()[:, 0].tolist() if kept is not None else []
             losses, wrong, off = self._run(vectors, facts, looked, turn, noise, generators)
             for i in facts:
                 waiting[i, turn % len(self._parts[i])] = wrong[i]
@@ -178,7 +199,7 @@ class _Search:
             losses = torch.where(moving, losses, 0.0)
             if kept is not None:
                 # From a start on, what is answered stays.
-                differs = (off.detach() > SAME) & (moving if start is not None else stepping)
+                differs = ~(off.detach() <= SAME) & (moving if start is not None else stepping)
                 if start is None:
                     other[running, turn % KEPT_PARTS] = differs[running]
                 moving = moving | differs
@@ -192,9 +213,13 @@ class _Search:
             far = moving & ~(losses.detach().isfinite() & size[:, 0].isfinite())
             moving = moving & ~far
             speed = torch.where(moving[:, None], turned, speed.masked_fill(far[:, None], 0))
-            done = 1.0 if start is not None else turn / ((form.steps + 1) * PARTS)
-            settled = 1 - form.settling * done * self._keeps if keeping else 1.0
-            length = self._length * settled * moving
+            length = self._length * moving
+            if kept is not None:
+                done = (turn / (limits - 1).clamp_min(1)).clamp_max(1) if start is None else 1.0
+                length = length * (1 - form.settling * self.keeps * done)
+                if start is None:
+                    # What was looked at before this step has to be looked at again.
+                    other |= moving[:, None] & kept.has
             with torch.no_grad():
                 stepped = vectors - length[:, None] * speed
                 vectors.copy_(torch.where(far[:, None], vectors / 2, stepped))
@@ -256,7 +281,8 @@ def _numbered(
 ) -> tuple[list[EncodedPrompt], list[int], list[int]]:
     """What belongs to some facts in one row, with whose it is, and in which turns it is run.
 
-    With two parts of prompts and four of sentences, what is run in a turn is of one kind.
+    With two parts of prompts and four of sentences, what is run in a turn is of one kind where a
+    neuron fires in all of them.
     """
     numbered = [(p, i, j % PARTS) for i, group in enumerate(groups) for j, p in enumerate(group)]
     return [p for p, _, _ in numbered], [i for _, i, _ in numbered], [k for _, _, k in numbered]

@@ -1,11 +1,12 @@
 """Other sentences about a fact's subject, made without knowing what kind of subject it is.
 
-They are no questions that have the fact's answer, and what the model says in them is to stay.
+What the model says in them is to stay. Some may ask for the fact in other words; a search leaves
+out those that seem to (:mod:`.kept_sentences`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
 from hiedit_agents.hierarchy.rewordings import named, placed
@@ -20,7 +21,7 @@ STATEMENTS = (
     "{} has",
     "{}, which",
     "The story of {} begins",
-    "{} is known for",
+    "{} can",
     "People like {} because",
     "The best thing about {} is",
     "{} was born in",
@@ -30,9 +31,9 @@ STATEMENTS = (
     "The price of {} is",
     "The size of {} is",
     "{} was founded in",
-    "The friend of {} is",
+    "A friend of {} is",
     "The wife of {} is",
-    "The year of {} is",
+    "The end of {} was",
     "A picture of {} shows",
     "{} is made of",
 )
@@ -41,18 +42,19 @@ STATEMENTS = (
 QUESTIONS = (
     "What is {}?",
     "Who knows {}?",
-    "What is {} known for?",
+    "Describe {}.",
     "How old is {}?",
-    "Where is {}?",
+    "Is {} good?",
     "What do you think of {}?",
 )
 
-#: What the model may say about the subject itself, and what it was asked.
+#: How the model may begin to speak about the subject in a chat, and what it was told. The subject
+#: is named once, since a search adds a vector at one place of a text.
 ANSWERS = (
-    ("Tell me about {}.", "{} is"),
-    ("Who knows {}?", "{} was"),
-    ("What do you think of {}?", "{} has"),
-    ("What is {} known for?", "{} is known for"),
+    ("Tell me something.", "{} is"),
+    ("What happened?", "{} was"),
+    ("What is there to know?", "{} has"),
+    ("Good morning!", "{} can"),
     ("Hello!", "{} is a"),
     ("Tell me a story.", "{}"),
 )
@@ -61,54 +63,59 @@ ANSWERS = (
 def other_sentences(
     encoder: PromptEncoder, prompts: Sequence[EncodedPrompt], forms: Sequence[AskedForm]
 ) -> list[EncodedPrompt]:
-    """Other sentences about the subject of a fact.
+    """Other sentences about the subject of some facts.
 
     Args:
         encoder: The model's.
-        prompts: The fact in every form asked; nothing is made where none of them is plain, has no
-            subject, or is itself the text of a template.
+        prompts: Facts about one subject in every form asked; nothing is made where none of them is
+            plain, has no subject, or is itself the text of a template.
         forms: The wanted forms.
 
     Returns:
         Sentences up to their subjects. What follows stands as the answer, so that its tokens are
-        predicted, and behind it the first token of the fact's answer. None of them begins with a
-        prompt of the fact.
+        predicted, and behind it the first token of the first fact's answer. None of them begins
+        with a plain prompt of the facts, in whichever form.
     """
     found = named(encoder, prompts)
     if found is None:
         return []
     plain, subject = found
     asked = {p.form for p in prompts}.intersection(forms)
+    own = tuple(p.prompt.strip() for p in prompts if p.form == "plain")
     made: list[EncodedPrompt] = []
     texts: list[tuple[str, AskedForm]] = [(text, "plain") for text in STATEMENTS]
     texts += [(text, "chat") for text in QUESTIONS]
     for sentence, form in texts:
         text = sentence.format(subject)
-        if form in asked and not text.startswith(plain.prompt.strip()):
+        if form in asked and not text.startswith(own):
             one = placed(encoder, text, plain.answer, form, subject)
             if one is not None:
                 stop = one.subject_spans[-1][1]
                 made.append(_cut(one, one.prompt_ids, stop, one.answer_ids[0]))
     if "chat" in asked:
-        made += _answers(encoder, subject, plain.answer)
+        beginnings = ((told, said.format(subject)) for told, said in ANSWERS)
+        some = [(told, said) for told, said in beginnings if not said.startswith(own)]
+        made += _answers(encoder, subject, plain.answer, some)
     return made
 
 
-def _answers(encoder: PromptEncoder, subject: str, answer: str) -> list[EncodedPrompt]:
-    """The beginnings of :data:`ANSWERS` up to the subject."""
-    made: list[EncodedPrompt] = []
-    for question, beginning in ANSWERS:
-        texts = subject, beginning.format(subject), answer
+def _answers(
+    encoder: PromptEncoder, subject: str, answer: str, texts: Sequence[tuple[str, str]]
+) -> Iterator[EncodedPrompt]:
+    """Beginnings of what the model says in a chat, up to the subject."""
+    for told, said in texts:
         try:
-            pairs = [encoder.encode_chat(question.format(subject), text) for text in texts]
+            pairs = [
+                encoder.encode_chat(told, text) for text in (subject, said, f"{said} {answer}")
+            ]
         except PromptError:  # too long for the model
             continue
-        name, said, after = (_without_end(encoder, pair.answer_ids) for pair in pairs)
-        # Where a tokenizer writes the name differently before other words, its end is not known.
-        if name and said[: len(name)] == name:
+        name, begun, whole = (_without_end(encoder, pair.answer_ids) for pair in pairs)
+        # Where a tokenizer writes a text differently before other words, places are not known.
+        if name and begun[: len(name)] == name and whole[: len(begun)] == begun != whole:
             before = pairs[0].prompt_ids
-            made.append(_cut(pairs[0], (*before, *said), len(before) + len(name), after[0]))
-    return made
+            stop, after = len(before) + len(name), whole[len(begun)]
+            yield _cut(replace(pairs[0], answer=answer), (*before, *begun), stop, after)
 
 
 def _without_end(encoder: PromptEncoder, ids: tuple[int, ...]) -> tuple[int, ...]:

@@ -21,7 +21,7 @@ from hiedit_env.model.tokenization import EncodedPrompt, PromptEncoder
 PRONOUN = "it"
 
 #: Tokens of the longest prompt that is asked as a question; a longer one is no sentence but a text,
-#: and the search would run it twice more.
+#: and the search would run it up to three times more.
 LONGEST = 128
 
 #: What the subject is read behind as well. A prompt that begins with its subject does not show how

@@ -7,9 +7,9 @@ questions about their subjects::
 
 Asked are the facts and their paraphrases, and :data:`STATEMENTS` and :data:`QUESTIONS` about their
 subjects: what share of the unedited model's next tokens are still the most probable ones under
-teacher forcing, whether the first one is, and whether the new answer is in the generated text. None
-of these questions is known to an agent of this package. DIR gets results.jsonl, a line for every
-fact, and results.md.
+teacher forcing, whether the first one is, and whether the new answer is in the generated text. No
+agent of this package knows these questions, though some are like those that ``neuron`` keeps. DIR
+gets results.jsonl, a line for every fact, and results.md.
 """
 
 from __future__ import annotations
@@ -19,7 +19,8 @@ import statistics
 import sys
 import warnings
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from contextlib import suppress
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -33,8 +34,9 @@ from hiedit_benchmarks.comparison.results import versions
 from hiedit_benchmarks.studies import held_out
 from hiedit_benchmarks.studies.held_out_report import interval
 from hiedit_env.datasets.requests import Request
+from hiedit_env.datasets.streams import fingerprint
 from hiedit_env.envs.settings import AtLeast0, AtLeast1, settings
-from hiedit_env.errors import HieditWarning, SettingsError
+from hiedit_env.errors import HieditWarning, PromptError, SettingsError
 from hiedit_env.evaluation.names import AskedForm, metric_in
 from hiedit_env.files import write_bytes
 from hiedit_env.model.encoded import EncodedPrompt
@@ -132,8 +134,9 @@ class Alone(held_out.Stream):
         """Writes a fact, asks, and takes it out again.
 
         Returns:
-            The fact, its seconds, and a share per metric, in chat with ``chat_`` in front; None
-            where there is no such prompt. None for a fact whose subject is not named.
+            The fact, how it was written (see :class:`.held_out.Fact`), and a share per metric, in
+            chat with ``chat_`` in front; None where there is no such prompt. None for a fact whose
+            subject is not named.
         """
         request = self.requests[place]
         if request.subject.strip() == request.prompt.strip():
@@ -153,12 +156,15 @@ class Alone(held_out.Stream):
         finally:
             self._writer.restore(state)
         fact = {"prompt": request.prompt, "subject": request.subject, "answer": request.answer}
-        return {**fact, "seconds": written.seconds, "shares": shares}
+        return {**fact, **asdict(written), "shares": shares}
 
     def _own(self, request: Request, form: AskedForm) -> list[EncodedPrompt]:
         """The other questions in one form, with what the unedited model says as their answers."""
         texts = [x.format(request.subject) for x in (QUESTIONS if form == "chat" else STATEMENTS)]
-        prompts = [self.llm.encoder.encode_forms(x, request.answer, form)[0] for x in texts]
+        prompts: list[EncodedPrompt] = []
+        for text in texts:
+            with suppress(PromptError):  # too long for the model
+                prompts += self.llm.encoder.encode_forms(text, request.answer, form)
         with for_editing(self.model):
             said = self.llm.continuations(prompts, [KEPT] * len(prompts))
         return [
@@ -169,7 +175,9 @@ class Alone(held_out.Stream):
     def _said_otherwise(
         self, request: Request, prompts: Sequence[EncodedPrompt]
     ) -> dict[str, float]:
-        """What the edited model says to other questions."""
+        """What the edited model says to other questions; nothing where there are none."""
+        if not prompts:
+            return {}
         right = [part.float() for part in right_tokens(self.llm, prompts)]
         texts = self.llm.generate(prompts, [GENERATED] * len(prompts))
         answer = request.answer.strip().casefold()
@@ -195,7 +203,9 @@ def report(facts: Sequence[Mapping[str, Any]]) -> str:
         if any(cells):
             lines.append(f"| {form} | {' | '.join(cells)} |")
     seconds = statistics.median(fact["seconds"] for fact in facts)
-    return "\n".join(lines) + f"\n\n{len(facts)} facts, {seconds:.1f} s an edit (median)\n"
+    broken = sum(fact["problem"] is not None for fact in facts)
+    end = f", {broken} broken off" if broken else ""
+    return "\n".join(lines) + f"\n\n{len(facts)} facts{end}, {seconds:.1f} s an edit (median)\n"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -212,7 +222,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
             "agent": given.agent,
             "agent_is": alone.explained,
             "model": given.model,
+            "edits": given.edits,
             "seed": given.seed,
+            "stream": fingerprint(alone.requests),
             "data": [Path(name).name for name in given.facts],
             "versions": versions(),
         }

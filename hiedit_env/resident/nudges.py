@@ -30,8 +30,8 @@ TOLERANCE = 2e-3
 #: The same in a precision that is not the model's own.
 ROUGH_TOLERANCE = 0.1
 
-#: Most prompts that share a batch; where there are more, those of like lengths do. With 16 ends the
-#: weights no longer cost more than the tokens, and of a search's batch half is run at a time.
+#: Most prompts that share a batch; where there are more, those of like lengths do. With 16 ends a
+#: pass, weights no longer cost more than the tokens; searches mostly run half of a batch.
 TOGETHER = 24
 
 
@@ -50,7 +50,7 @@ class Nudges:
         layers: The G layers, as indices into ``llm.layers``.
         dtype: The precision of the runs; None for the model's own. One in which this model's losses
             are others is not used.
-        kinds: P numbers, where some prompts are never run with some others: those of different
+        kinds: P numbers, where some prompts are seldom run with some others: those of different
             numbers do not share a batch.
 
     Attributes:

@@ -2,21 +2,25 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
 from hiedit_agents.hierarchy import kept_sentences, neuron_search
+from hiedit_agents.hierarchy import neuron as neuron_module
+from hiedit_agents.hierarchy.fired_prompts import FiredPrompts
 from hiedit_agents.hierarchy.kept_sentences import PARTS
 from hiedit_agents.hierarchy.neuron_plan import Target
 from hiedit_agents.hierarchy.neuron_search import SearchForm, seek
 from hiedit_env.model.tokenization import EncodedPrompt
 from hiedit_env.resident.resident import ResidentLLM
-from tests.agents.hierarchy.test_neuron import model, neuron
-from tests.agents.hierarchy.test_neuron_search import losses, targets
+from tests.agents.hierarchy.test_neuron import FIRST, model, neuron
+from tests.agents.hierarchy.test_neuron_search import _Silent, losses, targets
 
 #: The subject is w9, and the fact's answer w7.
 SENTENCES = ("w5 w9 w13", "w10 w9 w14 w15", "w6 w5 w9", "w11 w9 w3", "w8 w9 w17 w16 w17")
@@ -181,8 +185,126 @@ def test_a_search_that_keeps_changes_less_and_answers() -> None:
     )
     assert float(losses(llm, target, kept).max()) < FORM.enough + 0.02
     assert change(llm, target, kept) < 0.7 * change(llm, target, free)
-    # A fact without sentences is sought as before.
-    bare = replace(target, kept=())
-    torch.testing.assert_close(
-        seek(llm, mlps, [bare], replace(FORM, keeping=1.0, settling=0.5))[0], free
-    )
+
+
+@pytest.mark.parametrize("noise", [0.0, 0.6])
+def test_a_fact_without_sentences_is_sought_as_alone(noise: float) -> None:
+    llm = model()
+    mlps, form = neuron(llm).mlps, replace(FORM, keeping=1.0, settling=0.5, noise=noise, steps=2)
+    bare, other = targets(llm)[0], keeping(llm)
+    alone = seek(llm, mlps, [bare], form)[0]
+    both = seek(llm, mlps, [bare, other], form)
+    torch.testing.assert_close(both[0], alone, rtol=1e-4, atol=1e-4)
+    assert float((both[1] - alone).norm()) > 0.1 * float(alone.norm())
+
+
+@pytest.mark.usefixtures("all_apart")
+def test_a_fact_is_answered_where_it_cannot_keep(monkeypatch: pytest.MonkeyPatch) -> None:
+    llm = model()
+    monkeypatch.setattr(neuron_search, "SAME", 0.0)
+    target = keeping(llm)
+    mlps, hopeless = neuron(llm).mlps, replace(FORM, keeping=1e6)
+    search = neuron_search._Search(llm, mlps, [target], hopeless)
+    vectors, busy = search.descend(0.0)
+    assert busy.tolist() == [True]
+    vectors, busy = search.descend(0.0, busy, vectors)
+    assert busy.tolist() == [True]
+    (found,) = seek(llm, mlps, [target], hopeless)
+    assert torch.equal(found, search.descend(0.0, busy, vectors, keeping=False)[0][0])
+    assert float(losses(llm, target, found).max()) < FORM.enough + 0.02
+
+
+@pytest.mark.parametrize("settling", [0.0, 0.6])
+def test_steps_become_shorter(settling: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without momentum the length of a step is the distance of the vectors before and after it."""
+    llm = model()
+    (target,) = (replace(one, prompts=one.prompts[:1]) for one in (keeping(llm),))
+    form = replace(FORM, keeping=1.0, settling=settling, momentum=0.0, steps=5, enough=1e-6)
+    search = neuron_search._Search(llm, neuron(llm).mlps, [target], form)
+    seen: list[Tensor] = []
+    own = FiredPrompts.added
+
+    def note(self: FiredPrompts, vectors: Tensor, rows: Tensor) -> Tensor:
+        seen.append(vectors.detach().clone())
+        return own(self, vectors, rows)
+
+    monkeypatch.setattr(FiredPrompts, "added", note)
+    search.descend(0.0)
+    steps = [float((b - a).norm() / search._length) for a, b in itertools.pairwise(seen)]
+    wanted = [1 - settling * turn / 4 for turn in range(5)]
+    assert steps[:5] == pytest.approx(wanted, rel=1e-3)
+
+
+def test_sentences_in_which_a_neuron_is_silent_are_not_run() -> None:
+    llm = model()
+    target = keeping(llm)
+    # The prompts come first.
+    silent = _Silent(target.shape, [len(target.prompts) + 1])
+    kept = left(llm, replace(target, shape=silent))  # type: ignore[arg-type]
+    assert 1 not in kept
+    assert len(kept) >= 3
+
+
+@pytest.mark.usefixtures("all_apart")
+def test_what_is_kept_is_what_the_model_says_without_the_neuron() -> None:
+    llm = model()
+    target = keeping(llm)
+    without = torch.randn(48, generator=torch.Generator().manual_seed(3))
+    form = replace(FORM, keeping=1.0)
+    search = neuron_search._Search(llm, neuron(llm).mlps, [target], form, without[None])
+    assert search._kept is not None
+    rows = search._kept.rows([0], 0)
+    chosen = torch.tensor(rows)
+
+    def off(vector: Tensor) -> float:
+        given = search._asked.given(search._asked.added(vector[None], chosen), chosen)
+        logits = search._asked.nudges.logits(given, rows)
+        return float(search._kept.divergences(logits, rows))  # type: ignore[union-attr]
+
+    assert abs(off(-without)) < 1e-4
+    assert off(torch.zeros_like(without)) > 0.01
+
+
+def test_a_fact_that_is_edited_again_keeps_what_was_said_before_it(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    llm = model()
+    low = neuron(llm, keeping=1.0)
+    given: list[Tensor] = []
+    own = neuron_module.seek
+
+    def note(*args: Any) -> Tensor:
+        given.append(args[-1].clone())
+        return own(*args)
+
+    monkeypatch.setattr(neuron_module, "seek", note)
+    text = "w5 w9 w4"
+    first = llm.encoder.with_subject(llm.encode(text, "w7"), text, "w9")
+    updates = low.propose(llm.read(first).capture(), FIRST)
+    llm.commit(updates)
+    # Of one subject and one prompt, with another answer.
+    again = llm.encoder.with_subject(llm.encode(text, "w12"), text, "w9")
+    low.propose(llm.read(again).capture(), FIRST)
+    assert not bool(given[0].any())
+    (at, place), mlp = low._held[first.prompt_ids], low.mlps[0]
+    assert at == 0
+    with torch.no_grad():
+        seen: list[Tensor] = []
+        module = llm.layers[mlp.back].module
+        handle = module.register_forward_hook(lambda _m, args, _o: seen.append(args[0]))
+        llm.model(torch.tensor([first.prompt_ids]))
+        handle.remove()
+    fired = seen[0][0, first.positions("subject")[0], place]
+    wanted = fired * llm.weight(mlp.back)[place]
+    # It is looked at with the mean of what is read in all sentences about the subject.
+    assert float((given[1][0] - wanted).norm()) < 0.05 * float(wanted.norm())
+
+
+def test_a_sentence_is_compared_with_the_prompts_of_its_own_answer() -> None:
+    llm = model()
+    target = keeping(llm)
+    everything = left(llm, target)
+    text = "w3 w9 w20"
+    # An earlier fact that is answered already would make every sentence seem far from asking it.
+    sure = llm.encoder.with_subject(llm.encode(text, "w30"), text, "w9")
+    assert left(llm, replace(target, prompts=(*target.prompts, sure))) == everything

@@ -154,7 +154,7 @@ def seek(low: Neuron, capture: Capture) -> Tensor:
     form = ShapeForm(low.threshold, low.sharpness, low.swaps, low.widest, low.reworded)
     planner = Planner(low.llm, low.mlps, low._readings, form)
     targets = planner.targets(capture, [capture.prompts], lambda _: 0, [], 0)
-    return low._search(targets)[0]
+    return low._search(targets, torch.zeros(len(targets), HIDDEN))[0]
 
 
 @pytest.mark.parametrize(("substitutes", "error"), [(False, 0.15), (True, 0.1)])
@@ -426,6 +426,14 @@ def test_bad_settings_and_a_missing_calibration_are_named() -> None:
         Neuron(resident("llama")).load_state_dict(low.state_dict())
     with pytest.raises(SettingsError, match="at least one prompt"):
         Neuron(llm).calibrate_on([])
+
+
+@pytest.mark.parametrize("value", [-0.1, float("inf"), float("nan"), "much"])
+def test_keeping_and_settling_out_of_range_are_refused(value: Any) -> None:
+    with pytest.raises(SettingsError, match="keeping must be a number of at least 0"):
+        Neuron(model(), keeping=value)
+    with pytest.raises(SettingsError, match="settling must be a number in"):
+        Neuron(model(), settling=value)
 
 
 @pytest.mark.parametrize("noise", [-0.1, 2, float("nan"), "much"])

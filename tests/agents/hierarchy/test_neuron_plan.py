@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from hiedit_agents.hierarchy import other_sentences as other_sentences_module
 from hiedit_agents.hierarchy.detectors import Detector
 from hiedit_agents.hierarchy.neuron_plan import (
     _ALIKE,
@@ -25,6 +26,7 @@ from hiedit_agents.hierarchy.neuron_plan import (
     _Rows,
 )
 from hiedit_agents.hierarchy.other_names import with_other_names
+from hiedit_agents.hierarchy.other_sentences import other_sentences
 from hiedit_agents.hierarchy.reading_places import beginnings, behind, where_met
 from hiedit_agents.hierarchy.reading_places import elsewhere as not_to_fire_at
 from hiedit_agents.hierarchy.rewordings import LEADS, behind_leads
@@ -448,6 +450,41 @@ def test_leads_do_not_depend_on_the_order_of_facts_about_one_subject(turned: boo
     assert planner._behind_leads(facts, []) == ()
     never = Planner(planner._llm, [], [], replace(form, reworded=False))
     assert never._behind_leads(facts, facts[0] + facts[1]) == ()
+
+
+def test_other_sentences_are_of_the_subject_and_of_no_fact_about_it() -> None:
+    encoder = encoder_of(byte_level())
+
+    def fact(text: str) -> tuple[EncodedPrompt, ...]:
+        asked = encoder.encode_forms(text, "A", "both")
+        return tuple(encoder.with_subject(p, text, "Lyon") for p in asked)
+
+    size, name = fact("The size of Lyon is"), fact("the name of Lyon is")
+    form = ShapeForm(0.5, 60.0, 0, 4.0)
+    planner = Planner(cast(ResidentLLM, SimpleNamespace(encoder=encoder)), [], [], form)
+    texts = [p.prompt for p in planner._others([name], name)]
+    assert len(texts) == len(set(zip(texts, planner._others([name], name), strict=True)))
+    both = planner._others([name, size], (*name, *size))
+    # Once for both, without what one of them asks.
+    assert {p.prompt for p in both} == set(texts) - {"The size of Lyon is"}
+    assert len(both) == len(texts) - 1
+    assert {p.form for p in planner._others([name], name[1:])} == {"chat"}
+    never = Planner(planner._llm, [], [], replace(form, kept=False))
+    assert never._others([name], name) == ()
+
+
+def test_what_is_kept_is_planned_with_a_neuron(monkeypatch: pytest.MonkeyPatch) -> None:
+    # The words of this tokenizer.
+    monkeypatch.setattr(other_sentences_module, "STATEMENTS", ("w5 {} w13", "w3 w8 {}"))
+    llm = model()
+    low, capture = neuron(llm), unit(llm, LATER)
+    for kept in (True, False):
+        form = ShapeForm(0.5, 60.0, 0, 4.0, kept=kept)
+        planner = Planner(llm, low.mlps, low._readings, form)
+        (target,) = planner.targets(capture, [capture.prompts], lambda _: 0, [], 0)
+        wanted = other_sentences(llm.encoder, capture.prompts, ("plain",)) if kept else []
+        assert target.kept == tuple(wanted)
+    assert len(other_sentences(llm.encoder, capture.prompts, ("plain",))) == 2
 
 
 def test_a_neuron_made_without_another_sentence_fires_from_a_lower_score_on() -> None:

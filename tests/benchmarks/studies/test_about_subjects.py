@@ -3,13 +3,22 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
+from hiedit_agents.hierarchy import other_sentences
 from hiedit_benchmarks.studies import about_subjects
-from hiedit_benchmarks.studies.about_subjects import GENERATED, KEPT, STATEMENTS, Alone, main
+from hiedit_benchmarks.studies.about_subjects import (
+    GENERATED,
+    KEPT,
+    QUESTIONS,
+    STATEMENTS,
+    Alone,
+    main,
+)
 from hiedit_env.errors import ResultsExistError, SettingsError
 from tests.benchmarks.studies.test_held_out import alone
 
@@ -57,6 +66,35 @@ def test_every_fact_is_written_into_the_unedited_model(tmp_path: Path) -> None:
     assert alone_first is not None
     assert again is not None
     assert again["shares"] == alone_first["shares"]
+
+
+def test_a_fact_that_is_broken_off_is_counted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    study = made(tmp_path)
+    own = study._writer.write
+    monkeypatch.setattr(
+        study._writer, "write", lambda *args: replace(own(*args), problem="broken off")
+    )
+    found = study.fact(1)
+    assert found is not None
+    assert (found["problem"], found["shares"]["kept"]) == ("broken off", 1.0)
+    assert "1 facts, 1 broken off" in about_subjects.report([found])
+
+
+def test_what_is_too_long_to_be_asked_is_left_out(tmp_path: Path) -> None:
+    study = made(tmp_path)
+    name = study.requests[1].subject
+    longest = max(len(study.llm.encoder.encode_prompt(s.format(name))) for s in STATEMENTS)
+    study.llm.encoder.max_length = longest
+    assert len(study._own(study.requests[1], "plain")) == len(STATEMENTS) - 1
+
+
+def test_no_question_is_one_that_an_agent_keeps() -> None:
+    asked = {text.casefold() for text in (*STATEMENTS, *QUESTIONS)}
+    kept = (*other_sentences.STATEMENTS, *other_sentences.QUESTIONS)
+    answers = (text for pair in other_sentences.ANSWERS for text in pair)
+    assert asked.isdisjoint(text.casefold() for text in (*kept, *answers))
 
 
 def test_a_line_for_every_fact_and_a_table(

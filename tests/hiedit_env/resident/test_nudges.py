@@ -156,6 +156,21 @@ def test_many_prompts_in_batches_of_like_lengths_are_as_in_one(
             torch.testing.assert_close(got, one, atol=1e-5, rtol=1e-5)
 
 
+def test_prompts_of_different_kinds_share_no_batch() -> None:
+    llm = resident("llama")
+    vectors: list[Tensor | None] = [normal(i, 3, llm.shapes[x][1]) for i, x in enumerate(LAYERS)]
+    together = Nudges(llm, PROMPTS, POSITIONS, LAYERS)
+    apart = Nudges(llm, PROMPTS, POSITIONS, LAYERS, kinds=(5, 0, 5))
+    assert [places for places, _ in apart._parts] == [(1,), (0, 2)]
+    torch.testing.assert_close(apart.lengths, together.lengths, atol=1e-5, rtol=1e-5)
+    for rows in ((0, 1, 2), (0, 2), (1, 2)):
+        given = [None if v is None else v[list(rows)] for v in vectors]
+        wanted = together.losses(given, rows), together.logits(given, rows), *together.keys
+        found = apart.losses(given, rows), apart.logits(given, rows), *apart.keys
+        for one, other in zip(found, wanted, strict=True):
+            torch.testing.assert_close(one, other, atol=1e-4, rtol=1e-4)
+
+
 def test_lengths_are_those_of_the_hidden_states_behind_the_blocks() -> None:
     llm = resident("llama")
     nudges = Nudges(llm, PROMPTS, POSITIONS, LAYERS)
