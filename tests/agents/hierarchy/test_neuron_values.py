@@ -95,8 +95,12 @@ def test_a_vector_that_facts_share_is_sought_without_noise_and_rewordings(
     llm = model()
     extra = unit(llm, ("w3 w21 w8", "w5", "w21")).prompt
     calls: list[tuple[list[str], float, bool]] = []
+    given: list[list[float]] = []
 
-    def noted(_llm: object, _mlps: object, targets: Sequence[Target], form: SearchForm) -> Tensor:
+    def noted(
+        _llm: object, _mlps: object, targets: Sequence[Target], form: SearchForm, without: Tensor
+    ) -> Tensor:
+        given.append(without[:, 0].tolist())
         for target in targets:
             answers = [prompt.answer for prompt in target.prompts if prompt is not extra]
             calls.append((answers, form.noise, extra in target.prompts))
@@ -107,7 +111,8 @@ def test_a_vector_that_facts_share_is_sought_without_noise_and_rewordings(
     low = neuron(llm, noise=0.5)
     capture = unit(llm, FACTS[0], FACTS[1], SAME, FACTS[2])
     targets = low.plan(capture, FIRST)
-    found = low._search(targets)
+    found = low._search(targets, torch.arange(10.0, 13.0)[:, None].expand(3, HIDDEN))
     # Two facts share a subject; they stand where the first of them stood.
     assert calls == [(["w12"], 0.5, True), (["w30"], 0.5, True), (["w7 w3", "w13"], 0.0, False)]
+    assert given == [[11.0, 12.0], [10.0]]
     assert found[:, 0].tolist() == [1.0, 1.5, 3.0]
