@@ -40,8 +40,8 @@ class Nudges:
 
     Only tokens from the nudged one on are run, from the first nudged block on, behind the keys and
     values of the tokens before, where that gives this model's own losses; else whole prompts. Short
-    ends may be packed into one row (:mod:`.packed_ends`). Losses are compared for every model,
-    precision and layout, and again whenever a row is longer than all rows before.
+    ends may be packed into one row (:mod:`.packed_ends`). Losses of up to four prompts are compared
+    for every model, precision and layout, and again whenever a row is longer than all rows before.
 
     Args:
         llm: The model, at its present weights; they must not change while this object is used.
@@ -192,8 +192,8 @@ class Nudges:
         self, prompts: Sequence[EncodedPrompt], positions: Sequence[int], dtype: torch.dtype
     ) -> Runner:
         """The ends alone, if this model gives with them what it gives with whole prompts."""
-        llm, known = self.llm, self.llm.upper.run_ends
-        whole, own = WholePrompts(llm, prompts, positions, self.layers), None
+        llm, known, own = self.llm, self.llm.upper.run_ends, None
+        some = _looked_at(prompts, positions)
         lengths = [prompt.length for prompt in prompts]
         layouts = (True, False) if packing_pays(prompts, positions) else (False,)
         for precision in dict.fromkeys((dtype, llm.dtype)):
@@ -210,9 +210,12 @@ class Nudges:
                     if longest <= state.right:
                         return ends
                     if own is None:
+                        few = [prompts[i] for i in some], [positions[i] for i in some]
+                        whole = WholePrompts(llm, *few, self.layers)
                         own = _losses(whole, whole.all, whole.measured())[0]
                     with torch.no_grad():
-                        off = (_losses(ends, ends.all, ends.logits(ends.all))[0] - own).abs()
+                        off = _losses(ends, ends.all, ends.logits(ends.all))[0][some] - own
+                    off = off.abs()
                     bound = TOLERANCE if precision == llm.dtype else ROUGH_TOLERANCE
                     if bool((off <= bound * (1 + own)).all()):
                         state.right = longest
@@ -223,9 +226,21 @@ class Nudges:
                     if longest <= state.right:
                         continue
                 state.wrong = longest
-        if own is None:
-            whole.measured()
+        whole = WholePrompts(llm, prompts, positions, self.layers)
+        whole.measured()
         return whole
+
+
+def _looked_at(prompts: Sequence[EncodedPrompt], positions: Sequence[int]) -> list[int]:
+    """The prompts by which ways of running all of them are compared, rising.
+
+    What is at the beginning and at the end of a row, and what is longest: where a window, a mask or
+    padding changes something, it does so there.
+    """
+    places = range(len(prompts))
+    longest = max(places, key=lambda i: prompts[i].length)
+    end = max(places, key=lambda i: prompts[i].length - positions[i])
+    return sorted({0, len(prompts) - 1, longest, end})
 
 
 def _groups(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import weakref
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
@@ -11,6 +12,7 @@ import torch
 from torch import Tensor
 
 from hiedit_env.errors import ModelError, SettingsError
+from hiedit_env.model.tokenization import EncodedPrompt
 from hiedit_env.resident import nudges as nudges_module
 from hiedit_env.resident.ends import Ends, WholePrompts
 from hiedit_env.resident.nudges import Nudges
@@ -288,3 +290,41 @@ def test_casting_keeps_the_rest_and_the_largest_numbers() -> None:
     assert found["a"][1][1] is None
     assert found["a"][1][0].dtype == ROUGH
     assert bool(torch.isfinite(found["a"][1][0]).all())
+
+
+def test_a_few_prompts_are_compared_with_whole_passes(monkeypatch: pytest.MonkeyPatch) -> None:
+    llm = resident("llama")
+    prompts = [prompt((4, 4, 7, *[5] * (i % 5), 8), (5,) * (1 + i % 3)) for i in range(12)]
+    # At the beginning, at the end, longest, and with the longest end.
+    prompts[5] = prompt((4, 4, 7, *[5] * 9, 8), (5,))
+    prompts[7] = prompt((4, 4, 7, 5), (5,) * 9)
+    seen: list[list[EncodedPrompt]] = []
+    own = WholePrompts.measured
+
+    def note(self: WholePrompts) -> Tensor:
+        seen.append(list(self.prompts))
+        return own(self)
+
+    monkeypatch.setattr(WholePrompts, "measured", note)
+    positions = [2] * 7 + [0] + [2] * 4
+    nudges = Nudges(llm, prompts, positions, LAYERS)
+    assert isinstance(nudges._run, Ends)
+    assert seen == [[prompts[i] for i in (0, 5, 7, 11)]]
+    vectors = [normal(i, 12, llm.shapes[layer][1]) for i, layer in enumerate(LAYERS)]
+    wanted = whole_of(resident("llama"), prompts, positions, vectors)
+    torch.testing.assert_close(nudges.losses(vectors), wanted, atol=1e-4, rtol=1e-4)
+
+
+def whole_of(
+    llm: ResidentLLM,
+    prompts: Sequence[EncodedPrompt],
+    positions: Sequence[int],
+    vectors: Sequence[Tensor],
+) -> Tensor:
+    """Losses by whole passes, whatever way of running prompts this model allows."""
+    llm.upper.run_ends.update(
+        {(torch.float32, packed): Compared(wrong=0) for packed in (True, False)}
+    )
+    nudges = Nudges(llm, prompts, positions, LAYERS)
+    assert isinstance(nudges._run, WholePrompts)
+    return nudges.losses(vectors)
