@@ -308,3 +308,34 @@ def test_a_sentence_is_compared_with_the_prompts_of_its_own_answer() -> None:
     # An earlier fact that is answered already would make every sentence seem far from asking it.
     sure = llm.encoder.with_subject(llm.encode(text, "w30"), text, "w9")
     assert left(llm, replace(target, prompts=(*target.prompts, sure))) == everything
+
+
+def test_many_facts_are_sought_a_few_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    llm = model()
+    mlps, form = neuron(llm).mlps, replace(FORM, keeping=1.0, steps=3)
+    facts = [keeping(llm), targets(llm)[0], keeping(llm, SENTENCES[2:])]
+    together = seek(llm, mlps, facts, form)
+    number, own = [], neuron_search._Search.__init__
+
+    def note(self: Any, *args: Any) -> None:
+        number.append(len(args[2]))
+        own(self, *args)
+
+    monkeypatch.setattr(neuron_search._Search, "__init__", note)
+    monkeypatch.setattr(neuron_search, "AT_ONCE", 2)
+    torch.testing.assert_close(seek(llm, mlps, facts, form), together, rtol=1e-3, atol=1e-3)
+    assert number == [2, 1]
+
+
+def test_sentences_share_no_batch_with_a_long_prompt(monkeypatch: pytest.MonkeyPatch) -> None:
+    llm = model()
+    target = keeping(llm)
+    form, kinds = replace(FORM, keeping=1.0, steps=3), []
+    found = []
+    for longest in (100, 3):
+        monkeypatch.setattr(neuron_search, "_LONGEST", longest)
+        search = neuron_search._Search(llm, neuron(llm).mlps, [target], form)
+        kinds.append(set(search._asked.kinds))
+        found.append(search.descend(0.0)[0])
+    assert kinds == [{0, 1}, {0, 1, 2, 3}]
+    torch.testing.assert_close(found[0], found[1], rtol=1e-3, atol=1e-3)
