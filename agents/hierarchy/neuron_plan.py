@@ -40,7 +40,7 @@ _USUAL = 0.9
 _ABOVE = 0.05
 
 #: What the usual threshold is multiplied by where a neuron has read the subject in its own prompts
-#: alone, neither in other sentences nor behind other words.
+#: alone, neither in rewordings nor behind other words.
 #: SmolLM2, block 7: paraphrases score less than 0.75 for 22 % of such neurons, for 3 % of others.
 _UNSURE = 2 / 3
 
@@ -76,7 +76,7 @@ class Target:
         home: Index of its MLP.
         prompts: What is to be answered with it, earlier facts about the same subject last.
         shape: When it fires.
-        rewordings: The fact in other sentences, which the value is sought for as well.
+        rewordings: The fact in other words, which the value is sought for as well.
         kept: Sentences that ask something else about the subject, up to it; what follows stands as
             their answers. In them the model is to say what it says without the neuron.
     """
@@ -94,11 +94,11 @@ class _Rows:
     """What one MLP reads, each … × d float32.
 
     Args:
-        own: Where a neuron is to fire, in the prompts and in other sentences.
+        own: Where a neuron is to fire, in the prompts and in rewordings.
         others: At the other tokens of the same prompts.
         named: At other names that end in the subject's last token, or that are asked the same.
         alike: In earlier facts and their answers, at tokens that it would fire at.
-        reworded: Whether there are other sentences among them.
+        reworded: Whether there are rewordings among them.
     """
 
     own: Tensor
@@ -121,7 +121,7 @@ class ShapeForm:
         threshold, sharpness: As of :class:`NeuronShape`.
         names: Largest number of other names that each is kept from.
         widest: Largest spread of a score at that threshold, over 1/√d.
-        reworded: Whether neurons are made for other sentences of their facts as well.
+        reworded: Whether neurons are made for rewordings of their facts as well.
         kept: Whether what is said otherwise about their subjects is kept.
     """
 
@@ -269,7 +269,7 @@ class Planner:
         taken: Sequence[EncodedPrompt],
         read: Sequence[EncodedPrompt] = (),
     ) -> tuple[EncodedPrompt, ...]:
-        """The facts of some prompts in other sentences, in the forms of these prompts.
+        """The facts of some prompts in other words, in the forms of these prompts.
 
         Args:
             units: All prompts by fact.
@@ -358,7 +358,7 @@ class Planner:
             others.append(known.mean + rows.own - rows.own.mean(0))
         detector = known.detector(rows.own, torch.cat(others))
         lowest = float(detector.scores(rows.own).min())
-        # Without other sentences, it is not known how much less the subject scores in them.
+        # Without rewordings, it is not known how much less the subject scores in them.
         usual = form.threshold * (1 if rows.reworded else _UNSURE)
         threshold = min(usual, max(usual * lowest / _USUAL, LOWEST))
         for _, found in kept:

@@ -178,32 +178,34 @@ class _Search:
             waiting[i, : len(parts)] = sought is None or bool(sought[i])
         kept = self._kept if keeping else None
         # What keeps sentences waits for each part of them too.
-        other = waiting.new_zeros(number, KEPT_PARTS)
+        changed = waiting.new_zeros(number, KEPT_PARTS)
         if start is None and kept is not None:
-            other |= waiting.any(1)[:, None] & kept.has
+            changed |= waiting.any(1)[:, None] & kept.has
         # The same noise for a fact, whatever is sought with it or was sought before.
         generators = [torch.Generator().manual_seed(0) for _ in range(number)]
         numbers = torch.tensor([len(parts) for parts in self._parts], device=device)
         limits = form.steps * numbers
         # After its last step, every part of a fact is looked at once more.
         for turn in range((form.steps + 1) * PARTS):
-            running = (waiting.any(1) | other.any(1)) & (turn < limits + numbers)
+            running = (waiting.any(1) | changed.any(1)) & (turn < limits + numbers)
             if not bool(running.any()):
                 break
             facts, stepping = running.nonzero()[:, 0].tolist(), running & (turn < limits)
             looked = stepping.nonzero()[:, 0].tolist() if kept is not None else []
-            losses, wrong, off = self._run(vectors, facts, looked, turn, noise, generators)
+            losses, wrong, divergences = self._run(vectors, facts, looked, turn, noise, generators)
             for i in facts:
                 waiting[i, turn % len(self._parts[i])] = wrong[i]
             moving = wrong & stepping
             losses = torch.where(moving, losses, 0.0)
             if kept is not None:
                 # From a start on, what is answered stays.
-                differs = ~(off.detach() <= SAME) & (moving if start is not None else stepping)
+                differs = ~(divergences.detach() <= SAME) & (
+                    moving if start is not None else stepping
+                )
                 if start is None:
-                    other[running, turn % KEPT_PARTS] = differs[running]
+                    changed[running, turn % KEPT_PARTS] = differs[running]
                 moving = moving | differs
-                losses = losses + form.keeping * torch.where(differs, off, 0.0)
+                losses = losses + form.keeping * torch.where(differs, divergences, 0.0)
             if not bool(moving.any()):
                 continue
             (gradient,) = torch.autograd.grad(losses[moving].sum(), vectors)
@@ -219,7 +221,7 @@ class _Search:
                 length = length * (1 - form.settling * self.keeps * done)
                 if start is None:
                     # What was looked at before this step has to be looked at again.
-                    other |= moving[:, None] & kept.has
+                    changed |= moving[:, None] & kept.has
             with torch.no_grad():
                 stepped = vectors - length[:, None] * speed
                 vectors.copy_(torch.where(far[:, None], vectors / 2, stepped))
@@ -270,10 +272,10 @@ class _Search:
         wrong = vectors.new_zeros(number).index_add(0, owners, (~right).float()) > 0
         sizes = torch.bincount(owners, minlength=number).clamp_min(1).float()
         losses = torch.zeros_like(sizes).index_add(0, owners, means) / sizes
-        off = torch.zeros_like(sizes)
+        divergences = torch.zeros_like(sizes)
         if more and self._kept is not None:
-            off = self._kept.divergences(logits[len(labels) :], more)
-        return losses, wrong, off
+            divergences = self._kept.divergences(logits[len(labels) :], more)
+        return losses, wrong, divergences
 
 
 def _numbered(

@@ -1,4 +1,4 @@
-"""A fact in other sentences, made without knowing what its sentence says.
+"""A fact in other words, made without knowing what its sentence says.
 
 What is sought for one sentence alone may lean on the words of that sentence. Where they stand in
 front of the subject, the subject's token has read them; in a sentence that begins with the subject
@@ -79,7 +79,7 @@ def questions(prompt: str, subject: str) -> tuple[str, ...]:
 def rewordings(
     encoder: PromptEncoder, prompts: Sequence[EncodedPrompt], forms: Sequence[AskedForm]
 ) -> list[EncodedPrompt]:
-    """A fact's prompt in other sentences, in some of the forms in which the fact is asked.
+    """A fact's prompt in other words, in some of the forms in which the fact is asked.
 
     With its subject first in every form, as questions in plain form, and as one in chat.
 
