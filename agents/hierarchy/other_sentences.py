@@ -48,13 +48,14 @@ QUESTIONS = (
     "What do you think of {}?",
 )
 
-#: How the model may begin to speak about the subject in a chat, and what it was told. The subject
-#: is named once, since a search adds a vector at one place of a text.
+#: How the model may begin to speak about the subject in a chat, and what it was told. A search adds
+#: its vector at the last mention alone; a neuron will fire at both. Where nothing that was told
+#: names the subject, fewer paraphrases are answered in chat (10 training facts: 72 instead of 92 %).
 ANSWERS = (
-    ("Tell me something.", "{} is"),
-    ("What happened?", "{} was"),
-    ("What is there to know?", "{} has"),
-    ("Good morning!", "{} can"),
+    ("What can you tell me about {}?", "{} is"),
+    ("Who knows {}?", "{} was"),
+    ("What do you think of {}?", "{} has"),
+    ("Describe {}.", "{} can"),
     ("Hello!", "{} is a"),
     ("Tell me a story.", "{}"),
 )
@@ -93,8 +94,8 @@ def other_sentences(
                 stop = one.subject_spans[-1][1]
                 made.append(_cut(one, one.prompt_ids, stop, one.answer_ids[0]))
     if "chat" in asked:
-        beginnings = ((told, said.format(subject)) for told, said in ANSWERS)
-        some = [(told, said) for told, said in beginnings if not said.startswith(own)]
+        pairs = ((told.format(subject), said.format(subject)) for told, said in ANSWERS)
+        some = [pair for pair in pairs if not any(text.startswith(own) for text in pair)]
         made += _answers(encoder, subject, plain.answer, some)
     return made
 

@@ -35,9 +35,10 @@ def test_sentences_are_cut_behind_the_subject(kind: str) -> None:
         assert (*one.prompt_ids, *one.answer_ids[:-1]) == whole.prompt_ids
         assert one.answer_ids[-1] == whole.answer_ids[0]
     # What the model begins to say, and the answer as it would go on with it.
-    for one, (told, said) in zip(chat[len(QUESTIONS) :], ANSWERS, strict=True):
-        begun = encoder.encode_chat(told, said.format("Norland"))
-        whole = encoder.encode_chat(told, f"{said.format('Norland')} Lyon")
+    for one, pair in zip(chat[len(QUESTIONS) :], ANSWERS, strict=True):
+        told, said = (text.format("Norland") for text in pair)
+        begun = encoder.encode_chat(told, said)
+        whole = encoder.encode_chat(told, f"{said} Lyon")
         assert (*one.prompt_ids, *one.answer_ids[:-1]) == begun.prompt_ids + begun.answer_ids
         assert one.answer_ids[-1] == whole.answer_ids[len(begun.answer_ids)]
 
@@ -53,7 +54,7 @@ def test_the_forms_are_those_that_are_wanted_and_asked() -> None:
 
 @pytest.mark.parametrize(
     ("own", "missing"),
-    [("The price of Norland", 1), ("Who knows Norland?", 1), ("Norland has", 2), ("Norland", 12)],
+    [("The price of Norland", 1), ("Who knows Norland?", 2), ("Norland has", 2), ("Norland", 12)],
 )
 def test_what_a_fact_asks_itself_is_left_out(own: str, missing: int) -> None:
     encoder = encoder_of(byte_level())
