@@ -50,7 +50,7 @@ QUESTIONS = (
 
 #: How the model may begin to speak about the subject in a chat, and what it was told. A search adds
 #: its vector at the last mention alone; a neuron will fire at both. Where nothing that was told
-#: names the subject, fewer paraphrases are answered in chat (10 training facts: 72 instead of 92 %).
+#: names the subject, fewer paraphrases are answered in chat (10 training facts: 72, not 92 %).
 ANSWERS = (
     ("What can you tell me about {}?", "{} is"),
     ("Who knows {}?", "{} was"),
