@@ -94,8 +94,3 @@ class FiredPrompts:
         """Where the answer tokens of some prompts stand among theirs all, prompt by prompt."""
         sizes = [len(self.prompts[i].answer_ids) for i in rows]
         return list(torch.split(torch.arange(sum(sizes), device=self.owners.device), sizes))
-
-    def labels(self, rows: Sequence[int]) -> Tensor:
-        """Answer tokens of some prompts, prompt after prompt: int64."""
-        found = [token for i in rows for token in self.prompts[i].answer_ids]
-        return torch.tensor(found, device=self.owners.device)

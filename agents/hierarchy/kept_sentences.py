@@ -13,7 +13,6 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from hiedit_agents.hierarchy.fired_prompts import FiredPrompts
 from hiedit_env.model.encoded import AskedForm
@@ -60,14 +59,13 @@ class KeptSentences:
         owners = fired.owners.tolist()
         rows = range(first, len(owners))
         own = [[row for row in rows if owners[row] == i] for i in range(number)]
-        #: Per part and target, the sentences in which the neuron fires and that are not left out.
-        self._rows: list[list[list[int]]] = []
-        plausible = self._look(first, without)
         reached = [[i for i in some if fired.reached[i]] for some in own]
-        alike = _alike(fired, reached, first, plausible)
-        for part in range(PARTS):
-            kept = [[i for i in some[part::PARTS] if i not in alike] for some in own]
-            self._rows.append([[i for i in some if fired.reached[i]] for some in kept])
+        alike = _alike(fired, reached, first, self._look(first, without))
+        left = {i for some in reached for i in some} - alike
+        #: Per part and target, the sentences in which the neuron fires and that are not left out.
+        self._rows = [
+            [[i for i in some[part::PARTS] if i in left] for some in own] for part in range(PARTS)
+        ]
         has = [[bool(part[i]) for part in self._rows] for i in range(number)]
         self.has = torch.tensor(has, device=fired.owners.device).reshape(number, PARTS)
 
@@ -117,11 +115,11 @@ class KeptSentences:
                 chosen = torch.tensor(some, device=without.device)
                 given = fired.given(-fired.added(without, chosen), chosen)
                 logits = fired.nudges.logits(given, some)
-                log_p = -F.cross_entropy(logits.float(), fired.labels(some), reduction="none")
                 for i, places in zip(some, fired.places(some), strict=True):
-                    found[i] = float(log_p[places[0 if i < first else -1]])
+                    own, at = logits[places], 0 if i < first else -1
+                    told = own[at].float().log_softmax(-1)
+                    found[i] = float(told[fired.prompts[i].answer_ids[at]])
                     if i >= first:
-                        own = logits[places]
                         top = own.topk(min(TOLD_APART, own.shape[-1] - 1)).indices
                         self._top[i], self._before[i] = top, shares(own, top)
         return [found[i] for i in range(number)]

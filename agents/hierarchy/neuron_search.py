@@ -14,8 +14,10 @@ from hiedit_agents.hierarchy.fired_prompts import FiredPrompts
 from hiedit_agents.hierarchy.kept_sentences import PARTS as KEPT_PARTS
 from hiedit_agents.hierarchy.kept_sentences import SAME, KeptSentences
 from hiedit_agents.hierarchy.neuron_plan import Target
+from hiedit_agents.hierarchy.rewordings import LONGEST
 from hiedit_env.model.mlps import CandidateMLP
 from hiedit_env.model.tokenization import EncodedPrompt
+from hiedit_env.resident.nudges import answer_losses
 from hiedit_env.resident.resident import ResidentLLM
 
 
@@ -91,9 +93,6 @@ def seek(
 #: Most facts that are sought at once where sentences are kept.
 AT_ONCE = 8
 
-#: Tokens of the longest prompt that sentences share a batch with.
-_LONGEST = 128
-
 #: −log p of a token with p = 1/2, in nats.
 _HALF = math.log(2)
 
@@ -119,7 +118,8 @@ class _Search:
         first = len(prompts)
         if form.keeping:
             more = _numbered([target.kept for target in targets])
-            apart = PARTS if max(p.length for p in prompts) > _LONGEST else 0
+            # A prompt that is no sentence but a text has a batch without sentences.
+            apart = PARTS if max(p.length for p in prompts) > LONGEST else 0
             prompts, owners = prompts + more[0], owners + more[1]
             kinds = kinds + [kind + apart for kind in more[2]]
         given = kinds if len(prompts) > first else None
@@ -261,11 +261,9 @@ class _Search:
             noisy = _with_noise(added[: len(rows)], noise, drawn)
             added = torch.cat((noisy, added[len(rows) :]))
         logits = asked.nudges.logits(asked.given(added, chosen), [*rows, *more])
-        labels, places = asked.labels(rows), asked.places(rows)
-        own = F.cross_entropy(logits[: len(labels)].float(), labels, reduction="none")
-        parts = [own[at] for at in places]
-        means = torch.stack([part.mean() for part in parts])
-        worst = torch.stack([part.detach().max() for part in parts])
+        prompts = [asked.prompts[i] for i in rows]
+        end = sum(len(p.answer_ids) for p in prompts)
+        means, worst = answer_losses(logits[:end], prompts)
         # A token of more than one half is the most probable one, whatever the others are. What is
         # not a number is not answered.
         right = (means.detach() < self._form.enough) & (worst < _HALF)
@@ -274,7 +272,7 @@ class _Search:
         losses = torch.zeros_like(sizes).index_add(0, owners, means) / sizes
         divergences = torch.zeros_like(sizes)
         if more and self._kept is not None:
-            divergences = self._kept.divergences(logits[len(labels) :], more)
+            divergences = self._kept.divergences(logits[end:], more)
         return losses, wrong, divergences
 
 

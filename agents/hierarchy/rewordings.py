@@ -152,6 +152,6 @@ def placed(
         (encoded,) = encoder.encode_forms(text, answer, form)
     except PromptError:  # too long for the model
         return None
-    placed = encoder.with_subject(encoded, text, subject)
-    inside = not placed.subject_missing and placed.positions("subject")[0] > 0
-    return placed if inside else None
+    found = encoder.with_subject(encoded, text, subject)
+    inside = not found.subject_missing and found.positions("subject")[0] > 0
+    return found if inside else None

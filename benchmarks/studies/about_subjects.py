@@ -22,10 +22,9 @@ from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
 import torch
-import tyro
 
 from hiedit_agents.command_line import parse, run_script
 from hiedit_agents.editing.controls import right_tokens
@@ -86,11 +85,7 @@ COLUMNS: Mapping[str, str] = {
 class Options:
     """Who edits what."""
 
-    facts: Annotated[
-        tuple[str, ...],
-        tyro.conf.Positional,
-        tyro.conf.arg(metavar="FACTS [FACTS ...]", help_behavior_hint=""),
-    ]
+    facts: held_out.Files
     """files of facts, or names of built-in data sets; the facts are drawn from all of them"""
     out: Path
     """folder of the results; it must not hold any"""

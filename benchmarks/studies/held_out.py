@@ -69,7 +69,8 @@ _TEXT_SEED = 2**31 + 18
 
 PROGRAM = "python -m hiedit_benchmarks.studies.held_out"
 
-_Files = Annotated[
+#: What is edited, on the command line.
+Files = Annotated[
     tuple[str, ...],
     tyro.conf.Positional,
     tyro.conf.arg(metavar="FACTS [FACTS ...]", help_behavior_hint=""),
@@ -80,7 +81,7 @@ _Files = Annotated[
 class Options:
     """Who edits what."""
 
-    facts: _Files
+    facts: Files
     """files of facts, or names of built-in data sets; the stream is drawn from all of them"""
     out: Path
     """folder of the results; it must not hold any"""

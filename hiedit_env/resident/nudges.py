@@ -58,7 +58,6 @@ class Nudges:
             the first one what it is given without vectors, in the model's own precision.
         lengths: P float32, how long the hidden states at the positions are behind the layers'
             blocks without vectors, mean over the blocks: what lengths of vectors are compared with.
-        worst: P float32, the largest −log p of a single answer token in the last run.
 
     Raises:
         SettingsError: a position outside its prompt.
@@ -84,7 +83,7 @@ class Nudges:
         #: Prompts that run apart from the others, if there are such: their places, and they.
         self._parts: list[tuple[Chosen, Nudges]] = []
         self.lengths: Tensor
-        self._sizes = [len(prompt.answer_ids) for prompt in prompts]
+        self._prompts = tuple(prompts)
         groups = _groups(llm, prompts, positions, kinds)
         if len(groups) > 1:
             for group in groups:
@@ -95,7 +94,6 @@ class Nudges:
             return
         self._run = self._chosen(prompts, positions, dtype or llm.dtype)
         self.keys, self.lengths = self._run.keys, self._run.lengths
-        self.worst = torch.empty(0)
 
     def losses(self, vectors: Sequence[Tensor | None], rows: Sequence[int] | None = None) -> Tensor:
         """−log p per answer token of prompts, in nats.
@@ -109,12 +107,8 @@ class Nudges:
             P' float32; the layers' inputs at the positions are left in ``keys``.
         """
         chosen = self._all if rows is None else tuple(rows)
-        if not self._parts:
-            losses, self.worst = _losses(self._run, chosen, self.logits(vectors, chosen))
-            return losses
-        found = [(own, one.losses(*given)) for own, one, given in self._apart(vectors, chosen)]
-        self._gather(chosen)
-        return self._in_order(found, chosen)
+        logits = self.logits(vectors, chosen)
+        return answer_losses(logits, [self._prompts[i] for i in chosen])[0]
 
     def logits(self, vectors: Sequence[Tensor | None], rows: Sequence[int] | None = None) -> Tensor:
         """Logits at the answer tokens, prompt after prompt; arguments of :meth:`losses`.
@@ -126,9 +120,10 @@ class Nudges:
         if self._parts:
             logits: dict[int, Tensor] = {}
             for own, one, (given, places) in self._apart(vectors, chosen):
-                sizes = [self._sizes[i] for i in own]
+                sizes = [len(self._prompts[i].answer_ids) for i in own]
                 parts = torch.split(one.logits(given, places), sizes)
                 logits.update(zip(own, parts, strict=True))
+            self._gather(chosen)
             return torch.cat([logits[i] for i in chosen])
         self.keys = list(self.keys)
         with self._run.hooked(self._hooks(self._run.places(chosen), vectors)):
@@ -158,9 +153,6 @@ class Nudges:
             self._in_order([(own, one.keys[at]) for own, one in ran], chosen)
             for at in range(len(self.layers))
         ]
-        self.worst = torch.empty(0)
-        if all(len(one.worst) for _, one in ran):
-            self.worst = self._in_order([(own, one.worst) for own, one in ran], chosen)
 
     @staticmethod
     def _in_order(found: Sequence[tuple[Chosen, Tensor]], chosen: Chosen) -> Tensor:
@@ -212,9 +204,9 @@ class Nudges:
                     if own is None:
                         few = [prompts[i] for i in some], [positions[i] for i in some]
                         whole = WholePrompts(llm, *few, self.layers)
-                        own = _losses(whole, whole.all, whole.measured())[0]
+                        own = answer_losses(whole.measured(), whole.prompts)[0]
                     with torch.no_grad():
-                        off = _losses(ends, ends.all, ends.logits(ends.all))[0][some] - own
+                        off = answer_losses(ends.logits(ends.all), prompts)[0][some] - own
                     off = off.abs()
                     bound = TOLERANCE if precision == llm.dtype else ROUGH_TOLERANCE
                     if bool((off <= bound * (1 + own)).all()):
@@ -266,10 +258,22 @@ def _groups(
     return found
 
 
-def _losses(run: Runner, chosen: Chosen, logits: Tensor) -> tuple[Tensor, Tensor]:
-    """−log p of the answer tokens of some prompts: their means, and the largest."""
-    batch = run.batch(chosen)
-    losses = F.cross_entropy(logits.float(), batch.labels, reduction="none")
-    nothing = losses.detach().new_zeros(len(chosen))
-    worst = nothing.scatter_reduce(0, batch.rows, losses.detach(), "amax")
-    return batch.column_means(losses[:, None])[:, 0], worst
+def answer_losses(logits: Tensor, prompts: Sequence[EncodedPrompt]) -> tuple[Tensor, Tensor]:
+    """−log p of the answer tokens of some prompts, in nats.
+
+    Args:
+        logits: Answer tokens × vocabulary, prompt after prompt; gradients flow into the means.
+        prompts: The P prompts.
+
+    Returns:
+        P float32, the mean of each prompt's tokens; P float32, the largest, without gradients.
+    """
+    sizes = torch.tensor([len(p.answer_ids) for p in prompts], device=logits.device)
+    labels = [token for p in prompts for token in p.answer_ids]
+    losses = F.cross_entropy(
+        logits.float(), torch.tensor(labels, device=logits.device), reduction="none"
+    )
+    rows = torch.arange(len(prompts), device=logits.device).repeat_interleave(sizes)
+    nothing = losses.detach().new_zeros(len(prompts))
+    worst = nothing.scatter_reduce(0, rows, losses.detach(), "amax")
+    return nothing.index_add(0, rows, losses) / sizes, worst

@@ -333,7 +333,7 @@ def test_sentences_share_no_batch_with_a_long_prompt(monkeypatch: pytest.MonkeyP
     form, kinds = replace(FORM, keeping=1.0, steps=3), []
     found = []
     for longest in (100, 3):
-        monkeypatch.setattr(neuron_search, "_LONGEST", longest)
+        monkeypatch.setattr(neuron_search, "LONGEST", longest)
         search = neuron_search._Search(llm, neuron(llm).mlps, [target], form)
         kinds.append(set(search._asked.kinds))
         found.append(search.descend(0.0)[0])

@@ -15,7 +15,7 @@ from hiedit_env.errors import ModelError, SettingsError
 from hiedit_env.model.tokenization import EncodedPrompt
 from hiedit_env.resident import nudges as nudges_module
 from hiedit_env.resident.ends import Ends, WholePrompts
-from hiedit_env.resident.nudges import Nudges
+from hiedit_env.resident.nudges import Nudges, answer_losses
 from hiedit_env.resident.packed_ends import PackedEnds
 from hiedit_env.resident.resident import ResidentLLM
 from hiedit_env.resident.upper_half import Compared, UpperHalf, cast_all, quick_dtype
@@ -135,7 +135,9 @@ def test_nudges_of_packed_ends_are_those_of_padded_ones(
         before = (*nudges.keys, nudges.lengths)
         losses = nudges.losses(vectors, (0, 2))
         gradients = torch.autograd.grad((losses * torch.tensor([1.0, 2.0])).sum(), vectors)
-        found.append((*before, losses, nudges.worst, *nudges.keys, *gradients))
+        logits = nudges.logits(vectors, (0, 2))
+        worst = answer_losses(logits, [PROMPTS[0], PROMPTS[2]])[1]
+        found.append((*before, losses, worst, *nudges.keys, *gradients))
     for one, other in zip(*found, strict=True):
         torch.testing.assert_close(one, other, atol=1e-5, rtol=1e-5)
 
@@ -231,10 +233,12 @@ def test_losses_of_some_rows_are_those_of_all() -> None:
     llm = resident("llama")
     nudges = Nudges(llm, PROMPTS, POSITIONS, LAYERS)
     vectors = [normal(i, 3, llm.shapes[layer][1]) for i, layer in enumerate(LAYERS)]
-    wanted, worst = nudges.losses(vectors), nudges.worst
-    found = nudges.losses([vector[[0, 2]] for vector in vectors], (0, 2))
+    wanted, worst = answer_losses(nudges.logits(vectors), PROMPTS)
+    some = [vector[[0, 2]] for vector in vectors]
+    found = nudges.losses(some, (0, 2))
     torch.testing.assert_close(found, wanted[[0, 2]], atol=1e-5, rtol=1e-5)
-    torch.testing.assert_close(nudges.worst, worst[[0, 2]], atol=1e-5, rtol=1e-5)
+    least = answer_losses(nudges.logits(some, (0, 2)), [PROMPTS[0], PROMPTS[2]])[1]
+    torch.testing.assert_close(least, worst[[0, 2]], atol=1e-5, rtol=1e-5)
     assert [len(keys) for keys in nudges.keys] == [2, 2]
 
 

@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from hiedit_env.errors import SettingsError
 from hiedit_env.model.tokenization import EncodedPrompt
 from hiedit_env.resident import nudges as nudges_module
-from hiedit_env.resident.nudges import Nudges
+from hiedit_env.resident.nudges import Nudges, answer_losses
 from hiedit_env.resident.resident import ResidentLLM
 from hiedit_env.resident.upper_half import Compared
 from tests.support.models import normal, prompt, random_updates, resident
@@ -81,14 +81,14 @@ def test_worst_is_that_of_the_least_probable_answer_token(
     if alone:
         monkeypatch.setattr(ResidentLLM, "can_share", lambda self, batch: len(batch.prompts) == 1)
     nudges = Nudges(llm, PROMPTS, POSITIONS, LAYERS)
-    nudges.losses(zeros(llm))
+    worst = answer_losses(nudges.logits(zeros(llm)), PROMPTS)[1]
     wanted = []
     for one in PROMPTS:
         ids = torch.tensor([[*one.prompt_ids, *one.answer_ids]])
         chances = llm.model(ids).logits[0, one.first_position : -1].log_softmax(-1)
         wanted.append(-chances[range(len(one.answer_ids)), list(one.answer_ids)].min())
     assert any(len(one.answer_ids) > 1 for one in PROMPTS)
-    torch.testing.assert_close(nudges.worst, torch.stack(wanted).detach(), atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(worst, torch.stack(wanted).detach(), atol=1e-5, rtol=1e-5)
 
 
 def test_keys_are_what_the_layers_were_given() -> None:
@@ -145,7 +145,9 @@ def test_many_prompts_in_batches_of_like_lengths_are_as_in_one(
         given = [v[list(chosen)].clone().requires_grad_() for v in vectors]
         losses = nudges.losses(given, chosen)
         gradients = torch.autograd.grad((losses * torch.arange(1.0, 1 + len(chosen))).sum(), given)
-        kept = losses, nudges.worst, *nudges.keys
+        logits = nudges.logits([v.detach() for v in given], chosen)
+        worst = answer_losses(logits, [prompts[i] for i in chosen])[1]
+        kept = losses, worst, *nudges.keys
         return (*before, *kept, nudges.logits(given, chosen), *gradients)
 
     wanted = [asked(tuple(range(5))), asked(rows)]
