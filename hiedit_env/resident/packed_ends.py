@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, cast
+from dataclasses import dataclass
+from typing import Any, Self, cast
 
 import torch
 from torch import Tensor, nn
@@ -20,8 +21,87 @@ from hiedit_env.resident.split_model import through
 #: block, at 576 features; with more features they are more, in proportion.
 PAIRS = 3000
 
-#: Most tokens of whole prompts in one row: the first pass multiplies and masks all pairs of them.
+#: Most tokens in one row: the first pass multiplies and masks all pairs of them.
 LONGEST_ROW = 1024
+
+
+@dataclass(frozen=True, eq=False, slots=True)
+class Row:
+    """Prompts as one row of N tokens: what stands ahead of their ends, and the ends behind it.
+
+    Prompts that begin alike, as in one chat template, share the tokens of their beginning.
+
+    Args:
+        ids: N tokens.
+        order: N, their positions in their prompts.
+        ahead: Per prompt, places in the row of the tokens ahead of its end, int64.
+        ends: Per prompt, places of its end's tokens, int64.
+    """
+
+    ids: tuple[int, ...]
+    order: tuple[int, ...]
+    ahead: tuple[Tensor, ...]
+    ends: tuple[Tensor, ...]
+
+    @classmethod
+    def of(cls, prompts: Sequence[EncodedPrompt], positions: Sequence[int]) -> Self:
+        """The row of some prompts, whose ends begin at these positions.
+
+        >>> some = [EncodedPrompt("", "", (7, 8, token), (1, 2)) for token in (5, 6)]
+        >>> row = Row.of(some, (2, 1))
+        >>> row.ids, row.order
+        ((7, 8, 5, 1, 8, 6, 1), (0, 1, 2, 3, 1, 2, 3))
+        >>> [places.tolist() for places in (*row.ahead, *row.ends)]
+        [[0, 1], [0], [2, 3], [4, 5, 6]]
+        """
+        # By the token before and the token itself: what is the same up to here is there once.
+        places: dict[tuple[int, int], int] = {}
+        chains: list[list[int]] = []
+        order: list[int] = []
+        for prompt, at in zip(prompts, positions, strict=True):
+            chains.append([])
+            for place, token in enumerate(prompt.input_ids[:at]):
+                key = chains[-1][-1] if place else -1, token
+                if key not in places:
+                    places[key] = len(places)
+                    order.append(place)
+                chains[-1].append(places[key])
+        ids, ends = [token for _, token in places], []
+        for prompt, at in zip(prompts, positions, strict=True):
+            ends.append(torch.arange(len(ids), len(ids) + prompt.length - at))
+            ids += prompt.input_ids[at:]
+            order += range(at, prompt.length)
+        ahead = tuple(torch.tensor(chain, dtype=torch.int64) for chain in chains)
+        return cls(tuple(ids), tuple(order), ahead, tuple(ends))
+
+    @property
+    def shared(self) -> int:
+        """Number of tokens ahead of the ends; they come first."""
+        return len(self.ids) - sum(map(len, self.ends))
+
+    def mask(self, rows: Tensor, columns: Tensor, dtype: torch.dtype) -> Tensor:
+        """What some tokens see of some others: those of their own prompts, up to themselves.
+
+        Args:
+            rows: T places.
+            columns: S places.
+            dtype: Of the mask.
+
+        Returns:
+            1 × 1 × T × S, 0 where seen, else the least number.
+
+        >>> some = [EncodedPrompt("", "", (7, token), (1, 2)) for token in (5, 6)]
+        >>> row = Row.of(some, (1, 1))
+        >>> (row.mask(torch.arange(1, 5), torch.arange(5), torch.float32)[0, 0] == 0).int().tolist()
+        [[1, 1, 0, 0, 0], [1, 1, 1, 0, 0], [1, 0, 0, 1, 0], [1, 0, 0, 1, 1]]
+        """
+        seen = torch.zeros(len(self.ids), len(self.ids), dtype=torch.bool)
+        for ahead, end in zip(self.ahead, self.ends, strict=True):
+            own = torch.cat((ahead, end))
+            seen[own[:, None], own] |= torch.ones(len(own), len(own), dtype=torch.bool).tril()
+        mask = torch.zeros(len(rows), len(columns), dtype=dtype)
+        hidden = ~seen[rows][:, columns]
+        return mask.masked_fill(hidden, torch.finfo(dtype).min)[None, None]
 
 
 def packing_pays(prompts: Sequence[EncodedPrompt], positions: Sequence[int]) -> bool:
@@ -35,10 +115,11 @@ def packing_pays(prompts: Sequence[EncodedPrompt], positions: Sequence[int]) -> 
     >>> packing_pays([short, EncodedPrompt("a", "b", (1,) * LONGEST_ROW, (2,))], [1, 1])
     False
     """
-    if sum(prompt.length for prompt in prompts) > LONGEST_ROW:
+    row = Row.of(prompts, positions)
+    if len(row.ids) > LONGEST_ROW:
         return False
-    sizes = [prompt.length - at for prompt, at in zip(prompts, positions, strict=True)]
-    packed, ahead = sum(sizes), sum(positions)
+    sizes, ahead = [len(end) for end in row.ends], row.shared
+    packed = sum(sizes)
     padded = len(sizes) * max(sizes)
     pairs = packed * (ahead + packed) - padded * (max(positions) + max(sizes))
     return ahead > 0 and packed + pairs / PAIRS < padded
@@ -70,19 +151,18 @@ class PackedEnds(Ends):
         return [self.prompts[i].length - self.positions[i] for i in chosen]
 
     def _part(self, chosen: Chosen) -> Part:
-        ahead, sizes = [self.positions[i] for i in chosen], self._sizes(chosen)
-        of_ends, of_ahead = self._rows(self._sizes(self.all)), self._rows(self.positions)
-        ends = torch.cat([of_ends[i] for i in chosen])
-        before = torch.cat([of_ahead[i] for i in chosen])
+        row, device = self._all_tokens, self.llm.device
+        ends = torch.cat([row.ends[i] for i in chosen])
+        before: Tensor = torch.cat([row.ahead[i] for i in chosen]).unique()  # type: ignore[no-untyped-call]
         known = [(k[:, :, before], v[:, :, before]) for k, v in self._known]
-        ids = [t for i in chosen for t in self.prompts[i].input_ids[self.positions[i] :]]
-        order = [t for i in chosen for t in range(self.positions[i], self.prompts[i].length)]
-        mask = own_tokens(ahead, sizes, self._half.dtype).to(self.llm.device)
-        return self._made(self._hidden[:, ends], known, self._row(ids), mask, self._row(order))
+        mask = row.mask(ends, torch.cat((before, ends)), self._half.dtype).to(device)
+        ids, order = self._tokens(ends.tolist())
+        return self._made(self._hidden[:, ends - row.shared], known, ids, mask, order)
 
-    def _rows(self, sizes: Sequence[int]) -> tuple[Tensor, ...]:
-        """Of a row of parts of these sizes, the places of each part."""
-        return torch.split(torch.arange(sum(sizes), device=self.llm.device), list(sizes))
+    def _tokens(self, places: Sequence[int]) -> tuple[Tensor, Tensor]:
+        """Tokens at some places of the row, and their positions in their prompts: 1 × T each."""
+        row = self._all_tokens
+        return self._row([row.ids[i] for i in places]), self._row([row.order[i] for i in places])
 
     def _row(self, numbers: Sequence[int]) -> Tensor:
         return torch.tensor([numbers], dtype=torch.int64, device=self.llm.device)
@@ -97,18 +177,15 @@ class PackedEnds(Ends):
         lower = self._fresh(())
         if not all(type(layer) is DynamicLayer for layer in lower.layers):
             raise ModelError("a cache that drops tokens cannot hold those of several prompts")
-        lengths = [prompt.length for prompt in self.prompts]
-        firsts = [sum(lengths[:i]) for i in self.all]
-        places = [first + at for first, at in zip(firsts, self.positions, strict=True)]
+        self._all_tokens = row = Row.of(self.prompts, self.positions)
         last = max(self.llm.layers[layer].block for layer in self.layers)
-        entering, left = self._lower(lower, lengths, places, last)
-        pairs = list(zip(self._rows(lengths), self.positions, strict=True))
-        before = torch.cat([own[:at] for own, at in pairs])
+        entering, left = self._lower(lower, last)
         layers = cast(Sequence[Any], lower.layers)[: last + 1]
-        known = [(layer.keys[:, :, before], layer.values[:, :, before]) for layer in layers]
+        shared = slice(row.shared)
+        known = [(layer.keys[:, :, shared], layer.values[:, :, shared]) for layer in layers]
         if left is not None:
-            known += self._upper(left[:, before], last + 1)
-        return known, entering[:, torch.cat([own[at:] for own, at in pairs])]
+            known += self._upper(left[:, shared], last + 1)
+        return known, entering[:, row.shared :]
 
     def _upper(self, hidden: Tensor, first: int) -> list[tuple[Tensor, Tensor]]:
         """Keys and values of the tokens ahead in the blocks from one on.
@@ -117,12 +194,10 @@ class PackedEnds(Ends):
             hidden: 1 × tokens × hidden size, what enters the block.
             first: Its index in the model.
         """
-        cache, ahead = self._fresh(()), self.positions
-        pairs = list(zip(self.prompts, ahead, strict=True))
-        ids = self._row([token for prompt, at in pairs for token in prompt.input_ids[:at]])
-        order = self._row([place for at in ahead for place in range(at)])
-        mask = own_tokens([0] * len(ahead), ahead, self._half.dtype).to(self.llm.device)
+        cache, places = self._fresh(()), torch.arange(hidden.shape[1])
+        mask = self._all_tokens.mask(places, places, self._half.dtype).to(self.llm.device)
         skipped = first - self._half.first
+        ids, order = self._tokens(places.tolist())
         arguments = self._noted(ids, mask, order, cache)[skipped:]
         self._half.update(self.llm)
         with self._half.hooked(self.llm, {}):
@@ -130,17 +205,13 @@ class PackedEnds(Ends):
         layers = cast(Sequence[Any], cache.layers)[first:]
         return [(layer.keys, layer.values) for layer in layers]
 
-    def _lower(
-        self, cache: DynamicCache, lengths: Sequence[int], places: Sequence[int], last: int
-    ) -> tuple[Tensor, Tensor | None]:
+    def _lower(self, cache: DynamicCache, last: int) -> tuple[Tensor, Tensor | None]:
         """Runs all tokens up to the last block that a vector is added in.
 
         Sets ``keys`` and ``lengths``.
 
         Args:
             cache: An empty one, which is filled.
-            lengths: P, tokens of each prompt.
-            places: P, where the positions stand in the row.
             last: Index of that block.
 
         Returns:
@@ -156,45 +227,21 @@ class PackedEnds(Ends):
             raise _Reached(args[0])
 
         blocks, _ = block_list(self.llm.model)
-        ids = [token for prompt in self.prompts for token in prompt.input_ids]
-        order = [place for length in lengths for place in range(length)]
-        mask = own_tokens([0] * len(lengths), lengths, self.llm.dtype).to(self.llm.device)
-        given = self._row(ids), mask, cache, self._row(order)
+        row = self._all_tokens
+        places = torch.arange(len(row.ids))
+        mask = row.mask(places, places, self.llm.dtype).to(self.llm.device)
+        ids, order = self._tokens(places.tolist())
         left, handles = None, []
         try:
             handles.append(blocks[self._half.first].register_forward_pre_hook(note))
             if last + 1 < len(blocks):
                 handles.append(blocks[last + 1].register_forward_pre_hook(stop))
-            with self.llm.with_changes(), self._measured(places):
+            with self.llm.with_changes(), self._measured([int(end[0]) for end in row.ends]):
                 try:
-                    self._run(*given)
+                    self._run(ids, mask, cache, order)
                 except _Reached as reached:
                     left = reached.hidden
         finally:
             for handle in handles:
                 handle.remove()
         return entering[0], left
-
-
-def own_tokens(ahead: Sequence[int], sizes: Sequence[int], dtype: torch.dtype) -> Tensor:
-    """What tokens in a row of parts see: those ahead of their part, and it up to themselves.
-
-    Args:
-        ahead: Per part the number of tokens ahead of it, which stand in a row of their own.
-        sizes: Per part its number of tokens.
-        dtype: Of the mask.
-
-    Returns:
-        1 × 1 × tokens × (tokens ahead + tokens), 0 where seen, else the least number.
-
-    >>> (own_tokens((1, 2), (2, 1), torch.float32)[0, 0] == 0).int().tolist()
-    [[1, 0, 0, 1, 0, 0], [1, 0, 0, 1, 1, 0], [0, 1, 1, 0, 0, 1]]
-    """
-    parts = torch.arange(len(sizes))
-    own = parts.repeat_interleave(torch.tensor(sizes))
-    before = parts.repeat_interleave(torch.tensor(ahead))
-    places = torch.arange(len(own))
-    seen = (own[:, None] == own) & (places[:, None] >= places)
-    seen = torch.cat((own[:, None] == before, seen), 1)
-    mask = torch.zeros(seen.shape, dtype=dtype)
-    return mask.masked_fill(~seen, torch.finfo(dtype).min)[None, None]

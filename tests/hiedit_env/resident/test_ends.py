@@ -16,7 +16,7 @@ from hiedit_env.model.tokenization import EncodedPrompt
 from hiedit_env.resident import nudges as nudges_module
 from hiedit_env.resident.ends import Ends, WholePrompts
 from hiedit_env.resident.nudges import Nudges, answer_losses
-from hiedit_env.resident.packed_ends import PackedEnds
+from hiedit_env.resident.packed_ends import PackedEnds, Row
 from hiedit_env.resident.resident import ResidentLLM
 from hiedit_env.resident.upper_half import Compared, UpperHalf, cast_all, quick_dtype
 from tests.support.models import normal, prompt, random_updates, resident
@@ -65,6 +65,42 @@ def test_packed_ends_run_no_padding(monkeypatch: pytest.MonkeyPatch) -> None:
     assert seen == [(1, 9), (2, 5)]
 
 
+def test_prompts_that_begin_alike_share_their_beginning() -> None:
+    # The third one has the second token of the others at its place, but behind another one.
+    some = [
+        prompt((5, 6, 7, 8, 9), (3, 4)),
+        prompt((5, 6, 7, 8, 2), (6, 1)),
+        prompt((2, 6, 4), (3,)),
+    ]
+    positions = (4, 3, 2)
+    row = Row.of(some, positions)
+    assert row.ids == (5, 6, 7, 8, 2, 6, 9, 3, 8, 2, 6, 4)
+    assert row.order == (0, 1, 2, 3, 0, 1, 4, 5, 3, 4, 5, 2)
+    assert row.shared == 6
+    assert [own.tolist() for own in row.ahead] == [[0, 1, 2, 3], [0, 1, 2], [4, 5]]
+    assert [own.tolist() for own in row.ends] == [[6, 7], [8, 9, 10], [11]]
+    llm = resident("llama")
+    found = PackedEnds(llm, some, positions, LAYERS, torch.float32)
+    for chosen in ((0, 1, 2), (1, 2), (0, 1), (1,)):
+        wanted = torch.cat([llm.answer_logits(llm.batch([some[i]])) for i in chosen])
+        torch.testing.assert_close(found.logits(chosen), wanted, atol=5e-5, rtol=1e-5)
+
+
+def test_the_tokens_of_a_beginning_are_run_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    llm = resident("llama")
+    seen: list[tuple[int, ...]] = []
+    own = PackedEnds._run
+
+    def note(self: PackedEnds, ids: Tensor, *rest: Any) -> None:
+        seen.append(tuple(ids[0].tolist()))
+        own(self, ids, *rest)
+
+    monkeypatch.setattr(PackedEnds, "_run", note)
+    alike = [prompt((5, 6, 7, token), (3,)) for token in (8, 9, 2)]
+    PackedEnds(llm, alike, (3, 3, 3), LAYERS, torch.float32)
+    assert seen == [(5, 6, 7, 8, 9, 2)]
+
+
 def test_a_model_with_a_window_is_not_packed() -> None:
     # Which tokens a window lets through is up to places in the row, not in the prompt.
     with pytest.raises(ModelError, match="drops tokens"):
@@ -76,7 +112,7 @@ def hooks(llm: ResidentLLM) -> list[int]:
     return [len(m._forward_pre_hooks) + len(m._forward_hooks) for m in llm.model.modules()]
 
 
-@pytest.mark.parametrize("broken", ["own_tokens", "PackedEnds._run", "through"])
+@pytest.mark.parametrize("broken", ["Row.mask", "PackedEnds._run", "through"])
 def test_a_first_pass_that_fails_leaves_no_hooks(
     broken: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
