@@ -65,7 +65,10 @@ def _check(spec: AgentSpec, folder: Path | None, **levels: bool) -> None:
             own = AgentSpec.from_json(read_record(place))
             try:
                 replace(own, high_settings=given[0], low_settings=given[1]).check(**levels)
-            except SettingsError:
+            except SettingsError as refused:
+                # A wrong value is of a setting that these levels have.
+                if refused.__cause__ is not None:
+                    raise
                 continue
             return
         raise

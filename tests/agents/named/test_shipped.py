@@ -100,3 +100,9 @@ def test_settings_of_a_named_agent_are_those_of_the_levels_that_ship() -> None:
     env = gym.make("hiedit/LayerSelection-v1", num_edits=2)
     with pytest.raises(SettingsError, match="'rehearsal' has no argument 'swaps'"):
         agent.reset(env, seed=0)
+
+
+def test_a_wrong_value_is_named_with_the_level_that_ships() -> None:
+    # The preset's own low level does not have this setting.
+    with pytest.raises(SettingsError, match="'neuron': keeping='a': Input should be a valid num"):
+        make_agent("hiedit,keeping=a")
