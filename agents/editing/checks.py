@@ -30,7 +30,7 @@ class Checks:
             numbers infinite is rolled back in any case.
 
     Raises:
-        SettingsError: a share outside 0 to 1, or a negative number.
+        SettingsError: a share outside 0 to 1, a negative number, or a word for yes or no.
     """
 
     target: bool = True
@@ -41,6 +41,11 @@ class Checks:
 
     def __post_init__(self) -> None:
         whole_number(self.earlier, "earlier", 0)
+        for name in ("target", "roll_back"):
+            if not isinstance(getattr(self, name), bool):
+                raise SettingsError(
+                    f"{name} must be True or False, got {shown(getattr(self, name))}"
+                )
         for name in ("min_agreement", "max_lost"):
             value = getattr(self, name)
             if value is None and name == "min_agreement":

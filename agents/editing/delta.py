@@ -9,6 +9,7 @@ applied.
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Mapping
 from dataclasses import asdict
 from os import PathLike
@@ -21,7 +22,8 @@ from safetensors.torch import save
 from torch import Tensor, nn
 
 from hiedit_agents.editing.ledger_format import Base, base_of
-from hiedit_env.errors import LedgerError
+from hiedit_agents.editing.other_weights import OtherWeights
+from hiedit_env.errors import LedgerError, OutputError, ResultsExistError
 from hiedit_env.files import parse_json, write_bytes
 from hiedit_env.model.architectures import CandidateLayer
 from hiedit_env.resident.weights import EditableWeights
@@ -33,14 +35,19 @@ def write_delta(path: Path, base: Base, edited: Mapping[str, Tensor], fingerprin
     """Writes the edited matrices.
 
     Args:
-        path: The file.
+        path: The file; it must not exist.
         base: The unedited model.
         edited: Layer name → weight.
         fingerprint: Of the candidate weights as edited.
 
     Raises:
+        ResultsExistError: it is there.
         OutputError: it cannot be written.
     """
+    if os.path.lexists(path):
+        raise ResultsExistError(f"{path} exists; give another file")
+    if not path.parent.is_dir() or not path.name:
+        raise OutputError(f"{path} cannot be written: there is no folder {path.parent}")
     tensors = {f"{name}.weight": w.detach().cpu().contiguous() for name, w in edited.items()}
     metadata = {
         "format": DELTA_FORMAT, "base": json.dumps(asdict(base)), "fingerprint": fingerprint
@@ -78,6 +85,12 @@ def apply_delta(model: nn.Module, path: str | PathLike[str]) -> list[str]:
         raise LedgerError(
             f"{path} is for another model: its unedited weights have the fingerprint "
             f"{base.fingerprint}, this model's {found}; load {base.model!r} in {base.dtype}"
+        )
+    others = OtherWeights(model, weights.layers).fingerprint()
+    if base.others not in ("", others):
+        raise LedgerError(
+            f"{path} is for another model: the weights that no edit writes have the fingerprint "
+            f"{base.others}, this model's {others}; load {base.model!r} in {base.dtype}"
         )
     names = [layer.name for layer in base.layers if f"{layer.name}.weight" in edited]
     with torch.no_grad():

@@ -12,17 +12,26 @@ from typing import Any, Self
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from hiedit_agents.editing.adapter import AdapterReport
+from hiedit_agents.editing.arguments import (
+    form_for,
+    require_float32_default,
+    require_model,
+    require_settings,
+    texts_of,
+)
 from hiedit_agents.editing.checks import Checks, share
-from hiedit_agents.editing.controls import end_id, has_template
+from hiedit_agents.editing.controls import end_id
 from hiedit_agents.editing.export import ASKED, Saved, measure, save_adapter, save_delta, save_model
 from hiedit_agents.editing.facts import Fact, Facts, as_requests, warn_of_subjects
 from hiedit_agents.editing.found import FoundWeights
 from hiedit_agents.editing.held import for_editing
+from hiedit_agents.editing.in_place import different
 from hiedit_agents.editing.ledger import Ledger
 from hiedit_agents.editing.levels import HowToEdit, make_levels
 from hiedit_agents.editing.model_card import Measured
+from hiedit_agents.editing.other_weights import OtherWeights
 from hiedit_agents.editing.results import EditResult
-from hiedit_agents.editing.session import Session, different
+from hiedit_agents.editing.session import Session
 from hiedit_agents.editing.taken_up import open_ledger
 from hiedit_agents.registry import default_agent
 from hiedit_env.datasets.requests import Request
@@ -103,7 +112,11 @@ class Editor:
         memory_check: str | None = None,
         seed: int = 0,
     ) -> None:
+        require_model(model, tokenizer)
         share(max_error, "max_error")
+        numbers = {"layers_per_edit": layers_per_edit, "max_steps_per_edit": max_steps_per_edit}
+        require_settings(agent, checks, earlier, end_token, numbers, seed)
+        require_float32_default()
         name = str(model.name_or_path or "") if name is None else name
         chosen = agent or default_agent(name, layers, update_rule)
         self._how = HowToEdit(
@@ -115,12 +128,7 @@ class Editor:
             find = getattr(made, "candidate_layers", None)
             patterns = None if find is None else find(name)
         end = end_id(tokenizer, name, end_token)
-        form: PromptForm = prompt_form or ("both" if has_template(tokenizer) else "plain")
-        if form != "plain" and not has_template(tokenizer):
-            raise SettingsError(
-                f"prompt_form={form!r} needs a chat template, and the tokenizer has none; use "
-                "'plain', or an instruct model"
-            )
+        form = form_for(tokenizer, prompt_form)
         self.model, self.tokenizer, self.name = model, tokenizer, name
         self._closed = False
         self._lock = threading.RLock()
@@ -138,6 +146,8 @@ class Editor:
                 opened.ledger.close()
                 raise
         self._fingerprint = self.llm.weights_fingerprint()
+        self._others = OtherWeights(model, self.llm.layers)
+        self._version = self._others.version()
 
     @classmethod
     def from_pretrained(
@@ -270,11 +280,12 @@ class Editor:
 
         Raises:
             PromptError: a prompt that cannot be tokenised, or no chat template.
+            SettingsError: no texts, or a budget below 1.
         """
         with self._at_work():
-            texts = [prompts] if isinstance(prompts, str) else list(prompts)
+            texts, most = texts_of(prompts), whole_number(max_new_tokens, "max_new_tokens", 1)
             encoded = [self.llm.encoder.encode_chat(t, "x") if chat else t for t in texts]
-            return self.llm.generate(encoded, [max_new_tokens] * len(texts))
+            return self.llm.generate(encoded, [most] * len(texts))
 
     def measure(self, *, facts: int = ASKED) -> Measured:
         """Asks the model for the facts in place and for control prompts.
@@ -354,9 +365,10 @@ class Editor:
         """Writes the edited matrices alone; :func:`~.delta.apply_delta` puts them into the model.
 
         Args:
-            path: A file, such as ``edits.safetensors``.
+            path: A file that does not exist, such as ``edits.safetensors``.
 
         Raises:
+            ResultsExistError: it is there.
             OutputError: it cannot be written.
         """
         with self._at_work():
@@ -383,6 +395,7 @@ class Editor:
         with self._lock:
             if self._closed:
                 raise SettingsError("this editor is closed; make a new one")
+            require_float32_default()
             with for_editing(self.model):
                 self._refuse_foreign_changes()
                 try:
@@ -392,8 +405,9 @@ class Editor:
                     self._fingerprint = self.llm.weights_fingerprint()
 
     def _refuse_foreign_changes(self) -> None:
-        device = self.llm.layers[0].module.weight.device
-        if device != self.llm.device or self.llm.weights_fingerprint() != self._fingerprint:
+        moved = self.llm.layers[0].module.weight.device != self.llm.device
+        written = moved or self.llm.weights_fingerprint() != self._fingerprint
+        if written or self._others.version() != self._version:
             raise LedgerError(
                 "the model's weights, dtype or device were changed outside of the editor since its "
                 "last call; make a new Editor for the model as it is now"

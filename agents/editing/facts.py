@@ -2,7 +2,7 @@
 
 A fact is a :class:`~hiedit_env.datasets.requests.Request`, a mapping in any row format of a data
 file (``prompt`` and ``answer`` are enough), or a pair ``(prompt, answer)``, to which the subject
-may be added. Without a subject the whole prompt counts as the subject, as in data files.
+may be added. Without a subject, a fact is edited at the first name in its prompt, or at its end.
 """
 
 from __future__ import annotations

@@ -266,9 +266,15 @@ class Ledger:
         Raises:
             LedgerError: there is no such event.
         """
-        if number:
+        if isinstance(number, bool) or number != 0:
             self._require(number)
         return tuple(fold(self._heads[:number]))
+
+    def requests(self) -> Iterator[tuple[int, dict[str, Any]]]:
+        """The requests of all edits in place with the edits' ids, in the order they were made."""
+        for number in self._active:
+            for fact in self[number].record["facts"]:
+                yield number, fact["request"]
 
     def facts(self) -> dict[str, tuple[int, dict[str, Any]]]:
         """For every prompt with an edit in place the latest one: its id and the request.
@@ -276,11 +282,9 @@ class Ledger:
         Earliest first.
         """
         found: dict[str, tuple[int, dict[str, Any]]] = {}
-        for number in self._active:
-            for fact in self[number].record["facts"]:
-                request = fact["request"]
-                found.pop(request["prompt"], None)
-                found[request["prompt"]] = number, request
+        for number, request in self.requests():
+            found.pop(request["prompt"], None)
+            found[request["prompt"]] = number, request
         return found
 
     def steps(self, number: int, device: torch.device | None = None) -> list[Updates]:
@@ -365,15 +369,28 @@ class Ledger:
                 )
         except sqlite3.Error as error:
             raise OutputError(f"{self._place} cannot be written: {error}") from error
+        except BaseException:
+            # An interruption may come when the commit is done, and then the event is there.
+            if self._is_on_disk(number):
+                self._enter(number, kind, target, digest)
+            raise
+        self._enter(number, kind, target, digest)
+        return number
+
+    # -- inside -----------------------------------------------------------------------------------
+
+    def _is_on_disk(self, number: int) -> bool:
+        found = self._connection.execute("SELECT 1 FROM events WHERE id = ?", (number,))
+        return found.fetchone() is not None
+
+    def _enter(self, number: int, kind: Kind, target: int | None, digest: bytes) -> None:
+        """Knows of an event that was appended."""
         self._digest = digest
         self._heads.append((kind, target))
         if kind == "edit":
             self._active.append(number)
         else:
             self._active = fold(self._heads)
-        return number
-
-    # -- inside -----------------------------------------------------------------------------------
 
     def _read_events(self) -> None:
         rows = self._connection.execute(

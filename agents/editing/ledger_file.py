@@ -23,6 +23,8 @@ def reading(place: str) -> Iterator[None]:
     except (sqlite3.Error, ValueError, KeyError, TypeError, AttributeError) as error:
         if isinstance(error, LedgerError):
             raise
+        if isinstance(error, sqlite3.ProgrammingError) and "closed" in str(error):
+            raise LedgerError(f"{place} is closed; open it again, or read it before") from error
         if isinstance(error, sqlite3.OperationalError) and "locked" in str(error):
             raise LedgerError(f"{place} is locked by another process; try again") from error
         raise LedgerError(f"{place} is damaged: {error}; restore it from a copy") from error

@@ -96,6 +96,8 @@ class Base:
         fingerprint: Of its unedited candidate weights, see
             :meth:`~hiedit_env.resident.weights.EditableWeights.weights_fingerprint`.
         layers: Its candidate layers in forward order.
+        others: Fingerprint of its other weights, see :mod:`.other_weights`; empty in ledgers that
+            were begun without it, and then they are not compared.
     """
 
     model: str
@@ -103,6 +105,7 @@ class Base:
     dtype: str
     fingerprint: str
     layers: tuple[BaseLayer, ...]
+    others: str = ""
 
     def refuse_other(self, other: Base) -> None:
         """Checks that another model is this one.
@@ -135,6 +138,21 @@ class Base:
                 f"the ledger belongs to another model: its unedited weights have the fingerprint "
                 f"{self.fingerprint}, this model's {other.fingerprint}; give the unedited model "
                 f"that it was begun with ({self.model!r})"
+            )
+        self.refuse_other_weights(other)
+
+    def refuse_other_weights(self, other: Base) -> None:
+        """Checks the weights that no edit writes.
+
+        Raises:
+            LedgerError: they are not those of another model; nothing is raised where one of the
+                two does not say which it has.
+        """
+        if self.others and other.others and self.others != other.others:
+            raise LedgerError(
+                "the ledger belongs to another model: the weights that no edit writes have the "
+                f"fingerprint {self.others}, this model's {other.others}; give the model that it "
+                f"was begun with ({self.model!r})"
             )
 
 

@@ -12,8 +12,10 @@ from transformers import PreTrainedModel
 from hiedit_agents.editing.checks import AskedFact, Checks, Examiner, Verdict, as_asked
 from hiedit_agents.editing.facts import as_requests, request_record
 from hiedit_agents.editing.found import Opened
+from hiedit_agents.editing.in_place import FactsInPlace
 from hiedit_agents.editing.ledger_format import Base, BaseLayer, Kind
 from hiedit_agents.editing.levels import Levels
+from hiedit_agents.editing.other_weights import OtherWeights
 from hiedit_agents.editing.results import EditResult, told
 from hiedit_agents.editing.undo import replay
 from hiedit_agents.editing.writer import FactWriter, Written
@@ -86,8 +88,8 @@ class Session:
 
     @property
     def facts(self) -> list[AskedFact]:
-        """The facts in place: for every prompt its latest answer, earliest first."""
-        return [fact for _, fact in self._in_place.values()]
+        """The facts in place: for every prompt as it is asked its latest answer, earliest first."""
+        return list(self._in_place)
 
     def edit(self, facts: Sequence[AskedFact], share: float) -> list[EditResult]:
         """Writes facts together, by one option; all or nothing.
@@ -121,11 +123,10 @@ class Session:
         self, facts: Sequence[AskedFact], before: Sequence[Mapping[str, str]], share: float
     ) -> list[EditResult]:
         """Writes facts that the model does not give, and records them, or rolls them back."""
-        prompts = [fact.request.prompt for fact in facts]
-        replaced = [self._in_place.get(prompt, (None, None))[0] for prompt in prompts]
-        others = [fact for prompt, (_, fact) in self._in_place.items() if prompt not in prompts]
-        held = self.examiner.held(others)
+        replaced = [self._in_place.replaced_by(fact) for fact in facts]
+        held = self.examiner.held(self._in_place.without(facts))
         state, fingerprint = self._writer.save(), self.llm.weights_fingerprint()
+        number = len(self.ledger) + 1
         try:
             written = self._writer.write([p for fact in facts for p in fact.prompts], share)
             results, keep = self._judged(facts, before, replaced, written, held)
@@ -133,13 +134,14 @@ class Session:
                 self._writer.restore(state)
                 return results
             record = self._record(facts, results, written, fingerprint)
-            number = self.ledger.append("edit", None, record, written.updates)
+            self.ledger.append("edit", None, record, written.updates)
         except BaseException:
-            self._writer.restore(state)
+            if len(self.ledger) < number:
+                self._writer.restore(state)
+            else:  # interrupted when it was on disk already
+                self._in_place.put(number, facts)
             raise
-        for prompt, fact in zip(prompts, facts, strict=True):
-            self._in_place.pop(prompt, None)
-            self._in_place[prompt] = number, fact
+        self._in_place.put(number, facts)
         return [replace(result, id=number) for result in results]
 
     def _judged(
@@ -229,6 +231,7 @@ class Session:
     def go_to(self, edits: Sequence[int], kind: Kind, target: int) -> None:
         """Makes the edits in place some of those recorded, and records that."""
         state, fingerprint = self._writer.save(), self.llm.weights_fingerprint()
+        before = len(self.ledger)
         try:
             replay(self.llm, self.ledger, edits)
             record = {
@@ -238,25 +241,22 @@ class Session:
             }
             self.ledger.append(kind, target, record)
         except BaseException:
-            self._writer.restore(state)
+            if len(self.ledger) == before:
+                self._writer.restore(state)
+            else:  # interrupted when it was on disk already
+                self.remember()
             raise
         self.remember()
 
     def remember(self) -> None:
         """Takes the facts in place from the ledger; the low level begins new statistics."""
-        self._in_place: dict[str, tuple[int, AskedFact]] = {}
-        for prompt, (number, record) in self.ledger.facts().items():
+        self._in_place = FactsInPlace()
+        for number, record in self.ledger.requests():
             [request] = as_requests(record)
-            self._in_place[prompt] = number, self.asked(request)
-        facts = [fact for fact in self._earlier if fact.request.prompt not in self._in_place]
-        self._writer.forget([p for fact in (*facts, *self.facts) for p in fact.prompts])
-
-
-def different(facts: Sequence[AskedFact]) -> Sequence[AskedFact]:
-    """The first facts, up to one whose prompt is there already."""
-    prompts = [fact.request.prompt for fact in facts]
-    end = next((i for i, prompt in enumerate(prompts) if prompt in prompts[:i]), len(facts))
-    return facts[:end]
+            self._in_place.put(number, [self.asked(request)])
+        asked = {p.prompt_ids for fact in self._in_place for p in fact.prompts}
+        earlier = [p for fact in self._earlier for p in fact.prompts if p.prompt_ids not in asked]
+        self._writer.forget([*earlier, *(p for fact in self._in_place for p in fact.prompts)])
 
 
 def base_of_model(llm: ResidentLLM, name: str) -> Base:
@@ -272,7 +272,8 @@ def base_of_model(llm: ResidentLLM, name: str) -> Base:
     with llm.unedited():
         fingerprint = llm.weights_fingerprint()
     dtype = str(llm.dtype).removeprefix("torch.")
-    return Base(name, str(llm.model.name_or_path or ""), dtype, fingerprint, layers)
+    others = OtherWeights(llm.model, llm.layers).fingerprint()
+    return Base(name, str(llm.model.name_or_path or ""), dtype, fingerprint, layers, others)
 
 
 def now() -> str:

@@ -35,8 +35,8 @@ from hiedit_agents.command_line import parse, run_script
 from hiedit_agents.editing.checks import as_asked
 from hiedit_agents.editing.controls import Controls, end_id, has_template, right_tokens
 from hiedit_agents.editing.held import for_editing
+from hiedit_agents.editing.in_place import different
 from hiedit_agents.editing.levels import HowToEdit, make_levels
-from hiedit_agents.editing.session import different
 from hiedit_agents.editing.writer import FactWriter
 from hiedit_agents.hierarchy.calibration import TEXT_TOKENS
 from hiedit_benchmarks.comparison.results import versions

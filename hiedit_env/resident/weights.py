@@ -188,10 +188,7 @@ class EditableWeights:
             version = self.version(i)
             known = self._digests.get(i)
             if known is None or not same_version(known[0], version):
-                weight = self.present_weight(i)
-                bits = weight.detach().view(_BITS[weight.element_size()])
-                sums = torch.cat([bits.sum(0, dtype=torch.int64), bits.sum(1, dtype=torch.int64)])
-                known = (version, hashlib.blake2b(sums.cpu().numpy().tobytes()).digest())
+                known = (version, digest_of_bits(self.present_weight(i)))
                 self._digests[i] = known
             digest.update(known[1])
         return digest.hexdigest()
@@ -290,7 +287,16 @@ def accumulated(
     return change.addmm_(left.mT, right) if in_place else torch.addmm(change, left.mT, right)
 
 
-_BITS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
+_BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+
+def digest_of_bits(weight: Tensor) -> bytes:
+    """A digest that changes when any single bit of a tensor of any shape changes."""
+    rows = len(weight) if weight.ndim > 1 else 1
+    matrix = weight.detach().reshape(rows, weight.numel() // max(rows, 1))
+    bits = matrix.contiguous().view(_BITS[weight.element_size()])
+    sums = torch.cat([bits.sum(0, dtype=torch.int64), bits.sum(1, dtype=torch.int64)])
+    return hashlib.blake2b(sums.cpu().numpy().tobytes()).digest()
 
 
 def same_version(one: Sequence[object], other: Sequence[object]) -> bool:
