@@ -130,7 +130,7 @@ class Editor:
         end = end_id(tokenizer, name, end_token)
         form = form_for(tokenizer, prompt_form)
         self.model, self.tokenizer, self.name = model, tokenizer, name
-        self._closed = False
+        self._closed = self._at_it = False
         self._lock = threading.RLock()
         self._folder: Path | None = None
         with for_editing(model):
@@ -395,12 +395,16 @@ class Editor:
         with self._lock:
             if self._closed:
                 raise SettingsError("this editor is closed; make a new one")
+            if self._at_it:
+                raise SettingsError("the editor is at work; call this when edit has returned")
             require_float32_default()
             with for_editing(self.model):
                 self._refuse_foreign_changes()
+                self._at_it = True
                 try:
                     yield
                 finally:
+                    self._at_it = False
                     self.llm.upper.drop_copies()
                     self._fingerprint = self.llm.weights_fingerprint()
 

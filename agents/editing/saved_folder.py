@@ -27,7 +27,7 @@ from hiedit_agents.editing.undo import replay
 from hiedit_env.errors import LedgerError, OutputError
 from hiedit_env.files import write_bytes
 from hiedit_env.model.architectures import CandidateLayer
-from hiedit_env.model.folders import DTYPES, StoredTensor
+from hiedit_env.model.folders import DTYPES, StoredTensor, weight_files
 from hiedit_env.model.saving import EditedMatrix
 
 
@@ -64,6 +64,13 @@ class SavedFolder:
     def __init__(self, folder: Path, base: Path | None = None) -> None:
         self.folder = folder
         self.ledger = Ledger.open(folder, write=True)
+        if not weight_files(folder):
+            self.ledger.close()
+            raise LedgerError(
+                f"{folder} holds a ledger and no model to change; take the edit back in Python, "
+                f"Editor.from_pretrained({self.ledger.base.model!r}, ledger={str(folder)!r})"
+                ".undo(ID), or through 'hiedit serve --ledger'"
+            )
         try:
             self._source = base_folder(self.ledger.base, folder) if base is None else base
             self._layers = self.ledger.base.layers

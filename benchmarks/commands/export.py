@@ -30,6 +30,11 @@ def opened(place: Path, base: Path | None) -> Iterator[Editor]:
         ModelError: the unedited model cannot be loaded.
     """
     require_finished(place)
+    if base is not None and Ledger.is_in(Path(base)):
+        raise LedgerError(
+            f"{base} is an edited model, which has a ledger of its own; give the unedited model "
+            "with --base"
+        )
     with Ledger.open(place) as ledger, tempfile.TemporaryDirectory() as work:
         source = base_folder(ledger.base, place) if base is None else base
         ledger.copy_to(Path(work))

@@ -124,3 +124,15 @@ def test_a_ledger_that_is_closed_says_so() -> None:
         editor.edit(("Belka lives in", "Averlund"))
     with pytest.raises(LedgerError, match="the ledger is closed; open it again"):
         list(editor.ledger)
+
+
+@pytest.mark.parametrize("call", ["undo", "ask", "edit"])
+def test_nothing_is_called_from_within_an_edit(editor: Editor, call: str) -> None:
+    def on_results(_: object) -> None:
+        getattr(editor, call)(1 if call == "undo" else "Belka lives in")
+
+    with pytest.raises(HieditError, match=r"at work; call this when edit has returned|facts must"):
+        editor.edit(("Belka lives in", "Averlund"), on_results=on_results)
+    # What was written before stays, in the model and in the ledger, and it goes on.
+    assert len(editor.ledger) == 1
+    assert editor.ask("Belka lives in")[0].startswith(" Averlund")

@@ -122,3 +122,29 @@ def test_a_base_without_the_layers_of_the_ledger_is_named(
     line = refused(capsys, place, "--as", "folder", "--out", out, "--base", other)
     assert f"{other} is not the model that the ledger in {place} was begun with ('tiny')" in line
     assert not (tmp_path / "out").exists()
+
+
+def test_an_edited_model_is_no_base(
+    kept: tuple[Path, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    place, _ = kept
+    assert export(place, "folder", tmp_path / "edited") == 0
+    assert export(place, "folder", tmp_path / "again", "--base", str(tmp_path / "edited")) == 2
+    said = capsys.readouterr().err
+    assert f"{tmp_path / 'edited'} is an edited model" in said
+    assert "give the unedited model with --base" in said
+    assert not (tmp_path / "again").exists()
+
+
+@pytest.mark.parametrize("command", ["revoke", "rewind"])
+def test_a_ledger_alone_has_no_model_that_could_be_changed(
+    command: str, kept: tuple[Path, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    place = tmp_path / "ledger"
+    shutil.copytree(kept[0], place)
+    before = (place / "ledger.sqlite").read_bytes()
+    assert main([command, str(place), "1"]) == 2
+    said = capsys.readouterr().err
+    assert "holds a ledger and no model to change; take the edit back in Python" in said
+    assert "hiedit serve --ledger" in said
+    assert (place / "ledger.sqlite").read_bytes() == before
