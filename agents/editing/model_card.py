@@ -9,6 +9,7 @@ from pathlib import Path
 
 from hiedit_agents.editing.ledger import Ledger
 from hiedit_agents.editing.ledger_format import Event
+from hiedit_env.errors import one_line
 
 #: Name of a card's file.
 CARD = "README.md"
@@ -73,7 +74,7 @@ def model_card(
     layers = sorted({layer for event in _edits(ledger) for layer in event.record["layers"]})
     parts = [
         "---\n" + "\n".join(front) + "\n---",
-        f"# {'Edits of' if what == 'adapter' else 'Edited'} {name or 'a model'}",
+        f"# {'Edits of' if what == 'adapter' else 'Edited'} {one_line(name) or 'a model'}",
         f"{len(ledger.active)} edits are in place. The model was not asked since the last change."
         if measured is None
         else measured.text,
@@ -82,7 +83,7 @@ def model_card(
         "## Edits",
         _table(ledger),
         "## Changed matrices",
-        ", ".join(f"`{layer}`" for layer in layers) or "None.",
+        ", ".join(f"`{one_line(layer)}`" for layer in layers) or "None.",
         f"The unedited candidate matrices have the fingerprint `{base.fingerprint}` in "
         f"{base.dtype}.",
     ]
@@ -118,12 +119,12 @@ def _table(ledger: Ledger) -> str:
 
 
 def cell(text: str) -> str:
-    r"""A text in a table of Markdown: one line, no markup of its own.
+    r"""A text in a table of Markdown: one line, no markup and no control characters of its own.
 
-    >>> print(cell("a | b <i>*c*"))
-    a \| b &lt;i>\*c\*
+    >>> print(cell("a | b <i>*c*"), cell("\x1b"))
+    a \| b &lt;i>\*c\* \\x1b
     """
-    line = " ".join(text.split())
+    line = one_line(" ".join(text.split()))
     line = line if len(line) <= 200 else line[:199] + "…"
     for sign in "\\`*_[]|":
         line = line.replace(sign, f"\\{sign}")

@@ -9,9 +9,11 @@
 ``GET /edits``                     the edits in place, the latest first
 ``GET /edits/{id}``                all that the ledger says of one
 ``DELETE /edits/{id}``             takes one back
+``GET /openapi.json``              these routes, for programs
 =================================  ================================================================
 
-Edits need the token. Errors are one line in OpenAI's shape.
+Edits need the token; where questions need it, the description of the routes does too. Errors are
+one line in OpenAI's shape.
 """
 
 from __future__ import annotations
@@ -77,17 +79,27 @@ def create_app(
         yield
         workers.close()
 
-    # The documentation pages of FastAPI load scripts from another host.
+    # The documentation pages of FastAPI load scripts from another host, and its own description of
+    # the routes is given to everyone.
     app = FastAPI(
-        title="hiedit", version=__version__, lifespan=lifespan, docs_url=None, redoc_url=None
+        title="hiedit",
+        version=__version__,
+        lifespan=lifespan,
+        openapi_url=None,
+        docs_url=None,
+        redoc_url=None,
     )
     app.add_middleware(Limits, max_bytes=max_bytes, hosts=hosts)
     answer_errors(app)
     check = Depends(TokenCheck(token))
-    app.include_router(ask_routes(model, workers), dependencies=[check] if ask_with_token else [])
+    asking = [check] if ask_with_token else []
+    app.include_router(ask_routes(model, workers), dependencies=asking)
     app.include_router(edit_routes(model, workers, together), dependencies=[check])
     for path, (name, kind) in _FILES.items():
         app.add_api_route(path, _file(PAGE / name, kind), include_in_schema=False)
+    app.add_api_route(
+        "/openapi.json", lambda: app.openapi(), dependencies=asking, include_in_schema=False
+    )
     return app
 
 

@@ -16,6 +16,7 @@ from hiedit_agents.serving.schema import ChatRequest, CompletionRequest
 from hiedit_agents.serving.served_model import UNEDITED, ServedModel
 from hiedit_agents.serving.snapshots import Snapshot
 from hiedit_agents.serving.workers import Workers, unless_gone
+from hiedit_env.errors import shown
 
 Kind = Literal["text_completion", "chat.completion"]
 Tokens = tuple[int, ...]
@@ -132,7 +133,8 @@ class _Asker:
         if found is None:
             own = self._model.name
             raise HTTPException(
-                404, f"this server has no model {name!r}; it has {own!r} and {own + UNEDITED!r}"
+                404,
+                f"this server has no model {shown(name)}; it has {own!r} and {own + UNEDITED!r}",
             )
         return found
 

@@ -10,6 +10,7 @@ from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from hiedit_agents.serving.replies import problem
+from hiedit_env.errors import shown
 
 #: Bytes of a request.
 MAX_REQUEST_BYTES = 2**20
@@ -40,7 +41,7 @@ class Limits:
         headers = {name: value.decode("latin-1") for name, value in scope["headers"]}
         host = host_of(headers.get(b"host", ""))
         if self._hosts is not None and host not in self._hosts:
-            text = f"this server is not {host!r}; ask {' or '.join(sorted(self._hosts))}"
+            text = f"this server is not {shown(host)}; ask {' or '.join(sorted(self._hosts))}"
             await _refusal(421, text)(scope, receive, send)
             return
         length = headers.get(b"content-length", "0")

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from hiedit_agents.serving.answering import Answered
+from hiedit_env.errors import one_line
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,16 +106,19 @@ def usage(ends: Sequence[Answered], prompt_tokens: int) -> dict[str, int]:
     }
 
 
-def problem(message: str, kind: str, code: str | None = None) -> dict[str, Any]:
+def problem(
+    message: str, kind: str, code: str | None = None, param: str | None = None
+) -> dict[str, Any]:
     """An error in OpenAI's shape.
 
     Args:
-        message: One line.
+        message: Becomes one line, with escapes for what would steer a client's terminal.
         kind: Such as ``"invalid_request_error"``.
         code: Such as ``"model_not_found"``.
+        param: The field that is wrong.
     """
-    line = " ".join(message.split())
-    return {"error": {"message": line, "type": kind, "param": None, "code": code}}
+    line = one_line(" ".join(message.split()))
+    return {"error": {"message": line, "type": kind, "param": param, "code": code}}
 
 
 def sent(value: Any) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import logging
 import socket
 import sys
@@ -11,11 +12,13 @@ import uvicorn
 from fastapi import FastAPI
 
 from hiedit_agents.serving.guards import LOOPBACK
-from hiedit_env.errors import SettingsError
+from hiedit_env.errors import SettingsError, shown
 
 _BACKLOG = 128
 #: Seconds that answers in progress have at the end; an edit in progress is finished in any case.
 _PATIENCE = 10
+#: Errors of a port that another program has, or that only the system may take.
+_OF_THE_PORT = (errno.EADDRINUSE, errno.EACCES, errno.EPERM)
 
 
 def take_port(host: str, port: int) -> socket.socket:
@@ -33,8 +36,10 @@ def take_port(host: str, port: int) -> socket.socket:
             host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
         )[0]
         taken = socket.socket(family, kind)
-    except OSError as error:
-        raise SettingsError(f"host {host!r} is not known: {error}; give another --host") from error
+    except (OSError, UnicodeError) as error:
+        raise SettingsError(
+            f"host {shown(host)} is not known: {error}; give another --host"
+        ) from error
     try:
         if sys.platform != "win32":
             # A port whose last connections are still being closed is free.
@@ -44,9 +49,15 @@ def take_port(host: str, port: int) -> socket.socket:
         taken.listen(_BACKLOG)
     except OSError as error:
         taken.close()
+        why = error.strerror or error
+        if error.errno not in _OF_THE_PORT:
+            raise SettingsError(
+                f"host {shown(host)} is no address of this machine that can be listened on: {why}; "
+                "give another --host, such as 127.0.0.1 or, for all addresses, 0.0.0.0"
+            ) from error
         raise SettingsError(
-            f"port {port} of {host} cannot be used: {error.strerror or error}; give another "
-            "--port, or 0 for one that is free"
+            f"port {port} of {host} cannot be used: {why}; give another --port, or 0 for one that "
+            "is free"
         ) from error
     return taken
 
@@ -62,8 +73,8 @@ def is_loopback(host: str) -> bool:
 
 def address_of(host: str, taken: socket.socket) -> str:
     """The address for a browser of this machine."""
-    shown = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)
-    return f"http://{f'[{shown}]' if ':' in shown else shown}:{taken.getsockname()[1]}"
+    near = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)
+    return f"http://{f'[{near}]' if ':' in near else near}:{taken.getsockname()[1]}"
 
 
 def serve(app: FastAPI, taken: socket.socket) -> None:

@@ -7,6 +7,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+from hiedit_env.errors import shown
+
 #: New tokens where a client names no number, as in OpenAI's completions, and longer in a chat.
 PLAIN_TOKENS, CHAT_TOKENS = 16, 256
 #: Prompts of one request, and facts.
@@ -35,7 +37,59 @@ _WITHOUT_EFFECT = {
     "user", "metadata", "store", "service_tier", "parallel_tool_calls", "safety_identifier",
     "prompt_cache_key", "prompt_cache_retention",
 }  # fmt: skip
+_MESSAGE = '{"role": "user", "content": "TEXT"}'
+_PART = '{"type": "text", "text": "TEXT"}'
+_FACT = '{"prompt": "TEXT", "answer": "TEXT"}'
+_NO_TOKENS = "(token ids are not read here)"
+#: What a field must be, for messages. No two requests mean different things by one name.
+ALLOWED: Mapping[str, str] = {
+    "model": "the name of a model, as GET /v1/models lists them",
+    "prompt": f"a text, or a list of 1 to {MOST_PROMPTS} texts, none of them empty {_NO_TOKENS}",
+    "messages": f"a list of messages, at least one, each such as {_MESSAGE}",
+    "role": "system, developer, user or assistant",
+    "content": f"a text, or a list of parts such as {_PART}",
+    "type": "'text', the only kind that is read",
+    "text": "a text",
+    "temperature": "a number from 0 to 2",
+    "top_p": "a number above 0 and at most 1",
+    "seed": "a whole number of 64 bits",
+    "stop": "a text, or a list of texts, none of them empty",
+    "stream": "true or false",
+    "stream_options": 'an object such as {"include_usage": true}',
+    "include_usage": "true or false",
+    "max_tokens": "a whole number ≥ 1",
+    "max_completion_tokens": "a whole number ≥ 1",
+    "facts": f"a list of 1 to {MOST_FACTS} facts",
+    "together": "a whole number ≥ 1",
+    "limit": "a whole number from 1 to 1000",
+    "before": "a whole number ≥ 1",
+    "id": "the number of an edit",
+}
+#: What an item of a list must be.
+ITEMS: Mapping[str, str] = {
+    "prompt": f"a text that is not empty {_NO_TOKENS}",
+    "messages": f"an object such as {_MESSAGE}",
+    "content": f"an object such as {_PART}",
+    "stop": "a text that is not empty",
+    "facts": f"an object such as {_FACT}",
+}
+#: The least that a request to a path holds.
+EXAMPLES: Mapping[str, str] = {
+    "/v1/completions": '{"model": "NAME", "prompt": "TEXT"}',
+    "/v1/chat/completions": f'{{"model": "NAME", "messages": [{_MESSAGE}]}}',
+    "/edits": _FACT,
+}
 Text = Annotated[str, Field(min_length=1)]
+
+
+def not_known(name: str) -> str:
+    r"""The complaint about a field that there is not; its name may hold anything.
+
+    >>> not_known("tempreature"), not_known("\x1b")
+    ('tempreature is not known here; leave it out', "'\\x1b' is not known here; leave it out")
+    """
+    plain = name.isidentifier() and shown(name) == repr(name)
+    return f"{name if plain else shown(name)} is not known here; leave it out"
 
 
 class StreamOptions(BaseModel):
@@ -77,9 +131,10 @@ class Asking(BaseModel):
             if value is None or name in _WITHOUT_EFFECT:
                 continue
             if name not in _ONLY:
-                raise ValueError(f"{name} is not known here; leave it out")
+                raise ValueError(not_known(name))
             if value not in _ONLY[name]:
-                raise ValueError(f"{name} can only be {_ONLY[name][0]!r} here; leave it out")
+                only, given = _ONLY[name][0], shown(value)
+                raise ValueError(f"{name} can only be {only!r} here; leave it out (got {given})")
         return self
 
     @property

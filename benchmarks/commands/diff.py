@@ -10,7 +10,7 @@ from hiedit_agents.editing.controls import CONTROL, CONTROL_CHAT, has_template
 from hiedit_agents.editing.ledger import Ledger
 from hiedit_agents.editing.ledger_format import FILE
 from hiedit_env.datasets.load import load_requests
-from hiedit_env.errors import PromptError, SettingsError
+from hiedit_env.errors import PromptError, SettingsError, one_line
 from hiedit_env.model.generation import generate
 from hiedit_env.model.loading import load_model
 from hiedit_env.model.tokenization import PromptEncoder, vocabulary_size
@@ -46,11 +46,12 @@ def diff(one: str, two: str, facts: str | None) -> str:
         if first != second:
             prompt, in_chat = question
             lines += [
-                f"{prompt}{'  (in a chat)' if in_chat else ''}",
-                f"  < {' '.join(first.split()) or '(nothing)'}",
-                f"  > {' '.join(second.split()) or '(nothing)'}",
+                one_line(prompt) + ("  (in a chat)" if in_chat else ""),
+                f"  < {one_line(first.strip()) or '(nothing)'}",
+                f"  > {one_line(second.strip()) or '(nothing)'}",
             ]
-    lines.append(f"{len(lines) // 3} of {asked} answers differ (< {one}, > {two})")
+    names = one_line(f"< {one}, > {two}")
+    lines.append(f"{len(lines) // 3} of {asked} answers differ ({names})")
     return "\n".join(lines)
 
 

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from hiedit_agents.editing.ledger import Ledger
 from hiedit_agents.editing.ledger_format import Event
 from hiedit_agents.editing.saved_folder import Change, SavedFolder
+from hiedit_env.errors import one_line
 
 
 def log(folder: Path) -> str:
@@ -27,14 +30,14 @@ def show(folder: Path, id: int) -> str:
     with Ledger.open(folder) as ledger:
         event = ledger[id]
         lines = [_line(event, id in ledger.active)]
-        lines.append(json.dumps(dict(event.record), indent=2, ensure_ascii=False))
+        lines.append(_json(event.record))
         if event.kind == "edit":
             for number, updates in enumerate(ledger.steps(id)):
                 for layer, update in zip(ledger.base.layers, updates, strict=True):
                     if update is not None:
                         norm = float(update.squared_norm().clamp_min(0).sqrt())
                         lines.append(
-                            f"update {number} of {layer.name}: rank {len(update.left)}, "
+                            f"update {number} of {one_line(layer.name)}: rank {len(update.left)}, "
                             f"norm {norm:.4g}"
                         )
     return "\n".join(lines)
@@ -74,10 +77,21 @@ def _written(done: Change) -> str:
 
 
 def _line(event: Event, in_place: bool) -> str:
+    """One line, whatever its facts hold: nothing of them may steer a terminal."""
     time = str(event.record.get("time", ""))[:19].replace("T", " ")
     if event.kind != "edit":
-        return f"{event.id:>5}  {event.kind:<6}  {time:<19}  {event.kind}s {event.target}"
+        return one_line(f"{event.id:>5}  {event.kind:<6}  {time:<19}  {event.kind}s {event.target}")
     requests = [fact["request"] for fact in event.record["facts"]]
-    facts = [" ".join(f"{r['prompt']} → {r['answer']}".split()) for r in requests]
+    facts = [f"{r['prompt']} → {r['answer']}" for r in requests]
     state = "" if in_place else "  (taken back)"
-    return f"{event.id:>5}  edit    {time:<19}  {'; '.join(facts)}{state}"
+    return one_line(f"{event.id:>5}  edit    {time:<19}  {'; '.join(facts)}{state}")
+
+
+def _json(record: Mapping[str, Any]) -> str:
+    """A record as JSON of its true texts, with JSON's own escapes for what steers a terminal."""
+    text = json.dumps(dict(record), indent=2, ensure_ascii=False)
+    lines = (
+        "".join(sign if one_line(sign) == sign else json.dumps(sign)[1:-1] for sign in line)
+        for line in text.split("\n")
+    )
+    return "\n".join(lines)

@@ -219,11 +219,11 @@ PROMPT = {"model": "tiny", "prompt": "Belka lives in"}
 @pytest.mark.parametrize(
     ("body", "says"),
     [
-        ({"model": "tiny"}, "prompt: Field required"),
+        ({"model": "tiny"}, "prompt is missing; it must be a text, or a list of 1 to 64 texts"),
         ({**PROMPT, "prompt": []}, "prompt"),
         ({**PROMPT, "prompt": " "}, "prompt"),
         ({**PROMPT, "prompt": "a " * 400}, "leaves no room for an answer in the model's context"),
-        ({**PROMPT, "temperature": -1}, "temperature: Input should be greater than or equal to 0"),
+        ({**PROMPT, "temperature": -1}, "temperature must be a number from 0 to 2, got -1"),
         ({**PROMPT, "top_p": 0}, "top_p"),
         ({**PROMPT, "max_tokens": 0}, "max_tokens"),
         ({**PROMPT, "stop": ["x", ""]}, "stop"),
@@ -297,8 +297,10 @@ def test_other_hosts_broken_json_and_unknown_paths(model: ServedModel) -> None:
         kind = {"Content-Type": "application/json"}
         for content in (b"{", b"[" * 100_000, b"\xff"):
             refused(client, 400, "POST", "/v1/completions", content=content, headers=kind)
-        assert refused(client, 404, "GET", "/v2") == "Not Found"
-        assert refused(client, 405, "PUT", "/edits", headers=RIGHT) == "Method Not Allowed"
+        text = refused(client, 404, "GET", "/v2")
+        assert text.startswith("there is nothing at '/v2'; there are GET /v1/models, ")
+        text = refused(client, 405, "PUT", "/edits", headers=RIGHT)
+        assert text == "'/edits' takes GET and POST, not PUT"
 
 
 def test_a_failure_is_one_line_whole_or_streamed(

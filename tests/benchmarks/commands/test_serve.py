@@ -118,6 +118,24 @@ def test_a_port_in_use(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> No
     assert not (tmp_path / "ledger").exists()
 
 
+@pytest.mark.parametrize("host", ["8.8.8.8", "192.0.2.1", "ff02::1"])
+def test_a_host_that_is_no_address_of_this_machine(
+    host: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    line = refused(capsys, "--host", host, "--port", "0")
+    assert line.startswith(f"hiedit: error: host '{host}' ")
+    assert "; give another --host" in line
+    assert "--port" not in line
+
+
+@pytest.mark.parametrize("host", ["a" * 70, "", "no.such.host.invalid", "\x1b[31m"])
+def test_a_host_that_is_no_name(host: str, capsys: pytest.CaptureFixture[str]) -> None:
+    line = refused(capsys, "--host", host, "--port", "0")
+    assert line.startswith("hiedit: error: host '")
+    assert line.endswith("; give another --host")
+    assert line.isprintable()
+
+
 def test_a_ledger_of_another_model(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     Editor(build_random("llama"), tokenizer(), checks=NONE, ledger=tmp_path, name="").close()
     before = (tmp_path / "ledger.sqlite").read_bytes()
