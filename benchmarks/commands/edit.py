@@ -116,12 +116,12 @@ def edit_model(
             was.
         CheckpointError: the agent does not fit the model; nothing has been generated.
         LedgerError: a ledger of another model, or a damaged one.
-        SettingsError: another run with this ``out`` was interrupted, or the ledger would be in
-            ``out``.
+        SettingsError: an interrupted run with this ``out`` wrote other facts or had other settings,
+            or the ledger would be in ``out``.
         SettingsError: unknown agent, or ``out`` cannot be written; that is found before the model
             is loaded, so far as it can be.
     """
-    with tidied(out):
+    with tidied(out, ledger):
         place = OutFolder(out)
     refuse_overlap(out, ledger)
     known = find_folder(settings.model)

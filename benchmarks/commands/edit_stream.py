@@ -65,7 +65,7 @@ def main(
         Exit status: 0, or :data:`STOPPED`.
     """
     # Refuses a folder that cannot be written before hours of editing.
-    with tidied(out):
+    with tidied(out, stream.ledger):
         place = OutFolder(out)
     refuse_overlap(out, stream.ledger)
     checks = Checks(min_agreement=stream.min_agreement, max_lost=stream.max_lost)
@@ -74,9 +74,12 @@ def main(
     with _opened(settings, agent, end_token, checks, unfinished) as editor:
         print(f"hiedit: agent {editor.agent}", file=sys.stderr)
         batch, done = settings.edits_per_step, unfinished.written(editor.ledger)
-        healthy = Stream(editor, stream, batch, standard_input(), sys.stdout, done).run()
+        facts = Stream(editor, stream, batch, standard_input(), sys.stdout, done)
+        healthy = facts.run()
         saved: Saved = editor.save(out)
     print(f"hiedit: saved to {out}; {saved.measured.text}", file=sys.stderr)
+    if facts.unasked and healthy:
+        print(_of_no_line(facts.unasked, out), file=sys.stderr)
     return 0 if healthy and saved.measured.given else STOPPED
 
 
@@ -156,6 +159,11 @@ class Stream:
         healthy = self._edit(waiting)
         return healthy and self._health()
 
+    @property
+    def unasked(self) -> list[EditResult]:
+        """Edits of before the interruption that no line so far has asked for."""
+        return [result for results in self._done.values() for result in results]
+
     def _lines(self) -> Iterator[tuple[int, Request | str]]:
         """Number of every line, with its requests, or with what is wrong."""
         number = 0
@@ -231,6 +239,17 @@ class Stream:
     def _say(self, answer: dict[str, object]) -> None:
         self._answers.write(json.dumps(answer, ensure_ascii=False) + "\n")
         self._answers.flush()
+
+
+def _of_no_line(results: Sequence[EditResult], out: Path) -> str:
+    """Says that the saved model holds edits of an interrupted run that no line asked for."""
+    count = "1 edit" if len(results) == 1 else f"{len(results)} edits"
+    first = results[0]
+    pair = " → ".join(repr(text)[:100] for text in (first.prompt, first.answer))
+    return (
+        f"hiedit: the model holds {count} of the interrupted run that no line asked for ({pair}); "
+        f"'hiedit revoke {out} {first.id}' takes it back"
+    )
 
 
 def _told(result: EditResult) -> dict[str, object]:

@@ -138,18 +138,27 @@ class EditorWork:
             else:
                 left.append(i)
         places = iter(left)
+        untouched = 0
         with bar(f"{self._name}: editing", len(requests), self._progress) as shown:
             shown.update(len(told))
 
             def add(results: Sequence[EditResult]) -> None:
+                nonlocal untouched
                 for result in results:
                     if result.status == "rolled back" and result.problems != (NO_LAYERS,):
                         raise _collapsed(len(told), "; ".join(result.problems))
                     told[next(places)] = self._told(result, known)
+                    untouched += result.status == "known"
                 shown.update(len(results))
 
             chosen = [requests[i] for i in left]
             self._editor.edit(chosen, together=self._batch, on_results=add)
+        if untouched:
+            print(
+                f"hiedit: nothing was written for {untouched} of {len(requests)} facts, which the "
+                "model gives already",
+                file=sys.stderr,
+            )
         return [told[i] for i in range(len(requests))]
 
     def _told(self, result: EditResult, known: dict[str, tuple[int, Any]]) -> WrittenFact:

@@ -4,13 +4,16 @@ While a command edits, its ledger is in the folder ``OUT.unfinished`` beside ``-
 edit is on disk as soon as it is made. When the model is saved, the folder is removed. After a kill
 it is there, and the same command takes it up: with the same settings, and with facts among which
 are all those that were written. Any other command with this ``--out`` is refused, so that no edit
-gets into a model unasked.
+gets into a model unasked. The facts of a stream are not known before they come, so a stream says at
+its end which edits no line asked for.
 
 With ``--ledger`` the ledger is in the folder named there and stays. The same command goes on in the
-same way; any other one begins with the edits that the ledger holds.
+same way, and is refused where one of its facts is missing. A command with another ``--out`` or
+other settings begins with the edits that the ledger holds.
 
 ``command.json`` in the folder has the fields ``format`` (1), ``begins`` (number of events that the
-ledger had when the command began) and ``settings``.
+ledger had when the command began) and ``settings``. It is removed when the model is saved, since
+the same command is a new one then. A command that is killed before that moment is gone on with.
 """
 
 from __future__ import annotations
@@ -77,12 +80,13 @@ class Unfinished:
         try:
             self._begins = found["begins"]
             self._refuse_other_settings(found["settings"])
-            if facts is not None:
-                self._refuse_other_facts({(fact.prompt, fact.answer) for fact in facts})
         except SettingsError:
             if not self.is_named:
                 raise
             self._begins = None  # another command, which begins now
+            return
+        if facts is not None:
+            self._refuse_other_facts({(fact.prompt, fact.answer) for fact in facts})
 
     def begin(self, ledger: Ledger) -> None:
         """Notes the command beside its ledger, or says what was taken up.
@@ -114,6 +118,8 @@ class Unfinished:
     def end(self, ledger: Ledger | None, saved: bool) -> None:
         """Closes the ledger, and removes the folder where nothing is lost with it.
 
+        Of a named folder only the record of the command is removed.
+
         Args:
             ledger: The one in the folder; None where it could not be opened.
             saved: Whether the edits are somewhere else. If they are not, a line says where they
@@ -122,6 +128,9 @@ class Unfinished:
         count = 0
         if ledger is not None:
             count = 0 if saved else len(self._own(ledger))
+            if self.is_named and not count:
+                # While the folder is locked: later it may be the record of another process.
+                _forget(self.folder)
             ledger.close()
         elif self._begins is not None:
             return  # of an earlier run
@@ -149,17 +158,12 @@ class Unfinished:
         if not (file.is_file() and Ledger.is_in(self.folder)):
             return None
         try:
-            found: dict[str, Any] = parse_json(file.read_text(encoding="utf-8"))
-            if found["format"] != FORMAT:
-                raise ValueError(f"format {found['format']!r}; this version reads {FORMAT}")
-            if not isinstance(found["begins"], int) or not isinstance(found["settings"], dict):
-                raise TypeError("its fields are of other kinds")
+            return _read(file)
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise SettingsError(
                 f"{file} cannot be read ({type(error).__name__}: {error}); "
                 + ("remove this file" if self.is_named else self._remedy())
             ) from error
-        return found
 
     def _refuse_other_settings(self, then: Mapping[str, Any]) -> None:
         now = self._settings
@@ -176,9 +180,15 @@ class Unfinished:
             others = [pair for pair in self.written(ledger) if pair not in facts]
         if others:
             told = " → ".join(repr(text)[:100] for text in others[0])
+            remedy = self._remedy()
+            if self.is_named:
+                # It may hold edits from before the command, so it is not to be removed.
+                remedy = (
+                    "or another --ledger, or another --out to begin with its edits in the model"
+                )
             raise SettingsError(
                 f"{self.folder} holds an edit of an interrupted run that is not among the facts "
-                f"({told}); give the facts of that run, {self._remedy()}"
+                f"({told}); give the facts of that run, {remedy}"
             )
 
     def _refuse_foreign_files(self) -> None:
@@ -240,23 +250,25 @@ def refuse_overlap(out: Path, ledger: Path | None) -> None:
 
 
 @contextmanager
-def tidied(out: Path) -> Iterator[None]:
+def tidied(out: Path, ledger: Path | None) -> Iterator[None]:
     """Tidies up behind an earlier command where the body finds ``out`` to be there already."""
     try:
         yield
     except ResultsExistError:
-        _tidy(Path(os.path.realpath(out)))
+        _tidy(Path(os.path.realpath(out)), ledger)
         raise
 
 
-def _tidy(out: Path) -> None:
-    """Removes the folder of a command that was killed after its model had been saved.
+def _tidy(out: Path, named: Path | None) -> None:
+    """Removes what a command left that was killed after its model had been saved.
 
     Args:
         out: The saved model; where its ledger does not hold all edits of the folder, nothing is
             done.
+        named: The folder of the ledger, of which only the command's record is removed; None for
+            the one beside ``out``.
     """
-    folder = folder_of(out)
+    folder = folder_of(out) if named is None else named
     if not (Ledger.is_in(folder) and Ledger.is_in(out)):
         return
     try:
@@ -264,8 +276,55 @@ def _tidy(out: Path) -> None:
             is_saved = whole.begins_with(one)
     except LedgerError:
         return
-    if is_saved:
+    if is_saved and named is None:
         _remove(folder)
+    elif is_saved:
+        _end_record(folder, out)
+
+
+def _end_record(folder: Path, out: Path) -> None:
+    """Removes the record of the command with this ``out``, if no other process is using it."""
+    try:
+        lock = lock_folder(folder)
+    except OSError:
+        return
+    try:
+        if _read(folder / FILE)["settings"].get("out") == str(out):
+            _forget(folder)
+    except (OSError, ValueError, KeyError, TypeError):
+        return  # there is none, or none that can be read
+    finally:
+        lock.release()
+
+
+def _read(file: Path) -> dict[str, Any]:
+    """The record of a command.
+
+    Raises:
+        OSError, ValueError, KeyError, TypeError: it cannot be read, or is none.
+    """
+    found: dict[str, Any] = parse_json(file.read_text(encoding="utf-8"))
+    if found["format"] != FORMAT:
+        raise ValueError(f"format {found['format']!r}; this version reads {FORMAT}")
+    if not isinstance(found["begins"], int) or not isinstance(found["settings"], dict):
+        raise TypeError("its fields are of other kinds")
+    return found
+
+
+def _forget(folder: Path) -> None:
+    """Removes the record of a command that has ended, at once and as a whole.
+
+    What the command has made is there in any case, so a record that stays is only warned of.
+    """
+    file = folder / FILE
+    try:
+        file.unlink(missing_ok=True)
+    except OSError as error:
+        print(
+            f"hiedit: warning: {file} cannot be removed ({error}); remove it, or the next command "
+            "like this one takes this one for interrupted",
+            file=sys.stderr,
+        )
 
 
 def _remove(folder: Path) -> None:

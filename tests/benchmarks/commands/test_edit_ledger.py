@@ -256,7 +256,6 @@ def test_the_ledger_may_be_in_the_folder_above_the_model(tmp_path: Path, model: 
     words = ["edit", "--model", str(model), "--facts", str(facts), "--ledger", str(kept)]
     assert main([*words, "--out", str(kept / "model")]) == 0
     assert sorted(path.name for path in kept.iterdir() if path.name[0] != ".") == [
-        "command.json",
         "ledger.sqlite",
         "model",
     ]

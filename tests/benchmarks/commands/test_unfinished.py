@@ -49,6 +49,21 @@ def edit(folder: Path, *lines: Any, out: str = "out", **options: Any) -> int:
 
 def killed(work: Callable[[], int], after: int) -> None:
     """Does work in a process that kills itself (SIGKILL) when so many edits are in the ledger."""
+    append = Ledger.append
+
+    def append_and_die(ledger: Ledger, *given: Any, **more: Any) -> int:
+        number = append(ledger, *given, **more)
+        if number == after:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return number
+
+    killed_with(work, Ledger, "append", append_and_die)
+
+
+def killed_with(
+    work: Callable[[], int], owner: type, name: str, instead: Callable[..., Any]
+) -> None:
+    """Does work in a process in which a method is another one, which kills the process."""
     sys.stdout.flush()
     sys.stderr.flush()
     with warnings.catch_warnings():
@@ -56,16 +71,8 @@ def killed(work: Callable[[], int], after: int) -> None:
         warnings.simplefilter("ignore", DeprecationWarning)
         process = os.fork()
     if process == 0:
-        append = Ledger.append
-
-        def append_and_die(ledger: Ledger, *given: Any, **more: Any) -> int:
-            number = append(ledger, *given, **more)
-            if number == after:
-                os.kill(os.getpid(), signal.SIGKILL)
-            return number
-
         try:
-            Ledger.append = append_and_die  # type: ignore[method-assign]
+            setattr(owner, name, instead)
             torch.set_num_threads(1)
             work()
         finally:
