@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import get_args
 
 import torch
@@ -35,7 +35,7 @@ def require_settings(
     checks: object,
     earlier: object,
     end_token: object,
-    numbers: Mapping[str, object],
+    numbers: tuple[object, object],
     seed: object,
 ) -> None:
     """Checks the other settings of an editor.
@@ -45,7 +45,7 @@ def require_settings(
         checks: :class:`.checks.Checks`, or None.
         earlier: Requests.
         end_token: A bool, or None.
-        numbers: Settings by name that are None or whole numbers of at least 1.
+        numbers: ``layers_per_edit`` and ``max_steps_per_edit``, whole numbers or None.
         seed: A whole number.
 
     Raises:
@@ -59,7 +59,7 @@ def require_settings(
         raise SettingsError(f"earlier must be a list of Requests, got {shown(earlier)}")
     if not isinstance(end_token, bool | None):
         raise SettingsError(f"end_token must be True, False or None, got {shown(end_token)}")
-    for name, value in numbers.items():
+    for name, value in zip(("layers_per_edit", "max_steps_per_edit"), numbers, strict=True):
         if value is not None:
             whole_number(value, name, 1)
     whole_number(seed, "seed", 0)

@@ -11,14 +11,8 @@ from typing import Any, Self
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from hiedit_agents.editing import arguments
 from hiedit_agents.editing.adapter import AdapterReport
-from hiedit_agents.editing.arguments import (
-    form_for,
-    require_float32_default,
-    require_model,
-    require_settings,
-    texts_of,
-)
 from hiedit_agents.editing.checks import Checks, share
 from hiedit_agents.editing.controls import end_id
 from hiedit_agents.editing.export import ASKED, Saved, measure, save_adapter, save_delta, save_model
@@ -29,13 +23,13 @@ from hiedit_agents.editing.in_place import different
 from hiedit_agents.editing.ledger import Ledger
 from hiedit_agents.editing.levels import HowToEdit, make_levels
 from hiedit_agents.editing.model_card import Measured
-from hiedit_agents.editing.other_weights import OtherWeights
+from hiedit_agents.editing.other_weights import Watch
 from hiedit_agents.editing.results import EditResult
 from hiedit_agents.editing.session import Session
 from hiedit_agents.editing.taken_up import open_ledger
 from hiedit_agents.registry import default_agent
 from hiedit_env.datasets.requests import Request
-from hiedit_env.errors import LedgerError, SettingsError, whole_number
+from hiedit_env.errors import SettingsError, whole_number
 from hiedit_env.model.architectures import find_candidates
 from hiedit_env.model.asking import PromptForm
 from hiedit_env.model.loading import load_model
@@ -112,23 +106,19 @@ class Editor:
         memory_check: str | None = None,
         seed: int = 0,
     ) -> None:
-        require_model(model, tokenizer)
+        arguments.require_model(model, tokenizer)
         share(max_error, "max_error")
-        numbers = {"layers_per_edit": layers_per_edit, "max_steps_per_edit": max_steps_per_edit}
-        require_settings(agent, checks, earlier, end_token, numbers, seed)
-        require_float32_default()
+        numbers = layers_per_edit, max_steps_per_edit
+        arguments.require_settings(agent, checks, earlier, end_token, numbers, seed)
+        arguments.require_float32_default()
         name = str(model.name_or_path or "") if name is None else name
         chosen = agent or default_agent(name, layers, update_rule)
-        self._how = HowToEdit(
-            chosen, layers_per_edit, max_steps_per_edit, step_size, update_rule, seed
-        )
+        self._how = HowToEdit(chosen, *numbers, step_size, update_rule, seed)
         made = self._how.make()
-        patterns = layers
-        if patterns is None:
-            find = getattr(made, "candidate_layers", None)
-            patterns = None if find is None else find(name)
+        find = getattr(made, "candidate_layers", None)
+        patterns = find(name) if layers is None and find is not None else layers
         end = end_id(tokenizer, name, end_token)
-        form = form_for(tokenizer, prompt_form)
+        form = arguments.form_for(tokenizer, prompt_form)
         self.model, self.tokenizer, self.name = model, tokenizer, name
         self._closed = self._at_it = False
         self._lock = threading.RLock()
@@ -145,9 +135,7 @@ class Editor:
                 opened.found.put_back(self.llm)
                 opened.ledger.close()
                 raise
-        self._fingerprint = self.llm.weights_fingerprint()
-        self._others = OtherWeights(model, self.llm.layers)
-        self._version = self._others.version()
+        self._watch = Watch(self.llm)
 
     @classmethod
     def from_pretrained(
@@ -283,7 +271,10 @@ class Editor:
             SettingsError: no texts, or a budget below 1.
         """
         with self._at_work():
-            texts, most = texts_of(prompts), whole_number(max_new_tokens, "max_new_tokens", 1)
+            texts, most = (
+                arguments.texts_of(prompts),
+                whole_number(max_new_tokens, "max_new_tokens", 1),
+            )
             encoded = [self.llm.encoder.encode_chat(t, "x") if chat else t for t in texts]
             return self.llm.generate(encoded, [most] * len(texts))
 
@@ -397,22 +388,13 @@ class Editor:
                 raise SettingsError("this editor is closed; make a new one")
             if self._at_it:
                 raise SettingsError("the editor is at work; call this when edit has returned")
-            require_float32_default()
+            arguments.require_float32_default()
             with for_editing(self.model):
-                self._refuse_foreign_changes()
+                self._watch.refuse_changes()
                 self._at_it = True
                 try:
                     yield
                 finally:
                     self._at_it = False
                     self.llm.upper.drop_copies()
-                    self._fingerprint = self.llm.weights_fingerprint()
-
-    def _refuse_foreign_changes(self) -> None:
-        moved = self.llm.layers[0].module.weight.device != self.llm.device
-        written = moved or self.llm.weights_fingerprint() != self._fingerprint
-        if written or self._others.version() != self._version:
-            raise LedgerError(
-                "the model's weights, dtype or device were changed outside of the editor since its "
-                "last call; make a new Editor for the model as it is now"
-            )
+                    self._watch.note()

@@ -42,9 +42,9 @@ from hiedit_agents.editing.ledger_format import (
     Kind,
     base_of,
     digest_of,
+    edit_id,
     factors_file,
     fold,
-    ids_text,
     steps_of,
 )
 from hiedit_env.errors import LedgerError, OutputError
@@ -70,7 +70,7 @@ class Ledger:
         self._digest = b""
         self._heads: list[tuple[Kind, int | None]] = []
         self._active: list[int] = []
-        with self._reading():
+        with reading(self._place):
             [(text,)] = connection.execute("SELECT record FROM base").fetchall() or [(None,)]
             if text is None:
                 raise ValueError("it names no model")
@@ -211,7 +211,7 @@ class Ledger:
             return False
         if not len(other):
             return True
-        with self._reading():
+        with reading(self._place):
             [(digest,)] = self._connection.execute(
                 "SELECT digest FROM events WHERE id = ?", (len(other),)
             ).fetchall()
@@ -249,7 +249,7 @@ class Ledger:
             LedgerError: there is no such event.
         """
         self._require(number)
-        with self._reading():
+        with reading(self._place):
             row = self._connection.execute(
                 "SELECT kind, target, record FROM events WHERE id = ?", (number,)
             ).fetchone()
@@ -298,7 +298,7 @@ class Ledger:
             LedgerError: there is no such edit, or its factors are damaged.
         """
         self.require_edit(number)
-        with self._reading():
+        with reading(self._place):
             data, digest = self._connection.execute(
                 "SELECT factors, factors_digest FROM events WHERE id = ?", (number,)
             ).fetchone()
@@ -317,18 +317,7 @@ class Ledger:
         Raises:
             LedgerError: there is no such edit, or it is not in place; says what there is.
         """
-        is_number = isinstance(number, int) and not isinstance(number, bool)
-        if (
-            not is_number
-            or not 1 <= number <= len(self)  # type: ignore[operator]
-            or self._heads[number - 1][0] != "edit"  # type: ignore[operator]
-        ):
-            known = [i + 1 for i, (kind, _) in enumerate(self._heads) if kind == "edit"]
-            raise LedgerError(f"there is no edit {number!r}; {ids_text('edits', known)}")
-        if in_place and number not in self._active:
-            left = ids_text("edits in place", self._active)
-            raise LedgerError(f"edit {number} is not in place any more; {left}")
-        return int(number)  # type: ignore[call-overload, no-any-return]
+        return edit_id(number, self._heads, self._active if in_place else None)
 
     # -- appending --------------------------------------------------------------------------------
 
@@ -371,17 +360,13 @@ class Ledger:
             raise OutputError(f"{self._place} cannot be written: {error}") from error
         except BaseException:
             # An interruption may come when the commit is done, and then the event is there.
-            if self._is_on_disk(number):
+            if self._connection.execute("SELECT 1 FROM events WHERE id = ?", (number,)).fetchone():
                 self._enter(number, kind, target, digest)
             raise
         self._enter(number, kind, target, digest)
         return number
 
     # -- inside -----------------------------------------------------------------------------------
-
-    def _is_on_disk(self, number: int) -> bool:
-        found = self._connection.execute("SELECT 1 FROM events WHERE id = ?", (number,))
-        return found.fetchone() is not None
 
     def _enter(self, number: int, kind: Kind, target: int | None, digest: bytes) -> None:
         """Knows of an event that was appended."""
@@ -411,6 +396,3 @@ class Ledger:
 
     def _damaged(self, reason: str) -> LedgerError:
         return LedgerError(f"{self._place} is damaged: {reason}; restore it from a copy")
-
-    def _reading(self) -> Any:
-        return reading(self._place)

@@ -210,6 +210,30 @@ def fold(heads: Sequence[tuple[Kind, int | None]]) -> list[int]:
     return active
 
 
+def edit_id(
+    number: object, heads: Sequence[tuple[Kind, int | None]], active: Sequence[int] | None
+) -> int:
+    """A number as the id of an edit.
+
+    Args:
+        number: What was given.
+        heads: Kind and target of every event.
+        active: Ids of the edits in place, where it must be one of them; None where it need not.
+
+    Raises:
+        LedgerError: there is no such edit, or it is not in place; says what there is.
+    """
+    whole = number if isinstance(number, int) and not isinstance(number, bool) else 0
+    if not 1 <= whole <= len(heads) or heads[whole - 1][0] != "edit":
+        edits = [place + 1 for place, (kind, _) in enumerate(heads) if kind == "edit"]
+        raise LedgerError(f"there is no edit {number!r}; {ids_text('edits', edits)}")
+    if active is not None and whole not in active:
+        raise LedgerError(
+            f"edit {whole} is not in place any more; {ids_text('edits in place', active)}"
+        )
+    return whole
+
+
 def digest_of(
     before: bytes, number: int, kind: str, target: int | None, text: str, factors: bytes
 ) -> bytes:

@@ -1,4 +1,4 @@
-"""The weights that no edit writes: whether they are still those that a ledger was begun with."""
+"""Whether somebody else has changed a model: its edited weights, or those that no edit writes."""
 
 from __future__ import annotations
 
@@ -7,7 +7,9 @@ from collections.abc import Iterable
 
 from torch import nn
 
+from hiedit_env.errors import LedgerError
 from hiedit_env.model.architectures import CandidateLayer
+from hiedit_env.resident.resident import ResidentLLM
 from hiedit_env.resident.weights import digest_of_bits
 
 
@@ -36,3 +38,35 @@ class OtherWeights:
         for name, parameter in self._weights:
             digest.update(name.encode() + b"\0" + digest_of_bits(parameter))
         return digest.hexdigest()
+
+
+class Watch:
+    """A model whose weights nobody else is to change between the calls of its editor.
+
+    Args:
+        llm: The model.
+    """
+
+    def __init__(self, llm: ResidentLLM) -> None:
+        self._llm = llm
+        self._others = OtherWeights(llm.model, llm.layers)
+        self._version = self._others.version()
+        self.note()
+
+    def note(self) -> None:
+        """Takes the edited weights for right as they are now."""
+        self._fingerprint = self._llm.weights_fingerprint()
+
+    def refuse_changes(self) -> None:
+        """Checks that all weights are where and as they were.
+
+        Raises:
+            LedgerError: they are not.
+        """
+        moved = self._llm.layers[0].module.weight.device != self._llm.device
+        written = moved or self._llm.weights_fingerprint() != self._fingerprint
+        if written or self._others.version() != self._version:
+            raise LedgerError(
+                "the model's weights, dtype or device were changed outside of the editor since its "
+                "last call; make a new Editor for the model as it is now"
+            )
