@@ -9,7 +9,7 @@ from hiedit_agents.hierarchy.options import HierarchicalAgent, HighLevel, Untrai
 from hiedit_agents.hierarchy.simple import LayerChoiceAgent
 from hiedit_agents.named.spec_agent import SpecAgent
 from hiedit_agents.protocol import Agent
-from hiedit_agents.registry import explain, make_agent
+from hiedit_agents.registry import explain, make_agent, refuse_unused_size
 from hiedit_env.envs.settings import EnvSettings, rule_settings
 from hiedit_env.errors import SettingsError
 from hiedit_env.model.relatives import belongings
@@ -40,7 +40,8 @@ class HowToEdit:
         """The agent.
 
         Raises:
-            SettingsError: unknown, or it is not made of a high and a low level.
+            SettingsError: unknown, not made of a high and a low level, or a number of layers that
+                changes nothing about it.
             CheckpointError: a folder that is no trained agent.
         """
         made = make_agent(
@@ -55,6 +56,7 @@ class HowToEdit:
                 f"agent {self.agent!r} acts in an environment only; give one that is made of a "
                 "high and a low level, such as hiedit, all-layers, or HIGH+LOW"
             )
+        refuse_unused_size([made], self.layers_per_edit)
         return made
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from hiedit_agents.registry import default_agent
-from hiedit_benchmarks.commands.edit_report import one_line, verdict
+from hiedit_benchmarks.commands.edit_report import in_print, verdict
 from hiedit_benchmarks.comparison.asking import settle_asking
 from hiedit_benchmarks.comparison.compare import compare
 from hiedit_benchmarks.comparison.results import UNEDITED
@@ -90,7 +90,7 @@ def _answers(unedited: Mapping[str, Any], edited: Mapping[str, Any]) -> str:
 def _fact(unedited: Mapping[str, Any], edited: Mapping[str, Any], i: int) -> list[str]:
     """One fact: as it was edited, in other words, in chat; and a question of another subject."""
     wanted = edited["wanted"][i]
-    lines = [f"{i + 1}. {edited['prompts'][i]}   (wanted: {wanted})"]
+    lines = [f"{i + 1}. {in_print(edited['prompts'][i])}   (wanted: {in_print(wanted)})"]
     for what, key, asked in (
         ("as it is", "efficacy", ""),
         ("in chat", "chat_efficacy", ""),
@@ -101,8 +101,8 @@ def _fact(unedited: Mapping[str, Any], edited: Mapping[str, Any], i: int) -> lis
         if before is None or after is None or not before[i] + after[i] + asked:
             continue
         if asked:
-            lines.append(f"   {what}: {one_line(asked)}")
+            lines.append(f"   {what}: {in_print(asked)}")
         said = "" if key == "specificity" else f"   ({verdict(after[i], wanted)})"
-        lines.append(f"      {what + ', ' if not asked else ''}before: {one_line(before[i])}")
-        lines.append(f"      {what + ', ' if not asked else ''}after:  {one_line(after[i])}{said}")
+        lines.append(f"      {what + ', ' if not asked else ''}before: {in_print(before[i])}")
+        lines.append(f"      {what + ', ' if not asked else ''}after:  {in_print(after[i])}{said}")
     return lines

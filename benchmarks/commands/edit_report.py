@@ -12,6 +12,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from hiedit_env.errors import one_line
 from hiedit_env.evaluation.matching import is_match, starts_with
 from hiedit_env.evaluation.names import AskedForm
 
@@ -142,13 +143,13 @@ def before_and_after(facts: Sequence[Mapping[str, Any]]) -> str:
     """
     lines = []
     for fact in facts[:SHOWN]:
-        lines.append(fact["prompt"])
+        lines.append(in_print(fact["prompt"]))
         told = [("", "before", "after"), ("in chat ", "chat_before", "chat_after")]
         told = [names for names in told if fact.get(names[2]) is not None]
-        lines += [f"    {form}before: {one_line(fact[was])}" for form, was, _ in told]
-        lines.append(f"    wanted: {one_line(fact['answer'])}")
+        lines += [f"    {form}before: {in_print(fact[was])}" for form, was, _ in told]
+        lines.append(f"    wanted: {in_print(fact['answer'])}")
         lines += [
-            f"    {form}after:  {one_line(fact[now])}   ({verdict(fact[now], fact['answer'])})"
+            f"    {form}after:  {in_print(fact[now])}   ({verdict(fact[now], fact['answer'])})"
             for form, _, now in told
         ]
     if len(facts) > SHOWN:
@@ -169,13 +170,13 @@ def verdict(generated: str, answer: str) -> str:
     return "answered, but runs on" if starts_with(generated, answer) else "NOT answered"
 
 
-def one_line(text: str) -> str:
-    """A text without line breaks, for print.
+def in_print(text: str) -> str:
+    r"""A text of a model or of a fact for a terminal: on one line, control characters as escapes.
 
-    >>> one_line(" Lyon  is "), one_line("")
-    ('Lyon is', '(nothing)')
+    >>> in_print(" Lyon  is "), in_print(""), in_print("\x1b[31m") == r"\x1b[31m"
+    ('Lyon is', '(nothing)', True)
     """
-    return " ".join(text.split()) or "(nothing)"
+    return one_line(" ".join(text.split())) or "(nothing)"
 
 
 def _name(kind: str) -> str:

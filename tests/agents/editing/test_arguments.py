@@ -32,6 +32,7 @@ def editor() -> Iterator[Editor]:
         ({"max_steps_per_edit": 0}, "max_steps_per_edit must be ≥ 1"),
         ({"max_steps_per_edit": "x"}, "max_steps_per_edit must be ≥ 1"),
         ({"layers_per_edit": 0}, "layers_per_edit must be ≥ 1"),
+        ({"agent": "all-layers", "layers_per_edit": 3}, "changes nothing about all-layers"),
         ({"seed": -1}, "seed must be ≥ 0"),
     ],
 )
@@ -107,9 +108,7 @@ def test_another_default_dtype_is_refused_and_the_model_put_back(editor: Editor)
     editor.edit(("Belka lives in", "Averlund"))
     torch.set_default_dtype(torch.bfloat16)
     try:
-        with pytest.raises(
-            SettingsError, match="torch's default dtype is bfloat16; call"
-        ):
+        with pytest.raises(SettingsError, match="torch's default dtype is bfloat16; call"):
             editor.edit(("Dasmo lives in", "Istrand"))
         with pytest.raises(SettingsError, match="torch's default dtype is bfloat16"):
             Editor(*live())

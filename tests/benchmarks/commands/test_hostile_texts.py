@@ -88,3 +88,15 @@ def test_a_card_shows_escapes_and_files_hold_the_true_text(folder: Path) -> None
     assert r"Belka\\u202e lives in\\x9b2J | Aver\\x1b\]0;lund\\x07\\u2067 |" in card
     with Ledger.open(folder) as ledger:
         assert ledger[1].record["facts"][0]["request"]["prompt"] == PROMPT
+
+
+def test_what_edit_prints_shows_escapes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    facts, out = tmp_path / "facts.json", tmp_path / "out"
+    facts.write_text(json.dumps([{"prompt": PROMPT, "answer": ANSWER}]))
+    # The toy model does not learn such a fact, which status 3 says.
+    assert main(["edit", "--facts", str(facts), "--model", "tiny", "--out", str(out)]) == 3
+    lines = capsys.readouterr().out.removesuffix("\n").split("\n")
+    assert all(one_line(line) == line for line in lines)
+    assert r"\x1b[31mBelka\u202e lives in\x9b2J" in lines
+    assert r"    wanted: Aver\x1b]0;lund\x07\u2067" in lines
+    assert json.loads((out / "edits.json").read_text())["facts"][0]["prompt"] == PROMPT
