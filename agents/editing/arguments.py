@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import get_args
+from collections.abc import Collection, Iterable
+from typing import Any, cast, get_args
 
+import numpy as np
 import torch
 from transformers import PreTrainedTokenizerBase
 
@@ -55,9 +56,9 @@ def require_settings(
         raise SettingsError(f"agent must be a name, got {shown(agent)}")
     if not isinstance(checks, Checks | None):
         raise SettingsError(f"checks must be Checks(…) of hiedit_agents, got {shown(checks)}")
-    if not isinstance(earlier, Sequence) or not all(isinstance(r, Request) for r in earlier):
+    if not isinstance(earlier, Collection) or not all(isinstance(r, Request) for r in earlier):
         raise SettingsError(f"earlier must be a list of Requests, got {shown(earlier)}")
-    if not isinstance(end_token, bool | None):
+    if not isinstance(end_token, bool | np.bool_ | None):
         raise SettingsError(f"end_token must be True, False or None, got {shown(end_token)}")
     for name, value in zip(("layers_per_edit", "max_steps_per_edit"), numbers, strict=True):
         if value is not None:
@@ -94,10 +95,11 @@ def texts_of(prompts: object) -> list[str]:
     Raises:
         SettingsError: something that is no text.
     """
-    found = [prompts] if isinstance(prompts, str) else prompts
-    if not isinstance(found, Sequence) or not all(isinstance(text, str) for text in found):
+    several = isinstance(prompts, Iterable) and not isinstance(prompts, str)
+    found: list[Any] = list(cast(Iterable[Any], prompts)) if several else [prompts]
+    if not all(isinstance(text, str) for text in found):
         raise SettingsError(f"prompts must be a text or a list of texts, got {shown(prompts)}")
-    return list(found)
+    return found
 
 
 def require_float32_default() -> None:
@@ -112,3 +114,13 @@ def require_float32_default() -> None:
             f"torch's default dtype is {str(found).removeprefix('torch.')}; call "
             "torch.set_default_dtype(torch.float32) first: the model keeps its own dtype"
         )
+
+
+def refuse_nesting(at_work: bool) -> None:
+    """Checks that an editor is not called from within one of its calls.
+
+    Raises:
+        SettingsError: it is.
+    """
+    if at_work:
+        raise SettingsError("the editor is at work; call this when edit has returned")

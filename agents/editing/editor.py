@@ -129,13 +129,13 @@ class Editor:
             levels = make_levels(self._how, made, self.llm, name)
             opened = open_ledger(self.llm, name, ledger)
             try:
-                rest = (checks or Checks(), form, max_error, earlier, memory_check)
+                rest = (checks or Checks(), form, max_error, tuple(earlier), memory_check)
                 self._session = Session(self.llm, levels, opened, *rest)
             except BaseException:
                 opened.found.put_back(self.llm)
                 opened.ledger.close()
                 raise
-        self._watch = Watch(self.llm)
+        self._watch = Watch(self.llm, opened.ledger.base.others)
 
     @classmethod
     def from_pretrained(
@@ -368,6 +368,7 @@ class Editor:
     def close(self) -> None:
         """Puts the model back bit for bit as it was found, and closes the ledger."""
         with self._lock:
+            arguments.refuse_nesting(self._at_it)
             if not self._closed:
                 self._closed = True
                 with for_editing(self.model):
@@ -386,15 +387,14 @@ class Editor:
         with self._lock:
             if self._closed:
                 raise SettingsError("this editor is closed; make a new one")
-            if self._at_it:
-                raise SettingsError("the editor is at work; call this when edit has returned")
+            arguments.refuse_nesting(self._at_it)
             arguments.require_float32_default()
             with for_editing(self.model):
                 self._watch.refuse_changes()
-                self._at_it = True
                 try:
+                    self._at_it = True
                     yield
                 finally:
                     self._at_it = False
-                    self.llm.upper.drop_copies()
                     self._watch.note()
+                    self.llm.upper.drop_copies()

@@ -37,7 +37,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, Literal
 
@@ -187,9 +187,10 @@ def require_finished(folder: Path) -> None:
 
 
 def base_of(record: Mapping[str, Any]) -> Base:
-    """A base from its JSON."""
+    """A base from its JSON; fields that this version does not know are left out."""
     layers = tuple(BaseLayer(**layer) for layer in record["layers"])
-    return Base(**{**record, "layers": layers})
+    known = {field.name for field in fields(Base)}
+    return Base(**{**{k: v for k, v in record.items() if k in known}, "layers": layers})
 
 
 def fold(heads: Sequence[tuple[Kind, int | None]]) -> list[int]:

@@ -57,7 +57,7 @@ def _check(spec: AgentSpec, folder: Path | None, **levels: bool) -> None:
     """
     try:
         spec.check(**levels)
-    except SettingsError:
+    except SettingsError as error:
         if folder is not None or spec.name not in PRESETS:
             raise
         given = _given(spec)
@@ -66,8 +66,8 @@ def _check(spec: AgentSpec, folder: Path | None, **levels: bool) -> None:
             try:
                 replace(own, high_settings=given[0], low_settings=given[1]).check(**levels)
             except SettingsError as refused:
-                # A wrong value is of a setting that these levels have.
-                if refused.__cause__ is not None:
+                # A wrong value is of a setting that these levels have, and the spec's have not.
+                if refused.__cause__ is not None and error.__cause__ is None:
                     raise
                 continue
             return

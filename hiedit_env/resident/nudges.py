@@ -17,7 +17,7 @@ from torch.nn import functional as F
 from hiedit_env.errors import SettingsError
 from hiedit_env.model.tokenization import EncodedPrompt
 from hiedit_env.resident.ends import Chosen, Ends, Runner, WholePrompts
-from hiedit_env.resident.packed_ends import PackedEnds, packing_pays
+from hiedit_env.resident.packed_ends import PackedEnds, Row, packing_pays
 from hiedit_env.resident.upper_half import Compared
 
 if TYPE_CHECKING:
@@ -188,11 +188,12 @@ class Nudges:
         some = _looked_at(prompts, positions)
         lengths = [prompt.length for prompt in prompts]
         layouts = (True, False) if packing_pays(prompts, positions) else (False,)
+        row = len(Row.of(prompts, positions).ids)
         for precision in dict.fromkeys((dtype, llm.dtype)):
             for packed in layouts:
                 # What is known of this layout in this precision.
                 state = known.setdefault((precision, packed), Compared())
-                longest = sum(lengths) if packed else max(lengths)
+                longest = row if packed else max(lengths)
                 if longest >= state.wrong:
                     continue
                 # Whatever a model's code raises here means only that it cannot be run like this.

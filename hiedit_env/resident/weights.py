@@ -290,12 +290,21 @@ def accumulated(
 _BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
+#: Numbers that are summed at once.
+_AT_ONCE = 2**20
+
+
 def digest_of_bits(weight: Tensor) -> bytes:
     """A digest that changes when any single bit of a tensor of any shape changes."""
     rows = len(weight) if weight.ndim > 1 else 1
     matrix = weight.detach().reshape(rows, weight.numel() // max(rows, 1))
     bits = matrix.contiguous().view(_BITS[weight.element_size()])
-    sums = torch.cat([bits.sum(0, dtype=torch.int64), bits.sum(1, dtype=torch.int64)])
+    columns, by_row = bits.new_zeros(bits.shape[1], dtype=torch.int64), []
+    # Sums as int64 make a copy of what they sum: of some rows at a time.
+    for part in torch.split(bits, max(1, _AT_ONCE // max(1, bits.shape[1]))):
+        columns += part.sum(0, dtype=torch.int64)
+        by_row.append(part.sum(1, dtype=torch.int64))
+    sums = torch.cat([columns, *by_row])
     return hashlib.blake2b(sums.cpu().numpy().tobytes()).digest()
 
 

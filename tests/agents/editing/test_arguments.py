@@ -125,13 +125,21 @@ def test_a_ledger_that_is_closed_says_so() -> None:
         list(editor.ledger)
 
 
-@pytest.mark.parametrize("call", ["undo", "ask", "edit"])
+@pytest.mark.parametrize("call", ["undo", "ask", "edit", "close"])
 def test_nothing_is_called_from_within_an_edit(editor: Editor, call: str) -> None:
     def on_results(_: object) -> None:
-        getattr(editor, call)(1 if call == "undo" else "Belka lives in")
+        given: dict[str, tuple[object, ...]] = {"undo": (1,), "close": ()}
+        getattr(editor, call)(*given.get(call, ("Belka lives in",)))
 
     with pytest.raises(HieditError, match=r"at work; call this when edit has returned|facts must"):
         editor.edit(("Belka lives in", "Averlund"), on_results=on_results)
     # What was written before stays, in the model and in the ledger, and it goes on.
     assert len(editor.ledger) == 1
     assert editor.ask("Belka lives in")[0].startswith(" Averlund")
+
+
+def test_prompts_may_come_in_any_order_of_things(editor: Editor) -> None:
+    texts = ["Belka lives in", "Dasmo lives in"]
+    wanted = editor.ask(texts, max_new_tokens=2)
+    assert editor.ask((text for text in texts), max_new_tokens=2) == wanted
+    assert editor.ask(dict.fromkeys(texts).keys(), max_new_tokens=2) == wanted  # type: ignore[arg-type]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from dataclasses import asdict
 from pathlib import Path
@@ -91,3 +92,38 @@ def test_a_ledger_from_before_is_still_taken(tmp_path: Path) -> None:
     Ledger.create(tmp_path, base_of(record)).close()
     with Editor.from_pretrained("tiny", checks=NONE, ledger=tmp_path) as editor:
         assert editor.edit(FACT)[0].id == 1
+
+
+def test_weights_with_the_same_bits_are_no_change() -> None:
+    with Editor.from_pretrained("tiny", checks=NONE) as editor:
+        editor.edit(FACT)
+        model: torch.nn.Module = editor.model
+        model.double().float()
+        assert editor.ask("Belka lives in")[0].startswith(" Averlund")
+        model.load_state_dict({name: value.clone() for name, value in model.state_dict().items()})
+        assert editor.ask("Belka lives in")[0].startswith(" Averlund")
+
+
+def test_another_parameter_in_the_place_of_one_is_a_change() -> None:
+    with Editor.from_pretrained("tiny", checks=NONE) as editor:
+        norm = editor.model.get_submodule("model.norm")
+        norm.weight = torch.nn.Parameter(norm.weight + 1)
+        with pytest.raises(LedgerError, match="changed outside of the editor"):
+            editor.ask("Belka lives in")
+
+
+def test_a_digest_in_parts_is_that_of_the_whole(monkeypatch: pytest.MonkeyPatch) -> None:
+    matrix = torch.randn(50, 8, generator=torch.Generator().manual_seed(0))
+    whole = digest_of_bits(matrix)
+    monkeypatch.setattr("hiedit_env.resident.weights._AT_ONCE", 24)
+    assert digest_of_bits(matrix) == whole
+    # Sums of rows and columns of the bits, by hand.
+    bits = matrix.view(torch.int32).long()
+    sums = torch.cat([bits.sum(0), bits.sum(1)]).numpy().tobytes()
+    assert whole == hashlib.blake2b(sums).digest()
+
+
+def test_fields_of_a_base_that_are_not_known_are_left_out() -> None:
+    with Editor.from_pretrained("tiny", checks=NONE) as editor:
+        base = editor.ledger.base
+    assert base_of({**json.loads(json.dumps(asdict(base))), "later": 1}) == base

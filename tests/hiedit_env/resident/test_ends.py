@@ -86,6 +86,21 @@ def test_prompts_that_begin_alike_share_their_beginning() -> None:
         torch.testing.assert_close(found.logits(chosen), wanted, atol=5e-5, rtol=1e-5)
 
 
+def test_a_row_that_shares_a_beginning_is_as_long_as_what_is_run(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    llm = resident("llama")
+    monkeypatch.setattr(nudges_module, "packing_pays", lambda *_: True)
+    alike = [prompt((*range(2, 10), token), (3,)) for token in (10, 11, 12, 13)]
+    some = [prompt((token, token + 1, *[token] * i), (3,)) for i, token in enumerate((2, 5, 8, 11))]
+    Nudges(llm, alike, (8,) * 4, LAYERS)
+    state = llm.upper.run_ends[torch.float32, True]
+    # Eight tokens once and four ends, and not four times nine.
+    assert state.right == 12
+    Nudges(llm, some, (1,) * 4, LAYERS)
+    assert state.right == sum(p.length for p in some) == 14
+
+
 def test_the_tokens_of_a_beginning_are_run_once(monkeypatch: pytest.MonkeyPatch) -> None:
     llm = resident("llama")
     seen: list[tuple[int, ...]] = []
