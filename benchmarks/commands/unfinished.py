@@ -57,6 +57,7 @@ class Unfinished:
         SettingsError: a run with other settings or other facts was interrupted, or the folder is
             somebody else's. Nothing has changed.
         LedgerError: its ledger is damaged.
+        OutputError: a command is at work in it, or it cannot be written.
     """
 
     def __init__(
@@ -77,6 +78,8 @@ class Unfinished:
         found = self._command()
         if found is None:
             return
+        # The edits of a command that is at work are not those of an interrupted one.
+        lock_folder(self.folder).release()
         try:
             self._begins = found["begins"]
             self._refuse_other_settings(found["settings"])

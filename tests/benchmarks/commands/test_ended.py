@@ -275,3 +275,26 @@ def test_a_record_that_cannot_be_removed_is_named(
     told = capsys.readouterr().err
     assert f"hiedit: warning: {ledger / FILE} cannot be removed (not yours); remove it" in told
     assert prompts(tmp_path / "out") == [[DASMO["prompt"]]]
+
+
+def test_a_command_at_work_is_not_an_interrupted_one(
+    tmp_path: Path, options: dict[str, Any], capsys: pytest.CaptureFixture[str]
+) -> None:
+    for ledger in (options["ledger"], None):
+        options["ledger"] = ledger
+        killed(lambda: edit(tmp_path, **options), after=2)
+        place = ledger or tmp_path / "out.unfinished"
+        before = record_of(place)
+        with Ledger.open(place, write=True):
+            capsys.readouterr()
+            # Facts that the one at work was not given.
+            assert edit(tmp_path, DASMO, **options) == 2
+            said = capsys.readouterr().err
+            assert f"another process is writing into {place}" in said
+            assert "interrupted" not in said
+            assert "rm -r" not in said
+        assert record_of(place) == before
+
+
+def record_of(folder: Path) -> bytes:
+    return (folder / FILE).read_bytes()
