@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from hiedit_agents.editing.ledger_format import Base, base_of
 from hiedit_agents.editing.other_weights import OtherWeights
-from hiedit_env.errors import LedgerError, OutputError, ResultsExistError
+from hiedit_env.errors import LedgerError, ResultsExistError
 from hiedit_env.files import parse_json, write_bytes
 from hiedit_env.model.architectures import CandidateLayer
 from hiedit_env.resident.weights import EditableWeights
@@ -46,8 +46,6 @@ def write_delta(path: Path, base: Base, edited: Mapping[str, Tensor], fingerprin
     """
     if os.path.lexists(path):
         raise ResultsExistError(f"{path} exists; give another file")
-    if not path.parent.is_dir() or not path.name:
-        raise OutputError(f"{path} cannot be written: there is no folder {path.parent}")
     tensors = {f"{name}.weight": w.detach().cpu().contiguous() for name, w in edited.items()}
     metadata = {
         "format": DELTA_FORMAT, "base": json.dumps(asdict(base)), "fingerprint": fingerprint
@@ -86,12 +84,7 @@ def apply_delta(model: nn.Module, path: str | PathLike[str]) -> list[str]:
             f"{path} is for another model: its unedited weights have the fingerprint "
             f"{base.fingerprint}, this model's {found}; load {base.model!r} in {base.dtype}"
         )
-    others = OtherWeights(model, weights.layers).fingerprint()
-    if base.others not in ("", others):
-        raise LedgerError(
-            f"{path} is for another model: the weights that no edit writes have the fingerprint "
-            f"{base.others}, this model's {others}; load {base.model!r} in {base.dtype}"
-        )
+    base.refuse_other_weights(OtherWeights(model, weights.layers).fingerprint(), str(path))
     names = [layer.name for layer in base.layers if f"{layer.name}.weight" in edited]
     with torch.no_grad():
         for name in names:

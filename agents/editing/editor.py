@@ -271,10 +271,8 @@ class Editor:
             SettingsError: no texts, or a budget below 1.
         """
         with self._at_work():
-            texts, most = (
-                arguments.texts_of(prompts),
-                whole_number(max_new_tokens, "max_new_tokens", 1),
-            )
+            texts = arguments.texts_of(prompts)
+            most = whole_number(max_new_tokens, "max_new_tokens", 1)
             encoded = [self.llm.encoder.encode_chat(t, "x") if chat else t for t in texts]
             return self.llm.generate(encoded, [most] * len(texts))
 

@@ -139,20 +139,23 @@ class Base:
                 f"{self.fingerprint}, this model's {other.fingerprint}; give the unedited model "
                 f"that it was begun with ({self.model!r})"
             )
-        self.refuse_other_weights(other)
+        self.refuse_other_weights(other.others)
 
-    def refuse_other_weights(self, other: Base) -> None:
+    def refuse_other_weights(self, others: str, owner: str = "the ledger") -> None:
         """Checks the weights that no edit writes.
 
+        Args:
+            others: Their fingerprint in the model at hand; empty where it is not known.
+            owner: What this base is of, for the message.
+
         Raises:
-            LedgerError: they are not those of another model; nothing is raised where one of the
-                two does not say which it has.
+            LedgerError: they are other ones; nothing is raised where a fingerprint is not known.
         """
-        if self.others and other.others and self.others != other.others:
+        if self.others and others and self.others != others:
             raise LedgerError(
-                "the ledger belongs to another model: the weights that no edit writes have the "
-                f"fingerprint {self.others}, this model's {other.others}; give the model that it "
-                f"was begun with ({self.model!r})"
+                f"{owner} belongs to another model: the weights that no edit writes have the "
+                f"fingerprint {self.others}, this model's {others}; give the model that it was "
+                f"begun with ({self.model!r})"
             )
 
 

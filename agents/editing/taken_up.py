@@ -114,7 +114,7 @@ def _take_apart(ledger: Ledger, folder: Path, own: Base, llm: ResidentLLM) -> Fo
         raise LedgerError("it is of other candidate layers")
     if own.dtype != base.dtype:
         raise LedgerError(f"it is of a model in {base.dtype}, this one is in {own.dtype}")
-    base.refuse_other_weights(own)
+    base.refuse_other_weights(own.others)
     stored = places(base_folder(base, folder), base.layers)
     weights = editable(base.layers, stored, getattr(torch, base.dtype), llm.device)
     if weights.weights_fingerprint() != base.fingerprint:

@@ -187,13 +187,13 @@ class Nudges:
         llm, known, own = self.llm, self.llm.upper.run_ends, None
         some = _looked_at(prompts, positions)
         lengths = [prompt.length for prompt in prompts]
-        layouts = (True, False) if packing_pays(prompts, positions) else (False,)
-        row = len(Row.of(prompts, positions).ids)
+        row = Row.of(prompts, positions)
+        layouts = (True, False) if packing_pays(row) else (False,)
         for precision in dict.fromkeys((dtype, llm.dtype)):
             for packed in layouts:
                 # What is known of this layout in this precision.
                 state = known.setdefault((precision, packed), Compared())
-                longest = row if packed else max(lengths)
+                longest = len(row.ids) if packed else max(lengths)
                 if longest >= state.wrong:
                     continue
                 # Whatever a model's code raises here means only that it cannot be run like this.

@@ -104,25 +104,23 @@ class Row:
         return mask.masked_fill(hidden, torch.finfo(dtype).min)[None, None]
 
 
-def packing_pays(prompts: Sequence[EncodedPrompt], positions: Sequence[int]) -> bool:
+def packing_pays(row: Row) -> bool:
     """Whether the ends of prompts cost less behind one another than padded to one length.
 
     Padding makes tokens; packing makes pairs of tokens that the attention multiplies and masks.
 
     >>> short, long = EncodedPrompt("a", "b", (1, 2), (3,)), EncodedPrompt("a", "b", (1,) * 9, (2,))
-    >>> packing_pays([short, long], [1, 1]), packing_pays([long, long], [1, 1])
-    (True, False)
-    >>> packing_pays([short, EncodedPrompt("a", "b", (1,) * LONGEST_ROW, (2,))], [1, 1])
-    False
+    >>> pays = [packing_pays(Row.of(some, (1, 1))) for some in ((short, long), (long, long))]
+    >>> longest = EncodedPrompt("a", "b", (1,) * LONGEST_ROW, (2,))
+    >>> pays, packing_pays(Row.of((short, longest), (1, 1)))
+    ([True, False], False)
     """
-    row = Row.of(prompts, positions)
     if len(row.ids) > LONGEST_ROW:
         return False
-    sizes, ahead = [len(end) for end in row.ends], row.shared
-    packed = sum(sizes)
-    padded = len(sizes) * max(sizes)
-    pairs = packed * (ahead + packed) - padded * (max(positions) + max(sizes))
-    return ahead > 0 and packed + pairs / PAIRS < padded
+    sizes = [len(end) for end in row.ends]
+    packed, padded = sum(sizes), len(sizes) * max(sizes)
+    pairs = packed * len(row.ids) - padded * (max(map(len, row.ahead)) + max(sizes))
+    return row.shared > 0 and packed + pairs / PAIRS < padded
 
 
 class _Reached(Exception):

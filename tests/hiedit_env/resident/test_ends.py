@@ -311,7 +311,7 @@ def test_a_precision_with_other_losses_is_not_used(monkeypatch: pytest.MonkeyPat
 
     monkeypatch.setattr(Ends, "logits", wrong)
     nudges = Nudges(llm, PROMPTS, POSITIONS, LAYERS, ROUGH)
-    packed = nudges_module.packing_pays(PROMPTS, POSITIONS)
+    packed = nudges_module.packing_pays(Row.of(PROMPTS, POSITIONS))
     assert llm.upper.run_ends[torch.float32, packed].right
     assert not any(one.right for (dtype, _), one in llm.upper.run_ends.items() if dtype == ROUGH)
     assert nudges._run._half.dtype == torch.float32  # type: ignore[attr-defined]
